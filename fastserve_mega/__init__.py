@@ -1,0 +1,28 @@
+"""fastserve_mega: multi-node LLM serving on Megatron-Core with a skip-join MLFQ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastserve_mega.client import AsyncClient, Client
+    from fastserve_mega.types import FinishReason, SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["AsyncClient", "Client", "FinishReason", "SamplingParams", "__version__"]
+
+_HOME = {
+    "AsyncClient": "fastserve_mega.client",
+    "Client": "fastserve_mega.client",
+    "FinishReason": "fastserve_mega.types",
+    "SamplingParams": "fastserve_mega.types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that the parts without zmq or torch stay without them."""
+    from importlib import import_module  # noqa: PLC0415 - lazy on purpose
+
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,248 @@
+"""Frozen configuration, read from YAML with strict validation; never changed after loading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fastserve_mega.strict import from_plain
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and in which precision."""
+
+    path: str
+    """Directory in Hugging Face layout (config.json, *.safetensors, tokenizer); ~ is expanded."""
+    served_name: str | None = None
+    """Name in the API; None takes the directory's name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 where the hardware computes in it, else float32."""
+    max_context: int | None = None
+    """Tokens of prompt and answer together; None takes the model's own limit."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "model.path must not be empty")
+        _require(
+            self.max_context is None or self.max_context >= 2,
+            f"model.max_context must be at least 2, got {self.max_context}",
+        )
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.path).expanduser()
+
+    @property
+    def name(self) -> str:
+        return self.served_name or self.directory.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The mesh of ranks: tensor x pipeline."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    layers_per_stage: tuple[int, ...] | None = None
+    """Layers of each pipeline stage; None splits as evenly as possible, extra layers first."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_rank: int | None = None
+    """CPU threads of a rank; None divides the cores of the machine among its ranks."""
+    timeout_s: float = 120.0
+    """Longest wait of a rank for another one before it gives up."""
+
+    def __post_init__(self) -> None:
+        _require(self.tensor >= 1, f"parallel.tensor must be at least 1, got {self.tensor}")
+        _require(self.pipeline >= 1, f"parallel.pipeline must be at least 1, got {self.pipeline}")
+        _require(
+            self.layers_per_stage is None or len(self.layers_per_stage) == self.pipeline,
+            f"parallel.layers_per_stage must name {self.pipeline} stages (parallel.pipeline), "
+            f"got {self.layers_per_stage}",
+        )
+        _require(
+            self.layers_per_stage is None or min(self.layers_per_stage) >= 1,
+            f"parallel.layers_per_stage must be positive, got {self.layers_per_stage}",
+        )
+        _require(
+            self.threads_per_rank is None or self.threads_per_rank >= 1,
+            f"parallel.threads_per_rank must be at least 1, got {self.threads_per_rank}",
+        )
+        _require(self.timeout_s > 0, f"parallel.timeout_s must be positive, got {self.timeout_s}")
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCacheConfig:
+    """The paged KV pools. A block holds `block_size` tokens of all layers of a rank."""
+
+    block_size: int = 16
+    device_blocks: int | None = None
+    """Blocks on the device, the null block included; None sizes the pool by memory."""
+    device_memory_gb: float = 1.0
+    """Memory of each rank's device pool when device_blocks is None."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.block_size >= 1, f"kv_cache.block_size must be at least 1, got {self.block_size}"
+        )
+        _require(
+            self.device_blocks is None or self.device_blocks >= 2,
+            f"kv_cache.device_blocks must be at least 2 (block 0 is the null block), "
+            f"got {self.device_blocks}",
+        )
+        _require(
+            self.device_memory_gb > 0,
+            f"kv_cache.device_memory_gb must be positive, got {self.device_memory_gb}",
+        )
+
+
+PolicyName = Literal["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MlfqConfig:
+    """The multi-level feedback queue (paper section 4.1)."""
+
+    levels: int = 10
+    base_quantum_s: float | None = None
+    """Quantum of the highest level, seconds; None takes the decode time at batch 1."""
+    quantum_ratio: float = 2.0
+    """Quantum of a level over that of the level above it."""
+    starvation_limit_s: float | None = 0.3
+    """A request that waited this long since it last ran returns to the highest level;
+    None switches promotion off."""
+
+    def __post_init__(self) -> None:
+        _require(self.levels >= 1, f"mlfq.levels must be at least 1, got {self.levels}")
+        _require(
+            self.base_quantum_s is None or self.base_quantum_s > 0,
+            f"mlfq.base_quantum_s must be positive, got {self.base_quantum_s}",
+        )
+        _require(
+            self.quantum_ratio > 1.0, f"mlfq.quantum_ratio must exceed 1, got {self.quantum_ratio}"
+        )
+        _require(
+            self.starvation_limit_s is None or self.starvation_limit_s > 0,
+            f"mlfq.starvation_limit_s must be positive, got {self.starvation_limit_s}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Who runs in the next step, and how much of it."""
+
+    policy: PolicyName = "skip_join_mlfq"
+    max_batch_size: int = 16
+    """Requests in one step."""
+    max_batch_tokens: int = 512
+    """Tokens in one step; longer prompts are prefilled in chunks of at most this."""
+    max_queued_requests: int = 100_000
+    """Unfinished requests held at once; one more is rejected."""
+    backfill_lookahead: int = 64
+    """How many requests that do not fit are passed over in search of one that does."""
+    mlfq: MlfqConfig = field(default_factory=MlfqConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_batch_tokens", "max_queued_requests"):
+            value = getattr(self, name)
+            _require(value >= 1, f"scheduler.{name} must be at least 1, got {value}")
+        _require(
+            self.backfill_lookahead >= 0,
+            f"scheduler.backfill_lookahead must not be negative, got {self.backfill_lookahead}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """Where the coordinator listens, and how long it waits."""
+
+    client_endpoint: str = "tcp://127.0.0.1:5570"
+    """ZeroMQ address for clients; port 0 picks a free one."""
+    worker_endpoint: str = "tcp://127.0.0.1:0"
+    """ZeroMQ address for the ranks; port 0 picks a free one, told to the ranks over MPI."""
+    startup_timeout_s: float = 600.0
+    """Longest wait for all ranks to have loaded the model."""
+    step_timeout_s: float = 120.0
+    """Longest wait for a dispatched step; then the workers are taken for lost."""
+    client_buffer_messages: int = 10_000
+    """Unsent messages held per client; a slower reader's requests are aborted."""
+    client_timeout_s: float = 30.0
+    """A client silent for this long is taken for gone and its requests are aborted."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "startup_timeout_s", "step_timeout_s", "client_buffer_messages", "client_timeout_s",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _require(value > 0, f"coordinator.{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The OpenAI-compatible HTTP server."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.port <= 65535, f"server.port must be between 0 and 65535, got {self.port}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything a deployment says about itself; `configs/smollm2-135m-cpu.yaml` explains it."""
+
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides of the form `section.field=value` (value in YAML).
+
+    Raises:
+        ValueError: the file or an override is not valid; the message names file and field.
+        OSError: the file cannot be read.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("the top level must be a mapping of sections")
+        for override in overrides:
+            _apply_override(raw, override)
+        return from_plain(raw, Config)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    *sections, leaf = name.strip().split(".")
+    if not separator or not leaf:
+        raise ValueError(f"an override has the form section.field=value, got {override!r}")
+    node = raw
+    for section in sections:
+        child = node.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {section!r} is not a section")
+        node = child
+    node[leaf] = yaml.safe_load(text)

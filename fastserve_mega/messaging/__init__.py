@@ -1,0 +1,1 @@
+"""Wire messages, their codec, and the ZeroMQ channels they travel on."""

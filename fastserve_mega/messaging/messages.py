@@ -1,0 +1,218 @@
+"""Every message on the wire, as a frozen dataclass. `docs/protocol.md` describes the encoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from fastserve_mega.plan import Plan
+from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
+
+
+class Kind(IntEnum):
+    """Second byte of each frame. Numbers are never reused."""
+
+    HELLO = 1
+    SUBMIT = 2
+    CANCEL = 3
+    PING = 4
+    GET_METRICS = 5
+
+    WELCOME = 32
+    TOKENS = 33
+    FINISHED = 34
+    REFUSED = 35
+    PONG = 36
+    METRICS = 37
+
+    WORKER_READY = 64
+    WORKER_START = 65
+    STEP_COMMAND = 66
+    STEP_RESULT = 67
+    WORKER_FAILED = 68
+    SHUTDOWN = 69
+
+
+# --- client to coordinator ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a client; answered by Welcome."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Start a request, or go on with one of which `received` tokens already reached the client."""
+
+    request_id: RequestId
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    received: tuple[int, ...] = ()
+    """Output tokens the client holds already; the stream goes on at offset len(received)."""
+    priority: int = 0
+    """0 is normal, lower is sooner."""
+    timeout_s: float | None = None
+    """End with `timeout` when unfinished after this many seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End a request; answered by its Finished, or Refused when it is unknown."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """A sign of life; answered by Pong. A client with unfinished requests sends them regularly."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetMetrics:
+    """Answered by Metrics."""
+
+
+# --- coordinator to client ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """What a client needs to know about the server."""
+
+    epoch: str
+    """Changes when the coordinator restarts; unfinished requests must then be submitted again."""
+    model_name: str
+    model_path: str
+    """Directory on the server's machine; a client on it can load the tokenizer from there."""
+    max_context: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Output tokens [offset, offset + len(token_ids)) of a request."""
+
+    request_id: RequestId
+    offset: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last message of an accepted or rejected request."""
+
+    request_id: RequestId
+    reason: FinishReason
+    usage: Usage
+    message: str = ""
+    """One sentence when the reason needs one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The sender's message was wrong; nothing else happened."""
+
+    message: str
+    """One sentence with the value and the limit."""
+    request_id: RequestId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    epoch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Prometheus exposition text."""
+
+    text: str
+
+
+# --- coordinator and workers -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A rank has loaded its part of the model and allocated its pools."""
+
+    rank: int
+    device_blocks: int
+    """Blocks of its pool, the null block included."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStart:
+    """All ranks are ready. The pools of all ranks have this many usable block ids."""
+
+    device_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStart:
+    """Told to the workers with the first slice of a request."""
+
+    request_id: RequestId
+    params: SamplingParams
+    seed: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepCommand:
+    """One step for all ranks."""
+
+    plan: Plan
+    token_ids: tuple[tuple[int, ...], ...]
+    """Input tokens of each slice of plan.batch, in its order."""
+    started: tuple[SequenceStart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Sent by the rank that sampled, after each step with a batch."""
+
+    step_id: int
+    token_ids: tuple[int, ...]
+    """One token for each slice of plan.batch with `samples`, in its order."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFailed:
+    rank: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """The worker ends its loop and exits 0."""
+
+
+Message = (
+    Hello | Submit | Cancel | Ping | GetMetrics
+    | Welcome | Tokens | Finished | Refused | Pong | Metrics
+    | WorkerReady | WorkerStart | StepCommand | StepResult | WorkerFailed | Shutdown
+)  # fmt: skip
+
+KIND_OF: dict[type, Kind] = {
+    Hello: Kind.HELLO,
+    Submit: Kind.SUBMIT,
+    Cancel: Kind.CANCEL,
+    Ping: Kind.PING,
+    GetMetrics: Kind.GET_METRICS,
+    Welcome: Kind.WELCOME,
+    Tokens: Kind.TOKENS,
+    Finished: Kind.FINISHED,
+    Refused: Kind.REFUSED,
+    Pong: Kind.PONG,
+    Metrics: Kind.METRICS,
+    WorkerReady: Kind.WORKER_READY,
+    WorkerStart: Kind.WORKER_START,
+    StepCommand: Kind.STEP_COMMAND,
+    StepResult: Kind.STEP_RESULT,
+    WorkerFailed: Kind.WORKER_FAILED,
+    Shutdown: Kind.SHUTDOWN,
+}

@@ -1,0 +1,56 @@
+"""The seam between the worker loop and whatever computes tokens. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastserve_mega.types import RequestId, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceInput:
+    """One request's share of a step, complete: the runner keeps no state per request but KV."""
+
+    request_id: RequestId
+    token_ids: Sequence[int]
+    """Input tokens, at positions [start, start + len(token_ids))."""
+    start: int
+    """Tokens whose KV is in the block table already."""
+    block_table: Sequence[int]
+    """Device blocks that hold positions [0, start + len(token_ids)), block_size each."""
+    samples: bool
+    """Whether the last token's logits are sampled."""
+    params: SamplingParams
+    seed: int
+    prompt_tokens: int
+    """Length of the prompt; the token sampled now is output number
+    start + len(token_ids) - prompt_tokens."""
+
+    @property
+    def context(self) -> int:
+        """Tokens in the KV cache once this step has run."""
+        return self.start + len(self.token_ids)
+
+
+class ModelRunner(Protocol):
+    """Executes batches on one rank. All ranks execute the same batches in the same order."""
+
+    @property
+    def device_blocks(self) -> int:
+        """Blocks of this rank's pool, the null block included."""
+
+    @property
+    def is_sampling_rank(self) -> bool:
+        """True on the one rank whose `execute` returns tokens."""
+
+    def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
+        """Run one step.
+
+        Returns:
+            One token for each sequence with `samples`, in order; empty on other ranks.
+        """
+
+    def close(self) -> None:
+        """Release process groups and memory."""
