@@ -151,17 +151,19 @@ class SchedulerConfig:
     max_queued_requests: int = 100_000
     """Unfinished requests held at once; one more is rejected."""
     backfill_lookahead: int = 64
-    """How many requests that do not fit are passed over in search of one that does."""
+    """How many requests that find no memory are passed over in one step in search of one that
+    does."""
+    max_passed_over: int = 64
+    """Steps a request may be passed over; then nobody behind it is given memory before it."""
     mlfq: MlfqConfig = field(default_factory=MlfqConfig)
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_batch_tokens", "max_queued_requests"):
             value = getattr(self, name)
             _require(value >= 1, f"scheduler.{name} must be at least 1, got {value}")
-        _require(
-            self.backfill_lookahead >= 0,
-            f"scheduler.backfill_lookahead must not be negative, got {self.backfill_lookahead}",
-        )
+        for name in ("backfill_lookahead", "max_passed_over"):
+            value = getattr(self, name)
+            _require(value >= 0, f"scheduler.{name} must not be negative, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,118 @@
+"""How long a step takes: measured once, then refined from the steps that ran."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class CostModel(Protocol):
+    """Predicts step times in seconds."""
+
+    def prefill_s(self, tokens: int) -> float:
+        """Time to prefill a prompt of `tokens` alone."""
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """Time of one decode step of `batch` requests of `context` tokens each."""
+
+    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+        """Learn from a step that ran: its prefill tokens, its decoding requests, its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPoint:
+    """One measurement of a prefill."""
+
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePoint:
+    """One measurement of a decode step."""
+
+    batch: int
+    context: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What `fastserve-mega profile` measures; stored as JSON."""
+
+    prefill: tuple[PrefillPoint, ...]
+    decode: tuple[DecodePoint, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prefill or not self.decode:
+            raise ValueError("a profile needs at least one prefill and one decode measurement")
+        seconds = [point.seconds for point in self.prefill]
+        seconds += [point.seconds for point in self.decode]
+        if min(seconds) <= 0:
+            raise ValueError("the times of a profile must be positive")
+
+
+class ProfiledCostModel:
+    """Interpolates a profile, and scales it by what the steps that ran took.
+
+    Prefill is piecewise linear in the prompt length. Decode is piecewise linear in the batch, and
+    within a batch in the context where the profile has several. Beyond the profile the last slope
+    goes on. Two factors, one for decode steps and one for steps with prefill, follow the observed
+    times as exponential averages; a step that took ten times its prediction (a paused machine)
+    moves them no more than one that took twice as long.
+    """
+
+    SMOOTHING = 0.02
+    MAX_STEP_RATIO = 2.0
+
+    def __init__(self, profile: Profile) -> None:
+        self._prefill = sorted((point.tokens, point.seconds) for point in profile.prefill)
+        self._decode = _decode_lines(profile.decode)
+        self._prefill_scale = 1.0
+        self._decode_scale = 1.0
+
+    def prefill_s(self, tokens: int) -> float:
+        return self._prefill_scale * _interpolate(self._prefill, tokens)
+
+    def decode_s(self, batch: int, context: int) -> float:
+        return self._decode_scale * self._unscaled_decode_s(batch, context)
+
+    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+        if elapsed_s <= 0:
+            return
+        if prefill_tokens:
+            predicted = _interpolate(self._prefill, prefill_tokens + decodes)
+            self._prefill_scale = self._follow(self._prefill_scale, elapsed_s / predicted)
+        elif decodes:
+            predicted = self._unscaled_decode_s(decodes, self._decode[0][1][0][0])
+            self._decode_scale = self._follow(self._decode_scale, elapsed_s / predicted)
+
+    def _unscaled_decode_s(self, batch: int, context: int) -> float:
+        by_batch = [(size, _interpolate(line, context)) for size, line in self._decode]
+        return _interpolate(by_batch, batch)
+
+    def _follow(self, scale: float, ratio: float) -> float:
+        bounded = min(max(ratio, scale / self.MAX_STEP_RATIO), scale * self.MAX_STEP_RATIO)
+        return scale + self.SMOOTHING * (bounded - scale)
+
+
+def _decode_lines(points: Sequence[DecodePoint]) -> list[tuple[int, list[tuple[int, float]]]]:
+    """Per batch size, ascending: (context, seconds) ascending."""
+    lines: dict[int, list[tuple[int, float]]] = {}
+    for point in points:
+        lines.setdefault(point.batch, []).append((point.context, point.seconds))
+    return [(batch, sorted(lines[batch])) for batch in sorted(lines)]
+
+
+def _interpolate(points: Sequence[tuple[int, float]], x: int) -> float:
+    """Piecewise linear through `points`, ascending in x.
+
+    Beyond the ends the nearest slope goes on, but never below the smallest measured value.
+    """
+    if len(points) == 1:
+        return points[0][1]
+    index = min(max(bisect_left(points, (x, 0.0)), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[index - 1], points[index]
+    return max(y0 + (y1 - y0) * (x - x0) / (x1 - x0), min(y0, y1, points[0][1]))

@@ -1,0 +1,48 @@
+"""Pools of KV block ids. The same id means the same block on every rank."""
+
+from __future__ import annotations
+
+NULL_BLOCK = 0
+"""Never owned and never written; it pads block tables."""
+
+
+class BlockPool:
+    """Free block ids of one memory; each id is either in here or owned by one request."""
+
+    def __init__(self, num_blocks: int) -> None:
+        """Make a pool of the ids 1 .. num_blocks - 1, all free."""
+        if num_blocks < 2:
+            raise ValueError(
+                f"a pool needs at least 2 blocks, the null block included, got {num_blocks}"
+            )
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that can be owned."""
+        return self.num_blocks - 1
+
+    @property
+    def free_count(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` >= 1 free blocks, the most recently freed first.
+
+        Raises:
+            MemoryError: fewer are free; the pool is unchanged.
+        """
+        if count > len(self._free):
+            raise MemoryError(f"{count} blocks asked for, {len(self._free)} are free")
+        taken = self._free[-count:]
+        del self._free[-count:]
+        return taken
+
+    def free(self, block_ids: list[int]) -> None:
+        self._free.extend(block_ids)
+
+    def check_integrity(self, owned: list[int]) -> None:
+        """Raise RuntimeError unless free and owned ids partition the pool exactly."""
+        if sorted(self._free + owned) != list(range(1, self.num_blocks)):
+            raise RuntimeError("free and owned blocks do not partition the pool")

@@ -1,0 +1,118 @@
+"""The multi-level feedback queue, with the paper's skip-join (section 4.1) or without."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+
+from fastserve_mega.config import MlfqConfig
+from fastserve_mega.scheduling.cost_model import CostModel
+from fastserve_mega.scheduling.queues import LevelQueues
+from fastserve_mega.scheduling.request import Request
+
+
+class Mlfq:
+    """Levels Q1 (index 0, highest) to Qn with growing quanta; first in, first out within a level.
+
+    A request is charged the time of the steps it takes part in and demoted when it has used up
+    the quantum of its level. One that waited for `starvation_limit_s` since it last ran, or since
+    it arrived, returns to Q1.
+
+    With `skip_join`, a request joins the highest level whose quantum holds its prefill, and a
+    demoted one skips the levels whose quantum could not hold its next iteration. Without, all
+    join at Q1 and are demoted one level at a time: the naive MLFQ of the paper's comparison.
+    """
+
+    def __init__(self, config: MlfqConfig, cost_model: CostModel, *, skip_join: bool) -> None:
+        base_s = config.base_quantum_s or cost_model.decode_s(1, 1)
+        self.quanta_s = [base_s * config.quantum_ratio**level for level in range(config.levels)]
+        self._lowest = config.levels - 1
+        self._cost_model = cost_model
+        self._skip_join = skip_join
+        self._starvation_limit_s = config.starvation_limit_s
+        self._queues = LevelQueues(config.levels)
+        self._watch: list[tuple[float, int, Request]] = []
+        """Heap of (deadline, arrival number, request). A deadline is corrected when it is looked
+        at, not when the request runs: one heap operation per starvation limit, not per step."""
+
+    def add(self, request: Request, now: float) -> None:
+        request.waiting_since = now
+        level = self._level_that_holds(self._next_iteration_s(request)) if self._skip_join else 0
+        level = min(max(level + request.priority, 0), self._lowest)
+        self._queues.add(request, level)
+        self._watch_starvation(request)
+
+    def remove(self, request: Request) -> None:
+        self._queues.remove(request)
+
+    def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
+        quanta_s = self.quanta_s
+        for request in batch:
+            request.charged_s += elapsed_s
+            if request.charged_s >= quanta_s[request.level]:
+                self._demote(request)
+
+    def promote(self, now: float) -> None:
+        """Find the starving by their deadlines; each look is O(log n)."""
+        watch = self._watch
+        while watch and watch[0][0] <= now:
+            _, _, request = watch[0]
+            if request.ended or request.level == 0:
+                heapq.heappop(watch)
+                request.watched = False
+            elif (deadline := self._starvation_deadline(request, now)) > now:
+                heapq.heapreplace(watch, (deadline, request.arrival_number, request))
+            else:
+                heapq.heappop(watch)
+                request.watched = False
+                self._queues.move(request, 0)
+
+    def next_deadline(self, now: float) -> float | None:
+        watch = self._watch
+        while watch:
+            deadline, _, request = watch[0]
+            if request.ended or request.level == 0:
+                heapq.heappop(watch)
+                request.watched = False
+                continue
+            corrected = self._starvation_deadline(request, now)
+            if corrected <= deadline:
+                return deadline
+            heapq.heapreplace(watch, (corrected, request.arrival_number, request))
+        return None
+
+    def by_priority(self) -> Iterable[Request]:
+        return self._queues
+
+    def rank(self, request: Request) -> tuple[int, int]:
+        return request.level, request.level_entry
+
+    def level_lengths(self) -> tuple[int, ...]:
+        return self._queues.lengths
+
+    def _demote(self, request: Request) -> None:
+        level = request.level + 1
+        if self._skip_join:
+            level = max(level, self._level_that_holds(self._next_iteration_s(request)))
+        self._queues.move(request, min(level, self._lowest))
+        self._watch_starvation(request)
+
+    def _level_that_holds(self, seconds: float) -> int:
+        """The highest level whose quantum is at least this long, else the lowest level."""
+        return min(bisect_left(self.quanta_s, seconds), self._lowest)
+
+    def _next_iteration_s(self, request: Request) -> float:
+        if request.pending_tokens > 1:
+            return self._cost_model.prefill_s(request.pending_tokens)
+        return self._cost_model.decode_s(1, request.known_tokens)
+
+    def _watch_starvation(self, request: Request) -> None:
+        if self._starvation_limit_s is not None and request.level > 0 and not request.watched:
+            request.watched = True
+            deadline = request.waiting_since + self._starvation_limit_s
+            heapq.heappush(self._watch, (deadline, request.arrival_number, request))
+
+    def _starvation_deadline(self, request: Request, now: float) -> float:
+        limit_s = self._starvation_limit_s or 0.0
+        return (now if request.in_flight_tokens else request.waiting_since) + limit_s

@@ -1,0 +1,55 @@
+"""One request as the scheduler sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastserve_mega.types import RequestId
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Mutable state of an unfinished request; identity is equality."""
+
+    request_id: RequestId
+    prompt_tokens: int
+    max_tokens: int
+    priority: int
+    arrival_number: int
+    """Counts arrivals; breaks ties so that plans are reproducible."""
+    known_tokens: int
+    """Prompt and output tokens that exist; the KV of all of them is needed for the next one."""
+    oracle_output_tokens: int | None = None
+
+    computed_tokens: int = 0
+    """Leading tokens whose KV is on the device."""
+    in_flight_tokens: int = 0
+    """Tokens a dispatched step is computing now; 0 when the request may be scheduled."""
+    block_table: list[int] = field(default_factory=list)
+    """Device blocks in order of position; empty when not resident."""
+    sampled_since_admission: bool = False
+    """Yielded a token since it last became resident. Until then its blocks are not taken away,
+    so that each admission makes progress."""
+    passed_over: int = 0
+    """Steps in which it found no memory since it last ran."""
+    waiting_since: float = 0.0
+    """When it arrived or last left a step, seconds."""
+    ended: bool = False
+
+    level: int = 0
+    """Of the multi-level feedback queue, 0 is the highest."""
+    level_entry: int = 0
+    """Counts entries into levels: the order within a level."""
+    charged_s: float = 0.0
+    """Time of the steps it took part in since it entered its level."""
+    watched: bool = False
+    """Has an entry in the starvation heap."""
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens to compute before the next token can be sampled; 1 means decode."""
+        return self.known_tokens - self.computed_tokens
+
+    @property
+    def is_resident(self) -> bool:
+        return bool(self.block_table)

@@ -1,0 +1,235 @@
+"""The scheduler: typed events in, plans out. `docs/scheduling.md` explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastserve_mega.config import SchedulerConfig
+from fastserve_mega.plan import Plan, SequenceSlice
+from fastserve_mega.scheduling.cost_model import CostModel
+from fastserve_mega.scheduling.events import Aborted, Arrived, Event, StepDone, WorkersLost
+from fastserve_mega.scheduling.memory import KvMemory
+from fastserve_mega.scheduling.policies import make_policy
+from fastserve_mega.scheduling.request import Request
+from fastserve_mega.types import RequestId
+
+
+class Scheduler:
+    """A pure state machine: the same events at the same times give the same plans.
+
+    The live coordinator and the simulator drive this very object. It reads no clock; `now` is in
+    seconds of any clock that does not go back.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cost_model: CostModel,
+        *,
+        device_blocks: int,
+        block_size: int,
+        window: int = 1,
+    ) -> None:
+        """Start empty.
+
+        Args:
+            config: policy and limits of a step.
+            cost_model: predicts step times, and learns from those that ran.
+            device_blocks: size of the device pool, the null block included.
+            block_size: tokens of a block.
+            window: steps in flight at once, the number of pipeline stages.
+        """
+        self._config = config
+        self._cost_model = cost_model
+        self._policy = make_policy(config, cost_model)
+        self._memory = KvMemory(device_blocks, block_size, self._policy)
+        self._window = window
+        self._requests: dict[RequestId, Request] = {}
+        self._in_flight: dict[int, list[Request]] = {}
+        self._released: list[RequestId] = []
+        self._arrivals = 0
+        self._next_step_id = 0
+
+    def step(self, now: float, events: Sequence[Event] = ()) -> Plan | None:
+        """Take in what happened and decide the next step.
+
+        Returns:
+            A plan to dispatch, then call again without events; or None when there is nothing to
+            run or `window` steps are in flight.
+        """
+        for event in events:
+            self._apply(event, now)
+        if len(self._in_flight) >= self._window or not self._requests:
+            return None
+        self._policy.promote(now)
+        return self._plan_step()
+
+    def next_deadline(self, now: float) -> float | None:
+        """When `step` should be called though nothing happened; None for never."""
+        return self._policy.next_deadline(now)
+
+    def refusal(self, prompt_tokens: int, max_tokens: int) -> str | None:
+        """Why a request could never run, as one sentence; None when it could."""
+        needed = self._memory.blocks_for(prompt_tokens + max_tokens)
+        if needed <= (capacity := self._memory.pool.capacity):
+            return None
+        return (
+            f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} need {needed} KV blocks, "
+            f"this server has {capacity}"
+        )
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._requests)
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def memory(self) -> KvMemory:
+        return self._memory
+
+    def level_lengths(self) -> tuple[int, ...]:
+        """Unfinished requests of each level, the highest first."""
+        return self._policy.level_lengths()
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError when the state contradicts itself."""
+        self._memory.check_integrity()
+        flying = [request for batch in self._in_flight.values() for request in batch]
+        if len(set(flying)) != len(flying):
+            raise RuntimeError("a request is in two steps at once")
+        queued = list(self._policy.by_priority())
+        if set(queued) != set(self._requests.values()) or len(queued) != len(self._requests):
+            raise RuntimeError("the policy's queues and the unfinished requests differ")
+        for request in {*flying, *queued}:
+            if bool(request.in_flight_tokens) != (request in flying):
+                raise RuntimeError(f"request {request.request_id}: in flight or not?")
+            held = request.computed_tokens + request.in_flight_tokens
+            if self._memory.blocks_for(held) > len(request.block_table):
+                raise RuntimeError(f"request {request.request_id} computes without blocks")
+
+    # --- events --------------------------------------------------------------------------------
+
+    def _apply(self, event: Event, now: float) -> None:
+        match event:
+            case StepDone():
+                self._step_done(event, now)
+            case Arrived():
+                self._arrive(event, now)
+            case Aborted():
+                if request := self._requests.get(event.request_id):
+                    self._end(request)
+            case WorkersLost():
+                self._lose_workers(now)
+
+    def _arrive(self, event: Arrived, now: float) -> None:
+        if event.request_id in self._requests:
+            raise ValueError(f"request {event.request_id} is unfinished and arrived again")
+        self._arrivals += 1
+        request = Request(
+            request_id=event.request_id,
+            prompt_tokens=event.prompt_tokens,
+            max_tokens=event.max_tokens,
+            priority=event.priority,
+            arrival_number=self._arrivals,
+            known_tokens=event.prompt_tokens + event.received_tokens,
+            oracle_output_tokens=event.oracle_output_tokens,
+            waiting_since=now,
+        )
+        self._requests[request.request_id] = request
+        self._policy.add(request, now)
+
+    def _step_done(self, event: StepDone, now: float) -> None:
+        finished = frozenset(event.finished)
+        prefill_tokens = decodes = 0
+        going_on = []
+        for request in self._in_flight.pop(event.step_id):
+            tokens = request.in_flight_tokens
+            if tokens > 1:
+                prefill_tokens += tokens
+            else:
+                decodes += 1
+            request.computed_tokens += tokens
+            request.in_flight_tokens = 0
+            request.waiting_since = now
+            if request.ended:  # aborted while the step ran
+                self._memory.release(request)
+            elif request.request_id in finished:
+                self._end(request)
+            else:
+                if request.computed_tokens == request.known_tokens:
+                    request.known_tokens += 1
+                    request.sampled_since_admission = True
+                going_on.append(request)
+        self._cost_model.observe(prefill_tokens, decodes, event.elapsed_s)
+        self._policy.charge(going_on, event.elapsed_s)
+
+    def _end(self, request: Request) -> None:
+        request.ended = True
+        del self._requests[request.request_id]
+        self._policy.remove(request)
+        self._released.append(request.request_id)
+        if not request.in_flight_tokens:
+            self._memory.release(request)
+
+    def _lose_workers(self, now: float) -> None:
+        for batch in self._in_flight.values():
+            for request in batch:
+                request.in_flight_tokens = 0
+                request.waiting_since = now
+        self._in_flight.clear()
+        self._memory.lose_everything()
+        self._released.clear()
+
+    # --- the next step -------------------------------------------------------------------------
+
+    def _plan_step(self) -> Plan | None:
+        """By priority until the batch or its tokens are full, passing over who finds no memory."""
+        memory = self._memory
+        max_requests = min(self._config.max_batch_size, -(-len(self._requests) // self._window))
+        tokens_left = self._config.max_batch_tokens
+        lookahead = self._config.backfill_lookahead
+        admitting = True
+        batch: list[Request] = []
+        slices: list[SequenceSlice] = []
+        for request in self._policy.by_priority():
+            if request.in_flight_tokens:
+                continue
+            start = request.computed_tokens
+            pending = request.known_tokens - start
+            num_tokens = pending if pending <= tokens_left else tokens_left
+            if request.block_table:
+                block_start = len(request.block_table)
+                block_ids = memory.grow(request, start + num_tokens)
+            else:
+                block_start = 0
+                block_ids = memory.admit(request, reserve=len(batch)) if admitting else None
+            if block_ids is None:
+                request.passed_over += 1
+                admitting = admitting and request.passed_over <= self._config.max_passed_over
+                lookahead -= 1
+                if lookahead < 0:
+                    break
+                continue
+            request.in_flight_tokens = num_tokens
+            request.passed_over = 0
+            batch.append(request)
+            slices.append(
+                SequenceSlice(
+                    request.request_id, start, num_tokens, num_tokens == pending,
+                    block_start, tuple(block_ids),
+                )
+            )  # fmt: skip
+            tokens_left -= num_tokens
+            if not tokens_left or len(batch) == max_requests:
+                break
+        return self._dispatch(batch, slices) if batch else None
+
+    def _dispatch(self, batch: list[Request], slices: list[SequenceSlice]) -> Plan:
+        step_id = self._next_step_id
+        self._next_step_id += 1
+        self._in_flight[step_id] = batch
+        released, self._released = tuple(self._released), []
+        return Plan(step_id=step_id, batch=tuple(slices), released=released)
