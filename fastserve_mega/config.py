@@ -182,10 +182,13 @@ class CoordinatorConfig:
     """Unsent messages held per client; a slower reader's requests are aborted."""
     client_timeout_s: float = 30.0
     """A client silent for this long is taken for gone and its requests are aborted."""
+    drain_timeout_s: float = 5.0
+    """On SIGTERM, how long running requests may go on before they end with `error`."""
 
     def __post_init__(self) -> None:
         for name in (
             "startup_timeout_s", "step_timeout_s", "client_buffer_messages", "client_timeout_s",
+            "drain_timeout_s",
         ):  # fmt: skip
             value = getattr(self, name)
             _require(value > 0, f"coordinator.{name} must be positive, got {value}")

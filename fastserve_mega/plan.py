@@ -40,6 +40,8 @@ class CopyDirection(str, Enum):
 class BlockCopy:
     """Blocks to copy between device and host memory, the same ids on every rank."""
 
+    copy_id: int
+    """Named by the CopyDone of every rank."""
     direction: CopyDirection
     source_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
@@ -54,7 +56,7 @@ class Plan:
     step_id: int
     """Strictly increasing by one; a worker refuses a gap."""
     batch: tuple[SequenceSlice, ...]
-    """May be empty when there are only copies or releases."""
+    """May be empty when there are only copies; such a plan yields no result."""
     copies: tuple[BlockCopy, ...] = ()
     released: tuple[RequestId, ...] = ()
     """Requests the workers may forget; their blocks are reused from this step on."""

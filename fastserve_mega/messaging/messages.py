@@ -26,11 +26,10 @@ class Kind(IntEnum):
     METRICS = 37
 
     WORKER_READY = 64
-    WORKER_START = 65
-    STEP_COMMAND = 66
-    STEP_RESULT = 67
-    WORKER_FAILED = 68
-    SHUTDOWN = 69
+    STEP_COMMAND = 65
+    STEP_RESULT = 66
+    WORKER_FAILED = 67
+    SHUTDOWN = 68
 
 
 # --- client to coordinator ---------------------------------------------------------------------
@@ -145,13 +144,6 @@ class WorkerReady:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerStart:
-    """All ranks are ready. The pools of all ranks have this many usable block ids."""
-
-    device_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
 class SequenceStart:
     """Told to the workers with the first slice of a request."""
 
@@ -194,7 +186,7 @@ class Shutdown:
 Message = (
     Hello | Submit | Cancel | Ping | GetMetrics
     | Welcome | Tokens | Finished | Refused | Pong | Metrics
-    | WorkerReady | WorkerStart | StepCommand | StepResult | WorkerFailed | Shutdown
+    | WorkerReady | StepCommand | StepResult | WorkerFailed | Shutdown
 )  # fmt: skip
 
 KIND_OF: dict[type, Kind] = {
@@ -210,7 +202,6 @@ KIND_OF: dict[type, Kind] = {
     Pong: Kind.PONG,
     Metrics: Kind.METRICS,
     WorkerReady: Kind.WORKER_READY,
-    WorkerStart: Kind.WORKER_START,
     StepCommand: Kind.STEP_COMMAND,
     StepResult: Kind.STEP_RESULT,
     WorkerFailed: Kind.WORKER_FAILED,

@@ -41,6 +41,13 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyDone:
+    """All ranks have finished a BlockCopy."""
+
+    copy_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkersLost:
     """The ranks restarted: no plan is in flight any more and all device KV is gone."""
 

@@ -29,6 +29,7 @@ class Scheduler:
         device_blocks: int,
         block_size: int,
         window: int = 1,
+        first_step_id: int = 0,
     ) -> None:
         """Start empty.
 
@@ -38,6 +39,7 @@ class Scheduler:
             device_blocks: size of the device pool, the null block included.
             block_size: tokens of a block.
             window: steps in flight at once, the number of pipeline stages.
+            first_step_id: of the first plan.
         """
         self._config = config
         self._cost_model = cost_model
@@ -48,7 +50,7 @@ class Scheduler:
         self._in_flight: dict[int, list[Request]] = {}
         self._released: list[RequestId] = []
         self._arrivals = 0
-        self._next_step_id = 0
+        self._next_step_id = first_step_id
 
     def step(self, now: float, events: Sequence[Event] = ()) -> Plan | None:
         """Take in what happened and decide the next step.

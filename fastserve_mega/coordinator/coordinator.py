@@ -1,0 +1,266 @@
+"""The loop: what came in becomes events, the scheduler answers with plans, the workers run them."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fastserve_mega.config import CoordinatorConfig
+from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.front_door import FrontDoor
+from fastserve_mega.coordinator.live_request import LiveRequest
+from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
+from fastserve_mega.messaging.messages import (
+    Cancel,
+    Finished,
+    GetMetrics,
+    Hello,
+    Message,
+    Metrics,
+    Ping,
+    Pong,
+    Refused,
+    StepCommand,
+    StepResult,
+    Submit,
+    Tokens,
+    Welcome,
+)
+from fastserve_mega.messaging.router import Identity
+from fastserve_mega.metrics import ServingMetrics
+from fastserve_mega.plan import Plan
+from fastserve_mega.scheduling.events import Aborted, Arrived, Event, StepDone
+from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.types import FinishReason, RequestId, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class _DispatchedStep:
+    plan: Plan
+    dispatched_at: float
+    requests: tuple[LiveRequest, ...]
+
+
+class Coordinator:
+    """Everything between the two sockets. It sees tokens; the scheduler sees lengths."""
+
+    def __init__(
+        self,
+        *,
+        config: CoordinatorConfig,
+        welcome: Welcome,
+        scheduler: Scheduler,
+        front_door: FrontDoor,
+        workers: WorkerGroup,
+        metrics: ServingMetrics,
+        admission: Admission,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._welcome = welcome
+        self._eos_token_ids = frozenset(welcome.eos_token_ids)
+        self._scheduler = scheduler
+        self._front_door = front_door
+        self._workers = workers
+        self._metrics = metrics
+        self._admission = admission
+        self._clock = clock
+        self._requests: dict[RequestId, LiveRequest] = {}
+        self._by_client: dict[Identity, set[RequestId]] = {}
+        self._steps: deque[_DispatchedStep] = deque()
+        self._timeouts: list[tuple[float, int, LiveRequest]] = []
+        self._timeout_numbers = itertools.count()
+        self._replies: list[tuple[Identity, Message]] = []
+        self._draining = False
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._requests)
+
+    def run_once(self) -> None:
+        """Handle everything that has arrived, without waiting.
+
+        Raises:
+            WorkersLostError: a rank failed, or a step took longer than `step_timeout_s`.
+        """
+        now = self._clock()
+        events: Sequence[Event] = [
+            *self._from_workers(now),
+            *self._from_clients(now),
+            *self._overdue(now),
+        ]
+        while plan := self._scheduler.step(now, events):
+            self._dispatch(plan, now)
+            events = ()
+        for client, message in self._replies:
+            self._front_door.send(client, message)
+        self._replies.clear()
+
+    def next_deadline(self) -> float | None:
+        """When `run_once` has something to do though nothing arrives."""
+        deadlines = [self._timeouts[0][0]] if self._timeouts else []
+        if self._steps:
+            deadlines.append(self._steps[0].dispatched_at + self._config.step_timeout_s)
+        return min(deadlines, default=None)
+
+    def drain(self) -> None:
+        """Accept nothing new from here on."""
+        self._draining = True
+
+    def end_all(self, reason: FinishReason, message: str) -> None:
+        """End every request, as the last thing that is done for clients."""
+        for live in list(self._requests.values()):
+            self._finish(live, reason, message)
+        for client, reply in self._replies:
+            self._front_door.send(client, reply)
+        self._replies.clear()
+
+    # --- what came in --------------------------------------------------------------------------
+
+    def _from_workers(self, now: float) -> list[Event]:
+        return [self._step_done(result, now) for result in self._workers.results()]
+
+    def _step_done(self, result: StepResult, now: float) -> StepDone:
+        if not self._steps or self._steps[0].plan.step_id != result.step_id:
+            raise WorkersLostError(f"the workers answered step {result.step_id} out of order")
+        step = self._steps.popleft()
+        sampled = [
+            live
+            for live, piece in zip(step.requests, step.plan.batch, strict=True)
+            if piece.samples
+        ]
+        if len(sampled) != len(result.token_ids):
+            raise WorkersLostError(
+                f"step {result.step_id} yielded {len(result.token_ids)} tokens for "
+                f"{len(sampled)} requests"
+            )
+        finished = []
+        for live, token in zip(sampled, result.token_ids, strict=True):
+            if self._requests.get(live.request_id) is not live:
+                continue  # ended while the step ran
+            reason = live.accept(token, self._eos_token_ids)
+            self._metrics.observe_token(live.arrived, live.first_token_at, now)
+            live.first_token_at = live.first_token_at or now
+            offset = len(live.output) - 1
+            self._replies.append((live.client, Tokens(live.request_id, offset, (token,))))
+            if reason:
+                finished.append(live.request_id)
+                self._finish(live, reason)
+        elapsed_s = now - step.dispatched_at
+        self._metrics.observe_step(step.plan, elapsed_s)
+        return StepDone(step.plan.step_id, elapsed_s, tuple(finished))
+
+    def _from_clients(self, now: float) -> list[Event]:
+        events: list[Event] = []
+        for client, message in self._front_door.receive(now):
+            match message:
+                case Submit():
+                    events += self._submit(client, message, now)
+                case Cancel():
+                    events += self._cancel(client, message)
+                case Hello():
+                    self._replies.append((client, self._welcome))
+                case Ping():
+                    self._replies.append((client, Pong(self._welcome.epoch)))
+                case GetMetrics():
+                    self._replies.append((client, Metrics(self._metrics.render())))
+        for client, reason in self._front_door.take_lost(now):
+            for request_id in list(self._by_client.get(client, ())):
+                self._finish(self._requests[request_id], FinishReason.ABORT, reason)
+                events.append(Aborted(request_id))
+        return events
+
+    def _submit(self, client: Identity, submit: Submit, now: float) -> list[Event]:
+        request_id = submit.request_id
+        if live := self._requests.get(request_id):
+            self._resume(client, live, submit)
+            return []
+        if refusal := self._admission.refusal(submit):
+            self._replies.append((client, Refused(refusal, request_id)))
+            return []
+        if busy := self._admission.rejection(len(self._requests), draining=self._draining):
+            usage = Usage(len(submit.prompt), len(submit.received))
+            finished = Finished(request_id, FinishReason.REJECTED, usage, busy)
+            self._replies.append((client, finished))
+            self._metrics.observe_finish(FinishReason.REJECTED, None)
+            return []
+        deadline = None if submit.timeout_s is None else now + submit.timeout_s
+        live = LiveRequest(submit, client, now, deadline, list(submit.received))
+        self._requests[request_id] = live
+        self._by_client.setdefault(client, set()).add(request_id)
+        if deadline is not None:
+            heapq.heappush(self._timeouts, (deadline, next(self._timeout_numbers), live))
+        self._metrics.observe_arrival(len(submit.prompt))
+        return [
+            Arrived(
+                request_id,
+                prompt_tokens=len(submit.prompt),
+                max_tokens=submit.params.max_tokens,
+                received_tokens=len(submit.received),
+                priority=submit.priority,
+            )
+        ]
+
+    def _resume(self, client: Identity, live: LiveRequest, submit: Submit) -> None:
+        """The same request again: its client lost the connection and holds some of the tokens."""
+        if (submit.prompt, submit.params) != (live.submit.prompt, live.submit.params):
+            message = f"request id {submit.request_id!r} is in use by an unfinished request"
+            self._replies.append((client, Refused(message, submit.request_id)))
+            return
+        self._by_client[live.client].discard(live.request_id)
+        live.client = client
+        self._by_client.setdefault(client, set()).add(live.request_id)
+        held = len(submit.received)
+        if tokens := tuple(live.output[held:]):
+            self._replies.append((client, Tokens(live.request_id, held, tokens)))
+
+    def _cancel(self, client: Identity, cancel: Cancel) -> list[Event]:
+        live = self._requests.get(cancel.request_id)
+        if live is None or live.client != client:
+            # It may have finished while the message travelled: an answer, but no harm done.
+            message = f"no unfinished request {cancel.request_id!r} of this client"
+            self._replies.append((client, Refused(message, cancel.request_id)))
+            return []
+        self._finish(live, FinishReason.ABORT)
+        return [Aborted(live.request_id)]
+
+    def _overdue(self, now: float) -> list[Event]:
+        if self._steps and now - self._steps[0].dispatched_at > self._config.step_timeout_s:
+            raise WorkersLostError(
+                f"step {self._steps[0].plan.step_id} has not returned within "
+                f"{self._config.step_timeout_s:g} s (coordinator.step_timeout_s)"
+            )
+        events: list[Event] = []
+        while self._timeouts and self._timeouts[0][0] <= now:
+            live = heapq.heappop(self._timeouts)[2]
+            if self._requests.get(live.request_id) is live:
+                message = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
+                self._finish(live, FinishReason.TIMEOUT, message)
+                events.append(Aborted(live.request_id))
+        return events
+
+    # --- what goes out -------------------------------------------------------------------------
+
+    def _dispatch(self, plan: Plan, now: float) -> None:
+        requests = tuple(self._requests[piece.request_id] for piece in plan.batch)
+        token_ids = tuple(
+            live.input_tokens(piece) for live, piece in zip(requests, plan.batch, strict=True)
+        )
+        started = tuple(live.sequence_start for live in requests if not live.started)
+        for live in requests:
+            live.started = True
+        self._steps.append(_DispatchedStep(plan, now, requests))
+        self._workers.dispatch(StepCommand(plan, token_ids, started))
+
+    def _finish(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
+        del self._requests[live.request_id]
+        requests = self._by_client[live.client]
+        requests.discard(live.request_id)
+        if not requests:
+            del self._by_client[live.client]
+        self._metrics.observe_finish(reason, self._clock() - live.arrived)
+        finished = Finished(live.request_id, reason, live.usage, message)
+        self._replies.append((live.client, finished))

@@ -1,0 +1,115 @@
+"""Where clients come in: checks what they send, and delivers what is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import zmq
+
+from fastserve_mega.messaging.codec import BadFrameError, decode
+from fastserve_mega.messaging.messages import (
+    Cancel,
+    Finished,
+    GetMetrics,
+    Hello,
+    Message,
+    Ping,
+    Refused,
+    Submit,
+)
+from fastserve_mega.messaging.router import Identity, PeerBusyError, PeerGoneError, Router
+
+ClientMessage = Hello | Submit | Cancel | Ping | GetMetrics
+
+_SWEEP_INTERVAL_S = 1.0
+
+
+@dataclass(slots=True)
+class _Session:
+    last_heard: float
+    owed: list[Message] = field(default_factory=list)
+    """Last words for a client whose buffer is full; sent when it shows life again."""
+
+
+class FrontDoor:
+    """The clients' socket and what is known about each client."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        buffer: int,
+        timeout_s: float,
+    ) -> None:
+        self._router = Router(context, endpoint, buffer)
+        self._timeout_s = timeout_s
+        self._sessions: dict[Identity, _Session] = {}
+        self._gone: set[Identity] = set()
+        self._too_slow: set[Identity] = set()
+        self._next_sweep = 0.0
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        return self._router.socket
+
+    @property
+    def endpoint(self) -> str:
+        return self._router.endpoint
+
+    def receive(self, now: float) -> Iterator[tuple[Identity, ClientMessage]]:
+        """Valid messages; anything else is answered with Refused and goes no further."""
+        for client, frames in self._router.receive():
+            session = self._sessions.setdefault(client, _Session(now))
+            session.last_heard = now
+            self._settle(client, session)
+            try:
+                message = self._decode(frames)
+            except BadFrameError as error:
+                self.send(client, Refused(str(error)))
+                continue
+            yield client, message
+
+    def send(self, client: Identity, message: Message) -> None:
+        """Deliver, or note that the client is gone or too slow (see `take_lost`)."""
+        try:
+            self._router.send(client, message)
+        except PeerGoneError:
+            self._gone.add(client)
+        except PeerBusyError:
+            self._too_slow.add(client)
+            if isinstance(message, Finished) and client in self._sessions:
+                self._sessions[client].owed.append(message)
+
+    def take_lost(self, now: float) -> Iterator[tuple[Identity, str]]:
+        """Clients whose requests must end, with the reason; each is named once."""
+        if now >= self._next_sweep:
+            self._next_sweep = now + _SWEEP_INTERVAL_S
+            silent_since = now - self._timeout_s
+            self._gone.update(c for c, s in self._sessions.items() if s.last_heard < silent_since)
+        # Their last words may fail to be sent as well, and name them again: next time.
+        too_slow, self._too_slow = self._too_slow, set()
+        gone, self._gone = self._gone, set()
+        for client in too_slow - gone:
+            yield client, "the client reads too slowly and its buffer is full"
+        for client in gone:
+            self._sessions.pop(client, None)
+            yield client, "the client went away"
+
+    def close(self) -> None:
+        self._router.close()
+
+    def _settle(self, client: Identity, session: _Session) -> None:
+        owed, session.owed = session.owed, []
+        for message in owed:
+            self.send(client, message)
+
+    @staticmethod
+    def _decode(frames: list[bytes]) -> ClientMessage:
+        if len(frames) != 1:
+            raise BadFrameError(f"a message is 1 frame, got {len(frames)}")
+        message = decode(frames[0])
+        if not isinstance(message, ClientMessage):
+            raise BadFrameError(f"{type(message).__name__} is not for clients to send")
+        return message

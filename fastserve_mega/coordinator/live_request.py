@@ -1,0 +1,68 @@
+"""One request as the coordinator holds it: its tokens, its client, and when it ends."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+from fastserve_mega.messaging.messages import SequenceStart, Submit
+from fastserve_mega.messaging.router import Identity
+from fastserve_mega.plan import SequenceSlice
+from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    """An unfinished request."""
+
+    submit: Submit
+    client: Identity
+    arrived: float
+    deadline: float | None
+    """When it ends with `timeout`, on the coordinator's clock."""
+    output: list[int]
+    """All output tokens, those the client brought along included."""
+    started: bool = False
+    """The workers know its sampling parameters."""
+    first_token_at: float | None = None
+    seed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        # A client that sends no seed cannot rely on one, but resubmits under the same id.
+        chosen = self.submit.params.seed
+        self.seed = zlib.crc32(self.request_id.encode()) if chosen is None else chosen
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.submit.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.submit.params
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.submit.prompt), len(self.output))
+
+    @property
+    def sequence_start(self) -> SequenceStart:
+        return SequenceStart(self.request_id, self.params, self.seed, len(self.submit.prompt))
+
+    def input_tokens(self, piece: SequenceSlice) -> tuple[int, ...]:
+        """The tokens of a slice, from the prompt and the output so far."""
+        prompt = self.submit.prompt
+        start, end = piece.start, piece.start + piece.num_tokens
+        if end <= len(prompt):
+            return prompt[start:end]
+        tail = self.output[max(start - len(prompt), 0) : end - len(prompt)]
+        return (*prompt[start:], *tail)
+
+    def accept(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Append an output token; the reason when it is the last one."""
+        self.output.append(token)
+        params = self.params
+        if len(self.output) >= params.min_tokens and (
+            token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+        ):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.output) >= params.max_tokens else None

@@ -1,0 +1,158 @@
+"""What a model looks like, read from a Hugging Face directory with plain JSON."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastserve_mega.models.fields import Fields
+from fastserve_mega.models.weight_names import WeightNames
+
+_FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "OPTForCausalLM": "opt",
+    "GPT2LMHeadModel": "gpt2",
+}
+"""Name in config.json → module of this package with `read_architecture(fields)`."""
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How the rotary frequencies of a model are stretched beyond its training context."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_context: int = 0
+    """Tokens; used by llama3 only, as are the two frequency factors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding over the whole head."""
+
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedPositions:
+    """A table of position embeddings, added to the token embeddings."""
+
+    first_row: int = 0
+    """Row of position 0 in the checkpoint's table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A pre-norm decoder-only transformer.
+
+    Raises:
+        ValueError: sizes contradict each other; the message names values and limits.
+    """
+
+    name: str
+    """As in config.json, for example LlamaForCausalLM."""
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_context: int
+    """Tokens of prompt and answer together that the model can attend to."""
+    norm: Literal["rms", "layer"]
+    norm_epsilon: float
+    activation: Activation
+    gated: bool
+    """The feed-forward layer multiplies activation(gate) by a second projection."""
+    positions: Rope | LearnedPositions
+    tied_embeddings: bool
+    """The output layer is the embedding table."""
+    qkv_bias: bool = False
+    linear_bias: bool = False
+    """The output projection and the feed-forward layers have biases; where the checkpoint has
+    only some of them, the others are zero."""
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    """A token attends to this many tokens at most, itself included; None is no limit."""
+    eos_token_ids: tuple[int, ...] = ()
+    """From generation_config.json and config.json together."""
+    weights: WeightNames
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ValueError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value "
+                f"heads evenly"
+            )
+        if isinstance(self.positions, Rope) and self.head_dim % 2 != 0:
+            raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+
+
+def load_architecture(directory: Path) -> Architecture:
+    """Read config.json (and generation_config.json, if any) of a Hugging Face directory.
+
+    Raises:
+        ValueError: not a model directory, an unknown architecture, or a value that is missing,
+            malformed or not supported; the message names the file and the value.
+    """
+    path = directory / "config.json"
+    config = _read_json(path)
+    if config is None:
+        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise ValueError(
+            f"{path}: architecture {name!r} is not supported; supported are "
+            f"{', '.join(sorted(_FAMILIES))}"
+        )
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{path}: quantized checkpoints (quantization_config) are not supported")
+    family = importlib.import_module(f"fastserve_mega.models.{_FAMILIES[name]}")
+    try:
+        fields = Fields(config, name, _eos_token_ids(directory, config))
+        architecture = family.read_architecture(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(architecture, Architecture):
+        raise TypeError(f"family {name} returned {type(architecture).__name__}")
+    return architecture
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")  # noqa: TRY004
+    return value
+
+
+def _eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Union of both files, in order: either may name tokens that the other lacks."""
+    generation = _read_json(directory / "generation_config.json") or {}
+    found: dict[int, None] = {}
+    for source in (generation, config):
+        value = source.get("eos_token_id")
+        for token in value if isinstance(value, list) else [value]:
+            if token is None:
+                continue
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"eos_token_id must hold token ids, got {value!r}")
+            found[token] = None
+    return tuple(found)

@@ -1,0 +1,75 @@
+"""Typed access to config.json, with one clear sentence for each thing that is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Fields:
+    """The values of one config.json.
+
+    A field that is absent or null takes its default; without a default that is an error.
+    All methods raise ValueError, naming the field and what it holds.
+    """
+
+    def __init__(
+        self, config: dict[str, Any], architecture: str, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self._config = config
+        self.architecture = architecture
+        self.eos_token_ids = eos_token_ids
+
+    def raw(self, name: str) -> Any:
+        """The value as it is in the file, None when absent."""
+        return self._config.get(name)
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """A positive whole number."""
+        value = self._value(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive number."""
+        value = self._value(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        value = self._value(name, default)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}")  # noqa: TRY004
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        """A string."""
+        value = self._value(name, default)
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, got {value!r}")  # noqa: TRY004
+        return value
+
+    def section(self, name: str) -> Fields | None:
+        """A nested object, None when absent."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, got {value!r}")  # noqa: TRY004
+        return Fields(value, self.architecture, self.eos_token_ids)
+
+    def require(self, name: str, supported: Any, default: Any) -> None:
+        """Refuse a variant of the architecture that this code does not compute."""
+        value = self._config.get(name, default)
+        if value != supported:
+            raise ValueError(f"{name}={value!r} is not supported, only {supported!r}")
+
+    def _value(self, name: str, default: Any) -> Any:
+        value = self._config.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise ValueError(f"{name} is missing")
+        return value

@@ -1,0 +1,106 @@
+"""LlamaForCausalLM: Llama 1 to 3.3, SmolLM2, and many others that share the architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from fastserve_mega.models.architecture import Activation, Architecture, Rope, RopeScaling
+from fastserve_mega.models.fields import Fields
+from fastserve_mega.models.weight_names import WeightNames
+
+WEIGHTS = WeightNames(
+    prefix="model.",
+    embedding="embed_tokens",
+    final_norm="norm",
+    input_norm="layers.{layer}.input_layernorm",
+    query="layers.{layer}.self_attn.q_proj",
+    key="layers.{layer}.self_attn.k_proj",
+    value="layers.{layer}.self_attn.v_proj",
+    attention_output="layers.{layer}.self_attn.o_proj",
+    feed_forward_norm="layers.{layer}.post_attention_layernorm",
+    gate="layers.{layer}.mlp.gate_proj",
+    up="layers.{layer}.mlp.up_proj",
+    down="layers.{layer}.mlp.down_proj",
+)
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def read_activation(fields: Fields, name: str, default: str) -> Activation:
+    """Activation function by its Hugging Face name."""
+    value = fields.text(name, default)
+    if value not in _ACTIVATIONS:
+        raise ValueError(
+            f"{name}={value!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[value]
+
+
+def read_rope(fields: Fields, default_theta: float = 10000.0) -> Rope:
+    """Rotary settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
+    section = fields.section("rope_parameters") or fields.section("rope_scaling")
+    theta = fields.number("rope_theta", default_theta)
+    if section is None:
+        return Rope(theta=theta)
+    theta = section.number("rope_theta", theta)
+    section.require("partial_rotary_factor", 1.0, 1.0)
+    kind = section.text("rope_type", section.text("type", "default"))
+    if kind == "default":
+        return Rope(theta=theta)
+    factor = section.number("factor")
+    if kind == "linear":
+        return Rope(theta=theta, scaling=RopeScaling(kind="linear", factor=factor))
+    if kind == "llama3":
+        scaling = RopeScaling(
+            kind="llama3",
+            factor=factor,
+            low_freq_factor=section.number("low_freq_factor"),
+            high_freq_factor=section.number("high_freq_factor"),
+            original_max_context=section.integer("original_max_position_embeddings"),
+        )
+        return Rope(theta=theta, scaling=scaling)
+    raise ValueError(f"rope_type={kind!r} is not supported; supported are default, linear, llama3")
+
+
+def read_architecture(fields: Fields) -> Architecture:
+    """Map config.json of a Llama."""
+    attention_bias = fields.flag("attention_bias", False)
+    return llama_like(
+        fields,
+        qkv_bias=attention_bias,
+        linear_bias=attention_bias or fields.flag("mlp_bias", False),
+    )
+
+
+def llama_like(fields: Fields, **changes: Any) -> Architecture:
+    """Architecture of a family that differs from Llama only in `changes`."""
+    hidden_size = fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    llama = Architecture(
+        name=fields.architecture,
+        num_layers=fields.integer("num_hidden_layers"),
+        hidden_size=hidden_size,
+        num_heads=num_heads,
+        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+        head_dim=fields.integer("head_dim", max(1, hidden_size // num_heads)),
+        ffn_hidden_size=fields.integer("intermediate_size"),
+        vocab_size=fields.integer("vocab_size"),
+        max_context=fields.integer("max_position_embeddings", 2048),
+        norm="rms",
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6),
+        activation=read_activation(fields, "hidden_act", "silu"),
+        gated=True,
+        positions=read_rope(fields),
+        tied_embeddings=fields.flag("tie_word_embeddings", False),
+        eos_token_ids=fields.eos_token_ids,
+        weights=WEIGHTS,
+    )
+    return dataclasses.replace(llama, **changes)

@@ -1,0 +1,36 @@
+"""Where a checkpoint keeps each weight: the names of a Hugging Face state dict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightNames:
+    """Names of modules; `.weight` and `.bias` are appended to them.
+
+    Names of one layer contain `{layer}`. All start with `prefix`, which checkpoints saved from
+    the bare model leave out.
+    """
+
+    prefix: str
+    embedding: str
+    final_norm: str
+    input_norm: str
+    attention_output: str
+    feed_forward_norm: str
+    up: str
+    down: str
+    head: str = "lm_head"
+    """Output layer, without the prefix; absent from the file when embeddings are tied."""
+    position_embedding: str | None = None
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    fused_qkv: str | None = None
+    """Query, key and value rows of all heads in one weight, instead of the three above."""
+    gate: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    transposed: bool = False
+    """Linear weights of the layers are stored as [input, output]."""

@@ -1,0 +1,125 @@
+"""The worker process: one rank, from the launcher's environment to the last step."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from typing import Literal
+
+import zmq
+
+import fastserve_mega
+from fastserve_mega.config import Config
+from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.worker.coordinator_child import CoordinatorChild
+from fastserve_mega.worker.exchange import Exchange, choose_master, make_exchange
+from fastserve_mega.worker.fake_runner import FakeModelRunner
+from fastserve_mega.worker.loop import WorkerLoop
+from fastserve_mega.worker.runner import ModelRunner
+from fastserve_mega.worker.topology import Topology, read_topology
+
+RunnerName = Literal["megatron", "fake"]
+_FAKE_BLOCKS = 1024
+
+_log = logging.getLogger(__name__)
+
+
+def run_worker(config: Config, coordinator_arguments: Sequence[str], runner: RunnerName) -> int:
+    """Entry point of a rank; returns its exit status.
+
+    Args:
+        config: of the deployment, the same on all ranks.
+        coordinator_arguments: for the coordinator that rank 0 starts.
+        runner: what computes tokens; `fake` needs no model and is for tests.
+    """
+    try:
+        topology = read_topology()
+        exchange = make_exchange(topology)
+    except (ValueError, ImportError) as error:
+        _log.error("%s", error)
+        return 2
+    try:
+        _check_agreement(config, topology, exchange)
+        return _Rank(config, topology, exchange, runner).run(coordinator_arguments)
+    except Exception as error:
+        # One sentence from the rank that knows; the others are ended with it.
+        expected = isinstance(error, (ValueError, OSError))
+        _log.error("rank %d: %s", topology.rank, error, exc_info=not expected)
+        exchange.abort()
+        raise
+
+
+def _check_agreement(config: Config, topology: Topology, exchange: Exchange) -> None:
+    """All ranks must have been given the same configuration, code and number of ranks."""
+    wanted = config.parallel.world_size
+    if topology.world_size != wanted:
+        raise ValueError(
+            f"the configuration wants {wanted} ranks (parallel.tensor {config.parallel.tensor} x "
+            f"parallel.pipeline {config.parallel.pipeline}), the launcher started "
+            f"{topology.world_size}"
+        )
+    said = f"{fastserve_mega.__version__} {config!r}"
+    hashes = exchange.gather(hashlib.sha256(said.encode()).hexdigest())
+    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+    if different:
+        raise ValueError(f"ranks {different} have a configuration or version unlike rank 0's")
+
+
+class _Rank:
+    """The parts of one rank and the order of their start and end."""
+
+    def __init__(
+        self, config: Config, topology: Topology, exchange: Exchange, runner: RunnerName
+    ) -> None:
+        self._config = config
+        self._topology = topology
+        self._exchange = exchange
+        self._runner_name = runner
+        self._child: CoordinatorChild | None = None
+
+    def run(self, coordinator_arguments: Sequence[str]) -> int:
+        # SIGTERM reaches all ranks; rank 0 lets the coordinator drain, which then ends them all.
+        signal.signal(signal.SIGTERM, self._request_stop)
+        signal.signal(signal.SIGINT, self._request_stop)
+        endpoint = master = ""
+        if self._topology.rank == 0:
+            self._child = CoordinatorChild(coordinator_arguments)
+            endpoint, master = self._child.worker_endpoint, choose_master(self._topology)
+        endpoint = self._exchange.broadcast(endpoint)
+        master = self._exchange.broadcast(master)
+        runner = self._make_runner(master)
+        context = zmq.Context[zmq.Socket[bytes]]()
+        try:
+            loop = WorkerLoop(
+                context, endpoint, self._topology.rank, runner, self._coordinator_alive
+            )
+            loop.run()
+        finally:
+            context.term()
+        runner.close()
+        return self._child.join() if self._child else 0
+
+    def _make_runner(self, master: str) -> ModelRunner:
+        config = self._config
+        if self._runner_name == "fake":
+            return FakeModelRunner(
+                device_blocks=config.kv_cache.device_blocks or _FAKE_BLOCKS,
+                block_size=config.kv_cache.block_size,
+                vocab_size=load_architecture(config.model.directory).vocab_size,
+            )
+        # Imported late: torch takes seconds, and fake ranks need none.
+        from fastserve_mega.worker.megatron.runner import MegatronRunner  # noqa: PLC0415
+
+        address, _, port = master.rpartition(":")
+        return MegatronRunner(config, self._topology, address, int(port))
+
+    def _coordinator_alive(self) -> bool:
+        # Rank 0 watches its child; the others end with rank 0, and notice when orphaned.
+        return self._child.is_alive() if self._child else os.getppid() != 1
+
+    def _request_stop(self, *_: object) -> None:
+        if self._child:
+            self._child.request_stop()

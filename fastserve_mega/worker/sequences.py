@@ -1,0 +1,64 @@
+"""What a rank remembers between steps: block tables and sampling parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastserve_mega.messaging.messages import SequenceStart, StepCommand
+from fastserve_mega.types import RequestId
+from fastserve_mega.worker.runner import SequenceInput
+
+
+class PlanError(Exception):
+    """The coordinator's plan does not follow from the plans before it."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    start: SequenceStart
+    block_table: list[int] = field(default_factory=list)
+
+
+class SequenceTable:
+    """Follows the plans, and turns each into complete inputs for the runner."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[RequestId, _Sequence] = {}
+        self._next_step_id: int | None = None
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def apply(self, command: StepCommand) -> list[SequenceInput]:
+        """Take over releases, new sequences and new blocks; return the step's batch.
+
+        Raises:
+            PlanError: a gap in the step ids, or a slice of an unknown request.
+        """
+        plan = command.plan
+        if self._next_step_id is not None and plan.step_id != self._next_step_id:
+            raise PlanError(f"step {plan.step_id} came, step {self._next_step_id} was expected")
+        self._next_step_id = plan.step_id + 1
+        for request_id in plan.released:
+            self._sequences.pop(request_id, None)
+        for start in command.started:
+            self._sequences[start.request_id] = _Sequence(start)
+        batch = []
+        for piece, token_ids in zip(plan.batch, command.token_ids, strict=True):
+            if (sequence := self._sequences.get(piece.request_id)) is None:
+                raise PlanError(f"step {plan.step_id} has a slice of unknown {piece.request_id}")
+            if piece.block_ids:
+                sequence.block_table[piece.block_start :] = piece.block_ids
+            batch.append(
+                SequenceInput(
+                    request_id=piece.request_id,
+                    token_ids=token_ids,
+                    start=piece.start,
+                    block_table=sequence.block_table,
+                    samples=piece.samples,
+                    params=sequence.start.params,
+                    seed=sequence.start.seed,
+                    prompt_tokens=sequence.start.prompt_tokens,
+                )
+            )
+        return batch
