@@ -139,7 +139,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")  # noqa: TRY004
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
     return value
 
 

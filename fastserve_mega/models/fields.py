@@ -23,6 +23,10 @@ class Fields:
         """The value as it is in the file, None when absent."""
         return self._config.get(name)
 
+    def has(self, name: str) -> bool:
+        """Whether the file names the field at all, be it null."""
+        return name in self._config
+
     def integer(self, name: str, default: int | None = None) -> int:
         """A positive whole number."""
         value = self._value(name, default)
@@ -38,17 +42,17 @@ class Fields:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """Either true or false."""
         value = self._value(name, default)
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")  # noqa: TRY004
+            raise ValueError(f"{name} must be true or false, got {value!r}")
         return value
 
     def text(self, name: str, default: str) -> str:
         """A string."""
         value = self._value(name, default)
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, got {value!r}")  # noqa: TRY004
+            raise ValueError(f"{name} must be a string, got {value!r}")
         return value
 
     def section(self, name: str) -> Fields | None:
@@ -57,7 +61,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise ValueError(f"{name} must be an object, got {value!r}")  # noqa: TRY004
+            raise ValueError(f"{name} must be an object, got {value!r}")
         return Fields(value, self.architecture, self.eos_token_ids)
 
     def require(self, name: str, supported: Any, default: Any) -> None:

@@ -71,6 +71,12 @@ class KvMemory:
             self.recomputed_tokens += request.computed_tokens
             self.release(request)
 
+    def residents_by_priority(self) -> list[Request]:
+        """Requests that hold blocks and are not in flight."""
+        residents = [r for r in self._residents if not r.in_flight_tokens]
+        residents.sort(key=self._policy.rank)
+        return residents
+
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each block is free or in exactly one block table."""
         owned = [block for request in self._residents for block in request.block_table]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastserve_mega.config import SchedulerConfig
-from fastserve_mega.plan import Plan, SequenceSlice
+from fastserve_mega.plan import Plan
+from fastserve_mega.scheduling.batch import BatchBuilder
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.events import Aborted, Arrived, Event, StepDone, WorkersLost
 from fastserve_mega.scheduling.memory import KvMemory
@@ -185,53 +186,15 @@ class Scheduler:
         self._memory.lose_everything()
         self._released.clear()
 
-    # --- the next step -------------------------------------------------------------------------
-
     def _plan_step(self) -> Plan | None:
-        """By priority until the batch or its tokens are full, passing over who finds no memory."""
-        memory = self._memory
-        max_requests = min(self._config.max_batch_size, -(-len(self._requests) // self._window))
-        tokens_left = self._config.max_batch_tokens
-        lookahead = self._config.backfill_lookahead
-        admitting = True
-        batch: list[Request] = []
-        slices: list[SequenceSlice] = []
-        for request in self._policy.by_priority():
-            if request.in_flight_tokens:
-                continue
-            start = request.computed_tokens
-            pending = request.known_tokens - start
-            num_tokens = pending if pending <= tokens_left else tokens_left
-            if request.block_table:
-                block_start = len(request.block_table)
-                block_ids = memory.grow(request, start + num_tokens)
-            else:
-                block_start = 0
-                block_ids = memory.admit(request, reserve=len(batch)) if admitting else None
-            if block_ids is None:
-                request.passed_over += 1
-                admitting = admitting and request.passed_over <= self._config.max_passed_over
-                lookahead -= 1
-                if lookahead < 0:
-                    break
-                continue
-            request.in_flight_tokens = num_tokens
-            request.passed_over = 0
-            batch.append(request)
-            slices.append(
-                SequenceSlice(
-                    request.request_id, start, num_tokens, num_tokens == pending,
-                    block_start, tuple(block_ids),
-                )
-            )  # fmt: skip
-            tokens_left -= num_tokens
-            if not tokens_left or len(batch) == max_requests:
-                break
-        return self._dispatch(batch, slices) if batch else None
-
-    def _dispatch(self, batch: list[Request], slices: list[SequenceSlice]) -> Plan:
+        # An even share for each step of the window, so that no pipeline stage idles.
+        share = -(-len(self._requests) // self._window)
+        batch = BatchBuilder(self._config, self._memory, min(self._config.max_batch_size, share))
+        batch.fill(self._policy)
+        if not batch.requests:
+            return None
         step_id = self._next_step_id
         self._next_step_id += 1
-        self._in_flight[step_id] = batch
+        self._in_flight[step_id] = batch.requests
         released, self._released = tuple(self._released), []
-        return Plan(step_id=step_id, batch=tuple(slices), released=released)
+        return Plan(step_id=step_id, batch=tuple(batch.slices), released=released)

@@ -62,7 +62,7 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise ValueError("the model has no chat template; send a plain prompt instead")
-        from jinja2 import TemplateError  # noqa: PLC0415 - a need of templates only
+        from jinja2 import TemplateError
 
         try:
             text: str = self._tokenizer.apply_chat_template(
@@ -90,7 +90,7 @@ class Tokenizer:
 def _load(directory: Path) -> Any:
     """Take the fast tokenizer by its file where there is one: AutoTokenizer would import torch."""
     with _without_advice():
-        import transformers  # noqa: PLC0415 - slow
+        import transformers
 
         fast = (directory / "tokenizer.json").is_file()
         loader: Any = getattr(transformers, "PreTrainedTokenizerFast" if fast else "AutoTokenizer")

@@ -1,0 +1,27 @@
+"""ZeroMQ clients of the coordinator: `AsyncClient` for asyncio, `Client` for everybody else."""
+
+from fastserve_mega.client.async_client import AsyncClient
+from fastserve_mega.client.errors import (
+    ClientError,
+    InvalidRequestError,
+    ServerBusyError,
+    ServerError,
+    ServerUnavailableError,
+    TokenizerUnavailableError,
+)
+from fastserve_mega.client.generation import AsyncGeneration, Chunk
+from fastserve_mega.client.sync_client import Client, Generation
+
+__all__ = [
+    "AsyncClient",
+    "AsyncGeneration",
+    "Chunk",
+    "Client",
+    "ClientError",
+    "Generation",
+    "InvalidRequestError",
+    "ServerBusyError",
+    "ServerError",
+    "ServerUnavailableError",
+    "TokenizerUnavailableError",
+]

@@ -1,0 +1,27 @@
+"""What can go wrong at a client. Each is one sentence for a person to read."""
+
+from __future__ import annotations
+
+
+class ClientError(Exception):
+    """Base of all errors of the clients."""
+
+
+class InvalidRequestError(ClientError, ValueError):
+    """The request is wrong; sending it again will not help."""
+
+
+class TokenizerUnavailableError(ClientError):
+    """Text was given or asked for, and the tokenizer is not on this machine."""
+
+
+class ServerBusyError(ClientError):
+    """The server holds as many requests as it may; try again later."""
+
+
+class ServerError(ClientError):
+    """The server failed; nothing was wrong with the request."""
+
+
+class ServerUnavailableError(ClientError, ConnectionError):
+    """The coordinator does not answer, or the client was closed."""

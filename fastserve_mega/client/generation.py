@@ -1,0 +1,95 @@
+"""The answer to a request, as its consumer sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from fastserve_mega.client.request import Chunk, RequestState
+from fastserve_mega.types import FinishReason, RequestId, Usage
+
+__all__ = ["AsyncGeneration", "Chunk"]
+
+
+class AsyncGeneration:
+    """An answer on its way: `async for chunk in generation`.
+
+    Iterating raises what ended the request otherwise than normally: `InvalidRequestError`,
+    `ServerBusyError`, `ServerError` or `ServerUnavailableError`. Ends by a time limit or by
+    `cancel()` are normal and are told by `finish_reason`. A generation that is dropped unfinished
+    is cancelled.
+    """
+
+    def __init__(self, state: RequestState, cancel: Callable[[RequestState], None]) -> None:
+        self._state = state
+        self._cancel = cancel
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def request_id(self) -> RequestId:
+        return self._state.request_id
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """How it ended; None while it runs, and when it ended with an error."""
+        return self._state.finish_reason
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts; None until it ended."""
+        return self._state.usage
+
+    @property
+    def text(self) -> str:
+        """All text that arrived so far, whether iterated over or not."""
+        return self._state.text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All output tokens that arrived so far."""
+        return tuple(self._state.received)
+
+    def __aiter__(self) -> AsyncGeneration:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        await self._next_change()
+        if self._state.chunks:
+            return self._state.chunks.popleft()
+        if self._state.error is not None:
+            raise self._state.error
+        raise StopAsyncIteration
+
+    async def take(self) -> list[Chunk]:
+        """All chunks that are here, after waiting for the first; empty at the end."""
+        try:
+            chunks = [await self.__anext__()]
+        except StopAsyncIteration:
+            return []
+        chunks.extend(self._state.chunks)
+        self._state.chunks.clear()
+        return chunks
+
+    async def wait(self) -> AsyncGeneration:
+        """Wait for the end; then `text`, `usage` and `finish_reason` tell all."""
+        while await self.take():
+            pass
+        return self
+
+    def cancel(self) -> None:
+        """End now with finish reason `abort`; nothing happens when it has ended already."""
+        self._cancel(self._state)
+
+    async def aclose(self) -> None:
+        """The same as `cancel`, for `contextlib.aclosing`."""
+        self.cancel()
+
+    async def _next_change(self) -> None:
+        """Wait for a chunk or the end; the client ends every request when the server is silent."""
+        while not self._state.chunks and not self._state.done:
+            self._state.changed.clear()
+            await self._state.changed.wait()
+
+    def __del__(self) -> None:
+        if not self._state.done and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel, self._state)

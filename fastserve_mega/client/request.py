@@ -1,0 +1,134 @@
+"""What a client knows of one request. No I/O and no clock, so resuming can be tested by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import deque
+from dataclasses import dataclass
+
+from fastserve_mega.client.errors import ClientError, ServerBusyError, ServerError
+from fastserve_mega.messaging.messages import Finished, Submit, Tokens
+from fastserve_mega.text.output import OutputText
+from fastserve_mega.types import FinishReason, RequestId, Usage
+
+_SHORTEST_TIMEOUT_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of an answer as it arrived."""
+
+    text: str
+    """Empty without a tokenizer, inside a character, or while it may begin a stop string."""
+    token_ids: tuple[int, ...]
+
+
+class RequestState:
+    """One request from its submission to its end: tokens and text received, and how it ended.
+
+    Args:
+        submit: the message that started it.
+        output: makes text of tokens; None leaves all text empty.
+        end_token_ids: tokens after which the server ends the answer by itself.
+        submitted_at: seconds on the clock that `resubmission` is asked with.
+    """
+
+    def __init__(
+        self,
+        submit: Submit,
+        output: OutputText | None,
+        end_token_ids: frozenset[int],
+        submitted_at: float,
+    ) -> None:
+        self._submit = submit
+        self._output = output
+        self._end_token_ids = end_token_ids
+        self._submitted_at = submitted_at
+        self._texts: list[str] = []
+        self.received: list[int] = []
+        self.chunks: deque[Chunk] = deque()
+        """Not taken by the consumer yet."""
+        self.changed = asyncio.Event()
+        """Set when there is a chunk to take, or the end."""
+        self.finish_reason: FinishReason | None = None
+        self.usage: Usage | None = None
+        self.error: ClientError | None = None
+
+    @property
+    def request_id(self) -> RequestId:
+        return self._submit.request_id
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return "".join(self._texts)
+
+    def on_tokens(self, message: Tokens) -> None:
+        """Take what is new in the message; ends the request when its text is at a stop string."""
+        known = len(self.received) - message.offset
+        if known < 0:
+            self.fail(
+                ServerError(
+                    f"request {self.request_id}: output tokens {len(self.received)} to "
+                    f"{message.offset - 1} were lost on the way"
+                )
+            )
+            return
+        new = message.token_ids[known:]
+        if not new:
+            return
+        self.received.extend(new)
+        self._add(Chunk(self._output.push(new) if self._output else "", new))
+        if self._output and self._output.stopped:
+            self.finish(FinishReason.STOP)
+
+    def on_finished(self, message: Finished) -> None:
+        """End as the server says."""
+        if message.reason is FinishReason.REJECTED:
+            self.fail(ServerBusyError(message.message or "the server is full; try again later"))
+        elif message.reason is FinishReason.ERROR:
+            self.fail(ServerError(message.message or "the server failed"))
+        else:
+            self.finish(message.reason, message.usage)
+
+    def finish(self, reason: FinishReason, usage: Usage | None = None) -> None:
+        """End normally, with the text held back so far."""
+        if self._output and (rest := self._output.flush()):
+            self._add(Chunk(rest, ()))
+        if self._output and self._output.stopped:
+            reason = FinishReason.STOP
+        self.usage = usage or Usage(len(self._submit.prompt), len(self.received))
+        self.finish_reason = reason
+        self.changed.set()
+
+    def fail(self, error: ClientError) -> None:
+        """End with an error."""
+        self.error = error
+        self.changed.set()
+
+    def resubmission(self, now: float) -> Submit | None:
+        """The message that makes a server go on where this one stopped.
+
+        None when there is nothing left to do: the last token was here already and only the news
+        of the end was lost. Then the request is finished.
+        """
+        if self.received and self.received[-1] in self._end_token_ids:
+            self.finish(FinishReason.STOP)
+            return None
+        if len(self.received) >= self._submit.params.max_tokens:
+            self.finish(FinishReason.LENGTH)
+            return None
+        timeout_s = self._submit.timeout_s
+        if timeout_s is not None:
+            timeout_s = max(timeout_s - (now - self._submitted_at), _SHORTEST_TIMEOUT_S)
+        return dataclasses.replace(self._submit, received=tuple(self.received), timeout_s=timeout_s)
+
+    def _add(self, chunk: Chunk) -> None:
+        self._texts.append(chunk.text)
+        self.chunks.append(chunk)
+        self.changed.set()

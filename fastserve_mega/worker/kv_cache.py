@@ -1,0 +1,106 @@
+"""The paged KV pool of one rank, on its device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NULL_BLOCK = 0
+"""Never written, so always zero; it pads every block table."""
+
+
+class KvCache:
+    """Keys and values of all requests, in blocks of `block_size` tokens.
+
+    The pool is one tensor [blocks, layers, 2, kv_heads, block_size, head_dim]. All layers of a
+    block are contiguous, so a block moves to host memory in one copy; the tokens of one head in a
+    block are contiguous, so what attention reads is gathered in whole block rows and needs no
+    transposition. Index 0 of the third dimension holds keys, 1 holds values.
+
+    Raises:
+        ValueError: there is no room for the null block and one more.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        num_layers: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if num_blocks < 2:
+            raise ValueError(
+                f"a KV pool needs at least 2 blocks (block 0 is the null block), got {num_blocks}"
+            )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._num_layers = num_layers
+        self._num_kv_heads = num_kv_heads
+        self._head_dim = head_dim
+        shape = (num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim)
+        self.pool = torch.zeros(shape, dtype=dtype, device=device)
+        # Row indices are computed once per step for layer 0; layer n uses the same indices on a
+        # view that starts at its own rows.
+        rows_per_layer = 2 * num_kv_heads
+        block_rows = self.pool.view(-1, block_size * head_dim)
+        token_rows = self.pool.view(-1, head_dim)
+        layers = range(num_layers)
+        self._block_rows = [block_rows[n * rows_per_layer :] for n in layers]
+        self._token_rows = [token_rows[n * rows_per_layer * block_size :] for n in layers]
+        kinds_and_heads = torch.arange(rows_per_layer, device=device)
+        self._kinds_and_heads = kinds_and_heads.view(2, num_kv_heads)
+
+    @staticmethod
+    def bytes_per_block(
+        *, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Memory of one block of all layers of the rank."""
+        return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+
+    def write_index(self, slots: Tensor) -> Tensor:
+        """Rows to write for `slots` [tokens], where slot = block * block_size + offset.
+
+        Returns:
+            [tokens * kv_heads * 2], to be given to `write`.
+        """
+        block = torch.div(slots, self.block_size, rounding_mode="floor")
+        offset = slots - block * self.block_size
+        row = self._first_row(block)[:, None, None] + self._kinds_and_heads.t()
+        return (row * self.block_size + offset[:, None, None]).flatten()
+
+    def read_index(self, block_tables: Tensor) -> Tensor:
+        """Rows to gather for `block_tables` [sequences, blocks].
+
+        Returns:
+            [2 * sequences * kv_heads * blocks], to be given to `read`.
+        """
+        first = self._first_row(block_tables)
+        return (first[None, :, None, :] + self._kinds_and_heads[:, None, :, None]).flatten()
+
+    def write(self, layer: int, index: Tensor, key_value: Tensor) -> None:
+        """Store keys and values [tokens, kv_heads, 2, head_dim] of one layer of this rank."""
+        rows = key_value.reshape(-1, self._head_dim)
+        self._token_rows[layer].index_copy_(0, index, rows)
+
+    def read(self, layer: int, index: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
+        """Gather keys and values, each [sequences * kv_heads, tokens, head_dim]."""
+        rows = self._block_rows[layer].index_select(0, index)
+        shape = (2, sequences * self._num_kv_heads, -1, self._head_dim)
+        key, value = rows.view(shape).unbind(0)
+        return key, value
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zero whole blocks [n] before a new owner reads them.
+
+        Masking the scores of slots not yet written is not enough: a NaN or an infinity that the
+        last owner left among the values would still give 0 * NaN = NaN.
+        """
+        if blocks.numel():
+            self.pool.index_fill_(0, blocks, 0)
+
+    def _first_row(self, blocks: Tensor) -> Tensor:
+        return blocks * (self._num_layers * 2 * self._num_kv_heads)

@@ -1,0 +1,267 @@
+"""Loads the weights of one rank from a Hugging Face safetensors directory.
+
+Each rank reads only its own slices, so the pages of other ranks' weights are never touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastserve_mega.models.architecture import Architecture, LearnedPositions
+from fastserve_mega.worker.megatron.model import Stage
+from fastserve_mega.worker.partition import Partition
+
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a directory by name. Use as a context manager.
+
+    Raises:
+        ValueError: a file is missing, cut short or malformed; one sentence names it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self._file_of = self._find_tensors()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def slice(self, name: str) -> Any:
+        """A handle that reads only the elements it is indexed with.
+
+        Raises:
+            ValueError: there is no such tensor.
+        """
+        if name not in self._file_of:
+            raise ValueError(f"{self._directory}: the checkpoint has no tensor {name}")
+        file = self._file_of[name]
+        try:
+            return self._open(file).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self._directory / file}: {error}") from None
+
+    def _find_tensors(self) -> dict[str, str]:
+        index_path = self._directory / _INDEX_FILE
+        if index_path.is_file():
+            try:
+                file_of: dict[str, str] = json.loads(index_path.read_text())["weight_map"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{index_path}: not a valid index of safetensors files") from None
+            missing = [
+                f for f in sorted({*file_of.values()}) if not (self._directory / f).is_file()
+            ]
+            if missing:
+                raise ValueError(
+                    f"{self._directory}: {len(missing)} of the files named in {_INDEX_FILE} are "
+                    f"missing, the first is {missing[0]}"
+                )
+            return file_of
+        if (self._directory / _SINGLE_FILE).is_file():
+            return dict.fromkeys(self._open(_SINGLE_FILE).keys(), _SINGLE_FILE)
+        raise ValueError(
+            f"{self._directory} holds no weights: neither {_SINGLE_FILE} nor {_INDEX_FILE} is there"
+        )
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            path = self._directory / file
+            try:
+                handle = safe_open(str(path), framework="pt")
+                self._files[file] = self._stack.enter_context(handle)
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path}: not a whole safetensors file ({error}); was the download cut short?"
+                ) from None
+        return self._files[file]
+
+
+def load_weights(
+    directory: Path, stage: Stage, architecture: Architecture, partition: Partition
+) -> None:
+    """Fill all parameters of the stage.
+
+    Raises:
+        ValueError: a file or tensor is missing, cut short or has another shape.
+    """
+    parameters = dict(stage.model.named_parameters())
+    with Checkpoint(directory) as checkpoint:
+        source = _Source(checkpoint, architecture, partition)
+        for name, weight in source.weights():
+            parameter = parameters.pop(name)
+            if parameter.shape != weight.shape:
+                raise ValueError(
+                    f"{directory}: the weights for {name} have shape {tuple(weight.shape)}, "
+                    f"config.json implies {tuple(parameter.shape)}"
+                )
+            with torch.no_grad():
+                parameter.copy_(weight)
+    if parameters:
+        raise RuntimeError(f"no weights were loaded for {', '.join(sorted(parameters))}")
+
+
+class _Source:
+    """Megatron's parameters of one rank, put together from Hugging Face tensors."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, partition: Partition
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._partition = partition
+        self._names = architecture.weights
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Megatron's name and this rank's slice of each parameter."""
+        names, partition = self._names, self._partition
+        if partition.is_first_stage:
+            yield "embedding.word_embeddings.weight", self._vocab_rows(names.embedding)
+            yield from self._position_table()
+        for local, layer in enumerate(partition.layers):
+            for name, weight in self._layer(layer):
+                yield f"decoder.layers.{local}.{name}", weight
+        if partition.is_last_stage:
+            yield from self._norm("decoder.final_layernorm", names.final_norm)
+            if not self._architecture.tied_embeddings:
+                yield "output_layer.weight", self._vocab_rows(names.head)
+            elif not partition.is_first_stage:
+                yield "output_layer.weight", self._vocab_rows(names.embedding)
+
+    def _layer(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        def at(name: str | None) -> str:
+            return (name or "").format(layer=layer)
+
+        names, architecture = self._names, self._architecture
+        yield from self._norm("input_layernorm", at(names.input_norm))
+        yield "self_attention.linear_qkv.weight", self._qkv(layer, "weight")
+        if architecture.qkv_bias or architecture.linear_bias:
+            yield "self_attention.linear_qkv.bias", self._qkv(layer, "bias")
+        if architecture.qk_norm:
+            yield "self_attention.q_layernorm.weight", self._read(at(names.query_norm) + ".weight")
+            yield "self_attention.k_layernorm.weight", self._read(at(names.key_norm) + ".weight")
+        heads = self._elements(self._partition.query_heads)
+        yield from self._row("self_attention.linear_proj", at(names.attention_output), heads)
+        yield from self._norm("pre_mlp_layernorm", at(names.feed_forward_norm))
+        columns = self._partition.ffn_columns
+        halves = [at(names.gate), at(names.up)] if names.gate else [at(names.up)]
+        yield "mlp.linear_fc1.weight", torch.cat([self._linear(n, rows=columns) for n in halves])
+        if architecture.linear_bias:
+            biases = [self._bias(name, columns) for name in halves]
+            yield "mlp.linear_fc1.bias", torch.cat(biases)
+        yield from self._row("mlp.linear_fc2", at(names.down), columns)
+
+    def _qkv(self, layer: int, kind: str) -> Tensor:
+        """Per key-value head of the rank: its query heads, the key, the value."""
+        partition, head_dim = self._partition, self._architecture.head_dim
+        group = len(partition.query_heads) // len(partition.kv_heads)
+        parts = []
+        for local, kv_head in enumerate(partition.kv_heads):
+            first = partition.query_heads.start + local * group
+            spans = (range(first, first + group), range(kv_head, kv_head + 1))
+            query, kv = (self._elements(span) for span in spans)
+            parts += [self._qkv_rows(layer, kind, which, rows)
+                      for which, rows in enumerate((query, kv, kv))]  # fmt: skip
+        joined = torch.cat(parts)
+        expected = (group + 2) * len(partition.kv_heads) * head_dim
+        if joined.shape[0] != expected:
+            raise ValueError(
+                f"layer {layer}: query, key and value have {joined.shape[0]} rows, "
+                f"config.json implies {expected}"
+            )
+        return joined
+
+    def _qkv_rows(self, layer: int, kind: str, which: int, rows: range) -> Tensor:
+        """Rows of the query (0), key (1) or value (2) projection."""
+        names = self._names
+        name = names.fused_qkv or (names.query, names.key, names.value)[which] or ""
+        if names.fused_qkv:
+            architecture = self._architecture
+            sizes = [0, architecture.num_heads, architecture.num_kv_heads]
+            offset = sum(sizes[: which + 1]) * architecture.head_dim
+            rows = range(rows.start + offset, rows.stop + offset)
+        name = name.format(layer=layer)
+        return self._bias(name, rows) if kind == "bias" else self._linear(name, rows=rows)
+
+    def _row(self, target: str, name: str, columns: range) -> Iterator[tuple[str, Tensor]]:
+        """A linear divided along its input; its bias is whole on all ranks."""
+        yield f"{target}.weight", self._linear(name, columns=columns)
+        if self._architecture.linear_bias:
+            yield f"{target}.bias", self._bias(name, range(self._architecture.hidden_size))
+
+    def _norm(self, target: str, name: str) -> Iterator[tuple[str, Tensor]]:
+        yield f"{target}.weight", self._read(f"{name}.weight")
+        if self._architecture.norm == "layer":
+            yield f"{target}.bias", self._read(f"{name}.bias")
+
+    def _position_table(self) -> Iterator[tuple[str, Tensor]]:
+        positions = self._architecture.positions
+        if isinstance(positions, LearnedPositions):
+            first = positions.first_row
+            table = self._slice(f"{self._names.position_embedding}.weight")
+            rows = table[first : first + self._architecture.max_context]
+            yield "embedding.position_embeddings.weight", rows
+
+    def _elements(self, heads: range) -> range:
+        head_dim = self._architecture.head_dim
+        return range(heads.start * head_dim, heads.stop * head_dim)
+
+    def _vocab_rows(self, name: str) -> Tensor:
+        rows, vocab_size = self._partition.vocab_rows, self._architecture.vocab_size
+        present: Tensor = self._slice(f"{name}.weight")[rows.start : min(rows.stop, vocab_size)]
+        padding = present.new_zeros(len(rows) - present.shape[0], present.shape[1])
+        return torch.cat((present, padding))
+
+    def _linear(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """Rows are outputs and columns inputs, whichever way the file keeps them."""
+        handle = self._slice(f"{name}.weight")
+        row_slice = slice(rows.start, rows.stop) if rows else slice(None)
+        column_slice = slice(columns.start, columns.stop) if columns else slice(None)
+        if self._names.transposed:
+            transposed: Tensor = handle[column_slice, row_slice]
+            return transposed.t()
+        weight: Tensor = handle[row_slice, column_slice]
+        return weight
+
+    def _bias(self, name: str, rows: range) -> Tensor:
+        """Zero where the checkpoint has none: Megatron has all biases of a kind, or none."""
+        if not self._has(f"{name}.bias"):
+            return torch.zeros(len(rows))
+        bias: Tensor = self._slice(f"{name}.bias")[rows.start : rows.stop]
+        return bias
+
+    def _read(self, name: str) -> Tensor:
+        tensor: Tensor = self._slice(name)[:]
+        return tensor
+
+    def _has(self, name: str) -> bool:
+        return self._names.prefix + name in self._checkpoint or name in self._checkpoint
+
+    def _slice(self, name: str) -> Any:
+        prefixed = self._names.prefix + name
+        if name in self._checkpoint and prefixed not in self._checkpoint:
+            return self._checkpoint.slice(name)  # the head, or saved from the bare model
+        return self._checkpoint.slice(prefixed)

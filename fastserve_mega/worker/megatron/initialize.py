@@ -1,0 +1,147 @@
+"""Device, threads and process groups of a rank."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from fastserve_mega.config import ModelConfig, ParallelConfig
+from fastserve_mega.worker.topology import Topology
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
+"""In /proc/cpuinfo: x86 with AVX-512, x86 with AMX, Arm."""
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_KEEP_BYTES = 2**30
+
+
+def select_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
+    """The device of this rank; on a GPU machine, the one numbered like the rank on its host.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there, or there are too few GPUs.
+    """
+    available = torch.cuda.is_available()
+    if parallel.device == "cpu" or (parallel.device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise ValueError("parallel.device=cuda, but torch finds no CUDA device")
+    if topology.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"{topology.local_size} ranks on this machine, but only "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    device = torch.device("cuda", topology.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def select_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The precision of weights, activations and KV cache."""
+    if model.dtype != "auto":
+        return _DTYPES[model.dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_computes_bfloat16() else torch.float32
+
+
+def _cpu_computes_bfloat16() -> bool:
+    try:
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return not _BFLOAT16_FEATURES.isdisjoint(words)
+
+
+def set_up_cpu(parallel: ParallelConfig, topology: Topology) -> None:
+    """Give each rank its share of the cores, and keep freed memory for the next step.
+
+    More threads than cores make the ranks wait for each other inside every operation (decoding
+    was measured 16 times slower), so the number is never left to chance.
+    """
+    cores = len(os.sched_getaffinity(0))
+    threads = parallel.threads_per_rank or max(1, cores // topology.local_size)
+    torch.set_num_threads(threads)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large buffers instead of returning them to the kernel.
+
+    Otherwise each temporary above 128 KiB is mapped and its pages faulted in anew; that was nine
+    tenths of the time of a norm over 512 tokens. Other C libraries have no mallopt; skip them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGroups:
+    """The groups that a rank belongs to."""
+
+    tensor: dist.ProcessGroup
+    """The ranks that share this rank's layers."""
+    megatron: ProcessGroupCollection
+
+
+def join_process_groups(
+    parallel: ParallelConfig,
+    topology: Topology,
+    device: torch.device,
+    master_address: str,
+    master_port: int,
+) -> ProcessGroups:
+    """Meet the other ranks; blocks until all have come or `parallel.timeout_s` has passed."""
+    timeout = timedelta(seconds=parallel.timeout_s)
+    store: Any
+    if topology.world_size == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined] # no port
+    else:
+        is_master = topology.rank == 0
+        store = dist.TCPStore(  # type: ignore[attr-defined] # public, but not exported
+            master_address, master_port, topology.world_size, is_master=is_master, timeout=timeout
+        )
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    alone = _new_group([topology.rank])
+    tensor = alone
+    if parallel.tensor > 1:
+        first = topology.rank - topology.rank % parallel.tensor
+        tensor = _new_group(list(range(first, first + parallel.tensor)))
+    return ProcessGroups(tensor=tensor, megatron=_collect(tensor, alone))
+
+
+def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+    """Only its members take part in creating it."""
+    return dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-any-return]
+
+
+def _collect(tensor: dist.ProcessGroup, alone: dist.ProcessGroup) -> ProcessGroupCollection:
+    """Megatron's view: each stage is to it a model of its own, so all else is this rank alone."""
+    groups = ProcessGroupCollection()
+    groups.tp = tensor
+    for name in ("pp", "cp", "dp", "ep", "expt_tp"):
+        setattr(groups, name, alone)
+    groups.embd = None
+    return groups

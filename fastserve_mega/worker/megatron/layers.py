@@ -1,0 +1,95 @@
+"""Megatron's transformer layer and parallel linears, with a straight line for inference.
+
+Construction, weights and names are Megatron's; only `forward` is replaced. Megatron's own serves
+training, recomputation, offloading and CUDA graphs too, and spends on a CPU as much time on that
+as on the arithmetic of a decoding step. Activations are [tokens, hidden], without Megatron's
+batch dimension, which would be 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.nn import functional
+
+from fastserve_mega.worker.megatron.attention import StepAttention
+
+
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc] # megatron is untyped
+    """A linear whose output columns are divided among the tensor-parallel ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, input] → [tokens, this rank's output columns]."""
+        return functional.linear(x, self.weight, self.bias)
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc] # megatron is untyped
+    """A linear whose input columns are divided; the ranks' partial results are summed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._summed_over_ranks = dist.get_world_size(self.tp_group) > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[tokens, this rank's input columns] → [tokens, output], the same on all ranks."""
+        if not self._summed_over_ranks:
+            return functional.linear(x, self.weight, self.bias)
+        y = functional.linear(x, self.weight)
+        dist.all_reduce(y, group=self.tp_group)
+        return y if self.bias is None else y + self.bias
+
+
+class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is untyped
+    """Pre-norm attention and feed-forward, each added to the residual."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        attention = self.self_attention
+        group_size = attention.core_attention.group_size
+        kv_heads = attention.num_query_groups_per_partition
+        self._qkv_shape = (-1, kv_heads, group_size + 2, attention.key_hidden_size)
+        self._has_qk_norm = bool(self.config.qk_layernorm)
+        self._activation = self.config.activation_func
+        self._gated = bool(self.config.gated_linear_unit)
+
+    def forward(self, hidden: Tensor, step: StepAttention) -> Tensor:
+        """[tokens, hidden] → [tokens, hidden]."""
+        hidden = self._attend(self.input_layernorm(hidden), step).add_(hidden)
+        return self._feed_forward(self.pre_mlp_layernorm(hidden)).add_(hidden)
+
+    def _attend(self, x: Tensor, step: StepAttention) -> Tensor:
+        attention = self.self_attention
+        # Per key-value head: its query heads, the key, the value.
+        qkv = attention.linear_qkv(x).view(self._qkv_shape)
+        if self._has_qk_norm:
+            group_size = attention.core_attention.group_size
+            qkv[:, :, :group_size] = attention.q_layernorm(qkv[:, :, :group_size])
+            qkv[:, :, group_size] = attention.k_layernorm(qkv[:, :, group_size])
+        return cast(Tensor, attention.linear_proj(attention.core_attention(qkv, step)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        y = self.mlp.linear_fc1(x)
+        if self._gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = self._activation(gate).mul_(up)
+        else:
+            y = self._activation(y)
+        return cast(Tensor, self.mlp.linear_fc2(y))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, as GPT-2 has it."""
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": torch.relu,
+}

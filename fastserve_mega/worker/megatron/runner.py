@@ -1,0 +1,187 @@
+"""MegatronRunner: executes batches on one rank of the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastserve_mega.config import Config
+from fastserve_mega.models.architecture import Architecture, Rope, load_architecture
+from fastserve_mega.worker.batch import StepBatch, build_step
+from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.megatron.attention import (
+    StepAttention,
+    rotary_frequencies,
+    rotation,
+)
+from fastserve_mega.worker.megatron.checkpoint import load_weights
+from fastserve_mega.worker.megatron.initialize import (
+    join_process_groups,
+    select_device,
+    select_dtype,
+    set_up_cpu,
+)
+from fastserve_mega.worker.megatron.model import build_stage
+from fastserve_mega.worker.partition import Partition, partition_model
+from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.sampler import Sampler
+from fastserve_mega.worker.topology import Topology
+
+
+class MegatronRunner:
+    """Holds one rank's layers, weights and KV pool. See `ModelRunner` for the contract.
+
+    Args:
+        config: the deployment.
+        topology: this rank; rank = pipeline stage * parallel.tensor + tensor rank.
+        master_address: host of rank 0, reachable from all ranks.
+        master_port: free port there; not used by a lone rank.
+
+    Raises:
+        ValueError: the model cannot be read, or cannot be split over these ranks.
+    """
+
+    def __init__(
+        self, config: Config, topology: Topology, master_address: str, master_port: int
+    ) -> None:
+        architecture = load_architecture(config.model.directory)
+        self.architecture = architecture
+        self._partition = partition_model(
+            architecture, config.parallel, topology.rank, topology.world_size
+        )
+        self._rank = topology.rank
+        self._device = select_device(config.parallel, topology)
+        self._dtype = select_dtype(config.model, self._device)
+        set_up_cpu(config.parallel, topology)
+        self._groups = join_process_groups(
+            config.parallel, topology, self._device, master_address, master_port
+        )
+        self._stage = build_stage(
+            architecture,
+            self._partition,
+            self._groups,
+            max_context=architecture.max_context,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        load_weights(config.model.directory, self._stage, architecture, self._partition)
+        self.cache = _build_cache(config, architecture, self._partition, self._dtype, self._device)
+        self._frequencies = _frequencies(architecture, self._device)
+        self._sampler = Sampler(architecture.eos_token_ids)
+        self._sending: tuple[dist.Work, Tensor] | None = None
+
+    @property
+    def device_blocks(self) -> int:
+        """Blocks of this rank's pool, the null block included."""
+        return self.cache.num_blocks
+
+    @property
+    def is_sampling_rank(self) -> bool:
+        """True on tensor rank 0 of the last stage."""
+        return self._partition.is_last_stage and self._partition.tensor_rank == 0
+
+    @torch.inference_mode()
+    def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
+        """Run one step; all ranks are called with the same batches in the same order.
+
+        Returns:
+            One token for each sequence with `samples`, in order; empty on other ranks.
+
+        Raises:
+            ValueError: a sequence without tokens, or with too few blocks.
+        """
+        if not batch:
+            return []
+        step = build_step(batch, self.cache.block_size, self._device)
+        self.cache.clear(step.fresh_blocks)
+        hidden = self._stage.run_layers(self._receive(step), self._attention(step))
+        if not self._partition.is_last_stage:
+            self._send(hidden)
+            return []
+        sampled = [sequence for sequence in batch if sequence.samples]
+        if not sampled:
+            return []
+        logits = self._stage.logits(hidden.index_select(0, step.sample_rows))
+        return self._sampler(logits, sampled) if self.is_sampling_rank else []
+
+    def close(self) -> None:
+        """Leave the process groups and free the pool. Call once."""
+        self._finish_sending()
+        dist.destroy_process_group()
+        del self._stage, self.cache
+
+    def _attention(self, step: StepBatch) -> StepAttention:
+        turned = None
+        if self._frequencies is not None:
+            turned = rotation(step.positions, self._frequencies, self._dtype)
+        partition = self._partition
+        return StepAttention(
+            step,
+            self.cache,
+            rotation=turned,
+            group_size=len(partition.query_heads) // len(partition.kv_heads),
+            num_kv_heads=len(partition.kv_heads),
+            window=self.architecture.sliding_window,
+        )
+
+    def _receive(self, step: StepBatch) -> Tensor:
+        """The stage's input, [tokens, hidden]."""
+        if self._partition.is_first_stage:
+            return self._stage.embed(step.token_ids, step.positions)
+        shape = (step.token_ids.shape[0], self.architecture.hidden_size)
+        hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+        dist.recv(hidden, src=self._rank - self._partition.tensor_size)
+        return hidden
+
+    def _send(self, hidden: Tensor) -> None:
+        """Hand over to the next stage without waiting until it has time for it."""
+        self._finish_sending()
+        work = dist.isend(hidden, dst=self._rank + self._partition.tensor_size)
+        if work is not None:
+            self._sending = (work, hidden)
+
+    def _finish_sending(self) -> None:
+        if self._sending is not None:
+            self._sending[0].wait()
+            self._sending = None
+
+
+def _build_cache(
+    config: Config,
+    architecture: Architecture,
+    partition: Partition,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KvCache:
+    settings = config.kv_cache
+    bytes_per_block = KvCache.bytes_per_block(
+        num_layers=len(partition.layers),
+        num_kv_heads=len(partition.kv_heads),
+        block_size=settings.block_size,
+        head_dim=architecture.head_dim,
+        dtype=dtype,
+    )
+    memory = int(settings.device_memory_gb * 2**30)
+    if settings.device_blocks is None and memory < 2 * bytes_per_block:
+        raise ValueError(
+            f"kv_cache.device_memory_gb={settings.device_memory_gb} is too little: two blocks "
+            f"need {2 * bytes_per_block / 2**30:.6f}"
+        )
+    return KvCache(
+        num_blocks=settings.device_blocks or memory // bytes_per_block,
+        num_layers=len(partition.layers),
+        num_kv_heads=len(partition.kv_heads),
+        block_size=settings.block_size,
+        head_dim=architecture.head_dim,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _frequencies(architecture: Architecture, device: torch.device) -> Tensor | None:
+    if not isinstance(architecture.positions, Rope):
+        return None
+    return rotary_frequencies(architecture.positions, architecture.head_dim).to(device)

@@ -1,0 +1,129 @@
+"""The queue discipline of section 4.1 of the paper, by example."""
+
+from fixed_costs import Driver, arrived, make_scheduler, names
+
+from fastserve_mega.scheduling.events import StepDone
+
+
+def level_of(scheduler, name):
+    return scheduler._requests[name].level
+
+
+def test_a_request_joins_the_highest_level_whose_quantum_holds_its_prefill():
+    scheduler = make_scheduler()  # quanta 1, 2, 4, 8, 16, 32 s; prefill 0.1 s per token
+    prompts = {"a": 1, "b": 10, "c": 11, "d": 20, "e": 21, "f": 160, "g": 9999}
+    scheduler.step(0.0, [arrived(name, length) for name, length in prompts.items()])
+    levels = [level_of(scheduler, name) for name in prompts]
+    assert levels == [0, 0, 1, 1, 2, 4, 5]
+
+
+def test_flaw_2_prompts_do_not_all_join_the_top_level():
+    scheduler = make_scheduler()
+    scheduler.step(0.0, [arrived(f"r{i}", 10 * 2**i) for i in range(6)])
+    assert scheduler.level_lengths() == (1, 1, 1, 1, 1, 1)
+
+
+def test_naive_mlfq_lets_all_join_at_the_top():
+    scheduler = make_scheduler(policy="mlfq")
+    scheduler.step(0.0, [arrived("short", 1), arrived("long", 9999)])
+    assert scheduler.level_lengths()[0] == 2
+
+
+def test_a_used_up_quantum_demotes_to_the_next_level():
+    scheduler = make_scheduler()
+    plan = scheduler.step(0.0, [arrived("a", 10)])
+    scheduler.step(1.0, [StepDone(plan.step_id, 1.0)])
+    assert level_of(scheduler, "a") == 1
+
+
+def test_an_unfinished_quantum_does_not():
+    scheduler = make_scheduler()
+    plan = scheduler.step(0.0, [arrived("a", 5)])
+    scheduler.step(0.5, [StepDone(plan.step_id, 0.5)])
+    assert level_of(scheduler, "a") == 0
+
+
+def test_demotion_skips_levels_that_could_not_hold_the_next_iteration():
+    scheduler = make_scheduler(max_batch_tokens=100, starvation_limit_s=5.0)
+    driver = Driver(scheduler, {"long": 5, "x": 1000})
+    # 300 tokens join level 5 (30 s), wait behind nobody, and run a first chunk of 100 (10 s).
+    driver.step([arrived("long", 300)])
+    assert level_of(scheduler, "long") == 5
+    # Starved by hand: promoted to Q1, one chunk uses that quantum up, 10 s of prefill remain.
+    scheduler._policy._queues.move(scheduler._requests["long"], 0)
+    driver.step()
+    assert level_of(scheduler, "long") == 5  # 20 s left: levels 1 to 4 hold 2, 4, 8, 16 s
+
+
+def test_the_lowest_level_is_round_robin():
+    scheduler = make_scheduler(levels=1, max_batch_size=1)
+    driver = Driver(scheduler, {"a": 3, "b": 3})
+    driver.step([arrived("a", 5), arrived("b", 5)])
+    driver.run_until_idle()
+    order = [names(plan)[0] for plan in driver.plans]
+    assert order == ["a", "a", "b", "b", "a", "b"]  # prefill 0.5 s, decode 1 s, quantum 1 s
+
+
+def test_flaw_7_order_within_a_level_is_first_in_first_out():
+    scheduler = make_scheduler(max_batch_size=2, levels=3)
+    driver = Driver(scheduler, dict.fromkeys("abcd", 4))
+    driver.step([arrived(name, 20) for name in "abcd"])  # all join level 1, quantum 2 s
+    driver.run_until_idle()
+    order = ["".join(names(plan)) for plan in driver.plans]
+    assert order[:3] == ["ab", "cd", "ab"]
+
+
+def test_a_request_with_quantum_left_keeps_its_place():
+    scheduler = make_scheduler(max_batch_size=1)
+    driver = Driver(scheduler, {"a": 5, "b": 5})
+    driver.step([arrived("a", 15), arrived("b", 15)])  # level 1, quantum 2 s, prefill 1.5 s
+    assert names(driver.step()) == ["a"]
+
+
+def test_promotion_by_deadline():
+    scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
+    driver = Driver(scheduler, {"long": 2, **{f"s{i}": 1 for i in range(50)}})
+    driver.step([arrived("long", 320), arrived("s0", 10)])
+    assert names(driver.plans[-1]) == ["s0"]
+    for i in range(1, 50):
+        driver.step([arrived(f"s{i}", 10), arrived(f"t{i}", 10)])
+        driver._left[f"t{i}"] = 1
+        if "long" in names(driver.plans[-1]):
+            break
+    # Promoted at 3 s behind those already in Q1: the 6 short ones that had arrived by then.
+    waited_s = driver.now
+    assert waited_s <= 3.0 + 7.0
+
+
+def test_flaw_5_a_request_that_never_ran_waits_from_its_arrival():
+    scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
+    scheduler.step(100.0, [arrived("short", 10), arrived("long", 320)])
+    assert level_of(scheduler, "long") == 5
+    assert scheduler.next_deadline(100.0) == 103.0
+
+
+def test_flaw_6_the_deadline_is_known_not_searched():
+    scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
+    scheduler.step(0.0, [arrived("short", 10), *(arrived(f"l{i}", 320) for i in range(5))])
+    scheduler.step(1.0, [arrived("later", 320)])
+    assert scheduler.next_deadline(1.0) == 3.0
+    assert scheduler.level_lengths()[5] == 6
+    plan = scheduler.step(3.0, [StepDone(0, 3.0, ("short",))])
+    assert names(plan) == ["l0"]
+    assert scheduler.level_lengths()[0] == 5
+    assert scheduler.next_deadline(3.0) == 4.0
+
+
+def test_priority_shifts_the_level_and_stays_within_the_queue():
+    scheduler = make_scheduler()
+    scheduler.step(
+        0.0,
+        [
+            arrived("normal", 20),
+            arrived("sooner", 20, priority=-1),
+            arrived("soonest", 20, priority=-99),
+            arrived("later", 20, priority=2),
+            arrived("latest", 20, priority=99),
+        ],
+    )
+    assert scheduler.level_lengths() == (2, 1, 0, 1, 0, 1)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastserve_mega.text.tokenizer import Tokenizer
+
+TEXT = "the café: 日本語 🙂"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir: Path) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer_dir)
+
+
+def test_text_survives_the_round_trip(tokenizer):
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_special_and_unknown_ids_are_skipped(tokenizer):
+    ids = tokenizer.encode("fox")
+    assert tokenizer.decode([1, *ids, tokenizer.vocab_size + 5, 2]) == "fox"
+
+
+def test_the_chat_template_ends_where_the_answer_begins(tokenizer):
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    assert ids.count(1) == 2
+
+
+def test_what_the_template_refuses_is_a_value_error(tokenizer):
+    with pytest.raises(ValueError, match="no narrator please"):
+        tokenizer.apply_chat_template([{"role": "narrator", "content": "once"}])
+
+
+def test_a_lone_surrogate_is_a_value_error(tokenizer):
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        tokenizer.encode("a\ud800b")
+
+
+def test_a_long_text_gives_no_warning(tokenizer):
+    assert len(tokenizer.encode("the quick brown fox " * 2000)) > 4096
+
+
+def test_missing_and_empty_directories_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        Tokenizer(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="no usable tokenizer in"):
+        Tokenizer(tmp_path)
+
+
+def test_loading_is_silent_and_does_without_torch(tiny_tokenizer_dir):
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from fastserve_mega.text.tokenizer import Tokenizer\n"
+        f"print(Tokenizer({str(tiny_tokenizer_dir)!r}).decode([300]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == ""
