@@ -27,9 +27,9 @@ class ProfileLimits:
 
     @property
     def max_prefill(self) -> int:
-        """Tokens of the longest prefill in one step."""
-        blocks = self.device_blocks - 1
-        return min(self.max_batch_tokens, self.max_context - 1, blocks * self.block_size)
+        """Tokens of the longest prefill in one step that leaves room to decode once."""
+        room = (self.device_blocks - 1) * self.block_size - 1
+        return max(min(self.max_batch_tokens, self.max_context - 1, room), 1)
 
     def max_decodes(self, context: int) -> int:
         """Requests of `context` tokens that can decode in one step."""
@@ -55,7 +55,7 @@ class Profiler:
         """A few steps of each kind: seconds on a CPU, less on a GPU."""
         limits = self._limits
         lengths = sorted({max(limits.max_prefill // divisor, 1) for divisor in (1, 4, 16, 64)})
-        contexts = sorted({min(16, limits.max_prefill), max(limits.max_prefill // 2, 1)})
+        contexts = sorted({min(16, limits.max_prefill // 2), limits.max_prefill // 2})
         self.prefill_s(lengths[0])  # the first steps pay for lazy initialization
         self.decode_s(1, contexts[0])
         prefill = tuple(PrefillPoint(length, self.prefill_s(length)) for length in lengths)

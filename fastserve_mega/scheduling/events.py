@@ -52,4 +52,4 @@ class WorkersLost:
     """The ranks restarted: no plan is in flight any more and all device KV is gone."""
 
 
-Event = Arrived | Aborted | StepDone | WorkersLost
+Event = Arrived | Aborted | StepDone | CopyDone | WorkersLost

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: a ZeroMQ client of the coordinator, and nothing else."""

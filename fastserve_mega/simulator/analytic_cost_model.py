@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.simulator.hardware import Device, Link, Mesh, ModelShape
+from fastserve_mega.types import RequestId
 
 
 class StepWork(NamedTuple):
@@ -17,8 +18,10 @@ class StepWork(NamedTuple):
     tokens: int
     sampled: int
     """Slices that yield a token."""
+    decode_slices: int
+    """Slices of one token."""
     decode_context: int
-    """KV tokens read by slices of one token."""
+    """KV tokens they read."""
     prefill_context: int
     """KV tokens read by longer slices."""
     prefill_pairs: int
@@ -27,17 +30,18 @@ class StepWork(NamedTuple):
 
 def step_work(batch: Iterable[SequenceSlice]) -> StepWork:
     """Add up a batch."""
-    tokens = sampled = decode_context = prefill_context = prefill_pairs = 0
+    tokens = sampled = decode_slices = decode_context = prefill_context = prefill_pairs = 0
     for _, start, num_tokens, samples, _, _ in batch:
         tokens += num_tokens
         if samples:
             sampled += 1
         if num_tokens == 1:
+            decode_slices += 1
             decode_context += start + 1
         else:
             prefill_context += start + num_tokens
             prefill_pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
-    return StepWork(tokens, sampled, decode_context, prefill_context, prefill_pairs)
+    return StepWork(tokens, sampled, decode_slices, decode_context, prefill_context, prefill_pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +129,13 @@ class AnalyticCostModel:
             step_overhead_s: fixed time of a step outside its stages.
 
         Raises:
-            ValueError: more stages than layers.
+            ValueError: the mesh cannot divide the model.
         """
+        if model.num_heads % mesh.tensor:
+            raise ValueError(
+                f"mesh.tensor {mesh.tensor} does not divide the {model.num_heads} heads of "
+                f"{model.name}"
+            )
         if mesh.pipeline > model.layers:
             raise ValueError(
                 f"mesh.pipeline {mesh.pipeline} exceeds the {model.layers} layers of {model.name}"
@@ -140,7 +149,10 @@ class AnalyticCostModel:
         self._layer_overhead_s = layer_overhead_s
         self._stages = tuple(self._stage_cost(stage) for stage in range(mesh.pipeline))
         self._hops = tuple((cost.hop_s, cost.hop_token_s) for cost in self._stages)
+        self._kv_read_s = sum(cost.kv_read_s for cost in self._stages)
         self._prefill_s: dict[int, float] = {}
+        self._decode_s: dict[int, float] = {}
+        """By batch, without reading KV: srpt asks for each running request after each step."""
 
     # --- the simulation's view -------------------------------------------------------------------
 
@@ -200,20 +212,22 @@ class AnalyticCostModel:
 
     def decode_s(self, batch: int, context: int) -> float:
         """One decode step of `batch` requests of `context` tokens each."""
-        return self.step_s(StepWork(batch, batch, batch * (context + 1), 0, 0))
+        seconds = self._decode_s.get(batch)
+        if seconds is None:
+            work = StepWork(batch, batch, batch, 0, 0, 0)
+            seconds = self._decode_s[batch] = self.step_s(work)
+        return seconds + self._kv_read_s * batch * (context + 1)
 
     def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
         """Nothing to learn: the simulation takes its times from here."""
 
     # --- coefficients ----------------------------------------------------------------------------
 
-    def _chunks(self, tokens: int) -> Sequence[StepWork]:
-        starts = range(0, tokens, self.max_batch_tokens)
-        sizes = [min(self.max_batch_tokens, tokens - start) for start in starts]
-        return [
-            StepWork(size, int(start + size == tokens), *_attention_work(start, size))
-            for start, size in zip(starts, sizes, strict=True)
-        ]
+    def _chunks(self, tokens: int) -> Iterator[StepWork]:
+        for start in range(0, tokens, self.max_batch_tokens):
+            size = min(self.max_batch_tokens, tokens - start)
+            is_last = start + size == tokens
+            yield step_work([SequenceSlice(RequestId(""), start, size, is_last, 0, ())])
 
     def _layers(self, stage: int) -> int:
         quotient, extra = divmod(self._model.layers, self._mesh.pipeline)
@@ -256,13 +270,6 @@ class AnalyticCostModel:
             hop_s=0.0 if is_last else hop.latency_s,
             hop_token_s=0.0 if is_last else activation / hop.bandwidth,
         )
-
-
-def _attention_work(start: int, size: int) -> tuple[int, int, int]:
-    """Decode context, prefill context and prefill pairs of one slice."""
-    if size == 1:
-        return start + 1, 0, 0
-    return 0, start + size, size * start + size * (size + 1) // 2
 
 
 def _kv_replicas(model: ModelShape, mesh: Mesh) -> int:

@@ -117,29 +117,21 @@ def load_lengths(config: WorkloadConfig, directory: Path = Path()) -> LengthTabl
 
 
 def _read(path: Path, config: WorkloadConfig) -> LengthTable:
-    needed = [*_LENGTH_COLUMNS, *config.where]
-    if config.rate is None:
-        needed.append(_TIME_COLUMN)
-    lengths, timestamps = [], []
+    is_trace = config.rate is None
+    needed = [*_LENGTH_COLUMNS, *config.where, *([_TIME_COLUMN] if is_trace else [])]
+    wanted = list(config.where.values())
+    numbers: list[list[float]] = []
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, restval="")
         for column in needed:
             if column not in (rows.fieldnames or ()):
                 raise ValueError(f"{path}: has no column {column!r}")
         for row in rows:
-            prompt, output, *values = (
-                _number(row[column], column, path, rows.line_num) for column in needed
-            )
-            if config.rate is None:
-                timestamps.append(values.pop())
-            if values == list(config.where.values()):
-                lengths.append((prompt, output))
-            elif config.rate is None:
-                timestamps.pop()
-    return LengthTable(
-        np.array(lengths, dtype=np.int64).reshape(-1, 2),
-        np.array(timestamps, dtype=np.float64) if config.rate is None else None,
-    )
+            values = [_number(row[column], column, path, rows.line_num) for column in needed]
+            if values[2 : 2 + len(wanted)] == wanted:
+                numbers.append(values)
+    table = np.array(numbers, dtype=np.float64).reshape(-1, len(needed))
+    return LengthTable(table[:, :2].astype(np.int64), table[:, -1] if is_trace else None)
 
 
 def _number(text: str, column: str, path: Path, line: int) -> float:

@@ -1,0 +1,196 @@
+"""All processes of a deployment on one machine: ranks, coordinator, HTTP server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from fastserve_mega.client import Client, ServerUnavailableError
+from fastserve_mega.config import Config
+
+_PROBE_S = 1.0
+_KILL_AFTER_S = 10.0
+_HTTP_START_S = 60.0
+
+
+class LaunchError(Exception):
+    """A process did not start, or ended by itself; str() says which."""
+
+
+class Deployment:
+    """The processes of one configuration. A context manager: leaving it ends them all."""
+
+    def __init__(self, config: Config, arguments: Sequence[str], *, http: bool) -> None:
+        """Prepare; nothing is started yet.
+
+        Args:
+            config: of the deployment.
+            arguments: --config and --set arguments that give a child the same configuration.
+            http: start the OpenAI-compatible server as well.
+        """
+        self._config = config
+        self._arguments = list(arguments)
+        self._http = http
+        self._processes: list[tuple[str, subprocess.Popen[bytes]]] = []
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start everything and return when requests can be sent.
+
+        Raises:
+            LaunchError: a process ended, or the time limits of the configuration ran out.
+        """
+        self._spawn("ranks", [*_ranks_prefix(self._config), *self._command("worker")])
+        self._await(self._coordinator_answers, self._config.coordinator.startup_timeout_s)
+        if self._http:
+            self._spawn("api-server", self._command("api-server"))
+            self._await(self._http_answers, _HTTP_START_S)
+
+    def check(self) -> None:
+        """Raise LaunchError when a process has ended."""
+        for name, process in self._processes:
+            if (status := process.poll()) is not None:
+                raise LaunchError(f"the {name} process ended with status {status}")
+
+    def stop(self) -> None:
+        """End all processes, those started last first; kill what does not end by itself."""
+        limit_s = self._config.coordinator.drain_timeout_s + _KILL_AFTER_S
+        for _, process in reversed(self._processes):
+            if process.poll() is None:
+                process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(limit_s)
+            # What is left of its process group has lost its leader and its purpose.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self._processes.clear()
+
+    def _command(self, name: str) -> list[str]:
+        return [sys.executable, "-m", "fastserve_mega", name, *self._arguments]
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        # Its own session: a terminal's Ctrl-C reaches this process only, which ends the others
+        # in order.
+        process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+        self._processes.append((name, process))
+
+    def _await(self, answers: Callable[[], bool], limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while True:
+            self.check()
+            begin = time.monotonic()
+            if answers():
+                return
+            if time.monotonic() > deadline:
+                raise LaunchError(f"no answer from {self._processes[-1][0]} after {limit_s:g} s")
+            time.sleep(max(0.0, begin + _PROBE_S - time.monotonic()))
+
+    def _coordinator_answers(self) -> bool:
+        endpoint = self._config.coordinator.client_endpoint
+        client = Client(endpoint, timeout_s=_PROBE_S)
+        try:
+            client.info()
+        except ServerUnavailableError:
+            return False
+        finally:
+            client.close()
+        return True
+
+    def _http_answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{http_url(self._config)}/health", timeout=_PROBE_S):
+                return True
+        except OSError:
+            return False
+
+
+def http_url(config: Config) -> str:
+    """Base URL of the HTTP server."""
+    return f"http://{config.server.host}:{config.server.port}"
+
+
+def _ranks_prefix(config: Config) -> list[str]:
+    """What starts the ranks: nothing for a single one, mpirun for more."""
+    ranks = config.parallel.world_size
+    if ranks == 1:
+        return []
+    beside_python = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        raise LaunchError(
+            f"{ranks} ranks need mpirun: pip install 'fastserve_mega[mpi]', or a system MPI"
+        )
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
+    options: list[str] = []
+    if "Open MPI" in version.stdout:
+        options = ["--oversubscribe", "--bind-to", "none"]
+        if os.geteuid() == 0:
+            options.append("--allow-run-as-root")
+    return [mpirun, *options, "-n", str(ranks)]
+
+
+def serve(config: Config, arguments: Sequence[str]) -> int:
+    """`fastserve-mega serve`: run until Ctrl-C or SIGTERM; returns the exit status."""
+    stopping = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        if stopping:
+            return
+        stopping = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    with Deployment(config, arguments, http=True) as deployment:
+        try:
+            deployment.start()
+            print(_how_to_use(config, arguments), flush=True)
+            while True:
+                deployment.check()
+                time.sleep(_PROBE_S)
+        except KeyboardInterrupt:
+            print("stopping", file=sys.stderr, flush=True)
+            return 0
+        except LaunchError as error:
+            print(f"fastserve-mega serve: {error}", file=sys.stderr, flush=True)
+            return 1
+
+
+def _how_to_use(config: Config, arguments: Sequence[str]) -> str:
+    url, name = http_url(config), config.model.name
+    return f"""
+{name} is being served. Try:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+  python -c "from openai import OpenAI; print(OpenAI(base_url='{url}/v1', api_key='none')
+    .chat.completions.create(model='{name}', messages=[{{'role': 'user', 'content': 'Hello!'}}])
+    .choices[0].message.content)"
+
+  fastserve-mega chat {" ".join(arguments)}
+
+Ctrl-C ends it.
+"""

@@ -1,0 +1,112 @@
+"""The HTTP application."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastserve_mega import __version__
+from fastserve_mega.client import AsyncClient, ServerUnavailableError
+from fastserve_mega.server.answers import Json
+from fastserve_mega.server.chat import chat_router
+from fastserve_mega.server.completions import completions_router
+from fastserve_mega.server.errors import ApiError, add_error_handlers
+from fastserve_mega.server.service import Service
+from fastserve_mega.text.tokenizer import Tokenizer
+
+MAX_BODY_BYTES = 32 * 2**20
+"""Of a request; the largest prompt that a frame to the coordinator can hold is below it."""
+_PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(
+    client: AsyncClient, tokenizer: Tokenizer, *, health_timeout_s: float = 2.0
+) -> FastAPI:
+    """The OpenAI-compatible API in front of a coordinator.
+
+    Args:
+        client: closed by the app when it shuts down.
+        tokenizer: the served model's; give the client the same one.
+        health_timeout_s: longest wait of GET /health for the coordinator.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await client.aclose()
+
+    app = FastAPI(title="fastserve_mega", version=__version__, lifespan=lifespan)
+    app.add_middleware(_BodyLimit)
+    add_error_handlers(app)
+    service = Service(client, tokenizer)
+    app.include_router(completions_router(service))
+    app.include_router(chat_router(service))
+    _add_model_routes(app, service)
+    _add_operator_routes(app, service, health_timeout_s)
+    return app
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    created = int(time.time())
+
+    async def model() -> Json:
+        info = await service.client.info()
+        return {
+            "id": info.model_name,
+            "object": "model",
+            "created": created,
+            "owned_by": "fastserve_mega",
+            "max_model_len": info.max_context,
+        }
+
+    @app.get("/v1/models")
+    async def list_models() -> Json:
+        return {"object": "list", "data": [await model()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> Json:
+        await service.check_model(name)
+        return await model()
+
+
+def _add_operator_routes(app: FastAPI, service: Service, health_timeout_s: float) -> None:
+    @app.get("/health")
+    async def health() -> Json:
+        try:
+            await service.client.ping(health_timeout_s)
+        except ServerUnavailableError as error:
+            raise ApiError(
+                503, str(error), kind="service_unavailable_error", code="unavailable"
+            ) from None
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await service.client.metrics(), media_type=_PROMETHEUS)
+
+
+class _BodyLimit:
+    """Refuses a body as soon as it has become too long, whatever its headers promise."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)

@@ -1,0 +1,123 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from fastserve_mega.client import (
+    ClientError,
+    InvalidRequestError,
+    ServerBusyError,
+    ServerUnavailableError,
+)
+
+_log = logging.getLogger(__name__)
+RETRY_AFTER_S = 1
+_INVALID = "invalid_request_error"
+_MOST_FORMS = 3
+"""Sentences of one field that are told; a field of many forms has one for each."""
+
+
+class ApiError(Exception):
+    """An answer other than success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = _INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def from_client_error(error: ClientError) -> ApiError:
+    """The HTTP form of what the ZeroMQ client raises."""
+    message = str(error)
+    if isinstance(error, InvalidRequestError):
+        return ApiError(400, message)
+    if isinstance(error, ServerBusyError):
+        return ApiError(
+            429,
+            message,
+            kind="rate_limit_error",
+            code="server_busy",
+            headers={"Retry-After": str(RETRY_AFTER_S)},
+        )
+    if isinstance(error, ServerUnavailableError):
+        return ApiError(503, message, kind="service_unavailable_error", code="unavailable")
+    return ApiError(500, message, kind="server_error")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Give every error of the app OpenAI's shape."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(ClientError)
+    async def client_error(_: Request, error: ClientError) -> JSONResponse:
+        return from_client_error(error).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _from_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> JSONResponse:
+        # Starlette raises it again after this answer, and uvicorn logs the traceback.
+        _log.error("%s %s failed: %r", request.method, request.url.path, error)
+        return ApiError(500, "the server failed; its log says why", kind="server_error").response()
+
+
+def _from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """One sentence about the first wrong field, in all the forms that it could have."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    field = _field(first)
+    if field is None and first["type"] in ("model_attributes_type", "missing"):
+        return ApiError(
+            400, "the body must be a JSON object, sent with Content-Type: application/json"
+        )
+    sentences = [_sentence(error) for error in errors if _field(error) == field]
+    told = "; or ".join(dict.fromkeys(sentences[:_MOST_FORMS]))
+    if first["type"] == "extra_forbidden":
+        told = f"unknown field {field!r}"
+    elif field is not None:
+        told = f"{field}: {told}"
+    return ApiError(400, told, param=field)
+
+
+def _field(error: Mapping[str, Any]) -> str | None:
+    """Path of a field, without the names that pydantic gives to the forms of a union."""
+    path = [str(step) for step in error["loc"][1:]]
+    if path and path[0] in ("prompt", "stop"):
+        path = path[:1]
+    return ".".join(path) or None
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]

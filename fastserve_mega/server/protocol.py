@@ -1,0 +1,221 @@
+"""Bodies of requests in OpenAI's shape. Nothing in them is ignored silently."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fastserve_mega.types import SamplingParams
+
+Neutral = dict[str, tuple[Any, ...]]
+"""Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
+always does."""
+
+_UNSUPPORTED: Neutral = {
+    "n": (1,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "min_p": (0,),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "add_special_tokens": (True,),
+}
+_UNSUPPORTED_COMPLETION: Neutral = _UNSUPPORTED | {
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (),
+}
+_UNSUPPORTED_CHAT: Neutral = _UNSUPPORTED | {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "add_generation_prompt": (True,),
+}
+_UNSUPPORTED_MESSAGE: Neutral = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+}
+
+
+class _Strict(BaseModel):
+    """Refuses unknown fields, wrong types, and what we do not support."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    unsupported: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for name, value in data.items():
+            if name not in cls.unsupported or value is None:
+                continue
+            if value not in cls.unsupported[name]:
+                raise ValueError(f"{name}={_short(value)} is not supported")
+        return {name: value for name, value in data.items() if name not in cls.unsupported}
+
+
+class StreamOptions(_Strict):
+    """What a stream tells besides text."""
+
+    unsupported = {"include_obfuscation": (False,)}
+    include_usage: bool = False
+
+
+class GenerationRequest(_Strict):
+    """What completions and chat completions have in common. null stands for the default."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    # About who asks, not about the answer.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    # Extensions, named as in vLLM.
+    top_k: int | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    priority: int = 0
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which the answer ends with finish reason `timeout`."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if stop is not None and (stop == "" or "" in stop):
+            raise ValueError("a stop string must not be empty")
+        return stop
+
+    def sampling_params(self, max_tokens: int) -> SamplingParams:
+        """How to sample at most `max_tokens` tokens.
+
+        Raises:
+            ValueError: a value is outside its range.
+        """
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            # vLLM's clients say -1 for all tokens.
+            top_k=0 if self.top_k in (None, -1) else self.top_k,
+            seed=self.seed,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+        )
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    unsupported = _UNSUPPORTED_COMPLETION
+    prompt: str | list[str] | list[int] | list[list[int]]
+    """Text or token ids, or several of one kind."""
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, also when there is one only."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+
+
+class TextPart(_Strict):
+    """A part of a message in OpenAI's list form; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One turn of a conversation."""
+
+    unsupported = _UNSUPPORTED_MESSAGE
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """The message as chat templates know it."""
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        # OpenAI's newer name of the system role, which the templates of open models lack.
+        role = "system" if self.role == "developer" else self.role
+        message = {"role": role, "content": content}
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    unsupported = _UNSUPPORTED_CHAT
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    """The newer name of max_tokens."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens "
+                f"({self.max_completion_tokens}) are the same thing; send one of them"
+            )
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """Longest answer in tokens; None is the rest of the context."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,131 @@
+"""From a request's body to running generations."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+
+from fastserve_mega.client import AsyncClient, AsyncGeneration
+from fastserve_mega.server.answers import Shape, respond
+from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.protocol import GenerationRequest
+from fastserve_mega.text.tokenizer import Tokenizer
+
+_LONG_TEXT = 2_000
+"""Characters from which tokenizing goes to a thread; below, the switch costs more than the work."""
+
+
+class Service:
+    """What the endpoints need: the client of the coordinator, and the tokenizer."""
+
+    def __init__(self, client: AsyncClient, tokenizer: Tokenizer) -> None:
+        self.client = client
+        self.tokenizer = tokenizer
+
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without holding up other requests."""
+        return await self._tokenize(self.tokenizer.encode, text, len(text))
+
+    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, without holding up other requests."""
+        length = sum(len(message["content"]) for message in messages)
+        return await self._tokenize(self.tokenizer.apply_chat_template, messages, length)
+
+    async def _tokenize(
+        self, function: Callable[..., list[int]], arg: Any, length: int
+    ) -> list[int]:
+        try:
+            if length < _LONG_TEXT:
+                return function(arg)
+            return await asyncio.to_thread(function, arg)
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+
+    async def check_model(self, name: str | None) -> str:
+        """The served model's name; a request for another one is refused."""
+        served = (await self.client.info()).model_name
+        if name is not None and name != served:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; the served model is {served!r}",
+                param="model",
+                code="model_not_found",
+            )
+        return served
+
+    async def token_budget(self, prompt: Sequence[int], max_tokens: int | None) -> int:
+        """Check a prompt; returns how many tokens its answer may have, `max_tokens` if given."""
+        welcome = await self.client.info()
+        if not prompt:
+            raise ApiError(400, "the prompt is empty", param="prompt")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < welcome.vocab_size:
+                raise ApiError(
+                    400,
+                    f"token id {token} is not in the vocabulary of {welcome.vocab_size}",
+                    param="prompt",
+                )
+        room = welcome.max_context - len(prompt)
+        if max_tokens is not None and max_tokens <= room:
+            return max_tokens
+        if max_tokens is None and room >= 1:
+            return room
+        raise ApiError(
+            400,
+            f"the context is {welcome.max_context} tokens for prompt and answer together; "
+            f"the prompt has {len(prompt)} and max_tokens is {max_tokens or 'at least 1'}",
+            param="max_tokens" if room >= 1 else "prompt",
+            code="context_length_exceeded",
+        )
+
+    async def answer(
+        self,
+        http: Request,
+        body: GenerationRequest,
+        prompts: Sequence[tuple[Sequence[int], int]],
+        shape: Shape,
+    ) -> Response:
+        """Answer prompts, each with its own max_tokens, in the shape of an endpoint."""
+        answer_id = f"{shape.id_prefix}-{uuid.uuid4().hex}"
+        head = {
+            "id": answer_id,
+            "object": shape.chunk_object_name if body.stream else shape.object_name,
+            "created": int(time.time()),
+            "model": await self.check_model(body.model),
+        }
+        generations = await self._start(body, prompts, answer_id)
+        return await respond(
+            http,
+            head,
+            generations,
+            shape,
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+        )
+
+    async def _start(
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[tuple[Sequence[int], int]],
+        answer_id: str,
+    ) -> list[AsyncGeneration]:
+        try:
+            params = [body.sampling_params(max_tokens) for _, max_tokens in prompts]
+        except ValueError as error:
+            raise ApiError(400, str(error)) from None
+        return [
+            await self.client.submit(
+                prompt,
+                params[index],
+                stop=body.stops,
+                priority=body.priority,
+                timeout_s=body.timeout,
+                request_id=f"{answer_id}-{index}",
+            )
+            for index, (prompt, _) in enumerate(prompts)
+        ]

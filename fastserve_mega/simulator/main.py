@@ -1,0 +1,139 @@
+"""`fastserve-mega simulate`: policies side by side on one workload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastserve_mega.config import PolicyName
+from fastserve_mega.simulator.config import SimulationConfig, make_cost_model, make_scheduler
+from fastserve_mega.simulator.report import Report, make_table, summarize, to_json
+from fastserve_mega.simulator.simulation import Simulation, SimulationResult
+from fastserve_mega.simulator.workload import (
+    LengthTable,
+    RequestSpec,
+    draw_requests,
+    load_lengths,
+)
+
+_TIMELINE_POINTS = 1000
+
+
+def simulate(
+    config: SimulationConfig,
+    requests: Sequence[RequestSpec],
+    *,
+    timeline_interval_s: float | None = None,
+    on_finished: Callable[[], None] | None = None,
+) -> SimulationResult:
+    """Run one simulation; the same configuration and requests give the same result."""
+    cost_model = make_cost_model(config)
+    simulation = Simulation(
+        make_scheduler(config, cost_model),
+        cost_model,
+        requests,
+        stages=config.mesh.pipeline,
+        block_size=config.kv_cache.block_size,
+        max_queued_requests=config.scheduler.max_queued_requests,
+        oracle=config.scheduler.policy == "srpt",
+        warmup=config.workload.warmup_requests,
+        cooldown=config.workload.cooldown_requests,
+        timeline_interval_s=timeline_interval_s,
+        on_finished=on_finished,
+    )
+    return simulation.run()
+
+
+def with_policy(config: SimulationConfig, policy: PolicyName) -> SimulationConfig:
+    """The same simulation under another policy."""
+    return replace(config, scheduler=replace(config.scheduler, policy=policy))
+
+
+def with_rate(config: SimulationConfig, rate: float | None) -> SimulationConfig:
+    """The same simulation at another rate."""
+    return replace(config, workload=replace(config.workload, rate=rate))
+
+
+def run_simulate(
+    config: SimulationConfig,
+    *,
+    data: Path = Path(),
+    policies: Sequence[PolicyName] = (),
+    rates: Sequence[float] = (),
+    json_path: Path | None = None,
+    plots: Path | None = None,
+) -> int:
+    """Simulate each policy at each rate, print a table, write JSON and plots.
+
+    Args:
+        config: what to simulate.
+        data: directory of the workload's file.
+        policies: to compare; none is the configured one.
+        rates: requests per second; none is the configured one.
+        json_path: file for all figures.
+        plots: directory for plots.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: the workload's file is not valid.
+        OSError: a file cannot be read or written.
+    """
+    table = load_lengths(config.workload, data)
+    chosen = [
+        with_rate(with_policy(config, policy), rate)
+        for policy in policies or (config.scheduler.policy,)
+        for rate in rates or (config.workload.rate,)
+    ]
+    runs = _run_all(chosen, table, with_timeline=plots is not None)
+    reports = [report for report, _ in runs]
+    prompt, output = table.means
+    title = f"{config.workload.path}: {prompt:.0f} prompt and {output:.0f} output tokens on average"
+    Console().print(make_table(reports, title))
+    if json_path is not None:
+        json_path.write_text(to_json(reports), encoding="utf-8")
+    if plots is not None:
+        _plot_all(runs, plots)
+    return 0
+
+
+def _run_all(
+    configs: Sequence[SimulationConfig], table: LengthTable, *, with_timeline: bool
+) -> list[tuple[Report, SimulationResult]]:
+    runs = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        for config in configs:
+            policy, rate = config.scheduler.policy, config.workload.rate
+            requests = draw_requests(config.workload, table)
+            span_s = requests[-1].arrival_s - requests[0].arrival_s
+            name = policy if rate is None else f"{policy} at {rate:g}/s"
+            task = progress.add_task(name, total=len(requests))
+            result = simulate(
+                config,
+                requests,
+                timeline_interval_s=span_s / _TIMELINE_POINTS if with_timeline else None,
+                on_finished=lambda task=task: progress.advance(task),  # type: ignore[misc]
+            )
+            runs.append((summarize(result, policy, rate), result))
+    return runs
+
+
+def _plot_all(runs: Sequence[tuple[Report, SimulationResult]], directory: Path) -> None:
+    from fastserve_mega.simulator import plots
+
+    reports = [report for report, _ in runs]
+    rates = list(dict.fromkeys(report.rate for report in reports))
+    if len(rates) > 1:
+        plots.plot_latency_against_rate(reports, directory / "latency.png")
+    for rate in rates:
+        suffix = "" if rate is None else f"-{rate:g}"
+        results = {report.policy: result for report, result in runs if report.rate == rate}
+        plots.plot_cdfs(results, directory / f"cdf{suffix}.png")
+        for policy, result in results.items():
+            plots.plot_timeline(result, directory / f"timeline-{policy}{suffix}.png")

@@ -1,0 +1,143 @@
+"""What the records of a run say, as numbers, a table and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+
+from fastserve_mega.simulator.pipeline import CopyStats
+from fastserve_mega.simulator.simulation import RequestRecord, SimulationResult
+
+_LONG_QUANTILE = 0.75
+_SLOWEST_FRACTION = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Of one measure over requests, seconds."""
+
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run. Times in seconds; throughput is over the whole run, warm-up included."""
+
+    policy: str
+    rate: float | None
+    """Requests per second offered; None for a trace."""
+    requests: int
+    """Measured."""
+    rejected: int
+    normalized_latency_s: Distribution
+    """Job completion time per output token."""
+    ttft_s: Distribution
+    tpot_s: Distribution
+    jct_s: Distribution
+    slowest_long_jct_s: float
+    """Mean of the slowest tenth of long requests: those in the top quarter of output lengths."""
+    slowest_long_normalized_latency_s: float
+    """Of the same requests."""
+    requests_per_s: float
+    output_tokens_per_s: float
+    utilization: float
+    """Fraction of the time in which the first stage computed."""
+    elapsed_s: float
+    steps: int
+    decode_tokens: int
+    prefill_tokens: int
+    preemptions: int
+    recomputed_tokens: int
+    copies: CopyStats
+
+
+def summarize(result: SimulationResult, policy: str, rate: float | None) -> Report:
+    """The report of a run.
+
+    Raises:
+        ValueError: no request was measured.
+    """
+    records = result.records
+    if not records:
+        raise ValueError("no request was measured: all were rejected")
+    slowest = _slowest_long(records)
+    return Report(
+        policy=policy,
+        rate=rate,
+        requests=len(records),
+        rejected=result.rejected,
+        normalized_latency_s=distribution(record.normalized_latency_s for record in records),
+        ttft_s=distribution(record.ttft_s for record in records),
+        tpot_s=distribution(record.tpot_s for record in records),
+        jct_s=distribution(record.jct_s for record in records),
+        slowest_long_jct_s=float(np.mean([record.jct_s for record in slowest])),
+        slowest_long_normalized_latency_s=float(
+            np.mean([record.normalized_latency_s for record in slowest])
+        ),
+        requests_per_s=result.finished / result.elapsed_s,
+        output_tokens_per_s=result.output_tokens / result.elapsed_s,
+        utilization=result.busy_s / result.elapsed_s,
+        elapsed_s=result.elapsed_s,
+        steps=result.steps,
+        decode_tokens=result.decode_tokens,
+        prefill_tokens=result.prefill_tokens,
+        preemptions=result.preemptions,
+        recomputed_tokens=result.recomputed_tokens,
+        copies=result.copies,
+    )
+
+
+def distribution(values: Iterable[float]) -> Distribution:
+    """Mean and percentiles (linear between neighbours)."""
+    array = np.fromiter(values, dtype=np.float64)
+    p50, p95, p99 = np.percentile(array, (50, 95, 99)).tolist()
+    return Distribution(float(array.mean()), p50, p95, p99)
+
+
+def _slowest_long(records: Sequence[RequestRecord]) -> list[RequestRecord]:
+    threshold = float(np.quantile([record.output_tokens for record in records], _LONG_QUANTILE))
+    long = [record for record in records if record.output_tokens >= threshold]
+    long.sort(key=lambda record: record.jct_s, reverse=True)
+    return long[: max(round(_SLOWEST_FRACTION * len(long)), 1)]
+
+
+def to_json(reports: Sequence[Report]) -> str:
+    """All figures of all runs, by field name."""
+    return json.dumps([dataclasses.asdict(report) for report in reports], indent=2) + "\n"
+
+
+def make_table(reports: Sequence[Report], title: str) -> Table:
+    """One line per run."""
+    table = Table(title=title, caption="seconds; mean / P50 / P95 / P99")
+    table.add_column("policy", no_wrap=True)
+    for heading in ("rate", "norm. latency per token", "TTFT", "TPOT", "JCT", "slowest long JCT",
+                    "req/s", "tok/s", "busy", "preempt.", "recomp."):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for report in reports:
+        table.add_row(
+            report.policy,
+            "trace" if report.rate is None else f"{report.rate:.3g}",
+            _four(report.normalized_latency_s),
+            _four(report.ttft_s),
+            _four(report.tpot_s),
+            _four(report.jct_s),
+            f"{report.slowest_long_jct_s:.1f}",
+            f"{report.requests_per_s:.2f}",
+            f"{report.output_tokens_per_s:.0f}",
+            f"{report.utilization:.0%}",
+            str(report.preemptions),
+            str(report.recomputed_tokens),
+        )
+    return table
+
+
+def _four(values: Distribution) -> str:
+    return " / ".join(f"{value:.3g}" for value in dataclasses.astuple(values))

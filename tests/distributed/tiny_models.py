@@ -1,0 +1,108 @@
+"""Small random models of every family, as Hugging Face directories."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+
+LAYERS = 3
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,  # odd, so that two tensor ranks need padding
+    "max_position_embeddings": 128,
+    # Larger than usual: the best two logits of a random model must not be equal by rounding.
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+MODELS = {
+    "llama": ("LlamaConfig", _LLAMA),
+    "llama-scaled": (
+        "LlamaConfig",
+        {**_LLAMA, "rope_parameters": _LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-one-kv-head": (
+        "LlamaConfig",
+        {**_LLAMA, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 9, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", {**_LLAMA, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 16}),
+    "opt": (
+        "OPTConfig",
+        {
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "vocab_size": 131,
+            "max_position_embeddings": 128,
+            "init_std": 0.3,
+        },
+    ),
+    "gpt2": (
+        "GPT2Config",
+        {
+            "n_embd": 32,
+            "n_inner": 48,
+            "n_layer": LAYERS,
+            "n_head": 4,
+            "vocab_size": 131,
+            "n_positions": 128,
+            "initializer_range": 0.3,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+}
+
+
+def make_model(name: str, directory: Path) -> torch.nn.Module:
+    """Write a model with fixed random weights (biases included) and return it."""
+    kind, settings = MODELS[name]
+    transformers.utils.logging.disable_progress_bar()
+    config = getattr(transformers, kind)(**settings)
+    torch.manual_seed(sum(map(ord, name)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own deprecations
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(directory)
+    return model
+
+
+def greedy(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
+    """Reference: the whole sequence anew for each token, no cache at all."""
+    tokens = list(prompt)
+    with torch.inference_mode():
+        for _ in range(max_tokens):
+            logits = model(torch.tensor([tokens]), use_cache=False).logits
+            tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def prompts() -> list[list[int]]:
+    """Of lengths below, at and above the sizes of chunk, block and window."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = (5, 33, 1, 16, 8, 50)
+    return [torch.randint(3, 131, (n,), generator=generator).tolist() for n in lengths]
