@@ -60,8 +60,7 @@ class FakeCoordinator:
     """A ROUTER on a thread of its own that does what `behaviour` says for each Submit."""
 
     def __init__(self, model_path: str = "/nowhere/tiny", max_context: int = 256) -> None:
-        self.behaviour: Behaviour = answer([5, 6, 7, 8])
-        self.silent = False
+        self.reset()
         self.welcome = Welcome(
             epoch="epoch-0", model_name="tiny", model_path=model_path,
             max_context=max_context, vocab_size=400, eos_token_ids=(2,),
@@ -72,7 +71,6 @@ class FakeCoordinator:
         self._port = self._router.bind_to_random_port("tcp://127.0.0.1")
         self.endpoint = f"tcp://127.0.0.1:{self._port}"
         self._identities: dict[str, bytes] = {}
-        self._received: list[Message] = []
         self._arrived = threading.Condition()
         self._actions: queue.Queue[Callable[[], None]] = queue.Queue()
         self._wake = self._context.socket(zmq.PAIR)
@@ -82,6 +80,12 @@ class FakeCoordinator:
         self._closing = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def reset(self) -> None:
+        """Forget what was received, and do as in the beginning."""
+        self.behaviour: Behaviour = answer([5, 6, 7, 8])
+        self.silent = False
+        self._received: list[Message] = []
 
     def received(self, kind: type) -> list:
         with self._arrived:

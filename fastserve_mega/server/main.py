@@ -33,7 +33,7 @@ def run_server(config: Config) -> int:
         create_app(client, tokenizer),
         host=config.server.host,
         port=config.server.port,
-        log_level="warning",
+        access_log=False,
         ws="none",
         timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
     )

@@ -33,8 +33,7 @@ class Pipeline:
         time_s = ready_s
         for stage, stage_s in enumerate(stage_times):
             start_s = free_s[stage]
-            if time_s > start_s:
-                start_s = time_s
+            start_s = max(start_s, time_s)
             free_s[stage] = start_s + stage_s
             time_s = start_s + stage_s + hops[stage]
         return time_s

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.report import Report
-from fastserve_mega.simulator.simulation import SimulationResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastserve_mega.simulator.pipeline import CopyStats
-from fastserve_mega.simulator.simulation import RequestRecord, SimulationResult
+from fastserve_mega.simulator.records import RequestRecord, SimulationResult
 
 _LONG_QUANTILE = 0.75
 _SLOWEST_FRACTION = 0.1
@@ -114,30 +114,50 @@ def to_json(reports: Sequence[Report]) -> str:
     return json.dumps([dataclasses.asdict(report) for report in reports], indent=2) + "\n"
 
 
-def make_table(reports: Sequence[Report], title: str) -> Table:
-    """One line per run."""
-    table = Table(title=title, caption="seconds; mean / P50 / P95 / P99")
-    table.add_column("policy", no_wrap=True)
-    for heading in ("rate", "norm. latency per token", "TTFT", "TPOT", "JCT", "slowest long JCT",
-                    "req/s", "tok/s", "busy", "preempt.", "recomp."):  # fmt: skip
-        table.add_column(heading, justify="right")
+def make_tables(reports: Sequence[Report], title: str) -> tuple[Table, Table]:
+    """How long requests took, one line per measure and run; and the work done, one per run."""
+    latencies, work = (
+        Table(Column("policy", no_wrap=True), Column("rate", justify="right"), title=title)
+        for _ in range(2)
+    )
+    latencies.add_column("seconds", no_wrap=True)
+    for heading in ("mean", "P50", "P95", "P99"):
+        latencies.add_column(heading, justify="right")
+    for name, measure in _MEASURES.items():
+        latencies.add_section()
+        for report in reports:
+            values = dataclasses.astuple(measure(report))
+            latencies.add_row(*_name_of(report), name, *(f"{value:.3g}" for value in values))
+    for heading in ("slowest long JCT", "req/s", "tok/s", "busy", "pre- empted", "recom- puted",
+                    "blocks swapped", "copy s exposed", "re- jected"):  # fmt: skip
+        work.add_column(heading, justify="right")
     for report in reports:
-        table.add_row(
-            report.policy,
-            "trace" if report.rate is None else f"{report.rate:.3g}",
-            _four(report.normalized_latency_s),
-            _four(report.ttft_s),
-            _four(report.tpot_s),
-            _four(report.jct_s),
-            f"{report.slowest_long_jct_s:.1f}",
-            f"{report.requests_per_s:.2f}",
-            f"{report.output_tokens_per_s:.0f}",
-            f"{report.utilization:.0%}",
-            str(report.preemptions),
-            str(report.recomputed_tokens),
-        )
-    return table
+        work.add_row(*_name_of(report), *_work_cells(report))
+    return latencies, work
 
 
-def _four(values: Distribution) -> str:
-    return " / ".join(f"{value:.3g}" for value in dataclasses.astuple(values))
+_MEASURES: dict[str, Callable[[Report], Distribution]] = {
+    "latency/token": lambda report: report.normalized_latency_s,
+    "TTFT": lambda report: report.ttft_s,
+    "TPOT": lambda report: report.tpot_s,
+    "JCT": lambda report: report.jct_s,
+}
+
+
+def _name_of(report: Report) -> tuple[str, str]:
+    return report.policy, "trace" if report.rate is None else f"{report.rate:.3g}"
+
+
+def _work_cells(report: Report) -> list[str]:
+    copies = report.copies
+    return [
+        f"{report.slowest_long_jct_s:.1f}",
+        f"{report.requests_per_s:.2f}",
+        f"{report.output_tokens_per_s:.0f}",
+        f"{report.utilization:.0%}",
+        str(report.preemptions),
+        str(report.recomputed_tokens),
+        f"{copies.swapped_out_blocks + copies.swapped_in_blocks}",
+        f"{copies.exposed_s:.2f}",
+        str(report.rejected),
+    ]

@@ -10,78 +10,10 @@ from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel, step_work
-from fastserve_mega.simulator.pipeline import CopyEngine, CopyStats, Pipeline
+from fastserve_mega.simulator.pipeline import CopyEngine, Pipeline
+from fastserve_mega.simulator.records import RequestRecord, SimulationResult, TimelinePoint
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.types import RequestId
-
-
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """One finished request; times in seconds of the virtual clock."""
-
-    prompt_tokens: int
-    output_tokens: int
-    arrival_s: float
-    first_token_s: float
-    finish_s: float
-
-    @property
-    def ttft_s(self) -> float:
-        """Time to first token."""
-        return self.first_token_s - self.arrival_s
-
-    @property
-    def tpot_s(self) -> float:
-        """Time per output token after the first; 0 for a single token."""
-        return (self.finish_s - self.first_token_s) / max(self.output_tokens - 1, 1)
-
-    @property
-    def jct_s(self) -> float:
-        """Job completion time."""
-        return self.finish_s - self.arrival_s
-
-    @property
-    def normalized_latency_s(self) -> float:
-        """Job completion time per output token (the paper's metric, section 6.1)."""
-        return self.jct_s / self.output_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class TimelinePoint:
-    """The state of the scheduler after a dispatch."""
-
-    time_s: float
-    level_lengths: tuple[int, ...]
-    """Unfinished requests of each level, the highest first."""
-    device_blocks_in_use: int
-    batch_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class SimulationResult:
-    """What happened in a run."""
-
-    records: tuple[RequestRecord, ...]
-    """Measured requests in order of arrival."""
-    rejected: int
-    """Requests that exceed the queue or could never fit into memory."""
-    elapsed_s: float
-    """Virtual time from the first arrival to the end of the run."""
-    steps: int
-    decode_tokens: int
-    """Scheduled in slices of one token."""
-    prefill_tokens: int
-    """Scheduled in longer slices, recomputed ones included."""
-    output_tokens: int
-    """Yielded by all requests, the unmeasured ones included."""
-    finished: int
-    """Requests, the unmeasured ones included."""
-    busy_s: float
-    """Time the first stage computed."""
-    preemptions: int
-    recomputed_tokens: int
-    copies: CopyStats
-    timeline: tuple[TimelinePoint, ...]
 
 
 class _LiveRequest:

@@ -14,6 +14,9 @@ import numpy.typing as npt
 _LENGTH_COLUMNS = ("prompt_tokens", "output_tokens")
 _TIME_COLUMN = "timestamp_s"
 
+_SCALING_ROUNDS = 20
+_SCALING_TOLERANCE = 0.002
+
 Lengths = npt.NDArray[np.int64]
 """Rows of (prompt tokens, output tokens)."""
 
@@ -28,7 +31,7 @@ class RequestSpec(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadConfig:
-    """Which requests, and when. Rows are filtered, scaled, filtered again, then sampled."""
+    """Which requests, and when. Rows are filtered, scaled within the limits, then sampled."""
 
     path: str
     """CSV file with a header: prompt_tokens, output_tokens, and timestamp_s for a trace. Rows
@@ -40,7 +43,7 @@ class WorkloadConfig:
     """Longer rows are left out, before and after scaling."""
     mean_prompt_tokens: float | None = None
     mean_output_tokens: float | None = None
-    """Scale all lengths to these means."""
+    """Scale the lengths so that what is within the limits has these means."""
     rate: float | None = None
     """Requests per second; rows are sampled without replacement as long as there are enough.
     None replays the file's own timestamps."""
@@ -113,7 +116,7 @@ def load_lengths(config: WorkloadConfig, directory: Path = Path()) -> LengthTabl
     table = _filter(config, _read(path, config))
     if not len(table.lengths):
         raise ValueError(f"{path}: no row passes the filters of the workload")
-    return _filter(config, _scale(config, table))
+    return _scale(config, table)
 
 
 def _read(path: Path, config: WorkloadConfig) -> LengthTable:
@@ -158,13 +161,25 @@ def _filter(config: WorkloadConfig, table: LengthTable) -> LengthTable:
 
 
 def _scale(config: WorkloadConfig, table: LengthTable) -> LengthTable:
+    """Reach the means wanted with what the limits leave; long rows that outgrow them are lost."""
     wanted = (config.mean_prompt_tokens, config.mean_output_tokens)
-    factors = [
-        1.0 if mean is None else mean / actual
-        for mean, actual in zip(wanted, table.means, strict=True)
-    ]
-    scaled = np.rint(table.lengths * np.array(factors)).astype(np.int64)
-    return replace(table, lengths=np.maximum(scaled, 1))
+    factors = np.ones(2)
+    scaled = table
+    for _ in range(_SCALING_ROUNDS):
+        errors = np.array(
+            [
+                1.0 if mean is None else mean / actual
+                for mean, actual in zip(wanted, scaled.means, strict=True)
+            ]
+        )
+        if np.all(np.abs(errors - 1.0) < _SCALING_TOLERANCE):
+            break
+        factors *= errors
+        lengths = np.maximum(np.rint(table.lengths * factors).astype(np.int64), 1)
+        scaled = _filter(config, replace(table, lengths=lengths))
+        if not len(scaled.lengths):
+            raise ValueError(f"{config.path}: no row is left within the limits after scaling")
+    return scaled
 
 
 def _replay(config: WorkloadConfig, table: LengthTable) -> list[RequestSpec]:

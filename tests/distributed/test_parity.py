@@ -9,12 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import MODELS, SMOLLM2, greedy, make_model, prompts
 
-pytest.importorskip("torch")
-pytest.importorskip("megatron.core", exc_type=ImportError)
-from tiny_models import MODELS, greedy, make_model, prompts  # noqa: E402
-
-pytestmark = [pytest.mark.distributed]
+pytestmark = pytest.mark.distributed
 
 MAX_TOKENS = 12
 LAYOUTS = {
@@ -24,10 +21,6 @@ LAYOUTS = {
     "tensor-2-pipeline-2": {"tensor": 2, "pipeline": 2},
 }
 HERE = Path(__file__).parent
-SMOLLM2 = (
-    Path(os.environ.get("FASTSERVE_MEGA_CACHE") or "~/.cache/fastserve_mega").expanduser()
-    / "smollm2-135m-instruct"
-)
 
 
 def mpirun(ranks: int, jobs: dict, directory: Path) -> dict:
@@ -36,7 +29,7 @@ def mpirun(ranks: int, jobs: dict, directory: Path) -> dict:
     scenario.write_text(json.dumps(jobs))
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
     command += ["-n", str(ranks), sys.executable, str(HERE / "rank.py")]
-    path = os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(scenario), str(results)],

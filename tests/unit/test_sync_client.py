@@ -95,7 +95,6 @@ def test_closing_wakes_a_thread_that_waits(fake_coordinator, tokenizer):
     generation = client.submit([1])
     next(generation)
 
-
     def wait():
         with contextlib.suppress(ServerUnavailableError):
             generation.wait()

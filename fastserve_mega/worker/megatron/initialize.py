@@ -25,7 +25,10 @@ _BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 """In /proc/cpuinfo: x86 with AVX-512, x86 with AMX, Arm."""
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_KEEP_BYTES = 2**30
+_REUSED_BYTES = 2**25
+"""Buffers up to this size are reused; the largest value that every glibc accepts."""
+_KEPT_BYTES = 2**30
+"""Freed memory that the process keeps."""
 
 
 def select_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
@@ -86,8 +89,8 @@ def _keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any, cast
 
 import torch
@@ -103,7 +104,16 @@ def build_stage(
 def _transformer_config(
     architecture: Architecture, partition: Partition, dtype: torch.dtype
 ) -> TransformerConfig:
-    return TransformerConfig(
+    with warnings.catch_warnings():
+        # 0.16 warns that its own default for CUDA graphs, which are off, is deprecated.
+        warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
+        return TransformerConfig(**_transformer_settings(architecture, partition, dtype))
+
+
+def _transformer_settings(
+    architecture: Architecture, partition: Partition, dtype: torch.dtype
+) -> dict[str, Any]:
+    return dict(  # noqa: C408 - the names are parameters
         num_layers=len(partition.layers),
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,

@@ -48,6 +48,7 @@ class MegatronRunner:
         self, config: Config, topology: Topology, master_address: str, master_port: int
     ) -> None:
         architecture = load_architecture(config.model.directory)
+        _check_context(config, architecture)
         self.architecture = architecture
         self._partition = partition_model(
             architecture, config.parallel, topology.rank, topology.world_size
@@ -147,6 +148,15 @@ class MegatronRunner:
         if self._sending is not None:
             self._sending[0].wait()
             self._sending = None
+
+
+def _check_context(config: Config, architecture: Architecture) -> None:
+    wanted = config.model.max_context
+    if wanted is not None and wanted > architecture.max_context:
+        raise ValueError(
+            f"model.max_context={wanted} exceeds the {architecture.max_context} tokens that the "
+            f"model can attend to"
+        )
 
 
 def _build_cache(

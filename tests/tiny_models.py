@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
 import torch
 import transformers
+
+SMOLLM2 = (
+    Path(os.environ.get("FASTSERVE_MEGA_CACHE") or "~/.cache/fastserve_mega").expanduser()
+    / "smollm2-135m-instruct"
+)
+"""A real model, made by tools/fetch_smollm2.py; not always there."""
 
 LAYERS = 3
 

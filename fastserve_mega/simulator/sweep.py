@@ -1,0 +1,98 @@
+"""Searches over the request rate: where a system saturates, and how much it serves in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from fastserve_mega.config import PolicyName
+from fastserve_mega.simulator.config import SimulationConfig
+from fastserve_mega.simulator.main import simulate, with_policy, with_rate
+from fastserve_mega.simulator.report import Report, summarize
+from fastserve_mega.simulator.workload import LengthTable, draw_requests
+
+Measure = Callable[[Report], float]
+
+_ALL_AT_ONCE = 1e9
+"""Requests per second: the whole workload has arrived before the first step."""
+_MOST_SATURATIONS = 16.0
+"""Where a search for a crossing gives up."""
+
+
+def mean_normalized_latency(report: Report) -> float:
+    """Seconds per output token, the paper's measure."""
+    return report.normalized_latency_s.mean
+
+
+def p95_normalized_latency(report: Report) -> float:
+    """Seconds per output token that 95 % of the requests stay below."""
+    return report.normalized_latency_s.p95
+
+
+def saturation_rate(config: SimulationConfig, table: LengthTable, num_requests: int) -> float:
+    """Requests per second that fcfs completes when there is always more to do.
+
+    As many requests again wait behind the measured ones, so that the batch stays full.
+    """
+    workload = replace(
+        config.workload, rate=_ALL_AT_ONCE, speedup=1.0, warmup_requests=0,
+        num_requests=num_requests, cooldown_requests=num_requests,
+    )  # fmt: skip
+    crowded = with_policy(replace(config, workload=workload), "fcfs")
+    result = simulate(crowded, draw_requests(workload, table))
+    return result.finished / result.elapsed_s
+
+
+@dataclass(frozen=True, slots=True)
+class RateSearch:
+    """Runs of one system and one kind of request at many rates; each is made only once."""
+
+    config: SimulationConfig
+    table: LengthTable
+    num_requests: Callable[[float], int]
+    """Requests of the run at a rate."""
+    tolerance: float = 0.02
+    """Relative width of the interval in which a crossing is interpolated."""
+    _reports: dict[tuple[PolicyName, float, int], Report] = field(default_factory=dict)
+
+    def report(self, policy: PolicyName, rate: float, seed: int) -> Report:
+        """One finite run."""
+        key = (policy, rate, seed)
+        if key not in self._reports:
+            config = with_rate(with_policy(self.config, policy), rate)
+            workload = replace(config.workload, seed=seed, num_requests=self.num_requests(rate))
+            result = simulate(config, draw_requests(workload, self.table))
+            self._reports[key] = summarize(result, policy, rate)
+        return self._reports[key]
+
+    def max_rate(
+        self, policy: PolicyName, seed: int, measure: Measure, limit: float, start: float
+    ) -> float:
+        """Highest rate before `measure` first exceeds `limit`.
+
+        Rates grow by a quarter from `start` until they cross the limit; the crossing is then
+        bisected, and interpolated linearly in what remains.
+
+        Returns:
+            Requests per second; 16 times `start` when the limit holds even there.
+        """
+        low = start
+        while (low_value := measure(self.report(policy, low, seed))) > limit:
+            if low < start / _MOST_SATURATIONS:
+                return 0.0
+            low /= 2
+        high, high_value = low, low_value
+        while high_value <= limit:
+            if high >= start * _MOST_SATURATIONS:
+                return high
+            low, low_value = high, high_value
+            high *= 1.25
+            high_value = measure(self.report(policy, high, seed))
+        while high - low > self.tolerance * low:
+            middle = (low + high) / 2
+            value = measure(self.report(policy, middle, seed))
+            if value <= limit:
+                low, low_value = middle, value
+            else:
+                high, high_value = middle, value
+        return low + (high - low) * (limit - low_value) / (high_value - low_value)

@@ -1,0 +1,36 @@
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+MODEL_DIRECTORY = (
+    Path(os.environ.get("FASTSERVE_MEGA_CACHE", "~/.cache/fastserve_mega")).expanduser()
+    / "smollm2-135m-instruct"
+)
+DATA_DIRECTORY = Path(os.environ.get("FASTSERVE_MEGA_DATA", "../shared/data"))
+
+
+@pytest.fixture(scope="session")
+def model_directory():
+    if not (MODEL_DIRECTORY / "config.json").exists():
+        pytest.skip(f"no model in {MODEL_DIRECTORY}: run `make model`")
+    return MODEL_DIRECTORY
+
+
+@pytest.fixture(scope="session")
+def prompts_file():
+    path = DATA_DIRECTORY / "mtbench_prompts.jsonl"
+    if not path.exists():
+        pytest.skip(f"no prompts in {path}: set FASTSERVE_MEGA_DATA")
+    return path
+
+
+@pytest.fixture
+def free_port():
+    def pick():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return pick

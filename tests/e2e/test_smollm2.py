@@ -1,0 +1,154 @@
+"""The real model through the whole system: mpirun, ranks, coordinator, clients, HTTP."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from fastserve_mega.client import AsyncClient
+from fastserve_mega.config import load_config
+from fastserve_mega.launcher import Deployment, http_url
+from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.types import FinishReason, SamplingParams
+
+pytestmark = [pytest.mark.model, pytest.mark.distributed, pytest.mark.timeout(600)]
+
+CONFIG = "configs/smollm2-135m-cpu.yaml"
+PROMPTS = 20
+NEW_TOKENS = 64
+CONCURRENT = 8
+
+
+@contextmanager
+def deployment(model_directory, free_port, *overrides, http=False):
+    sets = [
+        f"model.path={model_directory}",
+        "model.dtype=float32",
+        f"coordinator.client_endpoint=tcp://127.0.0.1:{free_port()}",
+        f"server.port={free_port()}",
+        *overrides,
+    ]
+    config = load_config(CONFIG, sets)
+    arguments = ["--config", CONFIG, *(word for value in sets for word in ("--set", value))]
+    with Deployment(config, arguments, http=http) as running:
+        running.start()
+        yield config
+
+
+@pytest.fixture(scope="module")
+def prompts(prompts_file, model_directory):
+    """Chat prompts of very different lengths, as token ids."""
+    tokenizer = Tokenizer(model_directory)
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    step = len(rows) // PROMPTS
+    turns = [row["turns"][0] for row in rows[::step]][:PROMPTS]
+    return [tokenizer.apply_chat_template([{"role": "user", "content": turn}]) for turn in turns]
+
+
+@pytest.fixture(scope="module")
+def reference(prompts, model_directory):
+    """What transformers generates, greedy and in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)  # threads that wait for each other crawl when a core is busy
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        generated = model.generate(
+            ids,
+            # transformers would guess a mask from the padding token, which occurs in chats.
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )
+        outputs.append(tuple(generated[0, len(prompt) :].tolist()))
+    return outputs
+
+
+async def generate_all(endpoint, prompts):
+    """All prompts, `CONCURRENT` at a time."""
+    slots = asyncio.Semaphore(CONCURRENT)
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+
+    async def one(client, prompt):
+        async with slots:
+            answer = await client.submit(prompt, params)
+            return (await answer.wait()).token_ids
+
+    async with AsyncClient(endpoint) as client:
+        return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+
+
+@pytest.mark.parametrize("pipeline", [2, 1])
+def test_greedy_equals_transformers(pipeline, model_directory, free_port, prompts, reference):
+    overrides = (
+        f"parallel.pipeline={pipeline}",
+        "scheduler.max_batch_tokens=64",  # long prompts in chunks, beside others that decode
+        "kv_cache.device_blocks=64",  # too few for 8 requests: some are preempted
+    )
+    with deployment(model_directory, free_port, *overrides) as config:
+        outputs = asyncio.run(generate_all(config.coordinator.client_endpoint, prompts))
+    assert len(outputs) == PROMPTS
+    assert outputs == reference
+
+
+def test_openai_client_over_http(model_directory, free_port):
+    from openai import BadRequestError, OpenAI
+
+    with deployment(model_directory, free_port, http=True) as config:
+        url, name = f"{http_url(config)}/v1", config.model.name
+        with OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == [name]
+
+            def ask(question):
+                return client.chat.completions.create(
+                    model=name,
+                    messages=[{"role": "user", "content": question}],
+                    max_tokens=24,
+                    temperature=0,
+                )
+
+            with ThreadPoolExecutor(4) as pool:
+                answers = list(pool.map(ask, ["What is the capital of France?"] * 4))
+            assert len({answer.choices[0].message.content for answer in answers}) == 1
+            assert "Paris" in answers[0].choices[0].message.content
+            assert answers[0].usage.completion_tokens <= 24
+
+            stream = client.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                max_tokens=24,
+                temperature=0,
+                stream=True,
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            assert text == answers[0].choices[0].message.content
+
+            with pytest.raises(BadRequestError, match=r"4096"):
+                client.completions.create(model=name, prompt=[1] * 4090, max_tokens=7)
+
+
+def test_sampled_text_depends_on_the_seed_only(model_directory, free_port):
+    """Alone, and among fifteen others with little memory."""
+    params = SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, seed=7)
+    question = [{"role": "user", "content": "Tell me a story."}]
+
+    async def run(endpoint):
+        async with AsyncClient(endpoint) as client:
+            alone = await (await client.chat(question, params)).wait()
+            among = [await client.chat(question, SamplingParams(max_tokens=24)) for _ in range(15)]
+            again = await (await client.chat(question, params)).wait()
+            for answer in among:
+                assert (await answer.wait()).finish_reason in {
+                    FinishReason.LENGTH,
+                    FinishReason.STOP,
+                }
+            return alone, again
+
+    with deployment(model_directory, free_port, "kv_cache.device_blocks=40") as config:
+        alone, again = asyncio.run(run(config.coordinator.client_endpoint))
+    assert alone.token_ids == again.token_ids

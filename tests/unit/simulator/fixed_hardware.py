@@ -1,0 +1,70 @@
+"""A cost model with round figures, and helpers to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastserve_mega.config import MlfqConfig, SchedulerConfig
+from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.simulator.analytic_cost_model import StepWork
+from fastserve_mega.simulator.records import SimulationResult
+from fastserve_mega.simulator.simulation import Simulation
+from fastserve_mega.simulator.workload import RequestSpec
+
+
+@dataclass
+class RoundCosts:
+    """Stages of fixed times, plus `token_s` on the first one per token beyond one per slice."""
+
+    stages: tuple[float, ...] = (1.0,)
+    token_s: float = 0.0
+    hop_s: float = 0.0
+    step_overhead_s: float = 0.0
+    block_copy_s: float = 1.0
+    works: list[StepWork] = field(default_factory=list)
+
+    def stage_times(self, work: StepWork) -> list[float]:
+        self.works.append(work)
+        first = self.stages[0] + self.token_s * (work.tokens - work.decode_slices)
+        return [first, *self.stages[1:]]
+
+    def hop_times(self, tokens: int) -> list[float]:
+        return [self.hop_s] * (len(self.stages) - 1) + [0.0]
+
+    def copy_s(self, blocks: int, block_size: int) -> float:
+        return blocks * self.block_copy_s
+
+    def prefill_s(self, tokens: int) -> float:
+        return sum(self.stages) + self.token_s * tokens
+
+    def decode_s(self, batch: int, context: int) -> float:
+        return sum(self.stages)
+
+    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+        pass
+
+
+def run(costs: Any, requests: Sequence[tuple[float, int, int]], **options: Any) -> SimulationResult:
+    """Simulate (arrival, prompt, output) requests; options are the scheduler's or the run's."""
+    run_options = {
+        name: options.pop(name)
+        for name in ("oracle", "warmup", "cooldown", "timeline_interval_s", "on_finished")
+        if name in options
+    }
+    blocks = options.pop("device_blocks", 100)
+    max_queued = options.pop("max_queued_requests", 1000)
+    mlfq = MlfqConfig(starvation_limit_s=None)
+    config = SchedulerConfig(**{"policy": "fcfs", "mlfq": mlfq, **options})
+    stages = len(costs.stages)
+    scheduler = Scheduler(config, costs, device_blocks=blocks, block_size=16, window=stages)
+    return Simulation(
+        scheduler,
+        costs,
+        [RequestSpec(*request) for request in requests],
+        stages=stages,
+        block_size=16,
+        max_queued_requests=max_queued,
+        **run_options,
+    ).run()

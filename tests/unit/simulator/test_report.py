@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
+from fastserve_mega.simulator.main import run_simulate, simulate, with_policy
+from fastserve_mega.simulator.pipeline import CopyStats
+from fastserve_mega.simulator.records import RequestRecord, SimulationResult
+from fastserve_mega.simulator.report import summarize, to_json
+from fastserve_mega.simulator.workload import make_requests
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "sim"
+
+LENGTHS = "prompt_tokens,output_tokens,turn\n" + "".join(
+    f"{5 + 37 * i % 400},{1 + 53 * i % 300},0\n" for i in range(200)
+)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> SimulationConfig:
+    (tmp_path / "w.csv").write_text(LENGTHS, encoding="utf-8")
+    overrides = ["workload.path=w.csv", "workload.num_requests=60", "workload.rate=4"]
+    return load_simulation_config(CONFIGS / "opt-13b-a100.yaml", overrides)
+
+
+def test_figures_of_a_report() -> None:
+    records = tuple(
+        RequestRecord(5, output, arrival_s=1.0, first_token_s=2.0, finish_s=2.0 + output)
+        for output in range(1, 102)
+    )
+    result = SimulationResult(
+        records=records, rejected=0, elapsed_s=202.0, steps=9, decode_tokens=8, prefill_tokens=7,
+        output_tokens=404, finished=101, busy_s=101.0, preemptions=0, recomputed_tokens=0,
+        copies=CopyStats(), timeline=(),
+    )  # fmt: skip
+    report = summarize(result, "fcfs", 2.0)
+    assert (report.jct_s.mean, report.jct_s.p50, report.jct_s.p95) == (52.0, 52.0, 97.0)
+    assert report.jct_s.p99 == pytest.approx(101.0)
+    assert report.ttft_s.mean == 1.0
+    assert report.slowest_long_jct_s == pytest.approx(101.0)  # 100, 101, 102 of the longest 26
+    assert (report.requests_per_s, report.output_tokens_per_s) == (0.5, 2.0)
+    assert report.utilization == 0.5
+    assert json.loads(to_json([report]))[0]["tpot_s"]["p50"] == pytest.approx(52 / 51)
+
+
+def test_the_same_seed_gives_the_same_report(config: SimulationConfig, tmp_path: Path) -> None:
+    reports = []
+    for seed in (0, 0, 1):
+        seeded = replace(config, workload=replace(config.workload, seed=seed))
+        requests = make_requests(seeded.workload, tmp_path)
+        reports.append(to_json([summarize(simulate(seeded, requests), "x", 4.0)]))
+    assert reports[0] == reports[1] != reports[2]
+
+
+@pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"])
+def test_every_policy_finishes_every_request(
+    config: SimulationConfig, tmp_path: Path, policy: str
+) -> None:
+    requests = make_requests(config.workload, tmp_path)
+    result = simulate(with_policy(config, policy), requests)  # type: ignore[arg-type]
+    assert len(result.records) == len(requests)
+    assert result.output_tokens == sum(request.output_tokens for request in requests)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_run(path: Path, tmp_path: Path) -> None:
+    trace = "".join(f"{i},{20 + i},{5 + i}\n" for i in range(5))
+    header = "timestamp_s,prompt_tokens,output_tokens\n"
+    (tmp_path / "w.csv").write_text(header + trace, encoding="utf-8")
+    overrides = [
+        "workload.path=w.csv", "workload.where={}", "workload.warmup_requests=0",
+        "workload.cooldown_requests=0", "workload.num_requests=5",
+    ]  # fmt: skip
+    config = load_simulation_config(path, overrides)
+    assert len(simulate(config, make_requests(config.workload, tmp_path)).records) == 5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hardware.device=a1000", "hardware.device: 'a1000' is not known; known are a100-40g"),
+        ("model=opt", "model: 'opt' is not known"),
+        ("mesh.tensor=3", "mesh.tensor 3 does not divide"),
+        ("scheduler.polcy=fcfs", "unknown field 'scheduler.polcy'"),
+        ("kv_cache.memory_utilization=2", "memory_utilization must be above 0 and at most 1"),
+        ("hardware.step_overhead_s=-1", "step_overhead_s must not be negative"),
+    ],
+)
+def test_a_bad_config_is_one_clear_error(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_simulation_config(CONFIGS / "opt-13b-a100.yaml", [override])
+
+
+def test_the_command_writes_table_json_and_plots(
+    config: SimulationConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    out.mkdir()
+    status = run_simulate(
+        config, data=tmp_path, policies=["fcfs", "mlfq"], rates=[2.0, 4.0],
+        json_path=out / "r.json", plots=out,
+    )  # fmt: skip
+    assert status == 0
+    assert "fcfs" in capsys.readouterr().out
+    runs = [(run["policy"], run["rate"]) for run in json.loads((out / "r.json").read_text())]
+    assert runs == [("fcfs", 2.0), ("fcfs", 4.0), ("mlfq", 2.0), ("mlfq", 4.0)]
+    assert sorted(path.name for path in out.glob("*.png")) == [
+        "cdf-2.png", "cdf-4.png", "latency.png", "timeline-fcfs-2.png", "timeline-fcfs-4.png",
+        "timeline-mlfq-2.png", "timeline-mlfq-4.png",
+    ]  # fmt: skip
+
+
+def test_the_simulator_runs_without_torch(config: SimulationConfig, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.modules['zmq'] = None\n"
+        "from pathlib import Path\n"
+        "from fastserve_mega.simulator.config import load_simulation_config\n"
+        "from fastserve_mega.simulator.main import run_simulate\n"
+        f"config = load_simulation_config({str(CONFIGS / 'opt-13b-a100.yaml')!r},\n"
+        "    ['workload.path=w.csv', 'workload.num_requests=5'])\n"
+        f"sys.exit(run_simulate(config, data=Path({str(tmp_path)!r})))\n"
+    )
+    root = str(Path(__file__).parents[3])
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONPATH": root}
+    )
