@@ -83,6 +83,34 @@ class ParallelConfig:
         return self.tensor * self.pipeline
 
 
+SwapStrategy = Literal["proactive", "reactive", "recompute", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapConfig:
+    """What happens to the KV of preempted requests (paper section 4.2)."""
+
+    strategy: SwapStrategy = "recompute"
+    """proactive: to the host ahead of need; reactive: to the host at the moment of need;
+    recompute: dropped and prefilled again; none: nobody is preempted for memory."""
+    write_through_blocks: int = 16
+    """Full blocks copied to the host per step while nothing else is, so that a later preemption
+    finds them clean; 0 switches it off. For `proactive` only."""
+    write_through_occupancy: float = 0.5
+    """Share of the device pool in use from which on blocks are written through."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.write_through_blocks >= 0,
+            f"swap.write_through_blocks must not be negative, got {self.write_through_blocks}",
+        )
+        _require(
+            0.0 <= self.write_through_occupancy <= 1.0,
+            "swap.write_through_occupancy must be between 0 and 1, got "
+            f"{self.write_through_occupancy}",
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvCacheConfig:
     """The paged KV pools. A block holds `block_size` tokens of all layers of a rank."""
@@ -92,6 +120,12 @@ class KvCacheConfig:
     """Blocks on the device, the null block included; None sizes the pool by memory."""
     device_memory_gb: float = 1.0
     """Memory of each rank's device pool when device_blocks is None."""
+    host_blocks: int | None = None
+    """Blocks in host memory, the null block included; None sizes the pool by memory. Only swap
+    strategies that swap have a host pool."""
+    host_memory_gb: float = 1.0
+    """Memory of each rank's host pool when host_blocks is None."""
+    swap: SwapConfig = field(default_factory=SwapConfig)
 
     def __post_init__(self) -> None:
         _require(
@@ -105,6 +139,14 @@ class KvCacheConfig:
         _require(
             self.device_memory_gb > 0,
             f"kv_cache.device_memory_gb must be positive, got {self.device_memory_gb}",
+        )
+        _require(
+            self.host_blocks is None or self.host_blocks >= 0,
+            f"kv_cache.host_blocks must not be negative, got {self.host_blocks}",
+        )
+        _require(
+            self.host_memory_gb >= 0,
+            f"kv_cache.host_memory_gb must not be negative, got {self.host_memory_gb}",
         )
 
 

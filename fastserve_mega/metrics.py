@@ -23,7 +23,7 @@ class _Pool(Protocol):
 
 class _Memory(Protocol):
     @property
-    def pool(self) -> _Pool: ...
+    def device(self) -> _Pool: ...
     @property
     def preemptions(self) -> int: ...
     @property
@@ -126,7 +126,7 @@ class ServingMetrics:
     def _read(self, scheduler: ObservedScheduler) -> None:
         for level, length in enumerate(scheduler.level_lengths()):
             self._queue.labels(str(level)).set(length)
-        pool = scheduler.memory.pool
+        pool = scheduler.memory.device
         self._blocks.labels("free").set(pool.free_count)
         self._blocks.labels("owned").set(pool.capacity - pool.free_count)
         self._in_flight.set(scheduler.steps_in_flight)

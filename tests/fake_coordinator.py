@@ -67,9 +67,9 @@ class FakeCoordinator:
         )  # fmt: skip
         self._epochs = itertools.count(1)
         self._context = zmq.Context()
-        self._router = self._context.socket(zmq.ROUTER)
-        self._port = self._router.bind_to_random_port("tcp://127.0.0.1")
-        self.endpoint = f"tcp://127.0.0.1:{self._port}"
+        self._router = self._new_router()
+        port = self._router.bind_to_random_port("tcp://127.0.0.1")
+        self.endpoint = f"tcp://127.0.0.1:{port}"
         self._identities: dict[str, bytes] = {}
         self._arrived = threading.Condition()
         self._actions: queue.Queue[Callable[[], None]] = queue.Queue()
@@ -113,7 +113,7 @@ class FakeCoordinator:
             if not same_epoch:
                 fields = {f: getattr(self.welcome, f) for f in Welcome.__dataclass_fields__}
                 self.welcome = Welcome(**{**fields, "epoch": f"epoch-{next(self._epochs)}"})
-            self._router = self._context.socket(zmq.ROUTER)
+            self._router = self._new_router()
             self._bind_again()
 
         self._act(action)
@@ -122,6 +122,12 @@ class FakeCoordinator:
         self._act(lambda: setattr(self, "_closing", True))
         self._thread.join(WAIT_S)
         self._context.destroy(linger=0)
+
+    def _new_router(self) -> zmq.Socket[bytes]:
+        router = self._context.socket(zmq.ROUTER)
+        # At its mark a ROUTER drops messages without a word.
+        router.setsockopt(zmq.SNDHWM, 0)
+        return router
 
     def _bind_again(self) -> None:
         """ZeroMQ gives a closed socket's port back a moment later."""

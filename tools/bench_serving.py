@@ -248,7 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; exit status 1 when no request succeeded."""
     options = parse_arguments(argv)
     busy_before, start = cpu_seconds(), time.perf_counter()
-    model, records = asyncio.run(measure(options))
+    try:
+        model, records = asyncio.run(measure(options))
+    except httpx.HTTPError as error:
+        print(f"{options.url} does not answer: {error}", file=sys.stderr)
+        return 1
     summary = summarize(records)
     if (busy_after := cpu_seconds()) is not None and busy_before is not None:
         cores = (busy_after - busy_before) / (time.perf_counter() - start)

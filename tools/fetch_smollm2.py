@@ -124,7 +124,8 @@ def undo_rope_permutation(weight: FloatArray, heads: int) -> FloatArray:
     """GGUF interleaves the two rotary halves of each head's rows; Hugging Face keeps halves."""
     rows, columns = weight.shape
     halves = weight.reshape(heads, rows // heads // 2, 2, columns)
-    return halves.swapaxes(1, 2).reshape(rows, columns)
+    unpermuted: FloatArray = halves.swapaxes(1, 2).reshape(rows, columns)
+    return unpermuted
 
 
 def to_bfloat16(values: FloatArray) -> bytes:
@@ -136,7 +137,7 @@ def to_bfloat16(values: FloatArray) -> bytes:
 
 def convert_weights(reader: Any, metadata: dict[str, Any]) -> Iterator[Tensor]:
     """Yield each tensor in bfloat16: the precision of its training, half the size of float32."""
-    from gguf import dequantize  # noqa: PLC0415 - only needed when there is work to do
+    from gguf import dequantize
 
     heads = {
         "attn_q": metadata["llama.attention.head_count"],
@@ -211,7 +212,7 @@ def token_id_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def build_tokenizer(metadata: dict[str, Any]) -> Any:
     """Byte-level BPE that splits digits one by one, with the control tokens as specials."""
-    from tokenizers import (  # noqa: PLC0415
+    from tokenizers import (
         AddedToken,
         Tokenizer,
         decoders,
@@ -265,7 +266,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def write_model(gguf_path: Path, directory: Path) -> None:
     """Write all files of the Hugging Face directory."""
-    from gguf import GGUFReader  # noqa: PLC0415
+    from gguf import GGUFReader
 
     reader = GGUFReader(gguf_path)
     metadata = read_metadata(reader)

@@ -15,12 +15,13 @@ from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.front_door import FrontDoor
-from fastserve_mega.coordinator.profiler import Profiler, ProfileLimits
+from fastserve_mega.coordinator.profiler import ProfileLimits, Profiler
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkerGroup
 from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import ProfiledCostModel
+from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import FinishReason
 
@@ -132,8 +133,12 @@ class CoordinatorProcess:
         scheduler = Scheduler(
             config.scheduler,
             ProfiledCostModel(profile),
-            device_blocks=self._workers.device_blocks,
-            block_size=config.kv_cache.block_size,
+            PoolSizes(
+                device_blocks=self._workers.device_blocks,
+                host_blocks=0,
+                block_size=config.kv_cache.block_size,
+            ),
+            swap=config.kv_cache.swap,
             window=config.parallel.pipeline,
             first_step_id=profiler.steps,
         )

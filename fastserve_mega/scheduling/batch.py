@@ -42,18 +42,16 @@ class BatchBuilder:
         memory, requests, slices = self._memory, self.requests, self.slices
         was_admitting = self._admitting
         for request in candidates:
-            if request.in_flight_tokens:
+            if request.in_flight_tokens or request.moving:
                 continue
             start = request.computed_tokens
             pending = request.known_tokens - start
             num_tokens = pending if pending <= self._tokens_left else self._tokens_left
-            if table := request.block_table:
-                block_start = len(table)
-                block_ids = memory.grow(request, start + num_tokens)
+            if request.block_table:
+                has_memory = memory.grow(request, start + num_tokens)
             else:
-                block_start = 0
-                block_ids = memory.admit(request, reserve=len(requests))
-            if block_ids is None:
+                has_memory = memory.make_resident(request, reserve=len(requests))
+            if not has_memory:
                 self._pass_over(request)
                 if self._admitting == was_admitting:
                     continue
@@ -61,15 +59,19 @@ class BatchBuilder:
             request.in_flight_tokens = num_tokens
             request.passed_over = 0
             requests.append(request)
-            slices.append(
-                SequenceSlice(
-                    request.request_id, start, num_tokens, num_tokens == pending,
-                    block_start, tuple(block_ids),
-                )
-            )  # fmt: skip
+            slices.append(self._slice(request, start, num_tokens, num_tokens == pending))
             self._tokens_left -= num_tokens
             if not self._tokens_left or len(requests) == self._max_requests:
                 return
+
+    @staticmethod
+    def _slice(request: Request, start: int, num_tokens: int, samples: bool) -> SequenceSlice:
+        told, table = request.told_blocks, request.block_table
+        new: tuple[int, ...] = ()
+        if told != len(table):
+            new = tuple(table[told:])
+            request.told_blocks = len(table)
+        return SequenceSlice(request.request_id, start, num_tokens, samples, told, new)
 
     def _pass_over(self, request: Request) -> None:
         request.passed_over += 1

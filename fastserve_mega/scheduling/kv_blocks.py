@@ -10,33 +10,32 @@ class BlockPool:
     """Free block ids of one memory; each id is either in here or owned by one request."""
 
     def __init__(self, num_blocks: int) -> None:
-        """Make a pool of the ids 1 .. num_blocks - 1, all free."""
-        if num_blocks < 2:
-            raise ValueError(
-                f"a pool needs at least 2 blocks, the null block included, got {num_blocks}"
-            )
+        """Make a pool of the ids 1 .. num_blocks - 1, all free; of 0 or 1 blocks, an empty one."""
+        if num_blocks < 0:
+            raise ValueError(f"a pool cannot have {num_blocks} blocks")
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
 
     @property
     def capacity(self) -> int:
         """Blocks that can be owned."""
-        return self.num_blocks - 1
+        return max(self.num_blocks - 1, 0)
 
     @property
     def free_count(self) -> int:
         return len(self._free)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` >= 1 free blocks, the most recently freed first.
+        """Take `count` free blocks, the most recently freed first.
 
         Raises:
             MemoryError: fewer are free; the pool is unchanged.
         """
         if count > len(self._free):
             raise MemoryError(f"{count} blocks asked for, {len(self._free)} are free")
-        taken = self._free[-count:]
-        del self._free[-count:]
+        kept = len(self._free) - count
+        taken = self._free[kept:]
+        del self._free[kept:]
         return taken
 
     def free(self, block_ids: list[int]) -> None:

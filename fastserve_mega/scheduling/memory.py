@@ -1,10 +1,35 @@
-"""Which requests hold KV blocks: admission, growth and preemption of the lowest priority."""
+"""Where the KV of each request is: admission, growth, preemption, and the copies between pools."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from fastserve_mega.config import SwapStrategy
+from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSizes:
+    """Blocks of the pools of every rank, the null blocks included."""
+
+    device_blocks: int
+    host_blocks: int
+    block_size: int
+    """Tokens of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    request: Request
+    direction: CopyDirection
+    leaving: tuple[int, ...]
+    """Device blocks that become free when it is done."""
+    makes_clean: int
+    """How many leading blocks of the request are clean when it is done."""
 
 
 class KvMemory:
@@ -14,106 +39,364 @@ class KvMemory:
     until it has yielded a token. So each admission makes progress, and two requests in the middle
     of their prefills can never wait for each other's blocks.
 
-    A preempted request loses its KV and is prefilled again later (recompute).
+    What a preempted request loses depends on the strategy:
+
+    - `proactive`, `reactive`: its KV moves to host blocks. Blocks whose copy is clean are free at
+      once, the others when all ranks have reported the copy done. With `reactive` the step that
+      needs the blocks waits for the copies instead (`BlockCopy.precedes_step`).
+    - `recompute`: its KV is dropped and prefilled again later. The others fall back to this when
+      the host pool is exhausted.
+    - `none`: nobody is preempted; a request is admitted with the blocks of its longest answer.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, policy: Policy) -> None:
-        self.pool = BlockPool(num_blocks)
+    def __init__(self, sizes: PoolSizes, strategy: SwapStrategy, policy: Policy) -> None:
+        self.device = BlockPool(sizes.device_blocks)
+        self.host = BlockPool(sizes.host_blocks)
         self.recomputed_tokens = 0
-        """Tokens whose KV was computed, lost to preemption, and must be computed again."""
+        """Tokens whose KV was computed and dropped."""
         self.preemptions = 0
-        self._block_size = block_size
+        self.swapped_out_blocks = 0
+        """Copied to the host, ahead of need included."""
+        self.swapped_in_blocks = 0
+        self.leaving_blocks = 0
+        """Device blocks that become free when their copies are done."""
+        self._block_size = sizes.block_size
+        self._strategy: SwapStrategy = strategy
         self._policy = policy
         self._residents: dict[Request, None] = {}
+        self._hosted: dict[Request, None] = {}
+        self._ended: dict[Request, None] = {}
+        """Ended while their blocks are being copied."""
+        self._outstanding: dict[int, _Copy] = {}
+        self._planned: list[BlockCopy] = []
+        self._next_copy_id = 0
+        self._step_id = 0
+        self._now = 0.0
+        self._claimed = 0
+        """Leaving blocks that somebody in this step waits for."""
+        self._victims: list[Request] | None = None
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
-    def admit(self, request: Request, reserve: int) -> list[int] | None:
-        """Make a request resident; `reserve` blocks stay free for the growth of those running.
+    @property
+    def hosted(self) -> Collection[Request]:
+        """Requests whose KV is on the host only, or on its way there."""
+        return self._hosted.keys()
+
+    @property
+    def residents(self) -> int:
+        """How many requests hold device blocks."""
+        return len(self._residents)
+
+    @property
+    def copying_out(self) -> bool:
+        return any(c.direction is CopyDirection.SWAP_OUT for c in self._outstanding.values())
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def begin_step(self, step_id: int, now: float) -> None:
+        """Forget what was found out for the step before."""
+        self._step_id = step_id
+        self._now = now
+        self._claimed = 0
+        self._victims = None
+
+    def make_resident(self, request: Request, reserve: int) -> bool:
+        """Admit a request, or bring it back from the host.
+
+        Args:
+            request: not resident and not moving.
+            reserve: blocks to leave free for the growth of those running.
 
         Returns:
-            Its whole block table, or None when there is no memory for it in this step.
+            Whether it can run in this step; if not, there is no memory for it or its KV is still
+            on the way.
         """
-        table = self._take(request, self.blocks_for(request.known_tokens), reserve)
-        if table is not None:
-            request.block_table = table
-            request.sampled_since_admission = False
-            self._residents[request] = None
-            return list(table)
-        return None
+        if request in self._hosted:
+            if self._strategy != "reactive" or request.copies:
+                return False  # the planner brings it back; or it has not quite left
+            return self.swap_in(request, reserve, self._step_id)
+        tokens = request.known_tokens
+        if self._strategy == "none":
+            tokens = request.prompt_tokens + request.max_tokens
+        table = self._take(request, self.blocks_for(tokens), reserve)
+        if table is None:
+            return False
+        self._settle(request, table)
+        return True
 
-    def grow(self, request: Request, tokens: int) -> list[int] | None:
-        """Let a resident request hold `tokens` tokens.
-
-        Returns:
-            The blocks added to its table, maybe none; None when there is no memory in this step.
-        """
-        missing = self.blocks_for(tokens) - len(request.block_table)
+    def grow(self, request: Request, tokens: int) -> bool:
+        """Let a resident request hold `tokens` tokens; False when there is no memory for that."""
+        missing = -(-tokens // self._block_size) - len(request.block_table)
         if missing <= 0:
-            return []
+            return True
         added = self._take(request, missing, 0)
-        if added is not None:
-            request.block_table.extend(added)
-        return added
+        if added is None:
+            return False
+        request.block_table.extend(added)
+        return True
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        """The copies decided since the last call, for the plan."""
+        planned, self._planned = self._planned, []
+        return tuple(planned)
+
+    # --- moving --------------------------------------------------------------------------------
+
+    def swap_in(self, request: Request, reserve: int, precedes_step: int | None) -> bool:
+        """Start to bring a request back; False when there is no memory for it in this step."""
+        table = self._take(request, self.blocks_for(request.known_tokens), reserve)
+        if table is None:
+            return False
+        used = self.blocks_for(request.computed_tokens)
+        del self._hosted[request]
+        self._settle(request, table)
+        request.moving = precedes_step is None
+        self.swapped_in_blocks += used
+        self._copy(
+            _Copy(request, CopyDirection.SWAP_IN, (), request.computed_tokens // self._block_size),
+            request.host_table[:used],
+            table[:used],
+            precedes_step,
+        )
+        return True
+
+    def write_through(self, request: Request, limit: int) -> int:
+        """Copy up to `limit` full blocks ahead of need; returns how many."""
+        dirty = request.computed_tokens // self._block_size - request.clean_blocks
+        count = min(dirty, limit, self.host.free_count)
+        if count <= 0:
+            return 0
+        clean = request.clean_blocks
+        self._copy_out(request, request.block_table[clean : clean + count], (), None)
+        return count
+
+    def swap_out_for(self, blocks: int) -> None:
+        """Make this many device blocks free soon, from those who will run last."""
+        shortage = blocks - self.device.free_count - self.leaving_blocks
+        for victim in reversed(self.victims()):
+            if shortage <= 0:
+                return
+            if not victim.in_flight_tokens:
+                shortage -= len(victim.block_table)
+                self._preempt(victim)
+
+    def copy_done(self, copy_id: int) -> None:
+        """All ranks have finished a copy. Copies from before the ranks were lost are ignored."""
+        copy = self._outstanding.pop(copy_id, None)
+        if copy is None:
+            return
+        request = copy.request
+        request.copies -= 1
+        self.device.free(list(copy.leaving))
+        self.leaving_blocks -= len(copy.leaving)
+        if request.ended:
+            if not request.copies:
+                del self._ended[request]
+                self._free_tables(request)
+            return
+        request.clean_blocks = copy.makes_clean
+        if copy.direction is CopyDirection.SWAP_IN:
+            # The last block grows again, so its copy on the host is worth nothing.
+            self.host.free(request.host_table[copy.makes_clean :])
+            del request.host_table[copy.makes_clean :]
+            request.moving = False
+        elif request in self._hosted:
+            request.moving = False
+
+    # --- ends ----------------------------------------------------------------------------------
 
     def release(self, request: Request) -> None:
-        """Take all blocks of a request, which must not be in flight."""
-        if request.block_table:
-            self.pool.free(request.block_table)
-            request.block_table = []
-            request.computed_tokens = 0
-            del self._residents[request]
+        """Take all blocks of an ended request, which must not be in flight."""
+        self._residents.pop(request, None)
+        self._hosted.pop(request, None)
+        if request.copies:
+            self._ended[request] = None
+        else:
+            self._free_tables(request)
 
     def lose_everything(self) -> None:
         """The ranks restarted with empty pools."""
-        for request in list(self._residents):
-            self.recomputed_tokens += request.computed_tokens
-            self.release(request)
+        for copy in self._outstanding.values():
+            self.device.free(list(copy.leaving))
+            copy.request.copies = 0
+        self.leaving_blocks = 0
+        self._outstanding.clear()
+        self._planned.clear()
+        for request in (*self._residents, *self._hosted, *self._ended):
+            if not request.ended:
+                self.recomputed_tokens += request.computed_tokens
+            self._free_tables(request)
+        self._residents.clear()
+        self._hosted.clear()
+        self._ended.clear()
+
+    # --- looking -------------------------------------------------------------------------------
 
     def residents_by_priority(self) -> list[Request]:
-        """Requests that hold blocks and are not in flight."""
-        residents = [r for r in self._residents if not r.in_flight_tokens]
+        """Requests that hold device blocks and may be scheduled now."""
+        residents = [r for r in self._residents if not r.in_flight_tokens and not r.moving]
         residents.sort(key=self._policy.rank)
         return residents
 
+    def victims(self) -> Sequence[Request]:
+        """Who may lose its device blocks in this step, whoever will run last at the end (ENST)."""
+        if self._victims is None:
+            evictable = [
+                resident
+                for resident in self._residents
+                if resident.sampled_since_admission
+                and not resident.copies
+                and not resident.in_flight_tokens
+            ]
+            order = self._policy.next_scheduled(self._now)
+            evictable.sort(key=order)
+            self._victims = evictable
+        return self._victims
+
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless each block is free or in exactly one block table."""
-        owned = [block for request in self._residents for block in request.block_table]
-        self.pool.check_integrity(owned)
+        """Raise RuntimeError unless each block is free or has exactly one owner."""
+        owners = [*self._residents, *self._hosted, *self._ended]
+        device = [block for owner in owners for block in owner.block_table]
+        device += [block for copy in self._outstanding.values() for block in copy.leaving]
+        self.device.check_integrity(device)
+        self.host.check_integrity([block for owner in owners for block in owner.host_table])
+        for request in self._hosted:
+            if request.block_table or len(request.host_table) < self.blocks_for(
+                request.computed_tokens
+            ):
+                raise RuntimeError(f"request {request.request_id} is on the host only in part")
+
+    # --- within --------------------------------------------------------------------------------
+
+    def _settle(self, request: Request, table: list[int]) -> None:
+        request.block_table = table
+        request.told_blocks = 0
+        request.sampled_since_admission = False
+        self._residents[request] = None
 
     def _take(self, request: Request, count: int, reserve: int) -> list[int] | None:
-        shortage = count + reserve - self.pool.free_count
-        if shortage > 0 and not self._preempt_below(request, shortage):
-            return None
-        return self.pool.allocate(count)
+        shortage = count + reserve - self.device.free_count
+        if shortage > 0:
+            self._preempt_below(request, shortage)
+            if count + reserve > self.device.free_count:
+                return None
+        return self.device.allocate(count)
 
-    def _preempt_below(self, request: Request, shortage: int) -> bool:
-        """Free at least `shortage` blocks of requests of lower priority, or none at all."""
-        own_rank = self._policy.rank(request)
-        victims = []
-        for victim in self._lowest_first():
-            if self._policy.rank(victim) <= own_rank:
-                break
-            victims.append(victim)
-            shortage -= len(victim.block_table)
+    def _preempt_below(self, request: Request, shortage: int) -> None:
+        """Preempt requests of lower priority to free `shortage` blocks, or none at all.
+
+        Blocks that are leaving already and that nobody in this step waits for count as well.
+        """
+        if self._strategy == "none":
+            return
+        coming = min(max(self.leaving_blocks - self._claimed, 0), shortage)
+        shortage -= coming
+        rank = self._policy.rank
+        own_rank = rank(request)
+        chosen = []
+        for victim in reversed(self.victims()):
             if shortage <= 0:
-                for chosen in victims:
-                    self._preempt(chosen)
-                return True
-        return False
-
-    def _lowest_first(self) -> list[Request]:
-        """Requests that may lose their blocks in this step, the lowest priority first."""
-        evictable = [
-            resident
-            for resident in self._residents
-            if resident.sampled_since_admission and not resident.in_flight_tokens
-        ]
-        evictable.sort(key=self._policy.rank, reverse=True)
-        return evictable
+                break
+            if not victim.in_flight_tokens and rank(victim) > own_rank:
+                chosen.append(victim)
+                shortage -= len(victim.block_table)
+        if shortage <= 0:
+            leaving = self.leaving_blocks
+            for victim in chosen:
+                self._preempt(victim)
+            self._claimed += coming + self.leaving_blocks - leaving
 
     def _preempt(self, victim: Request) -> None:
         self.preemptions += 1
-        self.recomputed_tokens += victim.computed_tokens
-        self.release(victim)
+        if self._victims is not None:
+            self._victims.remove(victim)
+        del self._residents[victim]
+        used = self.blocks_for(victim.computed_tokens)
+        dirty = used - victim.clean_blocks
+        if self._strategy == "recompute" or not self._make_host_room(victim, dirty):
+            self._drop(victim)
+            return
+        self._hosted[victim] = None
+        table, victim.block_table = victim.block_table, []
+        self.device.free(table[: victim.clean_blocks] + table[used:])
+        if dirty:
+            leaving = tuple(table[victim.clean_blocks : used])
+            reactive = self._strategy == "reactive"
+            victim.moving = not reactive
+            self._copy_out(victim, leaving, leaving, self._step_id if reactive else None)
+
+    def _make_host_room(self, victim: Request, count: int) -> bool:
+        """Free host blocks for the victim's, if others need theirs less.
+
+        First the copies of requests that are on the device as well, then the KV of those on the
+        host that will run after the victim.
+        """
+        host = self.host
+        if host.free_count >= count:
+            return True
+        if count > host.capacity:
+            return False
+        for resident in self._residents:
+            if resident.host_table and not resident.copies:
+                host.free(resident.host_table)
+                resident.host_table = []
+                resident.clean_blocks = 0
+                if host.free_count >= count:
+                    return True
+        rank = self._policy.rank
+        later = [r for r in self._hosted if not r.copies and rank(r) > rank(victim)]
+        later.sort(key=rank)
+        while later and host.free_count < count:
+            self._drop(later.pop())
+        return host.free_count >= count
+
+    def _drop(self, request: Request) -> None:
+        """Give up the KV of a request that is not copied just now; it is prefilled again."""
+        self.recomputed_tokens += request.computed_tokens
+        self._hosted.pop(request, None)
+        self._free_tables(request)
+
+    def _copy_out(
+        self,
+        request: Request,
+        sources: Sequence[int],
+        leaving: tuple[int, ...],
+        precedes_step: int | None,
+    ) -> None:
+        targets = self.host.allocate(len(sources))
+        request.host_table.extend(targets)
+        self.swapped_out_blocks += len(sources)
+        if precedes_step is not None:
+            # The step waits for the copy on every rank, so its blocks can be given away now.
+            self.device.free(list(leaving))
+            leaving = ()
+        self.leaving_blocks += len(leaving)
+        makes_clean = len(request.host_table)
+        copy = _Copy(request, CopyDirection.SWAP_OUT, leaving, makes_clean)
+        self._copy(copy, sources, targets, precedes_step)
+
+    def _copy(
+        self,
+        copy: _Copy,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        precedes_step: int | None,
+    ) -> None:
+        copy_id = self._next_copy_id
+        self._next_copy_id += 1
+        copy.request.copies += 1
+        self._outstanding[copy_id] = copy
+        self._planned.append(
+            BlockCopy(copy_id, copy.direction, tuple(sources), tuple(targets), precedes_step)
+        )
+
+    def _free_tables(self, request: Request) -> None:
+        self.device.free(request.block_table)
+        self.host.free(request.host_table)
+        request.block_table = []
+        request.host_table = []
+        request.clean_blocks = 0
+        request.computed_tokens = 0
+        request.moving = False

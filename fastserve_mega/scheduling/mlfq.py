@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from fastserve_mega.config import MlfqConfig
 from fastserve_mega.scheduling.cost_model import CostModel
@@ -24,12 +24,15 @@ class Mlfq:
     join at Q1 and are demoted one level at a time: the naive MLFQ of the paper's comparison.
     """
 
-    def __init__(self, config: MlfqConfig, cost_model: CostModel, *, skip_join: bool) -> None:
+    def __init__(
+        self, config: MlfqConfig, cost_model: CostModel, *, skip_join: bool, max_batch_size: int
+    ) -> None:
         base_s = config.base_quantum_s or cost_model.decode_s(1, 1)
         self.quanta_s = [base_s * config.quantum_ratio**level for level in range(config.levels)]
         self._lowest = config.levels - 1
         self._cost_model = cost_model
         self._skip_join = skip_join
+        self._max_batch_size = max_batch_size
         self._starvation_limit_s = config.starvation_limit_s
         self._queues = LevelQueues(config.levels)
         self._watch: list[tuple[float, int, Request]] = []
@@ -87,6 +90,32 @@ class Mlfq:
 
     def rank(self, request: Request) -> tuple[int, int]:
         return request.level, request.level_entry
+
+    def next_scheduled(self, now: float) -> Callable[[Request], tuple[float, int, int]]:
+        """Sort by ENST (paper section 4.2): the sooner of promotion and execution.
+
+        T_promote is the time left until the starvation promotion. T_execute is the time until all
+        requests of higher levels have come down to the level of this one, which is the sum of the
+        quanta on their way, shared by a batch.
+        """
+        execute_s = [0.0]
+        work_s, above = 0.0, 0
+        for length, quantum_s in zip(self._queues.lengths, self.quanta_s, strict=True):
+            above += length
+            work_s += above * quantum_s
+            execute_s.append(work_s / self._max_batch_size)
+        limit_s = self._starvation_limit_s
+        if limit_s is None:
+            return lambda request: (execute_s[request.level], request.level, request.level_entry)
+
+        def enst(request: Request) -> tuple[float, int, int]:
+            level = request.level
+            until_s = execute_s[level]
+            if level:
+                until_s = min(until_s, request.waiting_since + limit_s - now)
+            return until_s, level, request.level_entry
+
+        return enst
 
     def level_lengths(self) -> tuple[int, ...]:
         return self._queues.lengths

@@ -15,9 +15,13 @@ def make_policy(config: SchedulerConfig, cost_model: CostModel) -> Policy:
     """The policy a configuration names."""
     match config.policy:
         case "skip_join_mlfq":
-            return Mlfq(config.mlfq, cost_model, skip_join=True)
+            return Mlfq(
+                config.mlfq, cost_model, skip_join=True, max_batch_size=config.max_batch_size
+            )
         case "mlfq":
-            return Mlfq(config.mlfq, cost_model, skip_join=False)
+            return Mlfq(
+                config.mlfq, cost_model, skip_join=False, max_batch_size=config.max_batch_size
+            )
         case "fcfs":
             return Fcfs()
         case "fixed_priority":

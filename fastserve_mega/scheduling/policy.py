@@ -33,6 +33,13 @@ class Policy(Protocol):
     def rank(self, request: Request) -> tuple[Any, ...]:
         """Sorts requests as `by_priority` does; the greatest is the first to give up memory."""
 
+    def next_scheduled(self, now: float) -> Callable[[Request], tuple[Any, ...]]:
+        """Return a sort key: who will run next comes first.
+
+        Its first element is the estimated time until then in seconds (ENST), 0 where the policy
+        cannot estimate it.
+        """
+
     def level_lengths(self) -> tuple[int, ...]:
         """Unfinished requests of each level, highest first; one number for policies without."""
 
@@ -67,6 +74,10 @@ class SortedPolicy:
 
     def rank(self, request: Request) -> tuple[Any, ...]:
         return self._queue.key(request)
+
+    def next_scheduled(self, now: float) -> Callable[[Request], tuple[Any, ...]]:
+        key = self._queue.key
+        return lambda request: (0.0, *key(request))
 
     def level_lengths(self) -> tuple[int, ...]:
         return (len(self._queue),)

@@ -22,11 +22,22 @@ class Request:
     oracle_output_tokens: int | None = None
 
     computed_tokens: int = 0
-    """Leading tokens whose KV is on the device."""
+    """Leading tokens whose KV exists, on the device or on the host."""
     in_flight_tokens: int = 0
     """Tokens a dispatched step is computing now; 0 when the request may be scheduled."""
     block_table: list[int] = field(default_factory=list)
     """Device blocks in order of position; empty when not resident."""
+    told_blocks: int = 0
+    """Leading entries of block_table that the workers know."""
+    host_table: list[int] = field(default_factory=list)
+    """Host blocks of the leading blocks, those being copied to included."""
+    clean_blocks: int = 0
+    """Leading blocks whose copy on the host is complete. Full blocks never change again, so they
+    stay clean."""
+    copies: int = 0
+    """Copies of its blocks that have not been reported done."""
+    moving: bool = False
+    """Being swapped out or in, and not to be scheduled until that is done."""
     sampled_since_admission: bool = False
     """Yielded a token since it last became resident. Until then its blocks are not taken away,
     so that each admission makes progress."""
@@ -51,5 +62,6 @@ class Request:
         return self.known_tokens - self.computed_tokens
 
     @property
-    def is_resident(self) -> bool:
-        return bool(self.block_table)
+    def is_hosted(self) -> bool:
+        """Its KV is on the host only, or on its way there."""
+        return self.computed_tokens > 0 and not self.block_table

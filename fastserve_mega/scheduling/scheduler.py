@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastserve_mega.config import SchedulerConfig
+from fastserve_mega.config import SchedulerConfig, SwapConfig
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.batch import BatchBuilder
 from fastserve_mega.scheduling.cost_model import CostModel
-from fastserve_mega.scheduling.events import Aborted, Arrived, Event, StepDone, WorkersLost
-from fastserve_mega.scheduling.memory import KvMemory
+from fastserve_mega.scheduling.events import (
+    Aborted,
+    Arrived,
+    CopyDone,
+    Event,
+    StepDone,
+    WorkersLost,
+)
+from fastserve_mega.scheduling.memory import KvMemory, PoolSizes
 from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Request
+from fastserve_mega.scheduling.swap_planner import SwapPlanner
 from fastserve_mega.types import RequestId
 
 
@@ -26,9 +34,9 @@ class Scheduler:
         self,
         config: SchedulerConfig,
         cost_model: CostModel,
+        pools: PoolSizes,
         *,
-        device_blocks: int,
-        block_size: int,
+        swap: SwapConfig | None = None,
         window: int = 1,
         first_step_id: int = 0,
     ) -> None:
@@ -37,15 +45,18 @@ class Scheduler:
         Args:
             config: policy and limits of a step.
             cost_model: predicts step times, and learns from those that ran.
-            device_blocks: size of the device pool, the null block included.
-            block_size: tokens of a block.
+            pools: of every rank.
+            swap: what happens to the KV of preempted requests.
             window: steps in flight at once, the number of pipeline stages.
             first_step_id: of the first plan.
         """
         self._config = config
         self._cost_model = cost_model
         self._policy = make_policy(config, cost_model)
-        self._memory = KvMemory(device_blocks, block_size, self._policy)
+        swap = swap or SwapConfig()
+        self._memory = KvMemory(pools, swap.strategy, self._policy)
+        self._planner = SwapPlanner(swap, self._memory, self._policy)
+        self._is_proactive = swap.strategy == "proactive"
         self._window = window
         self._requests: dict[RequestId, Request] = {}
         self._in_flight: dict[int, list[Request]] = {}
@@ -65,7 +76,7 @@ class Scheduler:
         if len(self._in_flight) >= self._window or not self._requests:
             return None
         self._policy.promote(now)
-        return self._plan_step()
+        return self._plan_step(now)
 
     def next_deadline(self, now: float) -> float | None:
         """When `step` should be called though nothing happened; None for never."""
@@ -74,7 +85,7 @@ class Scheduler:
     def refusal(self, prompt_tokens: int, max_tokens: int) -> str | None:
         """Why a request could never run, as one sentence; None when it could."""
         needed = self._memory.blocks_for(prompt_tokens + max_tokens)
-        if needed <= (capacity := self._memory.pool.capacity):
+        if needed <= (capacity := self._memory.device.capacity):
             return None
         return (
             f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} need {needed} KV blocks, "
@@ -110,7 +121,8 @@ class Scheduler:
             if bool(request.in_flight_tokens) != (request in flying):
                 raise RuntimeError(f"request {request.request_id}: in flight or not?")
             held = request.computed_tokens + request.in_flight_tokens
-            if self._memory.blocks_for(held) > len(request.block_table):
+            resident = request.in_flight_tokens or not request.is_hosted
+            if resident and self._memory.blocks_for(held) > len(request.block_table):
                 raise RuntimeError(f"request {request.request_id} computes without blocks")
 
     # --- events --------------------------------------------------------------------------------
@@ -124,6 +136,9 @@ class Scheduler:
             case Aborted():
                 if request := self._requests.get(event.request_id):
                     self._end(request)
+            case CopyDone():
+                self._memory.copy_done(event.copy_id)
+                self._planner.observe_copy_done(event.copy_id, now)
             case WorkersLost():
                 self._lose_workers(now)
 
@@ -143,6 +158,7 @@ class Scheduler:
         )
         self._requests[request.request_id] = request
         self._policy.add(request, now)
+        self._planner.observe_arrival(self._memory.blocks_for(request.known_tokens), now)
 
     def _step_done(self, event: StepDone, now: float) -> None:
         finished = frozenset(event.finished)
@@ -184,17 +200,25 @@ class Scheduler:
                 request.waiting_since = now
         self._in_flight.clear()
         self._memory.lose_everything()
+        self._planner.forget_copies()
         self._released.clear()
 
-    def _plan_step(self) -> Plan | None:
+    def _plan_step(self, now: float) -> Plan | None:
+        step_id = self._next_step_id
+        self._memory.begin_step(step_id, now)
         # An even share for each step of the window, so that no pipeline stage idles.
         share = -(-len(self._requests) // self._window)
         batch = BatchBuilder(self._config, self._memory, min(self._config.max_batch_size, share))
         batch.fill(self._policy)
-        if not batch.requests:
+        if self._is_proactive:
+            self._planner.plan(now)
+        copies = self._memory.take_copies()
+        if not batch.requests and not copies:
             return None
-        step_id = self._next_step_id
         self._next_step_id += 1
-        self._in_flight[step_id] = batch.requests
+        for copy in copies:
+            self._planner.observe_copy_start(copy.copy_id, len(copy.source_ids), now)
+        if batch.requests:
+            self._in_flight[step_id] = batch.requests
         released, self._released = tuple(self._released), []
-        return Plan(step_id=step_id, batch=tuple(batch.slices), released=released)
+        return Plan(step_id, tuple(batch.slices), copies, released)

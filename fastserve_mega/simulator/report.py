@@ -13,6 +13,8 @@ from rich.table import Column, Table
 from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.records import RequestRecord, SimulationResult
 
+MIN_TABLE_WIDTH = 110
+"""Characters the tables need."""
 _LONG_QUANTILE = 0.75
 _SLOWEST_FRACTION = 0.1
 
@@ -129,8 +131,10 @@ def make_tables(reports: Sequence[Report], title: str) -> tuple[Table, Table]:
             values = dataclasses.astuple(measure(report))
             latencies.add_row(*_name_of(report), name, *(f"{value:.3g}" for value in values))
     for heading in ("slowest long JCT", "req/s", "tok/s", "busy", "pre- empted", "recom- puted",
-                    "blocks swapped", "copy s exposed", "re- jected"):  # fmt: skip
+                    "blocks swapped", "exposed copies"):  # fmt: skip
         work.add_column(heading, justify="right")
+    if rejected := sum(report.rejected for report in reports):
+        work.caption = f"{rejected} requests were rejected"
     for report in reports:
         work.add_row(*_name_of(report), *_work_cells(report))
     return latencies, work
@@ -151,13 +155,12 @@ def _name_of(report: Report) -> tuple[str, str]:
 def _work_cells(report: Report) -> list[str]:
     copies = report.copies
     return [
-        f"{report.slowest_long_jct_s:.1f}",
+        f"{report.slowest_long_jct_s:.1f} s",
         f"{report.requests_per_s:.2f}",
         f"{report.output_tokens_per_s:.0f}",
         f"{report.utilization:.0%}",
         str(report.preemptions),
         str(report.recomputed_tokens),
         f"{copies.swapped_out_blocks + copies.swapped_in_blocks}",
-        f"{copies.exposed_s:.2f}",
-        str(report.rejected),
+        f"{copies.exposed_s:.2f} s",
     ]

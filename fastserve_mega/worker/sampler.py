@@ -19,7 +19,7 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 
 
 def _mix(value: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): any input bit moves all output bits."""
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit matters."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)

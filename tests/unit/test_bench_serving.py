@@ -170,3 +170,8 @@ def test_errors_are_counted_and_shown(url, capsys):
     options = ["--url", url, "--burst", "--requests", "3", "--token-ids", "666:667"]
     assert bench_serving.main(options) == 1
     assert "3 x RuntimeError: 429" in capsys.readouterr().out
+
+
+def test_nobody_there_is_one_sentence(capsys):
+    assert bench_serving.main(["--url", "http://127.0.0.1:1", "--burst"]) == 1
+    assert capsys.readouterr().err.startswith("http://127.0.0.1:1 does not answer: ")

@@ -58,7 +58,7 @@ class Checkpoint:
             ValueError: there is no such tensor.
         """
         if name not in self._file_of:
-            raise ValueError(f"{self._directory}: the checkpoint has no tensor {name}")
+            raise ValueError(f"the checkpoint {self._directory} has no tensor {name}")
         file = self._file_of[name]
         try:
             return self._open(file).get_slice(name)
@@ -113,11 +113,6 @@ def load_weights(
         source = _Source(checkpoint, architecture, partition)
         for name, weight in source.weights():
             parameter = parameters.pop(name)
-            if parameter.shape != weight.shape:
-                raise ValueError(
-                    f"{directory}: the weights for {name} have shape {tuple(weight.shape)}, "
-                    f"config.json implies {tuple(parameter.shape)}"
-                )
             with torch.no_grad():
                 parameter.copy_(weight)
     if parameters:
@@ -156,74 +151,79 @@ class _Source:
             return (name or "").format(layer=layer)
 
         names, architecture = self._names, self._architecture
+        hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
         yield from self._norm("input_layernorm", at(names.input_norm))
         yield "self_attention.linear_qkv.weight", self._qkv(layer, "weight")
         if architecture.qkv_bias or architecture.linear_bias:
             yield "self_attention.linear_qkv.bias", self._qkv(layer, "bias")
         if architecture.qk_norm:
-            yield "self_attention.q_layernorm.weight", self._read(at(names.query_norm) + ".weight")
-            yield "self_attention.k_layernorm.weight", self._read(at(names.key_norm) + ".weight")
+            for target, name in (("q", names.query_norm), ("k", names.key_norm)):
+                weight = self._vector(f"{at(name)}.weight", architecture.head_dim)
+                yield f"self_attention.{target}_layernorm.weight", weight
         heads = self._elements(self._partition.query_heads)
-        yield from self._row("self_attention.linear_proj", at(names.attention_output), heads)
+        attention_size = architecture.num_heads * architecture.head_dim
+        yield from self._row(
+            "self_attention.linear_proj", at(names.attention_output), attention_size, heads
+        )
         yield from self._norm("pre_mlp_layernorm", at(names.feed_forward_norm))
         columns = self._partition.ffn_columns
         halves = [at(names.gate), at(names.up)] if names.gate else [at(names.up)]
-        yield "mlp.linear_fc1.weight", torch.cat([self._linear(n, rows=columns) for n in halves])
+        parts = [self._linear(name, (ffn, hidden), rows=columns) for name in halves]
+        yield "mlp.linear_fc1.weight", torch.cat(parts)
         if architecture.linear_bias:
-            biases = [self._bias(name, columns) for name in halves]
+            biases = [self._bias(name, ffn, columns) for name in halves]
             yield "mlp.linear_fc1.bias", torch.cat(biases)
-        yield from self._row("mlp.linear_fc2", at(names.down), columns)
+        yield from self._row("mlp.linear_fc2", at(names.down), ffn, columns)
 
     def _qkv(self, layer: int, kind: str) -> Tensor:
         """Per key-value head of the rank: its query heads, the key, the value."""
-        partition, head_dim = self._partition, self._architecture.head_dim
+        partition = self._partition
         group = len(partition.query_heads) // len(partition.kv_heads)
         parts = []
         for local, kv_head in enumerate(partition.kv_heads):
             first = partition.query_heads.start + local * group
-            spans = (range(first, first + group), range(kv_head, kv_head + 1))
-            query, kv = (self._elements(span) for span in spans)
-            parts += [self._qkv_rows(layer, kind, which, rows)
-                      for which, rows in enumerate((query, kv, kv))]  # fmt: skip
-        joined = torch.cat(parts)
-        expected = (group + 2) * len(partition.kv_heads) * head_dim
-        if joined.shape[0] != expected:
-            raise ValueError(
-                f"layer {layer}: query, key and value have {joined.shape[0]} rows, "
-                f"config.json implies {expected}"
-            )
-        return joined
+            query = self._elements(range(first, first + group))
+            key_value = self._elements(range(kv_head, kv_head + 1))
+            for which, rows in enumerate((query, key_value, key_value)):
+                parts.append(self._qkv_rows(layer, kind, which, rows))
+        return torch.cat(parts)
 
     def _qkv_rows(self, layer: int, kind: str, which: int, rows: range) -> Tensor:
         """Rows of the query (0), key (1) or value (2) projection."""
-        names = self._names
-        name = names.fused_qkv or (names.query, names.key, names.value)[which] or ""
+        names, architecture = self._names, self._architecture
+        heads = (architecture.num_heads, architecture.num_kv_heads, architecture.num_kv_heads)
+        sizes = [count * architecture.head_dim for count in heads]
+        name, size = (names.query, names.key, names.value)[which], sizes[which]
         if names.fused_qkv:
-            architecture = self._architecture
-            sizes = [0, architecture.num_heads, architecture.num_kv_heads]
-            offset = sum(sizes[: which + 1]) * architecture.head_dim
+            name, size = names.fused_qkv, sum(sizes)
+            offset = sum(sizes[:which])
             rows = range(rows.start + offset, rows.stop + offset)
-        name = name.format(layer=layer)
-        return self._bias(name, rows) if kind == "bias" else self._linear(name, rows=rows)
+        name = (name or "").format(layer=layer)
+        if kind == "bias":
+            return self._bias(name, size, rows)
+        return self._linear(name, (size, architecture.hidden_size), rows=rows)
 
-    def _row(self, target: str, name: str, columns: range) -> Iterator[tuple[str, Tensor]]:
+    def _row(
+        self, target: str, name: str, input_size: int, columns: range
+    ) -> Iterator[tuple[str, Tensor]]:
         """A linear divided along its input; its bias is whole on all ranks."""
-        yield f"{target}.weight", self._linear(name, columns=columns)
+        hidden = self._architecture.hidden_size
+        yield f"{target}.weight", self._linear(name, (hidden, input_size), columns=columns)
         if self._architecture.linear_bias:
-            yield f"{target}.bias", self._bias(name, range(self._architecture.hidden_size))
+            yield f"{target}.bias", self._bias(name, hidden, range(hidden))
 
     def _norm(self, target: str, name: str) -> Iterator[tuple[str, Tensor]]:
-        yield f"{target}.weight", self._read(f"{name}.weight")
-        if self._architecture.norm == "layer":
-            yield f"{target}.bias", self._read(f"{name}.bias")
+        kinds = ("weight", "bias") if self._architecture.norm == "layer" else ("weight",)
+        for kind in kinds:
+            yield f"{target}.{kind}", self._vector(f"{name}.{kind}", self._architecture.hidden_size)
 
     def _position_table(self) -> Iterator[tuple[str, Tensor]]:
-        positions = self._architecture.positions
-        if isinstance(positions, LearnedPositions):
-            first = positions.first_row
-            table = self._slice(f"{self._names.position_embedding}.weight")
-            rows = table[first : first + self._architecture.max_context]
-            yield "embedding.position_embeddings.weight", rows
+        architecture = self._architecture
+        if isinstance(architecture.positions, LearnedPositions):
+            first = architecture.positions.first_row
+            shape = (first + architecture.max_context, architecture.hidden_size)
+            table = self._slice(f"{self._names.position_embedding}.weight", shape)
+            yield "embedding.position_embeddings.weight", table[first:]
 
     def _elements(self, heads: range) -> range:
         head_dim = self._architecture.head_dim
@@ -231,37 +231,50 @@ class _Source:
 
     def _vocab_rows(self, name: str) -> Tensor:
         rows, vocab_size = self._partition.vocab_rows, self._architecture.vocab_size
-        present: Tensor = self._slice(f"{name}.weight")[rows.start : min(rows.stop, vocab_size)]
+        table = self._slice(f"{name}.weight", (vocab_size, self._architecture.hidden_size))
+        present: Tensor = table[rows.start : min(rows.stop, vocab_size)]
         padding = present.new_zeros(len(rows) - present.shape[0], present.shape[1])
         return torch.cat((present, padding))
 
-    def _linear(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+    def _linear(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        *,
+        rows: range | None = None,
+        columns: range | None = None,
+    ) -> Tensor:
         """Rows are outputs and columns inputs, whichever way the file keeps them."""
-        handle = self._slice(f"{name}.weight")
         row_slice = slice(rows.start, rows.stop) if rows else slice(None)
         column_slice = slice(columns.start, columns.stop) if columns else slice(None)
         if self._names.transposed:
-            transposed: Tensor = handle[column_slice, row_slice]
+            transposed: Tensor = self._slice(f"{name}.weight", shape[::-1])[column_slice, row_slice]
             return transposed.t()
-        weight: Tensor = handle[row_slice, column_slice]
+        weight: Tensor = self._slice(f"{name}.weight", shape)[row_slice, column_slice]
         return weight
 
-    def _bias(self, name: str, rows: range) -> Tensor:
+    def _bias(self, name: str, size: int, rows: range) -> Tensor:
         """Zero where the checkpoint has none: Megatron has all biases of a kind, or none."""
-        if not self._has(f"{name}.bias"):
+        if self._full_name(f"{name}.bias") not in self._checkpoint:
             return torch.zeros(len(rows))
-        bias: Tensor = self._slice(f"{name}.bias")[rows.start : rows.stop]
+        bias: Tensor = self._slice(f"{name}.bias", (size,))[rows.start : rows.stop]
         return bias
 
-    def _read(self, name: str) -> Tensor:
-        tensor: Tensor = self._slice(name)[:]
-        return tensor
+    def _vector(self, name: str, size: int) -> Tensor:
+        vector: Tensor = self._slice(name, (size,))[:]
+        return vector
 
-    def _has(self, name: str) -> bool:
-        return self._names.prefix + name in self._checkpoint or name in self._checkpoint
+    def _slice(self, name: str, shape: tuple[int, ...]) -> Any:
+        name = self._full_name(name)
+        handle = self._checkpoint.slice(name)
+        actual = tuple(handle.get_shape())
+        if actual != shape:
+            raise ValueError(
+                f"the checkpoint's {name} has shape {actual}, config.json implies {shape}"
+            )
+        return handle
 
-    def _slice(self, name: str) -> Any:
+    def _full_name(self, name: str) -> str:
+        """The output layer, and all of a checkpoint of the bare model, have no prefix."""
         prefixed = self._names.prefix + name
-        if name in self._checkpoint and prefixed not in self._checkpoint:
-            return self._checkpoint.slice(name)  # the head, or saved from the bare model
-        return self._checkpoint.slice(prefixed)
+        return name if name in self._checkpoint and prefixed not in self._checkpoint else prefixed

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import types
 import warnings
 
 _STASH_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
 """Triton kernels for training mixtures of experts, imported by everything from 0.18 on."""
+
+
+_SPIN_COUNT = "1000"
+"""Some tens of microseconds: about as long as the gap between two operations of a step."""
+
+
+def limit_spinning() -> None:
+    """Make idle OpenMP threads sleep soon; has an effect only before torch is first imported.
+
+    They spin for milliseconds by default. As soon as anything else wants a core, the thread that
+    has the work waits for the one that spins, in each of hundreds of operations: on two cores with
+    a second busy process a decoding step took over a second, and takes 50 ms with this.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
 
 
 def import_megatron() -> None:

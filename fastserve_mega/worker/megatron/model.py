@@ -70,7 +70,6 @@ def build_stage(
     partition: Partition,
     groups: ProcessGroups,
     *,
-    max_context: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Stage:
@@ -80,12 +79,14 @@ def build_stage(
     Megatron-Core 0.19 on.
     """
     learned = isinstance(architecture.positions, LearnedPositions)
-    with torch.device(device):  # parameters are allocated where they are used
+    # Parameters are allocated where they are used. Megatron warns of its own deprecated defaults.
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model = GPTModel(
             config=_transformer_config(architecture, partition, dtype),
             transformer_layer_spec=_layer_spec(architecture),
             vocab_size=partition.padded_vocab_size,
-            max_sequence_length=max_context,
+            max_sequence_length=architecture.max_context,
             pre_process=partition.is_first_stage,
             post_process=partition.is_last_stage,
             parallel_output=True,
@@ -104,16 +105,7 @@ def build_stage(
 def _transformer_config(
     architecture: Architecture, partition: Partition, dtype: torch.dtype
 ) -> TransformerConfig:
-    with warnings.catch_warnings():
-        # 0.16 warns that its own default for CUDA graphs, which are off, is deprecated.
-        warnings.filterwarnings("ignore", "full scope is deprecated", UserWarning)
-        return TransformerConfig(**_transformer_settings(architecture, partition, dtype))
-
-
-def _transformer_settings(
-    architecture: Architecture, partition: Partition, dtype: torch.dtype
-) -> dict[str, Any]:
-    return dict(  # noqa: C408 - the names are parameters
+    return TransformerConfig(
         num_layers=len(partition.layers),
         hidden_size=architecture.hidden_size,
         num_attention_heads=architecture.num_heads,

@@ -57,22 +57,21 @@ class MegatronRunner:
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
         set_up_cpu(config.parallel, topology)
-        self._groups = join_process_groups(
-            config.parallel, topology, self._device, master_address, master_port
-        )
-        self._stage = build_stage(
-            architecture,
-            self._partition,
-            self._groups,
-            max_context=architecture.max_context,
-            dtype=self._dtype,
-            device=self._device,
-        )
-        load_weights(config.model.directory, self._stage, architecture, self._partition)
         self.cache = _build_cache(config, architecture, self._partition, self._dtype, self._device)
         self._frequencies = _frequencies(architecture, self._device)
         self._sampler = Sampler(architecture.eos_token_ids)
         self._sending: tuple[dist.Work, Tensor] | None = None
+        groups = join_process_groups(
+            config.parallel, topology, self._device, master_address, master_port
+        )
+        try:
+            self._stage = build_stage(
+                architecture, self._partition, groups, dtype=self._dtype, device=self._device
+            )
+            load_weights(config.model.directory, self._stage, architecture, self._partition)
+        except BaseException:
+            dist.destroy_process_group()  # else this process could not try again
+            raise
 
     @property
     def device_blocks(self) -> int:

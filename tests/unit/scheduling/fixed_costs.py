@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fastserve_mega.config import MlfqConfig, SchedulerConfig
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Arrived, Event, StepDone
+from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import RequestId
 
@@ -28,7 +29,9 @@ def make_scheduler(
     *,
     policy="skip_join_mlfq",
     device_blocks=1000,
+    host_blocks=0,
     block_size=4,
+    swap=None,
     window=1,
     levels=6,
     starvation_limit_s=None,
@@ -40,8 +43,8 @@ def make_scheduler(
     return Scheduler(
         SchedulerConfig(policy=policy, mlfq=mlfq, **options),
         FixedCosts(),
-        device_blocks=device_blocks,
-        block_size=block_size,
+        PoolSizes(device_blocks, host_blocks, block_size),
+        swap=swap,
         window=window,
     )
 

@@ -38,10 +38,10 @@ def test_flaw_9_abort_in_flight_frees_blocks_only_after_the_step():
     scheduler = make_scheduler(device_blocks=6, max_batch_size=1)
     plan = scheduler.step(0.0, [arrived("a", 16)])
     assert scheduler.step(0.1, [Aborted("a")]) is None
-    assert scheduler.memory.pool.free_count == 1
+    assert scheduler.memory.device.free_count == 1
     scheduler.check_integrity()
     after = scheduler.step(1.0, [StepDone(plan.step_id, 1.0), arrived("b", 4)])
-    assert scheduler.memory.pool.free_count == 4
+    assert scheduler.memory.device.free_count == 4
     assert after.released == ("a",)
 
 

@@ -12,7 +12,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fastserve_mega.scheduling.events import Aborted, Arrived, StepDone, WorkersLost
+from fastserve_mega.config import SwapConfig
+from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone, WorkersLost
 from fastserve_mega.types import RequestId
 
 BLOCK_SIZE = 4
@@ -25,24 +26,38 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Random events, and a model of what each request holds."""
 
     policy: str
+    strategy: str
 
-    @initialize(window=st.integers(1, 3))
-    def start(self, window):
+    @initialize(window=st.integers(1, 3), host_blocks=st.sampled_from([0, 6, 60]))
+    def start(self, window, host_blocks):
         self.options = {
-            "policy": self.policy, "device_blocks": BLOCKS, "block_size": BLOCK_SIZE,
-            "window": window, "max_batch_size": BATCH, "max_batch_tokens": BATCH_TOKENS,
-            "starvation_limit_s": 3.0, "max_passed_over": 3, "backfill_lookahead": 2,
-        }  # fmt: skip
+            "policy": self.policy,
+            "swap": SwapConfig(
+                strategy=self.strategy, write_through_blocks=3, write_through_occupancy=0.3
+            ),
+            "host_blocks": host_blocks,
+            "device_blocks": BLOCKS,
+            "block_size": BLOCK_SIZE,
+            "window": window,
+            "max_batch_size": BATCH,
+            "max_batch_tokens": BATCH_TOKENS,
+            "starvation_limit_s": 3.0,
+            "max_passed_over": 3,
+            "backfill_lookahead": 2,
+        }
         self.scheduler = make_scheduler(**self.options)
         self.twin = make_scheduler(**self.options)  # gets the same events: same plans
         self.window = window
         self.now = 0.0
         self.count = 0
         self.left: dict[str, int] = {}
-        self.computed: dict[str, int] = {}
         self.known: dict[str, int] = {}
         self.tables: dict[str, list[int]] = {}
         self.in_flight: list = []
+        self.copying: list = []
+        # What each slot of each pool holds: (request, position).
+        self.memory = {"device": {}, "host": {}}
+        self.host_blocks = host_blocks
         self.ended: set[str] = set()
 
     def tell(self, *events):
@@ -56,10 +71,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.take(plan)
 
     def take(self, plan):
-        """What a worker would check."""
+        """What the workers do, and check."""
+        assert plan.batch or plan.copies
+        for copy in plan.copies:
+            if copy.precedes_step is None:
+                self.copying.append(copy)
+            else:
+                assert copy.precedes_step == plan.step_id
+                self.run_copy(copy)
+                self.copying.append(copy)
+        if not plan.batch:
+            return
         busy = {piece.request_id for other in self.in_flight for piece in other.batch}
-        assert 1 <= len(plan.batch) <= BATCH
-        assert 1 <= plan.num_tokens <= BATCH_TOKENS
+        assert len(plan.batch) <= BATCH
+        assert plan.num_tokens <= BATCH_TOKENS
         assert len(self.in_flight) < self.window
         seen = set()
         for piece in plan.batch:
@@ -67,22 +92,40 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert name in self.left, "an ended request was scheduled"
             assert name not in busy | seen
             seen.add(name)
-            table = self.tables.setdefault(name, [])
-            if piece.block_ids:
-                table[piece.block_start :] = piece.block_ids
-            if piece.start == 0:
-                self.computed[name] = 0
-            assert piece.start == self.computed[name]
-            end = piece.start + piece.num_tokens
-            assert end <= self.known[name]
-            assert piece.samples == (end == self.known[name])
-            assert len(table) * BLOCK_SIZE >= end
-            assert 0 not in table
-            self.computed[name] = end
+            self.run_slice(piece)
         running = [self.tables[name] for name in busy & set(self.left) | seen]
         flat = [block for table in running for block in table]
         assert len(flat) == len(set(flat)), "a block belongs to two running requests"
         self.in_flight.append(plan)
+
+    def run_slice(self, piece):
+        name, device = piece.request_id, self.memory["device"]
+        table = self.tables.setdefault(name, [])
+        if piece.block_ids:
+            table[piece.block_start :] = piece.block_ids
+        end = piece.start + piece.num_tokens
+        assert piece.num_tokens >= 1
+        assert end <= self.known[name]
+        assert piece.samples == (end == self.known[name])
+        assert len(table) * BLOCK_SIZE >= end
+        assert 0 not in table
+
+        def slot(position):
+            return table[position // BLOCK_SIZE], position % BLOCK_SIZE
+
+        for position in range(piece.start):
+            assert device.get(slot(position)) == (name, position), "the KV of a token is lost"
+        for position in range(piece.start, end):
+            device[slot(position)] = (name, position)
+
+    def run_copy(self, copy):
+        pools = ("device", "host") if copy.direction == "swap_out" else ("host", "device")
+        source, target = (self.memory[pool] for pool in pools)
+        for here, there in zip(copy.source_ids, copy.target_ids, strict=True):
+            assert here
+            assert there
+            for offset in range(BLOCK_SIZE):
+                target[there, offset] = source.get((here, offset))
 
     @rule(
         prompt=st.integers(1, 60),
@@ -121,10 +164,26 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.end(name)
         self.tell(StepDone(plan.step_id, elapsed, tuple(finished)))
 
+    @precondition(lambda self: self.copying)
+    @rule(data=st.data())
+    def finish_copy(self, data):
+        """In any order, and read and written at the last moment."""
+        copy = data.draw(st.sampled_from(self.copying))
+        self.now += 0.1
+        self.finish_this_copy(copy)
+
+    def finish_this_copy(self, copy):
+        self.copying.remove(copy)
+        if copy.precedes_step is None:
+            self.run_copy(copy)
+        self.tell(CopyDone(copy.copy_id))
+
     @rule()
     def lose_workers(self):
         self.in_flight.clear()
+        self.copying.clear()
         self.tables.clear()
+        self.memory = {"device": {}, "host": {}}
         self.tell(WorkersLost())
 
     @rule(seconds=st.floats(0.1, 10.0))
@@ -142,23 +201,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert self.scheduler.unfinished == len(self.left)
-            assert not self.left or self.in_flight, "work is left and nothing runs"
+            assert not self.left or self.in_flight or self.copying, "work is left, nothing runs"
 
     def teardown(self):
         """Everything still finishes, and all memory comes back."""
         if not hasattr(self, "scheduler"):
             return
         for _ in range(5000):
-            if not self.in_flight:
+            if self.copying:
+                self.finish_this_copy(self.copying[0])
+            elif self.in_flight:
+                self.finish_step(1.0)
+            else:
                 break
-            self.finish_step(1.0)
         assert not self.left, "a request never finishes"
-        assert self.scheduler.memory.pool.free_count == BLOCKS - 1
+        assert self.scheduler.memory.device.free_count == BLOCKS - 1
+        assert self.scheduler.memory.host.free_count == max(self.host_blocks - 1, 0)
 
 
-@pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"])
-def test_properties(policy):
-    machine = type(f"Machine_{policy}", (SchedulerMachine,), {"policy": policy})
+CASES = [
+    *(("skip_join_mlfq", strategy) for strategy in ("proactive", "reactive", "recompute", "none")),
+    *((policy, "proactive") for policy in ("mlfq", "fcfs", "fixed_priority", "srpt")),
+    ("fcfs", "recompute"),
+]
+
+
+@pytest.mark.parametrize(("policy", "strategy"), CASES)
+def test_properties(policy, strategy):
+    machine = type("Machine", (SchedulerMachine,), {"policy": policy, "strategy": strategy})
     machine.TestCase.settings = settings(
         max_examples=100,
         stateful_step_count=60,

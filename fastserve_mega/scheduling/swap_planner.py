@@ -1,0 +1,101 @@
+"""Moves KV before it is needed: who leaves the device, who comes back, what is copied ahead."""
+
+from __future__ import annotations
+
+import math
+
+from fastserve_mega.config import SwapConfig
+from fastserve_mega.scheduling.memory import KvMemory
+from fastserve_mega.scheduling.policy import Policy
+
+_DEMAND_WINDOW_S = 10.0
+"""The arrival rate is an exponential average over about this long."""
+_MAX_RESERVE = 0.25
+"""Share of the device pool that is kept for arrivals at most."""
+_SMOOTHING = 0.1
+_LEAD = 2.0
+"""A request is brought back this many swap times before it is estimated to run."""
+
+
+class SwapPlanner:
+    """Proactive swapping (paper section 4.2), in the order of ENST.
+
+    After the batch of a step is decided: those who run next come back from the host; enough
+    blocks are kept free for the arrivals expected during one swap; and while nothing is being
+    copied out, full blocks of those who will run last are written through, so that preempting
+    them later costs at most their last block.
+    """
+
+    def __init__(self, config: SwapConfig, memory: KvMemory, policy: Policy) -> None:
+        self._config = config
+        self._memory = memory
+        self._policy = policy
+        self._demand_blocks_per_s = 0.0
+        self._last_arrival: float | None = None
+        self._copy_s_per_block = 0.0
+        self._started: dict[int, tuple[float, int]] = {}
+
+    def observe_arrival(self, blocks: int, now: float) -> None:
+        """A request arrived whose prompt fills this many blocks."""
+        elapsed_s = math.inf if self._last_arrival is None else now - self._last_arrival
+        self._last_arrival = now
+        self._demand_blocks_per_s *= math.exp(-elapsed_s / _DEMAND_WINDOW_S)
+        self._demand_blocks_per_s += blocks / _DEMAND_WINDOW_S
+
+    def observe_copy_start(self, copy_id: int, blocks: int, now: float) -> None:
+        self._started[copy_id] = (now, blocks)
+
+    def observe_copy_done(self, copy_id: int, now: float) -> None:
+        """All ranks have finished a copy; its time includes that spent in their queues."""
+        if (started := self._started.pop(copy_id, None)) and started[1]:
+            measured = (now - started[0]) / started[1]
+            smoothing = _SMOOTHING if self._copy_s_per_block else 1.0
+            self._copy_s_per_block += smoothing * (measured - self._copy_s_per_block)
+
+    def forget_copies(self) -> None:
+        """The ranks were lost, and with them what they were copying."""
+        self._started.clear()
+
+    def plan(self, now: float) -> None:
+        """Decide the copies that go with this step."""
+        reserve = self._reserve()
+        if self._memory.hosted:
+            self._bring_back(now, reserve)
+        if self._memory.device.free_count + self._memory.leaving_blocks < reserve:
+            self._memory.swap_out_for(reserve)
+        if self._config.write_through_blocks:
+            self._write_through()
+
+    def _reserve(self) -> int:
+        """Blocks that the arrivals of one swap time will ask for."""
+        capacity = self._memory.device.capacity
+        # One swap moves about what one request holds.
+        swap_s = self._copy_s_per_block * capacity / max(self._memory.residents, 1)
+        return min(int(self._demand_blocks_per_s * swap_s), int(capacity * _MAX_RESERVE))
+
+    def _bring_back(self, now: float, reserve: int) -> None:
+        memory = self._memory
+        enst = self._policy.next_scheduled(now)
+        waiting = [(enst(r), r) for r in memory.hosted if not r.copies]
+        waiting.sort(key=lambda item: item[0])
+        for (until_s, *_), request in waiting:
+            blocks = memory.blocks_for(request.known_tokens)
+            lead_s = _LEAD * blocks * self._copy_s_per_block
+            fits = blocks + reserve <= memory.device.free_count
+            if not fits and until_s > lead_s:
+                break
+            if not memory.swap_in(request, reserve if fits else 0, None):
+                break
+
+    def _write_through(self) -> None:
+        memory = self._memory
+        occupied = memory.device.capacity - memory.device.free_count
+        if memory.copying_out or (
+            occupied < self._config.write_through_occupancy * memory.device.capacity
+        ):
+            return
+        left = self._config.write_through_blocks
+        for request in reversed(memory.victims()):
+            left -= memory.write_through(request, left)
+            if left <= 0:
+                return

@@ -1,0 +1,257 @@
+"""One rank in this process: the same runner as under mpirun, without its launch time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+
+import pytest
+import torch
+from generation import generate
+from tiny_models import MODELS, SMOLLM2, greedy, make_model, prompts
+
+from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.megatron.checkpoint import Checkpoint
+from fastserve_mega.worker.megatron.runner import MegatronRunner
+from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.topology import Topology
+
+MAX_TOKENS = 12
+BLOCK_SIZE = 4
+GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Family → (directory, transformers model), made when first asked for."""
+    models = {}
+
+    def get(name):
+        if name not in models:
+            directory = tmp_path_factory.mktemp(name)
+            models[name] = (directory, make_model(name, directory))
+        return models[name]
+
+    return get
+
+
+@contextlib.contextmanager
+def open_runner(directory, *, device_blocks=80, dtype="float32", **parallel):
+    config = Config(
+        model=ModelConfig(path=str(directory), dtype=dtype),
+        parallel=ParallelConfig(device="cpu", threads_per_rank=1, **parallel),
+        kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=device_blocks),
+    )
+    runner = MegatronRunner(config, Topology(), "", 0)
+    try:
+        yield runner
+    finally:
+        runner.close()
+
+
+@pytest.fixture
+def llama(made):
+    with open_runner(made("llama")[0]) as runner:
+        yield runner
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_greedy_tokens_equal_transformers(made, family):
+    directory, model = made(family)
+    expected = [greedy(model, prompt, MAX_TOKENS) for prompt in prompts()]
+    with open_runner(directory) as runner:
+        assert runner.is_sampling_rank
+        assert runner.device_blocks == 80
+        for chunk in (7, 512):
+            outputs = generate(runner, prompts(), GREEDY, block_size=BLOCK_SIZE, chunk=chunk)
+            assert outputs == expected
+
+
+def test_prompts_longer_than_a_tile_of_attention(made):
+    """More new tokens than attend at a time, in one step and in two, with and without a window."""
+    generator = torch.Generator().manual_seed(2)
+    prompt = torch.randint(3, 131, (300,), generator=generator).tolist()
+    for family in ("llama", "mistral"):
+        directory, model = made(family)
+        expected = greedy(model, prompt, 2)
+        with open_runner(directory) as runner:
+            params = SamplingParams(max_tokens=2, temperature=0.0)
+            for chunk in (150, 300):
+                outputs = generate(runner, [prompt], params, block_size=BLOCK_SIZE, chunk=chunk)
+                assert outputs == [expected]
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason=f"{SMOLLM2} is missing (make model)")
+def test_smollm2_equals_transformers():
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype="float32").eval()
+    texts = [[504, 3575, 282, 4649, 314], list(range(300, 340))]
+    params = SamplingParams(max_tokens=8, temperature=0.0)
+    with open_runner(SMOLLM2) as runner:
+        outputs = generate(runner, texts, params, block_size=BLOCK_SIZE, chunk=16)
+    assert outputs == [greedy(model, text, 8) for text in texts]
+
+
+def test_nan_of_a_blocks_last_owner_does_not_reach_the_next(llama):
+    clean = generate(llama, prompts(), GREEDY, block_size=BLOCK_SIZE, chunk=7)
+    llama.cache.pool[1:] = torch.nan
+    assert generate(llama, prompts(), GREEDY, block_size=BLOCK_SIZE, chunk=7) == clean
+    llama.cache.pool[1:] = torch.inf
+    assert generate(llama, prompts(), GREEDY, block_size=BLOCK_SIZE, chunk=512) == clean
+    assert not llama.cache.pool[0].any()
+
+
+def test_blocks_may_move(llama):
+    """Swapped out, scribbled over, and swapped in at other ids: the same tokens."""
+    prompt = prompts()[1]
+    expected = generate(llama, [prompt], GREEDY, block_size=BLOCK_SIZE)[0]
+    params = SamplingParams(max_tokens=5, temperature=0.0)
+    begun = generate(llama, [prompt], params, block_size=BLOCK_SIZE)[0]
+    count = len(prompt) + len(begun) - 1
+    old = [llama.device_blocks - 1 - i for i in range(-(-count // BLOCK_SIZE))]
+    saved = llama.cache.pool[old].clone()
+    llama.cache.pool[1:] = torch.nan
+    new = list(range(1, 1 + len(old)))
+    llama.cache.pool[new] = saved
+    tokens = list(begun)
+    while len(tokens) < MAX_TOKENS:
+        start = len(prompt) + len(tokens) - 1
+        step = SequenceInput(
+            request_id=RequestId("moved"),
+            token_ids=tokens[-1:],
+            start=start,
+            block_table=[*new, 40, 41, 42],
+            samples=True,
+            params=GREEDY,
+            seed=0,
+            prompt_tokens=len(prompt),
+        )
+        tokens += llama.execute([step])
+    assert tokens == expected
+
+
+def test_sampled_stream_is_the_same_alone_resumed_or_in_a_crowd(llama):
+    params = [
+        SamplingParams(max_tokens=MAX_TOKENS, temperature=1.2, top_p=0.95, seed=seed)
+        for seed in range(len(prompts()))
+    ]
+    crowd = generate(llama, prompts(), params, block_size=BLOCK_SIZE, chunk=7)
+    alone = [
+        generate(llama, [prompt], [p], block_size=BLOCK_SIZE)[0]
+        for prompt, p in zip(prompts(), params, strict=True)
+    ]
+    assert crowd == alone
+    # Recomputed from prompt and answer so far, as after the loss of its KV.
+    resumed = [prompts()[1] + alone[1][:5]]
+    rest = SamplingParams(max_tokens=MAX_TOKENS - 5, temperature=1.2, top_p=0.95, seed=1)
+    assert generate(llama, resumed, [rest], block_size=BLOCK_SIZE)[0] == alone[1][5:]
+
+
+def test_an_empty_batch_and_a_batch_that_samples_nothing(llama):
+    assert llama.execute([]) == []
+    chunk = SequenceInput(
+        request_id=RequestId("chunk"),
+        token_ids=[1, 2],
+        start=0,
+        block_table=[1],
+        samples=False,
+        params=GREEDY,
+        seed=0,
+        prompt_tokens=4,
+    )
+    assert llama.execute([chunk]) == []
+
+
+def test_automatic_precision_and_pool_size(made):
+    directory, _ = made("llama")
+    config = Config(
+        model=ModelConfig(path=str(directory)),
+        parallel=ParallelConfig(device="cpu", threads_per_rank=1),
+        kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_memory_gb=0.001),
+    )
+    runner = MegatronRunner(config, Topology(), "", 0)
+    assert runner.cache.pool.nbytes <= 0.001 * 2**30 < runner.cache.pool.nbytes * 1.01
+    (output,) = generate(runner, [[5, 6, 7]], GREEDY, block_size=BLOCK_SIZE)
+    assert len(output) == MAX_TOKENS
+    runner.close()
+
+
+def test_a_pool_that_holds_no_block_is_refused(made):
+    config = Config(
+        model=ModelConfig(path=str(made("llama")[0])),
+        parallel=ParallelConfig(device="cpu", threads_per_rank=1),
+        kv_cache=KvCacheConfig(device_memory_gb=1e-9),
+    )
+    with pytest.raises(ValueError, match="device_memory_gb=1e-09 is too little"):
+        MegatronRunner(config, Topology(), "", 0)
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_context_beyond_the_models_is_refused(made):
+    config = Config(model=ModelConfig(path=str(made("llama")[0]), max_context=129))
+    with pytest.raises(ValueError, match="max_context=129 exceeds the 128 tokens"):
+        MegatronRunner(config, Topology(), "", 0)
+
+
+@pytest.fixture
+def broken(made, tmp_path):
+    """A copy of a model directory, to be damaged."""
+    directory = tmp_path / "model"
+    shutil.copytree(made("llama")[0], directory)
+    return directory
+
+
+def assert_refused(directory, message):
+    with pytest.raises(ValueError, match=message), open_runner(directory):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+def test_truncated_weights_are_refused(broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert_refused(broken, "model.safetensors: not a whole safetensors file .* cut short")
+    weights.write_bytes(b"")
+    assert_refused(broken, "not a whole safetensors file")
+
+
+def test_missing_weights_are_refused(broken):
+    (broken / "model.safetensors").unlink()
+    assert_refused(broken, "holds no weights")
+    index = broken / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    assert_refused(broken, "2 of the files named .* are missing, the first is one.safetensors")
+    index.write_text("[]")
+    assert_refused(broken, "not a valid index")
+
+
+def test_sharded_weights_are_found_through_the_index(made, tmp_path):
+    directory, model = made("llama")
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    expected = greedy(model, prompts()[0], MAX_TOKENS)
+    with open_runner(tmp_path) as runner:
+        assert generate(runner, prompts()[:1], GREEDY, block_size=BLOCK_SIZE) == [expected]
+    with Checkpoint(directory) as single, Checkpoint(tmp_path) as sharded:
+        name = "model.embed_tokens.weight"
+        assert torch.equal(single.slice(name)[:], sharded.slice(name)[:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"has no tensor model\.layers\.3"),
+        ({"intermediate_size": 40}, r"gate_proj.weight has shape \(48, 32\), .* \(40, 32\)"),
+        ({"hidden_size": 64, "head_dim": 8}, "has shape"),
+        ({"num_attention_heads": 8, "head_dim": 8}, "has shape"),
+        ({"vocab_size": 400}, r"embed_tokens.weight has shape \(131, 32\), .* \(400, 32\)"),
+    ],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(broken, change, message):
+    path = broken / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert_refused(broken, message)
