@@ -29,6 +29,7 @@ from rich.table import Table
 from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
 from fastserve_mega.simulator.sweep import (
+    SEARCH_SPAN,
     Measure,
     RateSearch,
     mean_normalized_latency,
@@ -89,6 +90,8 @@ class Line:
     measure: str
     means: tuple[float, float]
     """Of prompt and output tokens."""
+    cap: float
+    """Where the search ended; a finite run may stay within the limit at any rate."""
     rates: dict[str, list[float]]
 
     def mean(self, policy: str) -> float:
@@ -96,6 +99,8 @@ class Line:
 
     def spread(self, policy: str) -> str:
         values = self.rates[policy]
+        if min(values) >= self.cap:
+            return f"> {self.cap:.1f}"
         return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -227,7 +232,7 @@ def search(
         options.tolerance,
     )  # fmt: skip
     start = 0.8 * saturation_rate(config, lengths, num_requests=200)
-    lines = [Line(name, measure, lengths.means, {}) for measure in measures]
+    lines = [Line(name, measure, lengths.means, SEARCH_SPAN * start, {}) for measure in measures]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         work = [(policy, line) for policy in options.policies for line in lines]
         for policy, line in progress.track(work, description=name):

@@ -51,10 +51,17 @@ class Mlfq:
 
     def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
         quanta_s = self.quanta_s
+        used_up = []
         for request in batch:
             request.charged_s += elapsed_s
             if request.charged_s >= quanta_s[request.level]:
-                self._demote(request)
+                used_up.append(request)
+        if used_up:
+            # One prediction for the longest context, instead of one for each.
+            longest = max(request.known_tokens for request in used_up)
+            decode_s = self._cost_model.decode_s(1, longest)
+            for request in used_up:
+                self._demote(request, decode_s)
 
     def promote(self, now: float) -> None:
         """Find the starving by their deadlines; each look is O(log n)."""
@@ -120,11 +127,13 @@ class Mlfq:
     def level_lengths(self) -> tuple[int, ...]:
         return self._queues.lengths
 
-    def _demote(self, request: Request) -> None:
-        level = request.level + 1
-        if self._skip_join:
+    def _demote(self, request: Request, decode_s: float) -> None:
+        """Move it down; `decode_s` is at least the time of its next iteration if it decodes."""
+        level = min(request.level + 1, self._lowest)
+        decodes_in_time = request.pending_tokens == 1 and decode_s <= self.quanta_s[level]
+        if self._skip_join and not decodes_in_time:
             level = max(level, self._level_that_holds(self._next_iteration_s(request)))
-        self._queues.move(request, min(level, self._lowest))
+        self._queues.move(request, level)
         self._watch_starvation(request)
 
     def _level_that_holds(self, seconds: float) -> int:

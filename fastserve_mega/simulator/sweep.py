@@ -15,8 +15,8 @@ Measure = Callable[[Report], float]
 
 _ALL_AT_ONCE = 1e9
 """Requests per second: the whole workload has arrived before the first step."""
-_MOST_SATURATIONS = 16.0
-"""Where a search for a crossing gives up."""
+SEARCH_SPAN = 16.0
+"""A search for a crossing gives up at the start times or divided by this."""
 
 
 def mean_normalized_latency(report: Report) -> float:
@@ -74,16 +74,17 @@ class RateSearch:
         bisected, and interpolated linearly in what remains.
 
         Returns:
-            Requests per second; 16 times `start` when the limit holds even there.
+            Requests per second; at least `SEARCH_SPAN` times `start` when the limit holds even
+            there, 0 when it holds nowhere.
         """
         low = start
         while (low_value := measure(self.report(policy, low, seed))) > limit:
-            if low < start / _MOST_SATURATIONS:
+            if low < start / SEARCH_SPAN:
                 return 0.0
             low /= 2
         high, high_value = low, low_value
         while high_value <= limit:
-            if high >= start * _MOST_SATURATIONS:
+            if high >= start * SEARCH_SPAN:
                 return high
             low, low_value = high, high_value
             high *= 1.25
