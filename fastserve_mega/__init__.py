@@ -21,7 +21,7 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that the parts without zmq or torch stay without them."""
-    from importlib import import_module  # noqa: PLC0415 - lazy on purpose
+    from importlib import import_module
 
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from fastserve_mega.strict import from_plain
+
+T = TypeVar("T")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -262,7 +264,17 @@ class Config:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration of a deployment; see `load_yaml`."""
+    return load_yaml(path, Config, overrides)
+
+
+def load_yaml(path: str | Path, target: type[T], overrides: Sequence[str] = ()) -> T:
     """Read a YAML file and apply overrides of the form `section.field=value` (value in YAML).
+
+    Args:
+        path: of the file; its top level is a mapping.
+        target: the dataclass it describes.
+        overrides: applied in order, before validation.
 
     Raises:
         ValueError: the file or an override is not valid; the message names file and field.
@@ -274,7 +286,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise ValueError("the top level must be a mapping of sections")
         for override in overrides:
             _apply_override(raw, override)
-        return from_plain(raw, Config)
+        return from_plain(raw, target)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:

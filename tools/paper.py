@@ -46,6 +46,7 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 SHAREGPT_PROMPTS = ((0.1, 20), (0.2, 50), (0.5, 100), (1, 200), (1.5, 300), (1.75, 350), (2, 400))
 ALPACA_PROMPTS = ((1, 100), (3, 300), (15, 300), (17, 340), (20, 400), (30, 600), (40, 800))
 LARGE_BATCH_PROMPTS = ((1, 200), (2, 400), (2.5, 500), (3, 600), (3.5, 650), (4, 700))
+SWAP_RATES = {"proactive": "2.78", "reactive": "1.72", "recompute": "1.03", "none": "-"}
 RATIOS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 RATIO_TOTAL_TOKENS = 500
 """Mean of prompt and output together in the comparison over their ratio: the paper's ShareGPT."""
@@ -169,6 +170,23 @@ def large_batches(options: Options) -> list[Line]:
     return lines
 
 
+def swap_strategies(options: Options) -> list[Line]:
+    """Skip-join under each way to treat the KV of the preempted."""
+    policies: tuple[PolicyName, ...] = ("skip_join_mlfq",)
+    options = replace(options, policies=policies)
+    table = Table(title=f"OPT-13B ShareGPT, swap strategies, mean <= {LIMIT_S} s/token")
+    _add_columns(table, policies)
+    table.add_column("paper", justify="right")
+    lines = []
+    for strategy, paper in SWAP_RATES.items():
+        config = load("opt-13b-a100", options, f"kv_cache.swap.strategy={strategy}")
+        (line,) = search(strategy, config, options, SHAREGPT_PROMPTS, ("mean",))
+        _add_line(table, line, policies, more=(paper,))
+        lines.append(line)
+    print_tables(table)
+    return lines
+
+
 def length_ratios(options: Options) -> list[Line]:
     """Skip-join against naive MLFQ and fixed priority; the paper has up to 1.87 and 13.9 times."""
     policies: tuple[PolicyName, ...] = ("skip_join_mlfq", "mlfq", "fixed_priority")
@@ -196,6 +214,7 @@ def length_ratios(options: Options) -> list[Line]:
 SECTIONS: dict[str, Callable[[Options], list[Line]]] = {
     "table": paper_table,
     "batches": large_batches,
+    "swapping": swap_strategies,
     "ratios": length_ratios,
 }
 

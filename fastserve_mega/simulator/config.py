@@ -7,14 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-
-from fastserve_mega.config import SchedulerConfig, _apply_override
+from fastserve_mega.config import SchedulerConfig, SwapConfig, load_yaml
+from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel
-from fastserve_mega.simulator.hardware import DEVICES, LINKS, MODELS, Device, Link, Mesh, ModelShape
+from fastserve_mega.simulator.hardware import (
+    DEVICES,
+    GIB,
+    LINKS,
+    MODELS,
+    Device,
+    Link,
+    Mesh,
+    ModelShape,
+)
 from fastserve_mega.simulator.workload import WorkloadConfig
-from fastserve_mega.strict import from_plain
 
 T = TypeVar("T")
 
@@ -49,7 +56,13 @@ class KvMemoryConfig:
     memory_utilization: float = 0.9
     """Fraction of device memory the server may use (as in the paper's scripts)."""
     reserved_gb: float = 1.0
-    """Of that, memory for activations, the CUDA context and workspaces."""
+    """Of that, memory (GiB) for activations, the CUDA context and workspaces."""
+    host_blocks: int | None = None
+    """Blocks in host memory, the null block included; None takes host_memory_gb. Only swap
+    strategies that swap have a host pool."""
+    host_memory_gb: float = 56.0
+    """Host memory of each device (GiB) when host_blocks is None; as in the authors' scripts."""
+    swap: SwapConfig = field(default_factory=SwapConfig)
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -59,8 +72,9 @@ class KvMemoryConfig:
                 "kv_cache.memory_utilization must be above 0 and at most 1, "
                 f"got {self.memory_utilization}"
             )
-        if self.reserved_gb < 0:
-            raise ValueError(f"kv_cache.reserved_gb must not be negative, got {self.reserved_gb}")
+        for name in ("reserved_gb", "host_memory_gb", "host_blocks"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"kv_cache.{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,19 +96,12 @@ def load_simulation_config(path: str | Path, overrides: Sequence[str] = ()) -> S
         ValueError: the file or an override is not valid; the message names file and field.
         OSError: the file cannot be read.
     """
+    config = load_yaml(path, SimulationConfig, overrides)
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("the top level must be a mapping of sections")
-        for override in overrides:
-            _apply_override(raw, override)
-        config = from_plain(raw, SimulationConfig)
         make_cost_model(config)  # unknown names are an error of the file
-        return config
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return config
 
 
 def make_cost_model(config: SimulationConfig) -> AnalyticCostModel:
@@ -114,17 +121,28 @@ def make_cost_model(config: SimulationConfig) -> AnalyticCostModel:
 
 def make_scheduler(config: SimulationConfig, cost_model: AnalyticCostModel) -> Scheduler:
     """A fresh scheduler for one run."""
-    kv_cache = config.kv_cache
-    device_blocks = kv_cache.device_blocks or cost_model.device_blocks(
-        kv_cache.block_size, kv_cache.memory_utilization, kv_cache.reserved_gb * 1e9
-    )
     return Scheduler(
         config.scheduler,
         cost_model,
-        device_blocks=device_blocks,
-        block_size=kv_cache.block_size,
+        make_pools(config.kv_cache, cost_model),
+        swap=config.kv_cache.swap,
         window=config.mesh.pipeline,
     )
+
+
+def make_pools(kv_cache: KvMemoryConfig, cost_model: AnalyticCostModel) -> PoolSizes:
+    """The KV blocks that fit into the memories of a rank."""
+    block_size = kv_cache.block_size
+    device_blocks, host_blocks = kv_cache.device_blocks, kv_cache.host_blocks
+    if device_blocks is None:
+        device_blocks = cost_model.device_blocks(
+            block_size, kv_cache.memory_utilization, kv_cache.reserved_gb * GIB
+        )
+    if kv_cache.swap.strategy not in ("proactive", "reactive"):
+        host_blocks = 0
+    elif host_blocks is None:
+        host_blocks = int(kv_cache.host_memory_gb * GIB // cost_model.block_bytes(block_size))
+    return PoolSizes(device_blocks, host_blocks, block_size)
 
 
 def _look_up(name: str, value: str | T, known: Mapping[str, T]) -> T:

@@ -57,13 +57,19 @@ class CopyStats:
 
 
 class CopyEngine:
-    """Copies between device and host, one after the other in each direction, beside compute."""
+    """Copies between device and host, one after the other in each direction, beside compute.
+
+    The directions do not share bandwidth. A copy to the device waits for those from the device
+    that still read its target blocks.
+    """
 
     def __init__(self, cost_model: AnalyticCostModel, block_size: int) -> None:
         self._cost_model = cost_model
         self._block_size = block_size
         self._free_s = dict.fromkeys(CopyDirection, 0.0)
         self._blocks = dict.fromkeys(CopyDirection, 0)
+        self._read_until_s: dict[int, float] = {}
+        """Per device block: when the last copy from it is done."""
         self._step_ready_s: dict[int, float] = {}
         self._busy_s = 0.0
         self._exposed_s = 0.0
@@ -71,7 +77,13 @@ class CopyEngine:
     def start(self, copy: BlockCopy, now: float) -> float:
         """Queue a copy; returns when it will be done."""
         copy_s = self._cost_model.copy_s(len(copy.source_ids), self._block_size)
-        done_s = max(now, self._free_s[copy.direction]) + copy_s
+        start_s = max(now, self._free_s[copy.direction])
+        if copy.direction is CopyDirection.SWAP_IN:
+            read_until_s = self._read_until_s
+            start_s = max(start_s, *(read_until_s.get(block, 0.0) for block in copy.target_ids))
+        done_s = start_s + copy_s
+        if copy.direction is CopyDirection.SWAP_OUT:
+            self._read_until_s.update(dict.fromkeys(copy.source_ids, done_s))
         self._free_s[copy.direction] = done_s
         self._blocks[copy.direction] += len(copy.source_ids)
         self._busy_s += copy_s

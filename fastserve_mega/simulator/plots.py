@@ -52,13 +52,14 @@ def plot_cdfs(results: Mapping[str, SimulationResult], path: Path) -> None:
 
 
 def plot_timeline(result: SimulationResult, path: Path) -> None:
-    """Requests of each level, and device blocks in use, over time."""
+    """Requests of each level, and KV blocks in use, over time."""
     figure, (left, right) = _new_figure(columns=2)
     times = [point.time_s for point in result.timeline]
     levels = np.array([point.level_lengths for point in result.timeline]).T
     left.stackplot(times, levels, labels=[f"Q{level + 1}" for level in range(len(levels))])
     _label(left, "time, s", "unfinished requests")
     right.plot(times, [point.device_blocks_in_use for point in result.timeline], label="device")
+    right.plot(times, [point.host_blocks_in_use for point in result.timeline], label="host")
     _label(right, "time, s", "KV blocks in use")
     _save(figure, path)
 

@@ -46,6 +46,7 @@ class TimelinePoint:
     level_lengths: tuple[int, ...]
     """Unfinished requests of each level, the highest first."""
     device_blocks_in_use: int
+    host_blocks_in_use: int
     batch_size: int
 
 

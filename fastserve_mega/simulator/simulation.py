@@ -46,7 +46,6 @@ class Simulation:
         stages: int,
         block_size: int,
         max_queued_requests: int,
-        max_tokens: int | None = None,
         oracle: bool = False,
         warmup: int = 0,
         cooldown: int = 0,
@@ -62,8 +61,6 @@ class Simulation:
             stages: pipeline stages.
             block_size: tokens of a KV block.
             max_queued_requests: unfinished requests held at once; one more is rejected.
-            max_tokens: what clients ask for at most; None is the longest output of `requests`, so
-                that it says nothing of a request's own output.
             oracle: tell the scheduler the true output lengths (policy srpt).
             warmup: so many first requests are not measured.
             cooldown: so many last requests keep up the load and are not measured; the run ends
@@ -75,7 +72,8 @@ class Simulation:
         self._cost_model = cost_model
         self._requests = requests
         self._max_queued_requests = max_queued_requests
-        self._max_tokens = max_tokens or max((spec.output_tokens for spec in requests), default=1)
+        # Clients ask for as many tokens as the longest answer has: it says nothing of their own.
+        self._max_tokens = max((spec.output_tokens for spec in requests), default=1)
         self._oracle = oracle
         self._measured = range(warmup, len(requests) - cooldown)
         self._unmeasured_left = len(self._measured)
@@ -155,7 +153,7 @@ class Simulation:
 
     def _arrive(self, spec: RequestSpec, index: int) -> Arrived | None:
         is_full = len(self._live) >= self._max_queued_requests
-        if is_full or self._scheduler.refusal(spec.prompt_tokens, spec.output_tokens):
+        if is_full or self._scheduler.refusal(spec.prompt_tokens, self._max_tokens):
             self._rejected += 1
             self._unmeasured_left -= index in self._measured
             return None
@@ -221,12 +219,13 @@ class Simulation:
     def _extend_timeline(self, plan: Plan, now: float, interval_s: float) -> None:
         if self._timeline and now < self._timeline[-1].time_s + interval_s:
             return
-        pool = self._scheduler.memory.pool
+        device, host = self._scheduler.memory.device, self._scheduler.memory.host
         self._timeline.append(
             TimelinePoint(
                 now,
                 self._scheduler.level_lengths(),
-                pool.capacity - pool.free_count,
+                device.capacity - device.free_count,
+                host.capacity - host.free_count,
                 len(plan.batch),
             )
         )

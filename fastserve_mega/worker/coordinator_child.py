@@ -30,7 +30,7 @@ class CoordinatorChild:
             stdout=subprocess.PIPE,
             start_new_session=True,  # a terminal's Ctrl-C reaches it through rank 0 only
         )
-        assert self._process.stdout is not None  # noqa: S101 - a PIPE was asked for
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()

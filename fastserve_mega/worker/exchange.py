@@ -44,7 +44,7 @@ class MpiExchange:
         Raises:
             ImportError: there is no MPI library.
         """
-        from mpi4py import MPI  # noqa: PLC0415 - importing it initializes MPI
+        from mpi4py import MPI
 
         self._world = MPI.COMM_WORLD
 

@@ -111,7 +111,7 @@ class _Rank:
                 vocab_size=load_architecture(config.model.directory).vocab_size,
             )
         # Imported late: torch takes seconds, and fake ranks need none.
-        from fastserve_mega.worker.megatron.runner import MegatronRunner  # noqa: PLC0415
+        from fastserve_mega.worker.megatron.runner import MegatronRunner
 
         address, _, port = master.rpartition(":")
         return MegatronRunner(config, self._topology, address, int(port))

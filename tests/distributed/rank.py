@@ -49,7 +49,7 @@ def run_job(job: dict) -> list[list[int]] | None:
     def share_tokens(tokens: list[int]) -> list[int]:
         return WORLD.bcast(tokens, root=sampling_rank)
 
-    params = SamplingParams(**job["params"])
+    params = SamplingParams(max_tokens=job["max_tokens"], temperature=0.0)
     outputs = generate(
         runner,
         job["prompts"],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastserve_mega.config import MlfqConfig, SchedulerConfig
+from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import StepWork
 from fastserve_mega.simulator.records import SimulationResult
@@ -58,7 +59,7 @@ def run(costs: Any, requests: Sequence[tuple[float, int, int]], **options: Any) 
     mlfq = MlfqConfig(starvation_limit_s=None)
     config = SchedulerConfig(**{"policy": "fcfs", "mlfq": mlfq, **options})
     stages = len(costs.stages)
-    scheduler = Scheduler(config, costs, device_blocks=blocks, block_size=16, window=stages)
+    scheduler = Scheduler(config, costs, PoolSizes(blocks, 0, 16), window=stages)
     return Simulation(
         scheduler,
         costs,

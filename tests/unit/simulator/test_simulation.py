@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,6 @@ from fixed_hardware import RoundCosts, run
 
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
 from fastserve_mega.scheduling.events import CopyDone, StepDone
-from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec
@@ -90,7 +90,7 @@ def test_srpt_learns_the_true_lengths_and_runs_the_shorter_first() -> None:
 class Script:
     """A scheduler that answers each call from a list, and keeps what it was told."""
 
-    memory = type("Memory", (), {"preemptions": 0, "recomputed_tokens": 0, "pool": BlockPool(9)})()
+    memory = SimpleNamespace(preemptions=0, recomputed_tokens=0)
     unfinished = 1
 
     def __init__(self, plans: list[Plan | None], deadlines: Sequence[float] = ()) -> None:
@@ -121,15 +121,15 @@ def plan(step_id: int, *copies: BlockCopy, batch: bool = True) -> Plan:
     return Plan(step_id, (piece,) if batch else (), copies)
 
 
-def copy(copy_id: int, direction: str, blocks: int, step: int | None) -> BlockCopy:
-    ids = tuple(range(1, blocks + 1))
+def copy(copy_id: int, direction: str, blocks: int, step: int | None, first: int = 1) -> BlockCopy:
+    ids = tuple(range(first, first + blocks))
     return BlockCopy(copy_id, CopyDirection(direction), ids, ids, step)
 
 
 def test_a_copy_overlaps_compute_and_delays_only_the_step_it_precedes() -> None:
     script = Script(
         [
-            plan(0, copy(0, "swap_out", 2, None), copy(1, "swap_in", 3, 1)),
+            plan(0, copy(0, "swap_out", 2, None), copy(1, "swap_in", 3, 1, first=5)),
             None,  # then the step is done at 1 s
             plan(1),
             None,  # swap_out done at 2 s
@@ -154,12 +154,20 @@ def test_copies_of_one_direction_queue_and_the_directions_do_not_share() -> None
     script = Script(
         [
             plan(0, copy(0, "swap_out", 1, None), copy(1, "swap_out", 1, None)),
-            plan(1, copy(2, "swap_in", 1, None), batch=False),
+            plan(1, copy(2, "swap_in", 1, None, first=5), batch=False),
         ]
     )
     simulate(script, RoundCosts(stages=(9.0,)), output_tokens=1)
     told = [(now, event.copy_id) for now, event in script.told if isinstance(event, CopyDone)]
     assert told == [(1.0, 0), (1.0, 2), (2.0, 1)]
+
+
+def test_a_copy_waits_for_the_copy_that_still_reads_its_target_blocks() -> None:
+    out, back = copy(0, "swap_out", 2, 0), copy(1, "swap_in", 1, 0)
+    script = Script([plan(0, out, back)])
+    result = simulate(script, RoundCosts(), output_tokens=1)
+    assert times(result) == [(4.0, 4.0)]  # out 0-2, in 2-3, the step 3-4
+    assert result.copies.exposed_s == 3.0
 
 
 def test_a_plan_of_copies_alone_yields_no_step_done() -> None:
