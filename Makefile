@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: demo serve test model
+.PHONY: demo serve test model paper
 
 demo:
 	@tools/demo.sh
@@ -12,3 +12,7 @@ test:
 
 model:
 	@tools/setup_venv.sh && .venv/bin/python tools/fetch_smollm2.py
+
+# The paper's table, simulated: tens of minutes. `make paper ARGS=--quick` is one seed.
+paper:
+	@tools/setup_venv.sh && .venv/bin/python tools/paper.py --data ../shared/data $(ARGS)

@@ -6,11 +6,14 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar, get_args
 
 from fastserve_mega import __version__
-from fastserve_mega.config import Config, load_config
+from fastserve_mega.config import PolicyName, load_config
 
-Command = Callable[[argparse.Namespace, Config], int]
+T = TypeVar("T")
+Command = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,13 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         format=f"%(levelname)s {options.command}: %(message)s",
         stream=sys.stderr,
     )
-    try:
-        config = load_config(options.config, options.overrides)
-    except (ValueError, OSError) as error:
-        print(f"fastserve-mega {options.command}: {error}", file=sys.stderr)
-        return 2
     command: Command = options.run
-    return command(options, config)
+    return command(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +49,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add(commands, "api-server", _api_server, "be an OpenAI-compatible HTTP server")
     _add(commands, "chat", _chat, "talk to a running server in the terminal")
+    _add_simulate(commands)
     return parser
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    simulate = _add(commands, "simulate", _simulate, "run the scheduler on a virtual clock")
+    simulate.add_argument(
+        "--data", type=Path, default=Path(), metavar="DIRECTORY", help="where the workload file is"
+    )
+    simulate.add_argument(
+        "--policies",
+        type=_names,
+        default=(),
+        metavar="A,B,…",
+        help="policies to compare; default: the configured one",
+    )
+    simulate.add_argument(
+        "--rates",
+        type=_numbers,
+        default=(),
+        metavar="X,Y,…",
+        help="requests per second; default: the configured rate",
+    )
+    simulate.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    simulate.add_argument("--plots", type=Path, metavar="DIRECTORY", help="write plots")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := sorted(set(names) - set(get_args(PolicyName))):
+        known = ", ".join(get_args(PolicyName))
+        raise argparse.ArgumentTypeError(f"unknown policy {unknown[0]!r}; known are {known}")
+    return names
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not numbers separated by commas: {text!r}") from None
 
 
 def _add(
@@ -61,7 +98,7 @@ def _add(
     text: str,
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
-    command.add_argument("--config", required=True, metavar="YAML", help="the deployment")
+    command.add_argument("--config", required=True, metavar="YAML", help="what to run")
     command.add_argument(
         "--set",
         action="append",
@@ -83,34 +120,63 @@ def _pass_on(options: argparse.Namespace) -> list[str]:
     return [*arguments, "--verbose"] if options.verbose else arguments
 
 
+def _load(options: argparse.Namespace, load: Callable[[str, Sequence[str]], T]) -> T:
+    """The configuration, or one sentence on stderr and exit status 2."""
+    try:
+        return load(options.config, options.overrides)
+    except (ValueError, OSError) as error:
+        print(f"fastserve-mega {options.command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 # Each command imports its own layer: a coordinator never loads torch, a worker no HTTP server.
 
 
-def _serve(options: argparse.Namespace, config: Config) -> int:
+def _serve(options: argparse.Namespace) -> int:
     from fastserve_mega.launcher import serve
 
-    return serve(config, _pass_on(options))
+    return serve(_load(options, load_config), _pass_on(options))
 
 
-def _worker(options: argparse.Namespace, config: Config) -> int:
+def _worker(options: argparse.Namespace) -> int:
     from fastserve_mega.worker.main import run_worker
 
-    return run_worker(config, _pass_on(options), options.runner)
+    return run_worker(_load(options, load_config), _pass_on(options), options.runner)
 
 
-def _coordinator(options: argparse.Namespace, config: Config) -> int:
+def _coordinator(options: argparse.Namespace) -> int:
     from fastserve_mega.coordinator.main import run_coordinator
 
+    config = _load(options, load_config)
     return run_coordinator(config, stop_on_stdin_close=options.stop_on_stdin_close)
 
 
-def _api_server(options: argparse.Namespace, config: Config) -> int:
+def _api_server(options: argparse.Namespace) -> int:
     from fastserve_mega.server.main import run_server
 
-    return run_server(config)
+    return run_server(_load(options, load_config))
 
 
-def _chat(options: argparse.Namespace, config: Config) -> int:
+def _chat(options: argparse.Namespace) -> int:
     from fastserve_mega.chat import run_chat
 
-    return run_chat(config)
+    return run_chat(_load(options, load_config))
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    from fastserve_mega.simulator.config import load_simulation_config
+    from fastserve_mega.simulator.main import run_simulate
+
+    config = _load(options, load_simulation_config)
+    try:
+        return run_simulate(
+            config,
+            data=options.data,
+            policies=options.policies,
+            rates=options.rates,
+            json_path=options.json,
+            plots=options.plots,
+        )
+    except (ValueError, OSError) as error:
+        print(f"fastserve-mega simulate: {error}", file=sys.stderr)
+        return 2

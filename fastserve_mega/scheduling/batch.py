@@ -23,6 +23,7 @@ class BatchBuilder:
         self.requests: list[Request] = []
         self.slices: list[SequenceSlice] = []
         self._memory = memory
+        self._brings_back_ahead = memory.brings_back_ahead
         self._max_requests = max_requests
         self._tokens_left = config.max_batch_tokens
         self._lookahead = config.backfill_lookahead
@@ -46,9 +47,16 @@ class BatchBuilder:
                 continue
             start = request.computed_tokens
             pending = request.known_tokens - start
-            num_tokens = pending if pending <= self._tokens_left else self._tokens_left
+            num_tokens = 1
+            if pending > 1:
+                # A prefill leaves a token to each place behind it: decodes cost it next to
+                # nothing, and would wait for the whole chunk.
+                places_behind = self._max_requests - len(requests) - 1
+                num_tokens = min(pending, max(self._tokens_left - places_behind, 1))
             if request.block_table:
                 has_memory = memory.grow(request, start + num_tokens)
+            elif start and self._brings_back_ahead:
+                continue  # on the host: the planner's business
             else:
                 has_memory = memory.make_resident(request, reserve=len(requests))
             if not has_memory:

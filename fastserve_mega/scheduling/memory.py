@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastserve_mega.config import SwapStrategy
 from fastserve_mega.plan import BlockCopy, CopyDirection
@@ -75,6 +76,7 @@ class KvMemory:
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
         self._victims: list[Request] | None = None
+        self._held: tuple[Any, int] | None = None
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
@@ -88,6 +90,11 @@ class KvMemory:
     def residents(self) -> int:
         """How many requests hold device blocks."""
         return len(self._residents)
+
+    @property
+    def brings_back_ahead(self) -> bool:
+        """Whether requests on the host come back before their step, and not at it."""
+        return self._strategy == "proactive"
 
     @property
     def copying_out(self) -> bool:
@@ -114,9 +121,10 @@ class KvMemory:
             on the way.
         """
         if request in self._hosted:
-            if self._strategy != "reactive" or request.copies:
-                return False  # the planner brings it back; or it has not quite left
-            return self.swap_in(request, reserve, self._step_id)
+            # It may not have quite left.
+            return not request.copies and self.swap_in(request, reserve, self._step_id)
+        if self._held and self._policy.rank(request) > self._held[0]:
+            reserve += self._held[1]
         tokens = request.known_tokens
         if self._strategy == "none":
             tokens = request.prompt_tokens + request.max_tokens
@@ -162,6 +170,13 @@ class KvMemory:
         )
         return True
 
+    def hold_blocks_for(self, request: Request | None) -> None:
+        """Keep blocks that become free for this request on the host, from those behind it."""
+        self._held = None
+        if request is not None:
+            blocks = self.blocks_for(request.known_tokens)
+            self._held = (self._policy.rank(request), blocks)
+
     def write_through(self, request: Request, limit: int) -> int:
         """Copy up to `limit` full blocks ahead of need; returns how many."""
         dirty = request.computed_tokens // self._block_size - request.clean_blocks
@@ -191,7 +206,7 @@ class KvMemory:
         request.copies -= 1
         self.device.free(list(copy.leaving))
         self.leaving_blocks -= len(copy.leaving)
-        if request.ended:
+        if request in self._ended:
             if not request.copies:
                 del self._ended[request]
                 self._free_tables(request)

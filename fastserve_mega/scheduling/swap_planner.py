@@ -59,6 +59,7 @@ class SwapPlanner:
     def plan(self, now: float) -> None:
         """Decide the copies that go with this step."""
         reserve = self._reserve()
+        self._memory.hold_blocks_for(None)
         if self._memory.hosted:
             self._bring_back(now, reserve)
         if self._memory.device.free_count + self._memory.leaving_blocks < reserve:
@@ -75,6 +76,8 @@ class SwapPlanner:
 
     def _bring_back(self, now: float, reserve: int) -> None:
         memory = self._memory
+        if not memory.residents:
+            reserve = 0  # nothing else runs, and nothing else would make room
         enst = self._policy.next_scheduled(now)
         waiting = [(enst(r), r) for r in memory.hosted if not r.copies]
         waiting.sort(key=lambda item: item[0])
@@ -85,6 +88,7 @@ class SwapPlanner:
             if not fits and until_s > lead_s:
                 break
             if not memory.swap_in(request, reserve if fits else 0, None):
+                memory.hold_blocks_for(request)
                 break
 
     def _write_through(self) -> None:

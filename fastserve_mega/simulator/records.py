@@ -61,6 +61,8 @@ class SimulationResult:
     elapsed_s: float
     """Virtual time from the first arrival to the end of the run."""
     steps: int
+    slices: int
+    """Requests in all steps together."""
     decode_tokens: int
     """Scheduled in slices of one token."""
     prefill_tokens: int

@@ -53,6 +53,8 @@ class Report:
     utilization: float
     """Fraction of the time in which the first stage computed."""
     elapsed_s: float
+    mean_batch_size: float
+    """Requests in a step."""
     steps: int
     decode_tokens: int
     prefill_tokens: int
@@ -88,6 +90,7 @@ def summarize(result: SimulationResult, policy: str, rate: float | None) -> Repo
         output_tokens_per_s=result.output_tokens / result.elapsed_s,
         utilization=result.busy_s / result.elapsed_s,
         elapsed_s=result.elapsed_s,
+        mean_batch_size=result.slices / result.steps,
         steps=result.steps,
         decode_tokens=result.decode_tokens,
         prefill_tokens=result.prefill_tokens,
@@ -130,8 +133,8 @@ def make_tables(reports: Sequence[Report], title: str) -> tuple[Table, Table]:
         for report in reports:
             values = dataclasses.astuple(measure(report))
             latencies.add_row(*_name_of(report), name, *(f"{value:.3g}" for value in values))
-    for heading in ("slowest long JCT", "req/s", "tok/s", "busy", "pre- empted", "recom- puted",
-                    "blocks swapped", "exposed copies"):  # fmt: skip
+    for heading in ("slowest long JCT", "req/s", "tok/s", "busy", "batch", "pre- empted",
+                    "recom- puted", "blocks swapped", "exposed copies"):  # fmt: skip
         work.add_column(heading, justify="right")
     if rejected := sum(report.rejected for report in reports):
         work.caption = f"{rejected} requests were rejected"
@@ -159,6 +162,7 @@ def _work_cells(report: Report) -> list[str]:
         f"{report.requests_per_s:.2f}",
         f"{report.output_tokens_per_s:.0f}",
         f"{report.utilization:.0%}",
+        f"{report.mean_batch_size:.1f}",
         str(report.preemptions),
         str(report.recomputed_tokens),
         f"{copies.swapped_out_blocks + copies.swapped_in_blocks}",

@@ -89,7 +89,9 @@ class Simulation:
         self._records: dict[int, RequestRecord] = {}
         self._timeline: list[TimelinePoint] = []
         self._rejected = self._finished = 0
-        self._steps = self._decode_tokens = self._prefill_tokens = self._output_tokens = 0
+        self._steps = self._slices = self._decode_tokens = self._prefill_tokens = (
+            self._output_tokens
+        ) = 0
 
     def run(self) -> SimulationResult:
         """Run until every measured request has finished.
@@ -174,6 +176,7 @@ class Simulation:
             return
         work = step_work(plan.batch)
         self._steps += 1
+        self._slices += len(plan.batch)
         self._decode_tokens += work.decode_slices
         self._prefill_tokens += work.tokens - work.decode_slices
         pipeline, cost_model = self._pipeline, self._cost_model
@@ -237,6 +240,7 @@ class Simulation:
             rejected=self._rejected,
             elapsed_s=end_s - (self._requests[0].arrival_s if self._requests else 0.0),
             steps=self._steps,
+            slices=self._slices,
             decode_tokens=self._decode_tokens,
             prefill_tokens=self._prefill_tokens,
             output_tokens=self._output_tokens,

@@ -18,17 +18,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.packing import Packable
 
 
-class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc] # megatron is untyped
+class ColumnLinear(Packable, ColumnParallelLinear):  # type: ignore[misc] # megatron is untyped
     """A linear whose output columns are divided among the tensor-parallel ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, input] → [tokens, this rank's output columns]."""
-        return functional.linear(x, self.weight, self.bias)
+        return self.multiply(x, self.bias)
 
 
-class RowLinear(RowParallelLinear):  # type: ignore[misc] # megatron is untyped
+class RowLinear(Packable, RowParallelLinear):  # type: ignore[misc] # megatron is untyped
     """A linear whose input columns are divided; the ranks' partial results are summed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,8 +39,8 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc] # megatron is untyped
     def forward(self, x: Tensor) -> Tensor:
         """[tokens, this rank's input columns] → [tokens, output], the same on all ranks."""
         if not self._summed_over_ranks:
-            return functional.linear(x, self.weight, self.bias)
-        y = functional.linear(x, self.weight)
+            return self.multiply(x, self.bias)
+        y = self.multiply(x, None)
         dist.all_reduce(y, group=self.tp_group)
         return y if self.bias is None else y + self.bias
 

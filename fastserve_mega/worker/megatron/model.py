@@ -23,6 +23,7 @@ from fastserve_mega.worker.megatron.layers import (
     InferenceLayer,
     RowLinear,
 )
+from fastserve_mega.worker.megatron.packing import Packable, can_pack, pack, packed_linear
 from fastserve_mega.worker.partition import Partition
 
 
@@ -37,6 +38,16 @@ class Stage:
         self._partition = partition
         self._vocab_size = vocab_size
         self._layers: list[InferenceLayer] = list(model.decoder.layers)
+        self._packed_output: Tensor | None = None
+
+    def pack_weights(self) -> None:
+        """Lay the weights out for this machine, once they are loaded."""
+        for module in self.model.modules():
+            if isinstance(module, Packable):
+                module.pack_weight()
+        if self._partition.is_last_stage and can_pack(weight := self._output_weight()):
+            # The plain table stays: it may be the embedding's.
+            self._packed_output = pack(weight)
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[tokens] → [tokens, hidden]; on the first stage."""
@@ -52,12 +63,17 @@ class Stage:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[samples, hidden] → [samples, vocabulary], on all ranks of the last stage."""
-        local = functional.linear(self.model.decoder.final_layernorm(hidden), self._output_weight())
+        local = self._multiply_output(self.model.decoder.final_layernorm(hidden))
         parts = [local]
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
             dist.all_gather(parts, local, group=self._groups.tensor)
         return torch.cat(parts, dim=-1)[:, : self._vocab_size]
+
+    def _multiply_output(self, hidden: Tensor) -> Tensor:
+        if self._packed_output is None:
+            return functional.linear(hidden, self._output_weight())
+        return packed_linear(hidden, self._packed_output, None)
 
     def _output_weight(self) -> Tensor:
         own = self.model.output_layer.weight

@@ -3,7 +3,8 @@
 import pytest
 from fixed_costs import Driver, arrived, make_scheduler, names
 
-from fastserve_mega.scheduling.events import Aborted, StepDone, WorkersLost
+from fastserve_mega.config import SwapConfig
+from fastserve_mega.scheduling.events import Aborted, CopyDone, StepDone, WorkersLost
 
 
 def test_flaw_8_a_long_prompt_blocks_nobody_behind_it():
@@ -119,3 +120,22 @@ def test_the_same_id_twice_is_an_error_of_the_caller():
     scheduler.step(0.0, [arrived("a", 4)])
     with pytest.raises(ValueError, match="arrived again"):
         scheduler.step(0.0, [arrived("a", 4)])
+
+
+def test_abort_in_flight_while_its_blocks_are_written_through():
+    """The copy may be reported before the step: both ends must come before the blocks are free."""
+    swap = SwapConfig(strategy="proactive", write_through_occupancy=0.0)
+    scheduler = make_scheduler(device_blocks=20, host_blocks=20, swap=swap, max_batch_size=1)
+    driver = Driver(scheduler, {"a": 50, "b": 50})
+    driver.step([arrived("a", 10)])
+    copies = []
+    while not copies:
+        plan = driver.step([arrived("b", 10)] if len(driver.plans) == 1 else [])
+        copies = [copy for copy in plan.copies if copy.precedes_step is None]
+    scheduler.step(driver.now, [Aborted("a"), Aborted("b")])
+    scheduler.step(driver.now, [CopyDone(copy.copy_id) for copy in copies])
+    scheduler.check_integrity()
+    scheduler.step(driver.now, [StepDone(plan.step_id, 1.0)])
+    scheduler.check_integrity()
+    assert scheduler.memory.device.free_count == 19
+    assert scheduler.memory.host.free_count == 19

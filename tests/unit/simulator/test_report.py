@@ -36,8 +36,9 @@ def test_figures_of_a_report() -> None:
         for output in range(1, 102)
     )
     result = SimulationResult(
-        records=records, rejected=0, elapsed_s=202.0, steps=9, decode_tokens=8, prefill_tokens=7,
-        output_tokens=404, finished=101, busy_s=101.0, preemptions=0, recomputed_tokens=0,
+        records=records, rejected=0, elapsed_s=202.0, steps=9, slices=18,
+        decode_tokens=8, prefill_tokens=7, output_tokens=404, finished=101, busy_s=101.0,
+        preemptions=0, recomputed_tokens=0,
         copies=CopyStats(), timeline=(),
     )  # fmt: skip
     report = summarize(result, "fcfs", 2.0)
@@ -46,7 +47,7 @@ def test_figures_of_a_report() -> None:
     assert report.ttft_s.mean == 1.0
     assert report.slowest_long_jct_s == pytest.approx(101.0)  # 100, 101, 102 of the longest 26
     assert (report.requests_per_s, report.output_tokens_per_s) == (0.5, 2.0)
-    assert report.utilization == 0.5
+    assert (report.utilization, report.mean_batch_size) == (0.5, 2.0)
     assert json.loads(to_json([report]))[0]["tpot_s"]["p50"] == pytest.approx(52 / 51)
 
 
