@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 
 from fastserve_mega.config import SwapConfig
@@ -13,6 +14,8 @@ _DEMAND_WINDOW_S = 10.0
 _MAX_RESERVE = 0.25
 """Share of the device pool that is kept for arrivals at most."""
 _SMOOTHING = 0.1
+_MAX_SWAP_INS = 8
+"""Requests that start to come back in one step."""
 _LEAD = 2.0
 """A request is brought back this many swap times before it is estimated to run."""
 
@@ -79,13 +82,14 @@ class SwapPlanner:
         if not memory.residents:
             reserve = 0  # nothing else runs, and nothing else would make room
         enst = self._policy.next_scheduled(now)
-        waiting = [(enst(r), r) for r in memory.hosted if not r.copies]
-        waiting.sort(key=lambda item: item[0])
-        for (until_s, *_), request in waiting:
+        waiting = (request for request in memory.hosted if not request.copies)
+        for request in heapq.nsmallest(_MAX_SWAP_INS, waiting, key=enst):
+            if request not in memory.hosted:
+                continue  # dropped just now, to make room on the host for somebody preempted
             blocks = memory.blocks_for(request.known_tokens)
             lead_s = _LEAD * blocks * self._copy_s_per_block
             fits = blocks + reserve <= memory.device.free_count
-            if not fits and until_s > lead_s:
+            if not fits and enst(request)[0] > lead_s:
                 break
             if not memory.swap_in(request, reserve if fits else 0, None):
                 memory.hold_blocks_for(request)

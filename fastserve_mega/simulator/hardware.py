@@ -173,17 +173,16 @@ DEVICES = {
 }
 
 # Data sheets as above: NVLink 600 GB/s (A100 SXM) and 900 GB/s (H200), both directions together.
-# Collectives reach about 0.75 of one direction; 25 microseconds is the launch and the latency of a
-# small NCCL all-reduce over 4 to 8 devices (NCCL tests on DGX A100: 20 to 30). Without NVLink they
-# go over PCIe.
+# Collectives reach about 0.75 of one direction. The latencies of a small collective (its launch
+# included) are assumptions, made before any result was seen. Without NVLink they go over PCIe.
 # An AWS p4d.24xlarge, the paper's node, has 400 Gbit/s of network (EC2 instance page).
 LINKS = {
     link.name: link
     for link in (
-        Link(name="nvlink-a100", bandwidth=0.75 * 300e9, latency_s=25e-6),
-        Link(name="nvlink-h200", bandwidth=0.75 * 450e9, latency_s=25e-6),
-        Link(name="pcie-4", bandwidth=0.6 * 32e9, latency_s=40e-6),
-        Link(name="network-400g", bandwidth=0.75 * 50e9, latency_s=50e-6),
+        Link(name="nvlink-a100", bandwidth=0.75 * 300e9, latency_s=15e-6),
+        Link(name="nvlink-h200", bandwidth=0.75 * 450e9, latency_s=15e-6),
+        Link(name="pcie-4", bandwidth=0.6 * 32e9, latency_s=25e-6),
+        Link(name="network-400g", bandwidth=0.75 * 50e9, latency_s=40e-6),
     )
 }
 
