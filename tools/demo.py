@@ -23,12 +23,12 @@ POLICIES = ("skip_join_mlfq", "fcfs")
 BATCH_LIMIT = 1  # per step; two pipeline stages keep two steps in flight
 LONG = ("Write a long story about a lighthouse keeper who finds a map.", 192)
 SHORT = (
-    ("What is the capital of France?", 32),
-    ("Name three colours of the rainbow.", 32),
+    ("Describe the ocean in one sentence.", 32),
+    ("Why is the sky blue?", 32),
     ("How many days are in a week?", 32),
-    ("Say hello in Spanish.", 32),
-    ("What do bees make?", 32),
-    ("Which planet is known as the red planet?", 32),
+    ("What is a bicycle?", 32),
+    ("What does a doctor do?", 32),
+    ("What is bread made of?", 32),
 )
 TEXT_WIDTH = 72
 
@@ -92,11 +92,12 @@ async def burst(endpoint: str, policy: str, console: Console) -> list[Job]:
     return jobs
 
 
-def run_policy(path: str, policy: str, console: Console) -> list[Job]:
+def run_policy(path: str, given: list[str], policy: str, console: Console) -> list[Job]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     overrides = [
+        *given,
         f"scheduler.policy={policy}",
         f"scheduler.max_batch_size={BATCH_LIMIT}",
         f"coordinator.client_endpoint={endpoint}",
@@ -128,12 +129,16 @@ def mean_ttft(jobs: list[Job]) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 112
     try:
-        results = {policy: run_policy(options.config, policy, console) for policy in POLICIES}
+        results = {
+            policy: run_policy(options.config, options.overrides, policy, console)
+            for policy in POLICIES
+        }
     except (LaunchError, ValueError) as error:
         console.print(f"demo: {error}", style="red")
         return 1

@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tools/setup_venv.sh
 export PATH="$PWD/.venv/bin:$PATH"
-python tools/fetch_smollm2.py
-exec python tools/demo.py --config configs/smollm2-135m-cpu.yaml "$@"
+model="$(python tools/fetch_smollm2.py | tail -n 1)"
+exec python tools/demo.py --config configs/smollm2-135m-cpu.yaml --set "model.path=$model" "$@"

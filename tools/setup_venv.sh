@@ -16,8 +16,8 @@ echo "Setting up .venv (once; a few minutes, several hundred MB)"
 # several GB. On a machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu keeps
 # the download small.
 torch="$(grep '^torch==' constraints.txt)"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+.venv/bin/python -m pip --quiet install --disable-pip-version-check \
     ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "$torch"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check \
+.venv/bin/python -m pip --quiet install --disable-pip-version-check \
     --constraint constraints.txt --editable '.[test]'
 printf '%s' "$wanted" > "$stamp"

@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""Swap on purpose, and compare every token with an undisturbed run of the same engine.
+
+    tools/check_swapping.py --prompts mtbench_prompts.jsonl --requests 64 --tokens 64 --pipeline 1 2
+
+For each number of pipeline stages one run with plenty of memory, then one per strategy with so few
+device blocks that requests are preempted again and again. Exit status 1 when a token differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fastserve_mega.client import AsyncClient
+from fastserve_mega.config import load_config
+from fastserve_mega.launcher import Deployment
+from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.types import FinishReason, SamplingParams
+
+CONFIG = "configs/smollm2-135m-cpu.yaml"
+STRATEGIES = ("proactive", "reactive", "recompute", "none")
+Outputs = list[tuple[int, ...]]
+Prompts = Sequence[Sequence[int]]
+# Many preemptions: few requests in a batch, and each soon gives way to those who waited.
+PREEMPTING = ("scheduler.max_batch_size=4", "scheduler.mlfq.starvation_limit_s=2.0")
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a deployment is to be started."""
+
+    strategy: str
+    pipeline: int
+    device_blocks: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a deployment did, and what it cost."""
+
+    case: Case
+    requests: int
+    run_s: float
+    preemptions: int
+    swap_ins: int
+    blocks_out: int
+    blocks_in: int
+    recomputed_tokens: int
+    copy_s: float
+    step_wait_s: float
+    idle_wait_s: float
+
+    @property
+    def exposed_share(self) -> float:
+        """Share of the run in which computation waited for copies."""
+        return (self.step_wait_s + self.idle_wait_s) / self.run_s
+
+
+def read_prompts(path: Path, model: Path, count: int) -> list[list[int]]:
+    """Chat prompts spread evenly over a file of {"turns": [text, …]} lines, as token ids."""
+    tokenizer = Tokenizer(model)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = rows[:: max(len(rows) // count, 1)][:count]
+    return [
+        tokenizer.apply_chat_template([{"role": "user", "content": row["turns"][0]}])
+        for row in rows
+    ]
+
+
+def settings_of(case: Case) -> list[str]:
+    """What the configuration of a deployment differs by."""
+    return [
+        "model.dtype=float32",
+        f"parallel.pipeline={case.pipeline}",
+        f"kv_cache.device_blocks={case.device_blocks}",
+        f"kv_cache.swap.strategy={case.strategy}",
+        *PREEMPTING,
+    ]
+
+
+def run_engine(
+    case: Case, prompts: Prompts, tokens: int, overrides: Sequence[str]
+) -> tuple[Outputs, Run]:
+    """Start a deployment, send all prompts at once, and take the metrics at the end."""
+    endpoint = f"coordinator.client_endpoint=tcp://127.0.0.1:{_free_port()}"
+    sets = [endpoint, *settings_of(case), *overrides]
+    config = load_config(CONFIG, sets)
+    arguments = ["--config", CONFIG, *(word for value in sets for word in ("--set", value))]
+    with Deployment(config, arguments, http=False) as deployment:
+        deployment.start()
+        return asyncio.run(generate(config.coordinator.client_endpoint, case, prompts, tokens))
+
+
+async def generate(endpoint: str, case: Case, prompts: Prompts, tokens: int) -> tuple[Outputs, Run]:
+    """Send all prompts at once to a server, and take its metrics at the end."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    async with AsyncClient(endpoint) as client:
+        begin = time.monotonic()
+        answers = [await client.submit(prompt, params) for prompt in prompts]
+        for answer in answers:
+            await answer.wait()
+            if answer.finish_reason is not FinishReason.LENGTH:
+                raise RuntimeError(f"a request ended with {answer.finish_reason} after "
+                                   f"{len(answer.token_ids)} tokens")  # fmt: skip
+        outputs = [answer.token_ids for answer in answers]
+        run_s = time.monotonic() - begin
+        text = await client.metrics()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+
+    def value(name: str) -> float:
+        return float(values[f"fastserve_{name}"])
+
+    return outputs, Run(
+        case=case,
+        requests=len(prompts),
+        run_s=run_s,
+        preemptions=int(value("preemptions_total")),
+        swap_ins=int(value('copy_seconds_count{direction="in"}')),
+        blocks_out=int(value('swap_blocks_total{direction="out"}')),
+        blocks_in=int(value('swap_blocks_total{direction="in"}')),
+        recomputed_tokens=int(value("recomputed_tokens_total")),
+        copy_s=sum(value(f'copy_seconds_sum{{direction="{way}"}}') for way in ("in", "out")),
+        step_wait_s=value('copy_wait_seconds_total{kind="step"}'),
+        idle_wait_s=value('copy_wait_seconds_total{kind="idle"}'),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def render(rows: Sequence[tuple[Run, int]]) -> Table:
+    """Runs, each with the number of its answers that equal the undisturbed ones."""
+    table = Table(title=f"{rows[0][0].requests} requests")
+    for name in ("stages", "strategy", "device blocks", "run s", "preemptions per request",
+                 "swap-ins per request", "blocks out/in", "recomputed tokens", "copying s",
+                 "exposed wait", "of which steps", "tokens equal"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "strategy" else "right")
+    for run, equal in rows:
+        table.add_row(
+            str(run.case.pipeline), run.case.strategy, str(run.case.device_blocks),
+            f"{run.run_s:.1f}",
+            f"{run.preemptions / run.requests:.1f}", f"{run.swap_ins / run.requests:.1f}",
+            f"{run.blocks_out}/{run.blocks_in}", str(run.recomputed_tokens), f"{run.copy_s:.2f}",
+            f"{run.exposed_share:.2%}", f"{run.step_wait_s:.2f} s", f"{equal}/{run.requests}",
+        )  # fmt: skip
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `turns`")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--device-blocks", type=int, default=64)
+    parser.add_argument("--pipeline", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    model = load_config(CONFIG, options.set).model.directory
+    prompts = read_prompts(options.prompts, model, options.requests)
+    plenty = sum(-(-(len(prompt) + options.tokens) // 16) for prompt in prompts) + 1
+    rows: list[tuple[Run, int]] = []
+    for pipeline in options.pipeline:
+        undisturbed = Case("none", pipeline, plenty)
+        expected, run = run_engine(undisturbed, prompts, options.tokens, options.set)
+        rows.append((run, len(expected)))
+        for strategy in options.strategies:
+            case = Case(strategy, pipeline, options.device_blocks)
+            outputs, run = run_engine(case, prompts, options.tokens, options.set)
+            equal = sum(one == other for one, other in zip(outputs, expected, strict=True))
+            rows.append((run, equal))
+            Console(width=200).print(render(rows))
+    if options.json:
+        figures = [{**asdict(run), "equal": equal} for run, equal in rows]
+        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(equal == run.requests for run, equal in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
