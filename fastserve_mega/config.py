@@ -92,7 +92,7 @@ SwapStrategy = Literal["proactive", "reactive", "recompute", "none"]
 class SwapConfig:
     """What happens to the KV of preempted requests (paper section 4.2)."""
 
-    strategy: SwapStrategy = "recompute"
+    strategy: SwapStrategy = "proactive"
     """proactive: to the host ahead of need; reactive: to the host at the moment of need;
     recompute: dropped and prefilled again; none: nobody is preempted for memory."""
     write_through_blocks: int = 16
@@ -111,6 +111,11 @@ class SwapConfig:
             "swap.write_through_occupancy must be between 0 and 1, got "
             f"{self.write_through_occupancy}",
         )
+
+    @property
+    def uses_host(self) -> bool:
+        """Whether preempted KV moves to a host pool."""
+        return self.strategy in ("proactive", "reactive")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

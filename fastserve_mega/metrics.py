@@ -7,10 +7,12 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from fastserve_mega.plan import Plan
+from fastserve_mega.plan import CopyDirection, Plan
 from fastserve_mega.types import FinishReason
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_COPY_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+_DIRECTIONS = {CopyDirection.SWAP_OUT: "out", CopyDirection.SWAP_IN: "in"}
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -25,9 +27,15 @@ class _Memory(Protocol):
     @property
     def device(self) -> _Pool: ...
     @property
+    def host(self) -> _Pool: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def recomputed_tokens(self) -> int: ...
+    @property
+    def swapped_out_blocks(self) -> int: ...
+    @property
+    def swapped_in_blocks(self) -> int: ...
 
 
 class ObservedScheduler(Protocol):
@@ -43,7 +51,12 @@ class ObservedScheduler(Protocol):
 class ServingMetrics:
     """One registry of its own, so that several can live in one process (tests)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, block_bytes: int) -> None:
+        """Start at zero.
+
+        Args:
+            block_bytes: memory of a KV block, on all ranks together.
+        """
         registry = self._registry = CollectorRegistry()
         self._prompt_tokens = Counter(
             "fastserve_prompt_tokens", "Prompt tokens accepted", registry=registry
@@ -82,19 +95,8 @@ class ServingMetrics:
             "fastserve_level_requests", "Unfinished requests by level", ["level"], registry=registry
         )
         self._in_flight = Gauge("fastserve_steps_in_flight", "Steps in flight", registry=registry)
-        self._blocks = Gauge(
-            "fastserve_device_blocks", "KV blocks on the device", ["state"], registry=registry
-        )
-        self._preemptions = Counter(
-            "fastserve_preemptions", "Requests that lost their KV", registry=registry
-        )
-        self._recomputed = Counter(
-            "fastserve_recomputed_tokens",
-            "Tokens whose KV was lost after it was computed",
-            registry=registry,
-        )
+        self._memory = _MemoryMetrics(registry, block_bytes)
         self._scheduler: ObservedScheduler | None = None
-        self._read_before: dict[Counter, int] = {}
 
     def observe_arrival(self, prompt_tokens: int) -> None:
         self._prompt_tokens.inc(prompt_tokens)
@@ -104,9 +106,18 @@ class ServingMetrics:
         if first_token_at is None:
             self._ttft.observe(now - arrived)
 
-    def observe_step(self, plan: Plan, elapsed_s: float) -> None:
+    def observe_step(self, plan: Plan, elapsed_s: float, copy_wait_s: float) -> None:
         self._step.observe(elapsed_s)
         self._batch.observe(len(plan.batch))
+        self._memory.wait.labels("step").inc(copy_wait_s)
+
+    def observe_copy(self, direction: CopyDirection, copy_s: float) -> None:
+        """All ranks have finished a copy, the slowest in `copy_s`."""
+        self._memory.copy.labels(_DIRECTIONS[direction]).observe(copy_s)
+
+    def observe_stall(self, stall_s: float) -> None:
+        """Nothing was computed for `stall_s`, since copies were under way."""
+        self._memory.wait.labels("idle").inc(stall_s)
 
     def observe_finish(self, reason: FinishReason, jct_s: float | None) -> None:
         self._finished.labels(reason.value).inc()
@@ -126,12 +137,73 @@ class ServingMetrics:
     def _read(self, scheduler: ObservedScheduler) -> None:
         for level, length in enumerate(scheduler.level_lengths()):
             self._queue.labels(str(level)).set(length)
-        pool = scheduler.memory.device
-        self._blocks.labels("free").set(pool.free_count)
-        self._blocks.labels("owned").set(pool.capacity - pool.free_count)
         self._in_flight.set(scheduler.steps_in_flight)
-        self._advance(self._preemptions, scheduler.memory.preemptions)
-        self._advance(self._recomputed, scheduler.memory.recomputed_tokens)
+        self._memory.read(scheduler.memory)
+
+
+class _MemoryMetrics:
+    """Where the KV is, and what moving it costs."""
+
+    def __init__(self, registry: CollectorRegistry, block_bytes: int) -> None:
+        self._block_bytes = block_bytes
+        self._device = Gauge(
+            "fastserve_device_blocks", "KV blocks on the device", ["state"], registry=registry
+        )
+        self._host = Gauge(
+            "fastserve_host_blocks", "KV blocks in host memory", ["state"], registry=registry
+        )
+        self._preemptions = Counter(
+            "fastserve_preemptions", "Times a request lost its device blocks", registry=registry
+        )
+        self._recomputed = Counter(
+            "fastserve_recomputed_tokens",
+            "Tokens whose KV was lost after it was computed",
+            registry=registry,
+        )
+        self._swapped_blocks = Counter(
+            "fastserve_swap_blocks",
+            "KV blocks copied between device and host, write-through included",
+            ["direction"],
+            registry=registry,
+        )
+        self._swapped_bytes = Counter(
+            "fastserve_swap_bytes",
+            "Bytes of these blocks, all ranks together",
+            ["direction"],
+            registry=registry,
+        )
+        self.copy = Histogram(
+            "fastserve_copy_seconds",
+            "Time of a copy of blocks, on the slowest rank",
+            ["direction"],
+            buckets=_COPY_SECONDS,
+            registry=registry,
+        )
+        self.wait = Counter(
+            "fastserve_copy_wait_seconds",
+            "Time computation waited for copies: within a step, on the rank that samples (step); "
+            "no step in flight while copies were under way (idle)",
+            ["kind"],
+            registry=registry,
+        )
+        for direction in _DIRECTIONS.values():  # else a series begins with its first value
+            self.copy.labels(direction)
+        for kind in ("step", "idle"):
+            self.wait.labels(kind)
+        self._read_before: dict[Counter, int] = {}
+
+    def read(self, memory: _Memory) -> None:
+        for gauge, pool in ((self._device, memory.device), (self._host, memory.host)):
+            gauge.labels("free").set(pool.free_count)
+            gauge.labels("owned").set(pool.capacity - pool.free_count)
+        self._advance(self._preemptions, memory.preemptions)
+        self._advance(self._recomputed, memory.recomputed_tokens)
+        for direction, blocks in (
+            ("out", memory.swapped_out_blocks),
+            ("in", memory.swapped_in_blocks),
+        ):
+            self._advance(self._swapped_blocks.labels(direction), blocks)
+            self._advance(self._swapped_bytes.labels(direction), blocks * self._block_bytes)
 
     def _advance(self, counter: Counter, total: int) -> None:
         counter.inc(total - self._read_before.get(counter, 0))

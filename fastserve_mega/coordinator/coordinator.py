@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from fastserve_mega.config import CoordinatorConfig
 from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
 from fastserve_mega.messaging.messages import (
     Cancel,
+    CopyResult,
     Finished,
     GetMetrics,
     Hello,
@@ -32,7 +34,7 @@ from fastserve_mega.messaging.messages import (
 from fastserve_mega.messaging.router import Identity
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.plan import Plan
-from fastserve_mega.scheduling.events import Aborted, Arrived, Event, StepDone
+from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, Event, StepDone
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import FinishReason, RequestId, Usage
 
@@ -55,6 +57,7 @@ class Coordinator:
         scheduler: Scheduler,
         front_door: FrontDoor,
         workers: WorkerGroup,
+        world_size: int,
         metrics: ServingMetrics,
         admission: Admission,
         clock: Callable[[], float],
@@ -71,6 +74,8 @@ class Coordinator:
         self._requests: dict[RequestId, LiveRequest] = {}
         self._by_client: dict[Identity, set[RequestId]] = {}
         self._steps: deque[_DispatchedStep] = deque()
+        self._copies = CopiesInFlight(world_size, config.step_timeout_s)
+        self._stalled_since: float | None = None
         self._timeouts: list[tuple[float, int, LiveRequest]] = []
         self._timeout_numbers = itertools.count()
         self._replies: list[tuple[Identity, Message]] = []
@@ -84,7 +89,7 @@ class Coordinator:
         """Handle everything that has arrived, without waiting.
 
         Raises:
-            WorkersLostError: a rank failed, or a step took longer than `step_timeout_s`.
+            WorkersLostError: a rank failed, or a step or copy overran `step_timeout_s`.
         """
         now = self._clock()
         events: Sequence[Event] = [
@@ -95,6 +100,7 @@ class Coordinator:
         while plan := self._scheduler.step(now, events):
             self._dispatch(plan, now)
             events = ()
+        self._observe_stall(now)
         for client, message in self._replies:
             self._front_door.send(client, message)
         self._replies.clear()
@@ -104,6 +110,8 @@ class Coordinator:
         deadlines = [self._timeouts[0][0]] if self._timeouts else []
         if self._steps:
             deadlines.append(self._steps[0].dispatched_at + self._config.step_timeout_s)
+        if (copies_due := self._copies.deadline()) is not None:
+            deadlines.append(copies_due)
         return min(deadlines, default=None)
 
     def drain(self) -> None:
@@ -121,7 +129,21 @@ class Coordinator:
     # --- what came in --------------------------------------------------------------------------
 
     def _from_workers(self, now: float) -> list[Event]:
-        return [self._step_done(result, now) for result in self._workers.results()]
+        events: list[Event] = []
+        for result in self._workers.results():
+            match result:
+                case StepResult():
+                    events.append(self._step_done(result, now))
+                case CopyResult():
+                    events += self._copy_done(result)
+        return events
+
+    def _copy_done(self, result: CopyResult) -> list[Event]:
+        done = self._copies.reported(result)
+        if done is None:
+            return []
+        self._metrics.observe_copy(done.direction, done.copy_s)
+        return [CopyDone(done.copy_id)]
 
     def _step_done(self, result: StepResult, now: float) -> StepDone:
         if not self._steps or self._steps[0].plan.step_id != result.step_id:
@@ -150,7 +172,7 @@ class Coordinator:
                 finished.append(live.request_id)
                 self._finish(live, reason)
         elapsed_s = now - step.dispatched_at
-        self._metrics.observe_step(step.plan, elapsed_s)
+        self._metrics.observe_step(step.plan, elapsed_s, result.copy_wait_s)
         return StepDone(step.plan.step_id, elapsed_s, tuple(finished))
 
     def _from_clients(self, now: float) -> list[Event]:
@@ -228,6 +250,7 @@ class Coordinator:
         return [Aborted(live.request_id)]
 
     def _overdue(self, now: float) -> list[Event]:
+        self._copies.check_deadline(now)
         if self._steps and now - self._steps[0].dispatched_at > self._config.step_timeout_s:
             raise WorkersLostError(
                 f"step {self._steps[0].plan.step_id} has not returned within "
@@ -252,8 +275,19 @@ class Coordinator:
         started = tuple(live.sequence_start for live in requests if not live.started)
         for live in requests:
             live.started = True
-        self._steps.append(_DispatchedStep(plan, now, requests))
+        if plan.batch:
+            self._steps.append(_DispatchedStep(plan, now, requests))
+        self._copies.dispatched(plan.copies, now)
         self._workers.dispatch(StepCommand(plan, token_ids, started))
+
+    def _observe_stall(self, now: float) -> None:
+        """Count the time in which nothing is computed since what could be is being copied."""
+        stalled = bool(self._copies and self._requests and not self._steps)
+        if stalled and self._stalled_since is None:
+            self._stalled_since = now
+        elif not stalled and self._stalled_since is not None:
+            self._metrics.observe_stall(now - self._stalled_since)
+            self._stalled_since = None
 
     def _finish(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
         del self._requests[live.request_id]

@@ -25,6 +25,7 @@ from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import FinishReason
 
+_LAST_WORDS_MS = 1000
 _LOOK_AROUND_MS = 500
 """Signals and a closed stdin are noticed within this time at the latest."""
 
@@ -98,7 +99,7 @@ class CoordinatorProcess:
             self._workers.shut_down()
             self._workers.close()
             self._front_door.close()
-            self._context.term()
+            self._context.destroy(linger=_LAST_WORDS_MS)
 
     def _await_ranks(self) -> None:
         limit_s = self._config.coordinator.startup_timeout_s
@@ -135,14 +136,14 @@ class CoordinatorProcess:
             ProfiledCostModel(profile),
             PoolSizes(
                 device_blocks=self._workers.device_blocks,
-                host_blocks=0,
+                host_blocks=self._workers.host_blocks,
                 block_size=config.kv_cache.block_size,
             ),
             swap=config.kv_cache.swap,
             window=config.parallel.pipeline,
             first_step_id=profiler.steps,
         )
-        metrics = ServingMetrics()
+        metrics = ServingMetrics(block_bytes=self._workers.block_bytes)
         metrics.watch_scheduler(scheduler)
         admission = Admission(
             vocab_size=self._welcome.vocab_size,
@@ -156,6 +157,7 @@ class CoordinatorProcess:
             scheduler=scheduler,
             front_door=self._front_door,
             workers=self._workers,
+            world_size=config.parallel.world_size,
             metrics=metrics,
             admission=admission,
             clock=time.monotonic,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
-from fastserve_mega.messaging.messages import SequenceStart, StepCommand
+from fastserve_mega.messaging.messages import SequenceStart, StepCommand, StepResult
 from fastserve_mega.plan import Plan, SequenceSlice
 from fastserve_mega.scheduling.cost_model import DecodePoint, PrefillPoint, Profile
 from fastserve_mega.types import RequestId, SamplingParams
@@ -111,7 +111,8 @@ class Profiler:
     def _await(self, step_id: int, deadline: float) -> None:
         while (left_s := deadline - time.monotonic()) > 0:
             if self._workers.wait(left_s) and any(
-                result.step_id == step_id for result in self._workers.results()
+                isinstance(result, StepResult) and result.step_id == step_id
+                for result in self._workers.results()
             ):
                 return
         raise WorkersLostError(

@@ -9,6 +9,7 @@ import zmq
 
 from fastserve_mega.messaging.codec import decode, encode
 from fastserve_mega.messaging.messages import (
+    CopyResult,
     Shutdown,
     StepCommand,
     StepResult,
@@ -30,7 +31,7 @@ class WorkerGroup(Protocol):
     def dispatch(self, command: StepCommand) -> None:
         """Send a step to all ranks."""
 
-    def results(self) -> Iterator[StepResult]:
+    def results(self) -> Iterator[StepResult | CopyResult]:
         """Results that have arrived, without waiting.
 
         Raises:
@@ -73,6 +74,16 @@ class ZmqWorkerGroup:
         """Blocks of the smallest pool: a block has the same id on every rank."""
         return min(worker.device_blocks for worker in self._ready.values())
 
+    @property
+    def host_blocks(self) -> int:
+        """Likewise of the smallest pool in host memory."""
+        return min(worker.host_blocks for worker in self._ready.values())
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of a block, on all ranks together."""
+        return sum(worker.block_bytes for worker in self._ready.values())
+
     def dispatch(self, command: StepCommand) -> None:
         frame = encode(command)
         for peer, worker in self._ready.items():
@@ -81,10 +92,10 @@ class ZmqWorkerGroup:
             except (PeerGoneError, PeerBusyError):
                 raise WorkersLostError(f"rank {worker.rank} does not take its steps") from None
 
-    def results(self) -> Iterator[StepResult]:
+    def results(self) -> Iterator[StepResult | CopyResult]:
         for peer, frames in self._router.receive():
             match message := decode(b"".join(frames), trusted=True):
-                case StepResult():
+                case StepResult() | CopyResult():
                     yield message
                 case WorkerReady():
                     self._ready[peer] = message

@@ -30,6 +30,7 @@ class Kind(IntEnum):
     STEP_RESULT = 66
     WORKER_FAILED = 67
     SHUTDOWN = 68
+    COPY_RESULT = 69
 
 
 # --- client to coordinator ---------------------------------------------------------------------
@@ -141,6 +142,10 @@ class WorkerReady:
     rank: int
     device_blocks: int
     """Blocks of its pool, the null block included."""
+    host_blocks: int
+    """Likewise of its pool in host memory; 0 when the strategy does not swap."""
+    block_bytes: int
+    """Memory of its share of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +175,18 @@ class StepResult:
     step_id: int
     token_ids: tuple[int, ...]
     """One token for each slice of plan.batch with `samples`, in its order."""
+    copy_wait_s: float = 0.0
+    """How long the step stood still on that rank for the copies that precede it."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """Sent by every rank for each BlockCopy, once its blocks have been copied there."""
+
+    copy_id: int
+    rank: int
+    copy_s: float
+    """What the copying took, without the wait for copies before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +203,7 @@ class Shutdown:
 Message = (
     Hello | Submit | Cancel | Ping | GetMetrics
     | Welcome | Tokens | Finished | Refused | Pong | Metrics
-    | WorkerReady | StepCommand | StepResult | WorkerFailed | Shutdown
+    | WorkerReady | StepCommand | StepResult | CopyResult | WorkerFailed | Shutdown
 )  # fmt: skip
 
 KIND_OF: dict[type, Kind] = {
@@ -206,4 +223,5 @@ KIND_OF: dict[type, Kind] = {
     StepResult: Kind.STEP_RESULT,
     WorkerFailed: Kind.WORKER_FAILED,
     Shutdown: Kind.SHUTDOWN,
+    CopyResult: Kind.COPY_RESULT,
 }

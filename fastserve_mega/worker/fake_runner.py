@@ -5,18 +5,34 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+from fastserve_mega.plan import BlockCopy, CopyDirection
+from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.runner import SequenceInput
+
+_COPY_TIMEOUT_S = 60.0
+_TOKEN_BYTES = 4
 
 
 class FakeModelRunner:
     """Generates tokens that depend on the whole context *as read back through the block table*.
 
-    Its KV pool holds token ids. So a block that is given to two requests, freed too early, or
-    missing from a table changes the tokens, as it would with a model.
+    Its KV pools hold token ids. So a block that is given to two requests, freed too early, copied
+    too late, or missing from a table changes the tokens, as it would with a model.
     """
 
-    def __init__(self, *, device_blocks: int, block_size: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        device_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        host_blocks: int = 0,
+        is_sampling_rank: bool = True,
+    ) -> None:
         self._pool = [[-1] * block_size for _ in range(device_blocks)]
+        self._host_pool = [[-1] * block_size for _ in range(host_blocks)]
+        self._copies = CopyEngine(self.move, timeout_s=_COPY_TIMEOUT_S)
+        self._is_sampling_rank = is_sampling_rank
         self._block_size = block_size
         self._vocab_size = vocab_size
         self.steps = 0
@@ -26,8 +42,20 @@ class FakeModelRunner:
         return len(self._pool)
 
     @property
+    def host_blocks(self) -> int:
+        return len(self._host_pool)
+
+    @property
+    def block_bytes(self) -> int:
+        return self._block_size * _TOKEN_BYTES
+
+    @property
+    def copies(self) -> CopyEngine:
+        return self._copies
+
+    @property
     def is_sampling_rank(self) -> bool:
-        return True
+        return self._is_sampling_rank
 
     def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
         self.steps += 1
@@ -41,8 +69,16 @@ class FakeModelRunner:
             if sequence.samples
         ]
 
+    def move(self, copy: BlockCopy) -> None:
+        """Execute a copy, in the thread of the copy engine; tests override its moment."""
+        source, target = self._pool, self._host_pool
+        if copy.direction is CopyDirection.SWAP_IN:
+            source, target = target, source
+        for here, there in zip(copy.source_ids, copy.target_ids, strict=True):
+            target[there][:] = source[here]
+
     def close(self) -> None:
-        pass
+        self._copies.close()
 
     def _read(self, sequence: SequenceInput) -> list[int]:
         size = self._block_size

@@ -1,4 +1,4 @@
-"""The worker's loop: receive a step, execute it, report. No torch here."""
+"""The worker's loop: receive a plan, copy and compute, report. No torch here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import zmq
 
 from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, decode, encode
 from fastserve_mega.messaging.messages import (
+    CopyResult,
     Message,
     Shutdown,
     StepCommand,
@@ -45,6 +46,7 @@ class WorkerLoop:
         self._rank = rank
         self._runner = runner
         self._coordinator_alive = coordinator_alive
+        self._copies = runner.copies
         self._sequences = SequenceTable()
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"rank-{rank}".encode())
@@ -52,13 +54,17 @@ class WorkerLoop:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.connect(endpoint)
-        self._send(WorkerReady(rank, runner.device_blocks))
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._copies.fileno(), zmq.POLLIN)
+        self._send(WorkerReady(rank, runner.device_blocks, runner.host_blocks, runner.block_bytes))
 
     def run(self) -> None:
         """Execute steps until told to end.
 
         Raises:
             PlanError: the coordinator died or sent nonsense.
+            CopyFailedError: a copy failed; the coordinator has been told.
             Exception: whatever the runner raised; the coordinator has been told.
         """
         try:
@@ -77,15 +83,34 @@ class WorkerLoop:
             self._socket.close()
 
     def _execute(self, command: StepCommand) -> None:
-        token_ids = self._runner.execute(self._sequences.apply(command))
+        plan = command.plan
+        batch = self._sequences.apply(command)
+        self._copies.start(plan.copies)
+        self._copies.wait(
+            [copy.copy_id for copy in plan.copies if copy.precedes_step == plan.step_id]
+        )
+        if not batch:
+            return
+        token_ids = self._runner.execute(batch)
+        # Copies first: the blocks they free can then be given away in the next plan.
+        self._report_copies()
         if self._runner.is_sampling_rank:
-            self._send(StepResult(command.plan.step_id, tuple(token_ids)))
+            copy_wait_s = self._copies.take_wait_s()
+            self._send(StepResult(plan.step_id, tuple(token_ids), copy_wait_s))
+
+    def _report_copies(self) -> None:
+        for done in self._copies.finished():
+            self._send(CopyResult(done.copy_id, self._rank, done.copy_s))
 
     def _receive(self) -> Message:
-        while not self._socket.poll(_LOOK_AROUND_MS):
-            if not self._coordinator_alive():
+        while True:
+            ready = dict(self._poller.poll(_LOOK_AROUND_MS))
+            if self._copies.fileno() in ready:
+                self._report_copies()
+            if self._socket in ready:
+                return decode(self._socket.recv(), trusted=True)
+            if not ready and not self._coordinator_alive():
                 raise PlanError("the coordinator has ended without a word")
-        return decode(self._socket.recv(), trusted=True)
 
     def _send(self, message: Message) -> None:
         self._socket.send(encode(message), zmq.DONTWAIT)

@@ -23,6 +23,7 @@ from fastserve_mega.worker.topology import Topology, read_topology
 
 RunnerName = Literal["megatron", "fake"]
 _FAKE_BLOCKS = 1024
+_LAST_WORDS_MS = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -98,17 +99,22 @@ class _Rank:
             )
             loop.run()
         finally:
-            context.term()
+            # Not term(), which would wait for ever for a socket left open by an exception.
+            context.destroy(linger=_LAST_WORDS_MS)
         runner.close()
         return self._child.join() if self._child else 0
 
     def _make_runner(self, master: str) -> ModelRunner:
         config = self._config
         if self._runner_name == "fake":
+            settings = config.kv_cache
+            host_blocks = settings.host_blocks if settings.host_blocks is not None else _FAKE_BLOCKS
             return FakeModelRunner(
-                device_blocks=config.kv_cache.device_blocks or _FAKE_BLOCKS,
-                block_size=config.kv_cache.block_size,
+                device_blocks=settings.device_blocks or _FAKE_BLOCKS,
+                block_size=settings.block_size,
                 vocab_size=load_architecture(config.model.directory).vocab_size,
+                host_blocks=host_blocks if settings.swap.uses_host else 0,
+                is_sampling_rank=self._topology.rank == self._topology.world_size - 1,
             )
         # Imported late: torch takes seconds, and fake ranks need none.
         from fastserve_mega.worker.megatron.runner import MegatronRunner

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.copy_engine import CopyEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,27 @@ class ModelRunner(Protocol):
         """Blocks of this rank's pool, the null block included."""
 
     @property
+    def host_blocks(self) -> int:
+        """Likewise of its pool in host memory; 0 when there is none."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of this rank's share of a block."""
+
+    @property
+    def copies(self) -> CopyEngine:
+        """What moves blocks between the two pools, beside `execute`."""
+
+    @property
     def is_sampling_rank(self) -> bool:
         """True on the one rank whose `execute` returns tokens."""
 
     def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
-        """Run one step.
+        """Run one step, on what `copies.wait` was called for before.
 
         Returns:
             One token for each sequence with `samples`, in order; empty on other ranks.
         """
 
     def close(self) -> None:
-        """Release process groups and memory."""
+        """End the copies, release process groups and memory."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import zmq
@@ -17,7 +18,9 @@ from fastserve_mega.config import (
     KvCacheConfig,
     MlfqConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
+    SwapConfig,
 )
 from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.coordinator.worker_group import WorkersLostError
@@ -44,7 +47,9 @@ def make_model_directory(tokenizer_dir: Path, target: Path) -> Path:
 
 
 class GatedRunner(FakeModelRunner):
-    """Executes a step only when the test lets it, or all of them."""
+    """Executes a step or a copy only when the test lets it, or all of them."""
+
+    copy_delay_s = 0.0
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -52,6 +57,10 @@ class GatedRunner(FakeModelRunner):
         self.open_gate.set()
         self.entered = threading.Event()
         self.fail_with: Exception | None = None
+        self.open_copy_gate = threading.Event()
+        self.open_copy_gate.set()
+        self.fail_copy_with: Exception | None = None
+        self.overlapped_steps = 0
 
     def execute(self, batch):
         self.entered.set()
@@ -61,24 +70,50 @@ class GatedRunner(FakeModelRunner):
             raise self.fail_with
         return super().execute(batch)
 
+    def move(self, copy):
+        before = self.steps
+        if not self.open_copy_gate.wait(WAIT_MS / 1000):
+            raise TimeoutError("the test never opened the gate")
+        if self.fail_copy_with:
+            raise self.fail_copy_with
+        time.sleep(self.copy_delay_s)
+        super().move(copy)
+        self.overlapped_steps += self.steps - before
+
 
 class FakeServer:
     """Handles of a running coordinator."""
 
-    def __init__(self, endpoint: str, runner: GatedRunner, process: CoordinatorProcess) -> None:
+    def __init__(
+        self, endpoint: str, runners: list[GatedRunner], process: CoordinatorProcess
+    ) -> None:
         self.endpoint = endpoint
-        self.runner = runner
+        self.runners = runners
+        self.runner = runners[-1]  # samples
         self.process = process
         self.ended_with: BaseException | None = None
 
 
 @contextmanager
-def fake_server(model_directory: Path, *, device_blocks=256, block_size=4, **options):
+def fake_server(
+    model_directory: Path,
+    *,
+    device_blocks=256,
+    host_blocks=0,
+    block_size=4,
+    ranks=1,
+    make_runner=GatedRunner,
+    swap=None,
+    **options,
+):
     """Run a server; on leaving it is stopped, and its threads must end."""
     coordinator = options.pop("coordinator", {})
     config = Config(
         model=ModelConfig(path=str(model_directory)),
-        kv_cache=KvCacheConfig(block_size=block_size),
+        parallel=ParallelConfig(pipeline=ranks),
+        kv_cache=KvCacheConfig(
+            block_size=block_size, swap=swap or SwapConfig(strategy="recompute")
+        ),
         scheduler=SchedulerConfig(mlfq=MlfqConfig(starvation_limit_s=None), **options),
         coordinator=CoordinatorConfig(
             client_endpoint="tcp://127.0.0.1:0",
@@ -86,26 +121,41 @@ def fake_server(model_directory: Path, *, device_blocks=256, block_size=4, **opt
         ),
     )
     process = CoordinatorProcess(config, stop_on_stdin_close=False)
-    runner = GatedRunner(device_blocks=device_blocks, block_size=block_size, vocab_size=VOCAB)
-    server = FakeServer(process._front_door.endpoint, runner, process)
-    context = zmq.Context()
-    loop = WorkerLoop(context, process._workers.endpoint, 0, runner, lambda: True)
-    threads = [
-        threading.Thread(target=_run, args=(server, process.run), name="coordinator"),
-        threading.Thread(target=_run, args=(server, loop.run), name="worker"),
+    runners = [
+        make_runner(
+            device_blocks=device_blocks,
+            host_blocks=host_blocks,
+            block_size=block_size,
+            vocab_size=VOCAB,
+            is_sampling_rank=rank == ranks - 1,
+        )
+        for rank in range(ranks)
     ]
+    server = FakeServer(process._front_door.endpoint, runners, process)
+    context = zmq.Context()
+    loops = [
+        WorkerLoop(context, process._workers.endpoint, rank, runner, lambda: True)
+        for rank, runner in enumerate(runners)
+    ]
+    threads = [threading.Thread(target=_run, args=(server, process.run), name="coordinator")]
+    threads += [threading.Thread(target=_run, args=(server, loop.run)) for loop in loops]
     for thread in threads:
         thread.start()
-    try:
-        _await_ready(server)
-        yield server
-    finally:
-        runner.open_gate.set()
-        process.stop()
-        for thread in threads:
-            thread.join(WAIT_MS / 1000)
-            assert not thread.is_alive(), f"the {thread.name} thread hangs"
-        context.term()
+    with ExitStack() as closers:
+        for runner in runners:
+            closers.enter_context(closing(runner))
+        try:
+            _await_ready(server)
+            yield server
+        finally:
+            for runner in runners:
+                runner.open_gate.set()
+                runner.open_copy_gate.set()
+            process.stop()
+            for thread in threads:
+                thread.join(WAIT_MS / 1000)
+                assert not thread.is_alive(), f"the {thread.name} thread hangs"
+            context.term()
 
 
 def _await_ready(server: FakeServer) -> None:

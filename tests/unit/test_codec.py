@@ -54,9 +54,10 @@ all_messages = st.one_of(
     st.builds(messages.Refused, names, st.none() | names),
     st.builds(messages.Pong, names),
     st.builds(messages.Metrics, names),
-    st.builds(messages.WorkerReady, counts, counts),
+    st.builds(messages.WorkerReady, counts, counts, counts, counts),
     st.builds(messages.StepCommand, plans, st.lists(ids, max_size=3).map(tuple), st.tuples(starts)),
-    st.builds(messages.StepResult, counts, ids),
+    st.builds(messages.StepResult, counts, ids, st.floats(0, 99)),
+    st.builds(messages.CopyResult, counts, counts, st.floats(0, 99)),
     st.builds(messages.WorkerFailed, counts, names),
 )
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture, Rope, load_architecture
 from fastserve_mega.worker.batch import StepBatch, build_step
+from fastserve_mega.worker.copy_engine import CopyEngine
+from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.attention import (
     StepAttention,
@@ -58,6 +60,7 @@ class MegatronRunner:
         self._dtype = select_dtype(config.model, self._device)
         set_up_cpu(config.parallel, topology)
         self.cache = _build_cache(config, architecture, self._partition, self._dtype, self._device)
+        self._host = HostPool(_host_blocks(config, self.block_bytes), self.cache.pool)
         self._frequencies = _frequencies(architecture, self._device)
         self._sampler = Sampler(architecture.eos_token_ids)
         self._sending: tuple[dist.Work, Tensor] | None = None
@@ -69,6 +72,8 @@ class MegatronRunner:
                 architecture, self._partition, groups, dtype=self._dtype, device=self._device
             )
             load_weights(config.model.directory, self._stage, architecture, self._partition)
+            self._copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
+            self._stage.pack_weights()
         except BaseException:
             dist.destroy_process_group()  # else this process could not try again
             raise
@@ -77,6 +82,21 @@ class MegatronRunner:
     def device_blocks(self) -> int:
         """Blocks of this rank's pool, the null block included."""
         return self.cache.num_blocks
+
+    @property
+    def host_blocks(self) -> int:
+        """Likewise of its pool in host memory; 0 when the strategy does not swap."""
+        return self._host.num_blocks
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of this rank's share of a block."""
+        return self.cache.pool[0].nbytes
+
+    @property
+    def copies(self) -> CopyEngine:
+        """What moves blocks between the device and the host pool."""
+        return self._copies
 
     @property
     def is_sampling_rank(self) -> bool:
@@ -108,10 +128,12 @@ class MegatronRunner:
         return self._sampler(logits, sampled) if self.is_sampling_rank else []
 
     def close(self) -> None:
-        """Leave the process groups and free the pool. Call once."""
+        """End the copies, leave the process groups and free the pools. Call once."""
+        self._copies.close()
+        self._host.close()
         self._finish_sending()
         dist.destroy_process_group()
-        del self._stage, self.cache
+        del self._stage, self.cache, self._host, self._copies
 
     def _attention(self, step: StepBatch) -> StepAttention:
         turned = None
@@ -188,6 +210,15 @@ def _build_cache(
         dtype=dtype,
         device=device,
     )
+
+
+def _host_blocks(config: Config, block_bytes: int) -> int:
+    settings = config.kv_cache
+    if not settings.swap.uses_host:
+        return 0
+    if settings.host_blocks is not None:
+        return settings.host_blocks
+    return int(settings.host_memory_gb * 2**30) // block_bytes
 
 
 def _frequencies(architecture: Architecture, device: torch.device) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastserve_mega.config import MlfqConfig, SchedulerConfig
+from fastserve_mega.config import MlfqConfig, SchedulerConfig, SwapConfig
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Arrived, Event, StepDone
 from fastserve_mega.scheduling.memory import PoolSizes
@@ -44,7 +44,7 @@ def make_scheduler(
         SchedulerConfig(policy=policy, mlfq=mlfq, **options),
         FixedCosts(),
         PoolSizes(device_blocks, host_blocks, block_size),
-        swap=swap,
+        swap=swap or SwapConfig(strategy="recompute"),
         window=window,
     )
 

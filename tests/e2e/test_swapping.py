@@ -1,0 +1,141 @@
+"""Real weights, memory for a few requests: every token as with plenty of memory."""
+
+import asyncio
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import zmq
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import check_swapping
+from check_swapping import Case
+
+from fastserve_mega.config import load_config
+from fastserve_mega.coordinator.main import CoordinatorProcess
+from fastserve_mega.scheduling.memory import KvMemory
+
+pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+
+REQUESTS = 12
+TOKENS = 32
+LONGEST_PROMPT = 60
+SCARCE = 17
+PLENTY = 128
+SLOW_COPY_S = 0.1
+QUICK_START = ("scheduler.max_batch_tokens=64", "kv_cache.host_blocks=128")
+
+
+@pytest.fixture(scope="module")
+def prompts(prompts_file, model_directory):
+    prompts = check_swapping.read_prompts(prompts_file, model_directory, 4 * REQUESTS)
+    return [prompt for prompt in prompts if len(prompt) <= LONGEST_PROMPT][:REQUESTS]
+
+
+@contextmanager
+def one_rank(model_directory, case, *overrides, copy_delay_s=0.0):
+    """Coordinator and rank as threads of the test; yields the clients' endpoint."""
+    from fastserve_mega.worker.loop import WorkerLoop
+    from fastserve_mega.worker.megatron.runner import MegatronRunner
+    from fastserve_mega.worker.topology import Topology
+
+    settings = (
+        f"model.path={model_directory}", "coordinator.client_endpoint=tcp://127.0.0.1:0",
+        "coordinator.drain_timeout_s=0.001",
+    )  # fmt: skip
+    settings += (*check_swapping.settings_of(case), *QUICK_START, *overrides)
+    config = load_config(check_swapping.CONFIG, settings)
+    runner = MegatronRunner(config, Topology(), "", 0)
+    move = runner.copies._move
+
+    def move_late(copy):
+        time.sleep(copy_delay_s)
+        move(copy)
+
+    runner.copies._move = move_late
+    process = CoordinatorProcess(config, stop_on_stdin_close=False)
+    context = zmq.Context()
+    loop = WorkerLoop(context, process._workers.endpoint, 0, runner, lambda: True)
+    threads = [threading.Thread(target=target) for target in (process.run, loop.run)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield process._front_door.endpoint
+    finally:
+        process.stop()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
+        context.term()
+        runner.close()
+
+
+@pytest.fixture(scope="module")
+def run(prompts, model_directory):
+    """Case → (tokens, figures)"""
+
+    @cache
+    def run(case):
+        if case.pipeline > 1:
+            overrides = (f"model.path={model_directory}", *QUICK_START)
+            return check_swapping.run_engine(case, prompts, TOKENS, overrides)
+        with one_rank(model_directory, case) as endpoint:
+            return asyncio.run(check_swapping.generate(endpoint, case, prompts, TOKENS))
+
+    return run
+
+
+@pytest.mark.parametrize("pipeline", [1, pytest.param(2, marks=pytest.mark.distributed)])
+@pytest.mark.parametrize("strategy", check_swapping.STRATEGIES)
+def test_swapped_requests_get_the_tokens_of_an_undisturbed_run(run, strategy, pipeline):
+    expected, undisturbed = run(Case("none", pipeline, PLENTY))
+    assert undisturbed.preemptions == 0
+    outputs, figures = run(Case(strategy, pipeline, SCARCE))
+    print(figures)
+    assert outputs == expected
+    assert (figures.preemptions > REQUESTS) == (strategy != "none")
+    if strategy in ("proactive", "reactive"):
+        assert figures.swap_ins > REQUESTS
+        assert figures.recomputed_tokens == 0
+    else:
+        assert figures.blocks_out == figures.blocks_in == 0
+
+
+class HastyMemory(KvMemory):
+    """Frees the blocks that are being copied out before CopyDone."""
+
+    def _copy_out(self, request, sources, leaving, precedes_step):
+        self.device.free(list(leaving))
+        super()._copy_out(request, sources, (), precedes_step)
+
+
+@pytest.mark.parametrize("memory", [KvMemory, HastyMemory])
+def test_the_check_can_fail(memory, run, prompts, model_directory, monkeypatch):
+    """With copies of several steps' time, freeing blocks before CopyDone gives wrong tokens."""
+    expected, _ = run(Case("none", 1, PLENTY))
+    monkeypatch.setattr("fastserve_mega.scheduling.scheduler.KvMemory", memory)
+    case = Case("proactive", 1, SCARCE)
+    with one_rank(model_directory, case, copy_delay_s=SLOW_COPY_S) as endpoint:
+        outputs, _ = asyncio.run(check_swapping.generate(endpoint, case, prompts, TOKENS))
+    assert (outputs == expected) == (memory is KvMemory)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["proactive", "reactive"])
+def test_swapped_requests_on_a_gpu(strategy, prompts, model_directory):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    answers = []
+    for case in (Case("none", 1, PLENTY), Case(strategy, 1, SCARCE)):
+        with one_rank(model_directory, case, "parallel.device=cuda") as endpoint:
+            answers.append(asyncio.run(check_swapping.generate(endpoint, case, prompts, TOKENS)))
+    (expected, _), (outputs, figures) = answers
+    assert outputs == expected
+    assert figures.swap_ins > REQUESTS

@@ -1,0 +1,228 @@
+"""Swapping through the whole server: a block copied too late, or freed too early, changes tokens.
+
+The pools of the fake ranks hold token ids, and each token depends on all that are read back.
+"""
+
+import time
+
+import pytest
+import zmq
+from fake_server import VOCAB, WAIT_MS, GatedRunner, expected_tokens
+
+from fastserve_mega.client import Client, ServerError
+from fastserve_mega.config import SwapConfig
+from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight, CopyDoneEverywhere
+from fastserve_mega.messaging.codec import decode, encode
+from fastserve_mega.messaging.messages import CopyResult, Shutdown, StepCommand, WorkerReady
+from fastserve_mega.plan import BlockCopy, CopyDirection, Plan
+from fastserve_mega.scheduling.memory import KvMemory
+from fastserve_mega.types import SamplingParams
+from fastserve_mega.worker.loop import WorkerLoop
+
+DEVICE_BLOCKS = 32
+PLENTY = 200
+SCARCE = {"device_blocks": DEVICE_BLOCKS, "max_batch_size": 5, "max_batch_tokens": 16}
+
+
+class SlowCopies(GatedRunner):
+    """Copies take as long as some ten steps, so that nothing is right by luck."""
+
+    copy_delay_s = 0.003
+
+
+def swap(strategy):
+    return SwapConfig(strategy=strategy, write_through_blocks=3, write_through_occupancy=0.3)
+
+
+def generate(client):
+    """(tokens, tokens of an undisturbed run) of requests that need far more than there is."""
+    jobs = []
+    for i in range(12):
+        prompt = [1 + (i * 37 + j) % (VOCAB - 1) for j in range(1 + 7 * i)]
+        count = 5 + (i * 11) % 23
+        params = SamplingParams(max_tokens=count, temperature=0.0)
+        jobs.append((client.submit(prompt, params), expected_tokens(prompt, count)))
+    return [(generation.wait().token_ids, expected) for generation, expected in jobs]
+
+
+def metric(text, name, labels=""):
+    return float(text.split(f"\nfastserve_{name}{labels} ")[1].split("\n")[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("host_blocks", [0, 1, 8, PLENTY])
+@pytest.mark.parametrize("strategy", ["proactive", "reactive", "recompute", "none"])
+def test_every_strategy_gives_the_tokens_of_an_undisturbed_run(
+    start_server, strategy, host_blocks, ranks
+):
+    with start_server(
+        swap=swap(strategy), host_blocks=host_blocks, ranks=ranks, make_runner=SlowCopies, **SCARCE
+    ) as server, Client(server.endpoint) as client:  # fmt: skip
+        assert all(tokens == expected for tokens, expected in generate(client))
+        metrics = client.metrics()
+    assert metric(metrics, "device_blocks", '{state="free"}') == DEVICE_BLOCKS - 1
+    assert metric(metrics, "host_blocks", '{state="free"}') == max(host_blocks - 1, 0)
+    assert (metric(metrics, "preemptions_total") > 0) == (strategy != "none")
+    blocks = [
+        metric(metrics, "swap_blocks_total", f'{{direction="{way}"}}') for way in ("out", "in")
+    ]
+    swaps = strategy in ("proactive", "reactive")
+    if host_blocks == PLENTY and swaps:
+        assert min(blocks) > DEVICE_BLOCKS
+        assert metric(metrics, "recomputed_tokens_total") == 0
+        assert metric(metrics, "copy_seconds_sum", '{direction="in"}') > 0
+        block_bytes = 4 * 4 * ranks
+        moved = metric(metrics, "swap_bytes_total", '{direction="out"}')
+        assert moved == blocks[0] * block_bytes
+    if host_blocks <= 1 or not swaps:
+        assert blocks == [0, 0]
+    waited = metric(metrics, "copy_wait_seconds_total", '{kind="step"}')
+    assert (waited > 0) == (strategy == "reactive" and host_blocks > 1)
+    if strategy == "proactive" and host_blocks == PLENTY:
+        assert all(runner.overlapped_steps > 0 for runner in server.runners)
+
+
+# --- the check can fail: each of these breaks the order in one place ------------------------------
+
+
+class HastyRunner(GatedRunner):
+    """Reports each copy at once, and makes it three steps later."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._postponed = []
+
+    def move(self, copy):
+        self._postponed.append((self.steps + 3, copy))
+
+    def execute(self, batch):
+        while self._postponed and self._postponed[0][0] <= self.steps:
+            super().move(self._postponed.pop(0)[1])
+        return super().execute(batch)
+
+
+class HastyMemory(KvMemory):
+    """Frees the blocks that are being copied out before CopyDone."""
+
+    def _copy_out(self, request, sources, leaving, precedes_step):
+        self.device.free(list(leaving))
+        super()._copy_out(request, sources, (), precedes_step)
+
+
+class HastyCopiesInFlight(CopiesInFlight):
+    """Takes the first rank's report for that of all."""
+
+    def reported(self, result):
+        if flying := self._copies.pop(result.copy_id, None):
+            return CopyDoneEverywhere(result.copy_id, flying.copy.direction, result.copy_s)
+        return None
+
+
+def assert_wrong_tokens(server):
+    with Client(server.endpoint) as client:
+        assert any(tokens != expected for tokens, expected in generate(client))
+
+
+def test_a_rank_that_reports_before_it_has_copied_is_noticed(start_server):
+    options = {"swap": swap("proactive"), "host_blocks": PLENTY, **SCARCE}
+    with start_server(make_runner=HastyRunner, **options) as server:
+        assert_wrong_tokens(server)
+
+
+def test_blocks_freed_before_copy_done_are_noticed(start_server, monkeypatch):
+    monkeypatch.setattr("fastserve_mega.scheduling.scheduler.KvMemory", HastyMemory)
+    options = {"swap": swap("proactive"), "host_blocks": PLENTY, **SCARCE}
+    with start_server(make_runner=SlowCopies, **options) as server:
+        assert_wrong_tokens(server)
+
+
+def test_not_waiting_for_the_slowest_rank_is_noticed(start_server, monkeypatch):
+    monkeypatch.setattr(
+        "fastserve_mega.coordinator.coordinator.CopiesInFlight", HastyCopiesInFlight
+    )
+    options = {"swap": swap("proactive"), "host_blocks": PLENTY, "ranks": 2, **SCARCE}
+    with start_server(**options) as server:
+        server.runner.copy_delay_s = SlowCopies.copy_delay_s
+        assert_wrong_tokens(server)
+
+
+# --- failures ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["proactive", "reactive"])
+def test_a_failing_copy_leaves_nobody_waiting(start_server, strategy):
+    options = {"swap": swap(strategy), "host_blocks": PLENTY, "ranks": 2, **SCARCE}
+    with start_server(**options) as server, Client(server.endpoint) as client:
+        server.runners[0].fail_copy_with = RuntimeError("host memory is gone")
+        with pytest.raises(ServerError, match=r"rank 0 failed: .* copy failed: host memory"):
+            generate(client)
+
+
+@pytest.mark.parametrize("strategy", ["proactive", "reactive"])
+def test_a_copy_that_never_ends_leaves_nobody_waiting(start_server, strategy):
+    options = {"swap": swap(strategy), "host_blocks": PLENTY, "ranks": 2, **SCARCE}
+    with start_server(coordinator={"step_timeout_s": 1.0}, **options) as server:
+        server.runners[0].open_copy_gate.clear()
+        with Client(server.endpoint) as client, pytest.raises(
+            ServerError, match=r"copy \d+ has not been reported by ranks \[0\] within 1 s"
+        ):  # fmt: skip
+            generate(client)
+
+
+def test_the_time_in_which_only_copies_run_is_told(start_server):
+    """One request's memory, two requests: each waits for the other's KV to leave."""
+    options = {"device_blocks": 8, "max_batch_size": 1, "policy": "mlfq"}
+    with start_server(
+        swap=swap("proactive"), host_blocks=PLENTY, make_runner=SlowCopies, **options
+    ) as server, Client(server.endpoint) as client:  # fmt: skip
+        params = SamplingParams(max_tokens=20, temperature=0.0)
+        answers = [client.submit((i,), params) for i in range(1, 5)]
+        for i, answer in enumerate(answers, 1):
+            assert answer.wait().token_ids == expected_tokens((i,), 20)
+        metrics = client.metrics()
+    assert metric(metrics, "copy_wait_seconds_total", '{kind="idle"}') > 0
+
+
+# --- the worker loop -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worker():
+    """A rank and the socket of its coordinator."""
+    import threading
+
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.LINGER, 0)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    runner = GatedRunner(device_blocks=8, host_blocks=8, block_size=4, vocab_size=VOCAB)
+    loop = WorkerLoop(context, f"tcp://127.0.0.1:{port}", 0, runner, lambda: True)
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    peer, ready = router.recv_multipart()
+    assert decode(ready) == WorkerReady(0, 8, 8, 16)
+    yield runner, router, peer
+    runner.open_copy_gate.set()
+    router.send_multipart((peer, encode(Shutdown())))
+    thread.join(WAIT_MS / 1000)
+    assert not thread.is_alive()
+    runner.close()
+    router.close()
+    context.term()
+
+
+def test_a_finished_copy_is_reported_at_once_though_no_step_comes(worker):
+    runner, router, peer = worker
+    runner.open_copy_gate.clear()
+    copies = tuple(BlockCopy(i, CopyDirection.SWAP_OUT, (1 + i,), (1 + i,), None) for i in range(3))
+    router.send_multipart((peer, encode(StepCommand(Plan(0, (), copies), ()))))
+    assert not router.poll(50)
+    opened = time.monotonic()
+    runner.open_copy_gate.set()
+    for copy in copies:
+        assert router.poll(WAIT_MS)
+        result = decode(router.recv_multipart()[1])
+        assert isinstance(result, CopyResult)
+        assert (result.copy_id, result.rank) == (copy.copy_id, 0)
+    # The loop looks around twice a second by itself.
+    assert time.monotonic() - opened < 0.2
