@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fastserve_mega.config import SwapStrategy
 from fastserve_mega.plan import BlockCopy, CopyDirection
+from fastserve_mega.scheduling.enst_order import EnstOrder
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.request import Request
+
+_VICTIMS_LOOKED_AT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,27 +68,28 @@ class KvMemory:
         self._block_size = sizes.block_size
         self._strategy: SwapStrategy = strategy
         self._policy = policy
-        self._residents: dict[Request, None] = {}
-        self._hosted: dict[Request, None] = {}
+        self._residents = EnstOrder(policy)
+        self._hosted = EnstOrder(policy)
         self._ended: dict[Request, None] = {}
         """Ended while their blocks are being copied."""
         self._outstanding: dict[int, _Copy] = {}
         self._planned: list[BlockCopy] = []
         self._next_copy_id = 0
         self._step_id = 0
-        self._now = 0.0
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
         self._victims: list[Request] | None = None
+        self._no_more: tuple[Any, int] | None = None
+        """A rank, and the blocks that preempting everybody below it could still free."""
         self._held: tuple[Any, int] | None = None
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
     @property
-    def hosted(self) -> Collection[Request]:
+    def hosted(self) -> EnstOrder:
         """Requests whose KV is on the host only, or on its way there."""
-        return self._hosted.keys()
+        return self._hosted
 
     @property
     def residents(self) -> int:
@@ -105,9 +110,11 @@ class KvMemory:
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
         self._step_id = step_id
-        self._now = now
         self._claimed = 0
         self._victims = None
+        self._no_more = None
+        self._residents.begin_step(now)
+        self._hosted.begin_step(now)
 
     def make_resident(self, request: Request, reserve: int) -> bool:
         """Admit a request, or bring it back from the host.
@@ -158,7 +165,7 @@ class KvMemory:
         if table is None:
             return False
         used = self.blocks_for(request.computed_tokens)
-        del self._hosted[request]
+        self._hosted.discard(request)
         self._settle(request, table)
         request.moving = precedes_step is None
         self.swapped_in_blocks += used
@@ -190,12 +197,11 @@ class KvMemory:
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""
         shortage = blocks - self.device.free_count - self.leaving_blocks
-        for victim in reversed(self.victims()):
+        for victim in self.victims():
             if shortage <= 0:
                 return
-            if not victim.in_flight_tokens:
-                shortage -= len(victim.block_table)
-                self._preempt(victim)
+            shortage -= len(victim.block_table)
+            self._preempt(victim)
 
     def copy_done(self, copy_id: int) -> None:
         """All ranks have finished a copy. Copies from before the ranks were lost are ignored."""
@@ -224,8 +230,8 @@ class KvMemory:
 
     def release(self, request: Request) -> None:
         """Take all blocks of an ended request, which must not be in flight."""
-        self._residents.pop(request, None)
-        self._hosted.pop(request, None)
+        self._residents.discard(request)
+        self._hosted.discard(request)
         if request.copies:
             self._ended[request] = None
         else:
@@ -249,26 +255,25 @@ class KvMemory:
 
     # --- looking -------------------------------------------------------------------------------
 
-    def residents_by_priority(self) -> list[Request]:
-        """Requests that hold device blocks and may be scheduled now."""
-        residents = [r for r in self._residents if not r.in_flight_tokens and not r.moving]
-        residents.sort(key=self._policy.rank)
-        return residents
+    def residents_by_priority(self) -> Iterator[Request]:
+        """Requests that hold device blocks, those that may not be scheduled now included."""
+        return self._residents.soonest_first()
 
-    def victims(self) -> Sequence[Request]:
-        """Who may lose its device blocks in this step, whoever will run last at the end (ENST)."""
+    def victims(self) -> Iterator[Request]:
+        """Who may lose its device blocks now, whoever will run last (ENST) first.
+
+        Looked up once in a step, among the `_VICTIMS_LOOKED_AT` latest: with more, nobody notices
+        who exactly it is, and a step's cost stays independent of the number of residents.
+        """
         if self._victims is None:
-            evictable = [
-                resident
-                for resident in self._residents
-                if resident.sampled_since_admission
-                and not resident.copies
-                and not resident.in_flight_tokens
-            ]
-            order = self._policy.next_scheduled(self._now)
-            evictable.sort(key=order)
-            self._victims = evictable
-        return self._victims
+            latest = islice(self._residents.latest_first(), _VICTIMS_LOOKED_AT)
+            self._victims = [r for r in latest if r.sampled_since_admission and not r.copies]
+        residents = self._residents
+        return (
+            victim
+            for victim in self._victims
+            if victim in residents and not victim.in_flight_tokens and not victim.copies
+        )
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each block is free or has exactly one owner."""
@@ -289,7 +294,7 @@ class KvMemory:
         request.block_table = table
         request.told_blocks = 0
         request.sampled_since_admission = False
-        self._residents[request] = None
+        self._residents.add(request)
 
     def _take(self, request: Request, count: int, reserve: int) -> list[int] | None:
         shortage = count + reserve - self.device.free_count
@@ -308,32 +313,42 @@ class KvMemory:
             return
         coming = min(max(self.leaving_blocks - self._claimed, 0), shortage)
         shortage -= coming
+        own_rank = self._policy.rank(request)
+        chosen = self._choose_victims(own_rank, shortage)
+        if chosen is None:
+            return
+        leaving = self.leaving_blocks
+        for victim in chosen:
+            self._preempt(victim)
+        self._claimed += coming + self.leaving_blocks - leaving
+
+    def _choose_victims(self, own_rank: Any, shortage: int) -> list[Request] | None:
+        """Requests of lower priority that hold `shortage` blocks together; None without enough."""
+        if self._no_more and own_rank >= self._no_more[0] and shortage > self._no_more[1]:
+            return None  # looked for already in this step, for somebody of higher priority
         rank = self._policy.rank
-        own_rank = rank(request)
-        chosen = []
-        for victim in reversed(self.victims()):
-            if shortage <= 0:
-                break
-            if not victim.in_flight_tokens and rank(victim) > own_rank:
+        chosen: list[Request] = []
+        found = 0
+        for victim in self.victims():
+            if found >= shortage:
+                return chosen
+            if rank(victim) > own_rank:
                 chosen.append(victim)
-                shortage -= len(victim.block_table)
-        if shortage <= 0:
-            leaving = self.leaving_blocks
-            for victim in chosen:
-                self._preempt(victim)
-            self._claimed += coming + self.leaving_blocks - leaving
+                found += len(victim.block_table)
+        if found >= shortage:
+            return chosen
+        self._no_more = (own_rank, found)
+        return None
 
     def _preempt(self, victim: Request) -> None:
         self.preemptions += 1
-        if self._victims is not None:
-            self._victims.remove(victim)
-        del self._residents[victim]
+        self._residents.discard(victim)
         used = self.blocks_for(victim.computed_tokens)
         dirty = used - victim.clean_blocks
         if self._strategy == "recompute" or not self._make_host_room(victim, dirty):
             self._drop(victim)
             return
-        self._hosted[victim] = None
+        self._hosted.add(victim)
         table, victim.block_table = victim.block_table, []
         self.device.free(table[: victim.clean_blocks] + table[used:])
         if dirty:
@@ -370,7 +385,7 @@ class KvMemory:
     def _drop(self, request: Request) -> None:
         """Give up the KV of a request that is not copied just now; it is prefilled again."""
         self.recomputed_tokens += request.computed_tokens
-        self._hosted.pop(request, None)
+        self._hosted.discard(request)
         self._free_tables(request)
 
     def _copy_out(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 
 from fastserve_mega.config import SwapConfig
@@ -82,10 +81,12 @@ class SwapPlanner:
         if not memory.residents:
             reserve = 0  # nothing else runs, and nothing else would make room
         enst = self._policy.next_scheduled(now)
-        waiting = (request for request in memory.hosted if not request.copies)
-        for request in heapq.nsmallest(_MAX_SWAP_INS, waiting, key=enst):
-            if request not in memory.hosted:
-                continue  # dropped just now, to make room on the host for somebody preempted
+        started = 0
+        # The walk passes over who is dropped meanwhile to make room on the host for somebody
+        # preempted.
+        for request in memory.hosted.soonest_first():
+            if request.copies:
+                continue
             blocks = memory.blocks_for(request.known_tokens)
             lead_s = _LEAD * blocks * self._copy_s_per_block
             fits = blocks + reserve <= memory.device.free_count
@@ -93,6 +94,9 @@ class SwapPlanner:
                 break
             if not memory.swap_in(request, reserve if fits else 0, None):
                 memory.hold_blocks_for(request)
+                break
+            started += 1
+            if started == _MAX_SWAP_INS:
                 break
 
     def _write_through(self) -> None:
@@ -103,7 +107,7 @@ class SwapPlanner:
         ):
             return
         left = self._config.write_through_blocks
-        for request in reversed(memory.victims()):
+        for request in memory.victims():
             left -= memory.write_through(request, left)
             if left <= 0:
                 return
