@@ -23,6 +23,13 @@ class _Pool(Protocol):
     def capacity(self) -> int: ...
 
 
+class _Copies(Protocol):
+    @property
+    def swapped_out_blocks(self) -> int: ...
+    @property
+    def swapped_in_blocks(self) -> int: ...
+
+
 class _Memory(Protocol):
     @property
     def device(self) -> _Pool: ...
@@ -33,9 +40,7 @@ class _Memory(Protocol):
     @property
     def recomputed_tokens(self) -> int: ...
     @property
-    def swapped_out_blocks(self) -> int: ...
-    @property
-    def swapped_in_blocks(self) -> int: ...
+    def copies(self) -> _Copies: ...
 
 
 class ObservedScheduler(Protocol):
@@ -199,8 +204,8 @@ class _MemoryMetrics:
         self._advance(self._preemptions, memory.preemptions)
         self._advance(self._recomputed, memory.recomputed_tokens)
         for direction, blocks in (
-            ("out", memory.swapped_out_blocks),
-            ("in", memory.swapped_in_blocks),
+            ("out", memory.copies.swapped_out_blocks),
+            ("in", memory.copies.swapped_in_blocks),
         ):
             self._advance(self._swapped_blocks.labels(direction), blocks)
             self._advance(self._swapped_bytes.labels(direction), blocks * self._block_bytes)

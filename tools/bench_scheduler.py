@@ -134,13 +134,13 @@ def measure(  # noqa: PLR0917 - the columns of the table
     for _ in range(steps):
         times.append(bench.step())
         batches.append(len(bench.plan.batch) if bench.plan else 0)
-    memory = bench.scheduler.memory
+    copies = bench.scheduler.memory.copies
     times.sort()
     return Result(
         median_us=statistics.median(times),
         p99_us=times[int(0.99 * len(times))],
         mean_batch=statistics.mean(batches),
-        swapped_blocks=memory.swapped_out_blocks + memory.swapped_in_blocks,
+        swapped_blocks=copies.swapped_out_blocks + copies.swapped_in_blocks,
         bytes_per_request=bench.bytes_per_request,
     )
 

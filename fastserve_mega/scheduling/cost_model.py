@@ -52,6 +52,12 @@ class Profile:
         seconds += [point.seconds for point in self.decode]
         if min(seconds) <= 0:
             raise ValueError("the times of a profile must be positive")
+        lengths = [point.tokens for point in self.prefill]
+        shapes = [(point.batch, point.context) for point in self.decode]
+        if min(lengths) < 1 or any(batch < 1 or context < 0 for batch, context in shapes):
+            raise ValueError("the sizes of a profile must be positive")
+        if len(set(lengths)) < len(lengths) or len(set(shapes)) < len(shapes):
+            raise ValueError("a profile must not have two measurements of the same size")
 
 
 class ProfiledCostModel:

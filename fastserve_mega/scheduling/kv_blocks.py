@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 NULL_BLOCK = 0
 """Never owned and never written; it pads block tables."""
 
@@ -38,7 +40,7 @@ class BlockPool:
         del self._free[kept:]
         return taken
 
-    def free(self, block_ids: list[int]) -> None:
+    def free(self, block_ids: Iterable[int]) -> None:
         self._free.extend(block_ids)
 
     def check_integrity(self, owned: list[int]) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from fastserve_mega.config import SwapStrategy
-from fastserve_mega.plan import BlockCopy, CopyDirection
+from fastserve_mega.plan import CopyDirection
+from fastserve_mega.scheduling.copies import Copy, CopyLedger
 from fastserve_mega.scheduling.enst_order import EnstOrder
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.request import Request
-
-_VICTIMS_LOOKED_AT = 256
+from fastserve_mega.scheduling.victims import Victims
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +24,6 @@ class PoolSizes:
     host_blocks: int
     block_size: int
     """Tokens of a block."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    request: Request
-    direction: CopyDirection
-    leaving: tuple[int, ...]
-    """Device blocks that become free when it is done."""
-    makes_clean: int
-    """How many leading blocks of the request are clean when it is done."""
 
 
 class KvMemory:
@@ -60,27 +49,18 @@ class KvMemory:
         self.recomputed_tokens = 0
         """Tokens whose KV was computed and dropped."""
         self.preemptions = 0
-        self.swapped_out_blocks = 0
-        """Copied to the host, ahead of need included."""
-        self.swapped_in_blocks = 0
-        self.leaving_blocks = 0
-        """Device blocks that become free when their copies are done."""
+        self.copies = CopyLedger()
         self._block_size = sizes.block_size
         self._strategy: SwapStrategy = strategy
         self._policy = policy
         self._residents = EnstOrder(policy)
         self._hosted = EnstOrder(policy)
+        self.victims = Victims(self._residents, policy)
         self._ended: dict[Request, None] = {}
         """Ended while their blocks are being copied."""
-        self._outstanding: dict[int, _Copy] = {}
-        self._planned: list[BlockCopy] = []
-        self._next_copy_id = 0
         self._step_id = 0
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
-        self._victims: list[Request] | None = None
-        self._no_more: tuple[Any, int] | None = None
-        """A rank, and the blocks that preempting everybody below it could still free."""
         self._held: tuple[Any, int] | None = None
 
     def blocks_for(self, tokens: int) -> int:
@@ -101,18 +81,13 @@ class KvMemory:
         """Whether requests on the host come back before their step, and not at it."""
         return self._strategy == "proactive"
 
-    @property
-    def copying_out(self) -> bool:
-        return any(c.direction is CopyDirection.SWAP_OUT for c in self._outstanding.values())
-
     # --- one step ------------------------------------------------------------------------------
 
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
         self._step_id = step_id
         self._claimed = 0
-        self._victims = None
-        self._no_more = None
+        self.victims.begin_step()
         self._residents.begin_step(now)
         self._hosted.begin_step(now)
 
@@ -152,11 +127,6 @@ class KvMemory:
         request.block_table.extend(added)
         return True
 
-    def take_copies(self) -> tuple[BlockCopy, ...]:
-        """The copies decided since the last call, for the plan."""
-        planned, self._planned = self._planned, []
-        return tuple(planned)
-
     # --- moving --------------------------------------------------------------------------------
 
     def swap_in(self, request: Request, reserve: int, precedes_step: int | None) -> bool:
@@ -168,13 +138,9 @@ class KvMemory:
         self._hosted.discard(request)
         self._settle(request, table)
         request.moving = precedes_step is None
-        self.swapped_in_blocks += used
-        self._copy(
-            _Copy(request, CopyDirection.SWAP_IN, (), request.computed_tokens // self._block_size),
-            request.host_table[:used],
-            table[:used],
-            precedes_step,
-        )
+        full = request.computed_tokens // self._block_size
+        copy = Copy(request, CopyDirection.SWAP_IN, leaving=(), makes_clean=full)
+        self.copies.start(copy, request.host_table[:used], table[:used], precedes_step)
         return True
 
     def hold_blocks_for(self, request: Request | None) -> None:
@@ -196,8 +162,8 @@ class KvMemory:
 
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""
-        shortage = blocks - self.device.free_count - self.leaving_blocks
-        for victim in self.victims():
+        shortage = blocks - self.device.free_count - self.copies.leaving_blocks
+        for victim in self.victims:
             if shortage <= 0:
                 return
             shortage -= len(victim.block_table)
@@ -205,13 +171,11 @@ class KvMemory:
 
     def copy_done(self, copy_id: int) -> None:
         """All ranks have finished a copy. Copies from before the ranks were lost are ignored."""
-        copy = self._outstanding.pop(copy_id, None)
+        copy = self.copies.done(copy_id)
         if copy is None:
             return
         request = copy.request
-        request.copies -= 1
-        self.device.free(list(copy.leaving))
-        self.leaving_blocks -= len(copy.leaving)
+        self.device.free(copy.leaving)
         if request in self._ended:
             if not request.copies:
                 del self._ended[request]
@@ -239,12 +203,9 @@ class KvMemory:
 
     def lose_everything(self) -> None:
         """The ranks restarted with empty pools."""
-        for copy in self._outstanding.values():
-            self.device.free(list(copy.leaving))
-            copy.request.copies = 0
-        self.leaving_blocks = 0
-        self._outstanding.clear()
-        self._planned.clear()
+        for copy in self.copies.outstanding:
+            self.device.free(copy.leaving)
+        self.copies.forget_all()
         for request in (*self._residents, *self._hosted, *self._ended):
             if not request.ended:
                 self.recomputed_tokens += request.computed_tokens
@@ -259,27 +220,11 @@ class KvMemory:
         """Requests that hold device blocks, those that may not be scheduled now included."""
         return self._residents.soonest_first()
 
-    def victims(self) -> Iterator[Request]:
-        """Who may lose its device blocks now, whoever will run last (ENST) first.
-
-        Looked up once in a step, among the `_VICTIMS_LOOKED_AT` latest: with more, nobody notices
-        who exactly it is, and a step's cost stays independent of the number of residents.
-        """
-        if self._victims is None:
-            latest = islice(self._residents.latest_first(), _VICTIMS_LOOKED_AT)
-            self._victims = [r for r in latest if r.sampled_since_admission and not r.copies]
-        residents = self._residents
-        return (
-            victim
-            for victim in self._victims
-            if victim in residents and not victim.in_flight_tokens and not victim.copies
-        )
-
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each block is free or has exactly one owner."""
         owners = [*self._residents, *self._hosted, *self._ended]
         device = [block for owner in owners for block in owner.block_table]
-        device += [block for copy in self._outstanding.values() for block in copy.leaving]
+        device += [block for copy in self.copies.outstanding for block in copy.leaving]
         self.device.check_integrity(device)
         self.host.check_integrity([block for owner in owners for block in owner.host_table])
         for request in self._hosted:
@@ -311,34 +256,14 @@ class KvMemory:
         """
         if self._strategy == "none":
             return
-        coming = min(max(self.leaving_blocks - self._claimed, 0), shortage)
-        shortage -= coming
-        own_rank = self._policy.rank(request)
-        chosen = self._choose_victims(own_rank, shortage)
+        leaving = self.copies.leaving_blocks
+        coming = min(max(leaving - self._claimed, 0), shortage)
+        chosen = self.victims.choose(self._policy.rank(request), shortage - coming)
         if chosen is None:
             return
-        leaving = self.leaving_blocks
         for victim in chosen:
             self._preempt(victim)
-        self._claimed += coming + self.leaving_blocks - leaving
-
-    def _choose_victims(self, own_rank: Any, shortage: int) -> list[Request] | None:
-        """Requests of lower priority that hold `shortage` blocks together; None without enough."""
-        if self._no_more and own_rank >= self._no_more[0] and shortage > self._no_more[1]:
-            return None  # looked for already in this step, for somebody of higher priority
-        rank = self._policy.rank
-        chosen: list[Request] = []
-        found = 0
-        for victim in self.victims():
-            if found >= shortage:
-                return chosen
-            if rank(victim) > own_rank:
-                chosen.append(victim)
-                found += len(victim.block_table)
-        if found >= shortage:
-            return chosen
-        self._no_more = (own_rank, found)
-        return None
+        self._claimed += coming + self.copies.leaving_blocks - leaving
 
     def _preempt(self, victim: Request) -> None:
         self.preemptions += 1
@@ -397,30 +322,13 @@ class KvMemory:
     ) -> None:
         targets = self.host.allocate(len(sources))
         request.host_table.extend(targets)
-        self.swapped_out_blocks += len(sources)
         if precedes_step is not None:
             # The step waits for the copy on every rank, so its blocks can be given away now.
-            self.device.free(list(leaving))
+            self.device.free(leaving)
             leaving = ()
-        self.leaving_blocks += len(leaving)
-        makes_clean = len(request.host_table)
-        copy = _Copy(request, CopyDirection.SWAP_OUT, leaving, makes_clean)
-        self._copy(copy, sources, targets, precedes_step)
-
-    def _copy(
-        self,
-        copy: _Copy,
-        sources: Sequence[int],
-        targets: Sequence[int],
-        precedes_step: int | None,
-    ) -> None:
-        copy_id = self._next_copy_id
-        self._next_copy_id += 1
-        copy.request.copies += 1
-        self._outstanding[copy_id] = copy
-        self._planned.append(
-            BlockCopy(copy_id, copy.direction, tuple(sources), tuple(targets), precedes_step)
-        )
+        clean = len(request.host_table)
+        copy = Copy(request, CopyDirection.SWAP_OUT, leaving=leaving, makes_clean=clean)
+        self.copies.start(copy, sources, targets, precedes_step)
 
     def _free_tables(self, request: Request) -> None:
         self.device.free(request.block_table)

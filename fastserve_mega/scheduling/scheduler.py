@@ -212,7 +212,7 @@ class Scheduler:
         batch.fill(self._policy)
         if self._is_proactive:
             self._planner.plan(now)
-        copies = self._memory.take_copies()
+        copies = self._memory.copies.take_planned()
         if not batch.requests and not copies:
             return None
         self._next_step_id += 1

@@ -64,7 +64,7 @@ class SwapPlanner:
         self._memory.hold_blocks_for(None)
         if self._memory.hosted:
             self._bring_back(now, reserve)
-        if self._memory.device.free_count + self._memory.leaving_blocks < reserve:
+        if self._memory.device.free_count + self._memory.copies.leaving_blocks < reserve:
             self._memory.swap_out_for(reserve)
         if self._config.write_through_blocks:
             self._write_through()
@@ -102,12 +102,12 @@ class SwapPlanner:
     def _write_through(self) -> None:
         memory = self._memory
         occupied = memory.device.capacity - memory.device.free_count
-        if memory.copying_out or (
+        if memory.copies.copying_out or (
             occupied < self._config.write_through_occupancy * memory.device.capacity
         ):
             return
         left = self._config.write_through_blocks
-        for request in memory.victims():
+        for request in memory.victims:
             left -= memory.write_through(request, left)
             if left <= 0:
                 return

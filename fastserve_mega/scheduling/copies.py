@@ -1,0 +1,85 @@
+"""Which blocks are being copied between the pools, until all ranks have reported it done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fastserve_mega.plan import BlockCopy, CopyDirection
+from fastserve_mega.scheduling.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy of some blocks of one request."""
+
+    request: Request
+    direction: CopyDirection
+    leaving: tuple[int, ...]
+    """Device blocks that become free when it is done."""
+    makes_clean: int
+    """How many leading blocks of the request are clean when it is done."""
+
+
+class CopyLedger:
+    """The copies that were decided and not yet reported done."""
+
+    def __init__(self) -> None:
+        self.swapped_out_blocks = 0
+        """Copied to the host, ahead of need included."""
+        self.swapped_in_blocks = 0
+        self.leaving_blocks = 0
+        """Device blocks that become free when their copies are done."""
+        self._outstanding: dict[int, Copy] = {}
+        self._planned: list[BlockCopy] = []
+        self._next_id = 0
+
+    @property
+    def copying_out(self) -> bool:
+        return any(c.direction is CopyDirection.SWAP_OUT for c in self._outstanding.values())
+
+    @property
+    def outstanding(self) -> Iterable[Copy]:
+        return self._outstanding.values()
+
+    def start(
+        self,
+        copy: Copy,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        precedes_step: int | None,
+    ) -> None:
+        """Put a copy into the next plan."""
+        if copy.direction is CopyDirection.SWAP_OUT:
+            self.swapped_out_blocks += len(sources)
+        else:
+            self.swapped_in_blocks += len(sources)
+        self.leaving_blocks += len(copy.leaving)
+        copy.request.copies += 1
+        copy_id = self._next_id
+        self._next_id += 1
+        self._outstanding[copy_id] = copy
+        self._planned.append(
+            BlockCopy(copy_id, copy.direction, tuple(sources), tuple(targets), precedes_step)
+        )
+
+    def take_planned(self) -> tuple[BlockCopy, ...]:
+        """The copies started since the last call."""
+        planned, self._planned = self._planned, []
+        return tuple(planned)
+
+    def done(self, copy_id: int) -> Copy | None:
+        """Strike off a finished copy; None for one from before the ranks were lost."""
+        copy = self._outstanding.pop(copy_id, None)
+        if copy is not None:
+            copy.request.copies -= 1
+            self.leaving_blocks -= len(copy.leaving)
+        return copy
+
+    def forget_all(self) -> None:
+        """The ranks were lost, and with them what they were copying."""
+        for copy in self._outstanding.values():
+            copy.request.copies = 0
+        self._outstanding.clear()
+        self._planned.clear()
+        self.leaving_blocks = 0
