@@ -43,14 +43,29 @@ def _parser() -> argparse.ArgumentParser:
         default="megatron",
         help="what computes tokens; 'fake' needs no weights and is for tests",
     )
+    _add_profile_to(worker)
     coordinator = _add(commands, "coordinator", _coordinator, "be the coordinator; for rank 0")
     coordinator.add_argument(
         "--stop-on-stdin-close", action="store_true", help="end when the parent process does"
     )
+    _add_profile_to(coordinator)
     _add(commands, "api-server", _api_server, "be an OpenAI-compatible HTTP server")
     _add(commands, "chat", _chat, "talk to a running server in the terminal")
+    profile = _add(commands, "profile", _profile, "measure the step times of the ranks")
+    profile.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="JSON, for scheduler.profile"
+    )
     _add_simulate(commands)
     return parser
+
+
+def _add_profile_to(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--profile-to",
+        type=Path,
+        metavar="FILE",
+        help="measure step times, write them here and end; what `profile` starts",
+    )
 
 
 def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -141,14 +156,21 @@ def _serve(options: argparse.Namespace) -> int:
 def _worker(options: argparse.Namespace) -> int:
     from fastserve_mega.worker.main import run_worker
 
-    return run_worker(_load(options, load_config), _pass_on(options), options.runner)
+    arguments = _pass_on(options)
+    if options.profile_to:
+        arguments += ["--profile-to", str(options.profile_to)]
+    return run_worker(_load(options, load_config), arguments, options.runner)
 
 
 def _coordinator(options: argparse.Namespace) -> int:
     from fastserve_mega.coordinator.main import run_coordinator
 
     config = _load(options, load_config)
-    return run_coordinator(config, stop_on_stdin_close=options.stop_on_stdin_close)
+    return run_coordinator(
+        config,
+        stop_on_stdin_close=options.stop_on_stdin_close,
+        profile_to=options.profile_to,
+    )
 
 
 def _api_server(options: argparse.Namespace) -> int:
@@ -161,6 +183,12 @@ def _chat(options: argparse.Namespace) -> int:
     from fastserve_mega.chat import run_chat
 
     return run_chat(_load(options, load_config))
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from fastserve_mega.launcher import profile
+
+    return profile(_load(options, load_config), _pass_on(options), options.output)
 
 
 def _simulate(options: argparse.Namespace) -> int:

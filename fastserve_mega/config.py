@@ -204,6 +204,9 @@ class SchedulerConfig:
     does."""
     max_passed_over: int = 64
     """Steps a request may be passed over; then nobody behind it is given memory before it."""
+    profile: str | None = None
+    """File that `fastserve-mega profile` wrote; ~ is expanded. None measures a few steps at
+    start-up instead."""
     mlfq: MlfqConfig = field(default_factory=MlfqConfig)
 
     def __post_init__(self) -> None:
@@ -233,6 +236,9 @@ class CoordinatorConfig:
     """A client silent for this long is taken for gone and its requests are aborted."""
     drain_timeout_s: float = 5.0
     """On SIGTERM, how long running requests may go on before they end with `error`."""
+    event_log: str | None = None
+    """File for everything the scheduler is told and answers, for `tools/replay_events.py`; ~ is
+    expanded, an existing file is replaced. None records nothing."""
 
     def __post_init__(self) -> None:
         for name in (

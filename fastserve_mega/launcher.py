@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -18,6 +19,8 @@ from types import FrameType, TracebackType
 from fastserve_mega.client import Client, ServerUnavailableError
 from fastserve_mega.config import Config
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 _PROBE_S = 1.0
 _KILL_AFTER_S = 10.0
 _HTTP_START_S = 60.0
@@ -92,7 +95,12 @@ class Deployment:
     def _spawn(self, name: str, command: list[str]) -> None:
         # Its own session: a terminal's Ctrl-C reaches this process only, which ends the others
         # in order.
-        process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock
+        )
         self._processes.append((name, process))
 
     def _await(self, answers: Callable[[], bool], limit_s: float) -> None:
@@ -123,6 +131,12 @@ class Deployment:
                 return True
         except OSError:
             return False
+
+
+def _end_with_parent() -> None:
+    """In the child: have the kernel send SIGTERM when this process is killed outright."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def http_url(config: Config) -> str:
@@ -176,6 +190,46 @@ def serve(config: Config, arguments: Sequence[str]) -> int:
         except LaunchError as error:
             print(f"fastserve-mega serve: {error}", file=sys.stderr, flush=True)
             return 1
+
+
+def profile(config: Config, arguments: Sequence[str], output: Path) -> int:
+    """`fastserve-mega profile`: start the ranks, let them be measured; returns the exit status."""
+    output = output.resolve()
+    if not output.parent.is_dir():
+        print(f"fastserve-mega profile: no directory {output.parent}", file=sys.stderr)
+        return 2
+    try:
+        prefix = _ranks_prefix(config)
+    except LaunchError as error:
+        print(f"fastserve-mega profile: {error}", file=sys.stderr)
+        return 1
+    command = [sys.executable, "-m", "fastserve_mega", "worker", *arguments]
+    environment = dict(os.environ)
+    if sys.stderr.isatty():
+        # mpirun puts a pipe in between; without this there would be no bar that moves.
+        environment["FORCE_COLOR"] = "1"
+    ranks = subprocess.Popen(
+        [*prefix, *command, "--profile-to", str(output)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        status = ranks.wait()
+    except KeyboardInterrupt:
+        ranks.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ranks.wait(_KILL_AFTER_S)
+        return 1
+    finally:
+        # What is left of the process group has lost its leader and its purpose.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(ranks.pid, signal.SIGKILL)
+        ranks.wait()
+    if status == 0:
+        print(f"{output} is written; use it with --set scheduler.profile={output}")
+    return status
 
 
 def _how_to_use(config: Config, arguments: Sequence[str]) -> str:

@@ -32,8 +32,9 @@ CONFIG = "configs/smollm2-135m-cpu.yaml"
 STRATEGIES = ("proactive", "reactive", "recompute", "none")
 Outputs = list[tuple[int, ...]]
 Prompts = Sequence[Sequence[int]]
-# Many preemptions: few requests in a batch, and each soon gives way to those who waited.
-PREEMPTING = ("scheduler.max_batch_size=4", "scheduler.mlfq.starvation_limit_s=2.0")
+# Few at a time, so that many are preempted. A shorter limit would promote all of them for ever,
+# and recompute would then prefill for each token.
+PREEMPTING = ("scheduler.max_batch_size=8", "scheduler.mlfq.starvation_limit_s=6.0")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastserve_mega.config import CoordinatorConfig
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight
+from fastserve_mega.coordinator.event_log import RecordingScheduler
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
@@ -54,7 +55,7 @@ class Coordinator:
         *,
         config: CoordinatorConfig,
         welcome: Welcome,
-        scheduler: Scheduler,
+        scheduler: Scheduler | RecordingScheduler,
         front_door: FrontDoor,
         workers: WorkerGroup,
         world_size: int,

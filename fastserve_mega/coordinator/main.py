@@ -8,19 +8,29 @@ import signal
 import sys
 import time
 import uuid
+from collections.abc import Callable
+from pathlib import Path
 
 import zmq
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
+from fastserve_mega.coordinator.event_log import (
+    EventLogWriter,
+    RecordingScheduler,
+    SchedulerSetup,
+)
 from fastserve_mega.coordinator.front_door import FrontDoor
+from fastserve_mega.coordinator.profile_file import load_profile, save_profile
 from fastserve_mega.coordinator.profiler import ProfileLimits, Profiler
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkerGroup
 from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.models.architecture import load_architecture
-from fastserve_mega.scheduling.cost_model import ProfiledCostModel
+from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import FinishReason
@@ -47,15 +57,19 @@ class CoordinatorProcess:
             stop_on_stdin_close: end when the parent (rank 0), which holds the other end, is gone.
 
         Raises:
-            ValueError: the model directory or the configuration is not usable.
-            OSError: a socket cannot be bound.
+            ValueError: the model directory, the configuration or the profile is not usable.
+            OSError: a socket cannot be bound, or a file not be opened.
         """
         if config.scheduler.policy == "srpt":
             raise ValueError("scheduler.policy srpt needs to know the future: simulator only")
         self._config = config
         self._welcome = _describe(config)
-        self._context = zmq.Context[zmq.Socket[bytes]]()
         options = config.coordinator
+        self._profile = load_profile(config.scheduler.profile) if config.scheduler.profile else None
+        self._event_log = (
+            EventLogWriter(Path(options.event_log).expanduser()) if options.event_log else None
+        )
+        self._context = zmq.Context[zmq.Socket[bytes]]()
         self._front_door = FrontDoor(
             self._context,
             options.client_endpoint,
@@ -87,19 +101,35 @@ class CoordinatorProcess:
         Raises:
             WorkersLostError: a rank failed; all clients have been told.
         """
+        self._with_ranks(self._serve)
+
+    def write_profile(self, path: Path) -> bool:
+        """Measure the step times of the ranks thoroughly, and end.
+
+        Returns:
+            Whether the file was written; False when told to stop before.
+
+        Raises:
+            WorkersLostError: a rank failed.
+            OSError: the file cannot be written.
+        """
+        return self._with_ranks(lambda: save_profile(self._measure(), path))
+
+    def _with_ranks(self, work: Callable[[], None]) -> bool:
+        """Wait for the ranks, work, and end them; False when told to stop before it was done."""
         try:
             self._await_ranks()
-            coordinator = self._make_coordinator()
-            self._poller.register(self._front_door.socket, zmq.POLLIN)
-            _log.info("serving %s on %s", self._welcome.model_name, self._front_door.endpoint)
-            self._serve(coordinator)
+            work()
+            return True
         except StoppedError:
-            pass
+            return False
         finally:
             self._workers.shut_down()
             self._workers.close()
             self._front_door.close()
             self._context.destroy(linger=_LAST_WORDS_MS)
+            if self._event_log:
+                self._event_log.close()
 
     def _await_ranks(self) -> None:
         limit_s = self._config.coordinator.startup_timeout_s
@@ -116,33 +146,57 @@ class CoordinatorProcess:
             for _ in self._workers.results():
                 pass  # nothing but WorkerReady can come, which the group keeps
 
-    def _make_coordinator(self) -> Coordinator:
+    def _make_profiler(self) -> Profiler:
         config = self._config
-        profiler = Profiler(
-            self._workers,
-            ProfileLimits(
-                device_blocks=self._workers.device_blocks,
-                block_size=config.kv_cache.block_size,
-                max_batch_size=config.scheduler.max_batch_size,
-                max_batch_tokens=config.scheduler.max_batch_tokens,
-                max_context=self._welcome.max_context,
-            ),
-            config.coordinator.step_timeout_s,
+        limits = ProfileLimits(
+            device_blocks=self._workers.device_blocks,
+            block_size=config.kv_cache.block_size,
+            max_batch_size=config.scheduler.max_batch_size,
+            max_batch_tokens=config.scheduler.max_batch_tokens,
+            max_context=self._welcome.max_context,
         )
-        profile = profiler.self_measurement()
-        _log.info("self-measurement: %s", profile)
-        scheduler = Scheduler(
-            config.scheduler,
-            ProfiledCostModel(profile),
-            PoolSizes(
+        return Profiler(self._workers, limits, config.coordinator.step_timeout_s)
+
+    def _measure(self) -> Profile:
+        """The whole grid, with a progress bar on stderr."""
+        columns = (TextColumn("measuring steps"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+            task = progress.add_task("")
+
+            def show(made: int, count: int) -> None:
+                progress.update(task, completed=made, total=count)
+                self._poll(0)
+                if self._stop:
+                    raise StoppedError
+
+            return self._make_profiler().grid(show)
+
+    def _make_scheduler(self) -> tuple[Scheduler, SchedulerSetup]:
+        config, profiler, profile = self._config, self._make_profiler(), self._profile
+        if profile is None:
+            profile = profiler.self_measurement()
+            _log.info("self-measurement: %s", profile)
+        else:
+            profiler.warm_up()
+        setup = SchedulerSetup(
+            scheduler=config.scheduler,
+            swap=config.kv_cache.swap,
+            pools=PoolSizes(
                 device_blocks=self._workers.device_blocks,
                 host_blocks=self._workers.host_blocks,
                 block_size=config.kv_cache.block_size,
             ),
-            swap=config.kv_cache.swap,
+            profile=profile,
             window=config.parallel.pipeline,
             first_step_id=profiler.steps,
         )
+        return setup.make_scheduler(), setup
+
+    def _make_coordinator(self) -> Coordinator:
+        config = self._config
+        scheduler, setup = self._make_scheduler()
+        if self._event_log:
+            self._event_log.begin(setup)
         metrics = ServingMetrics(block_bytes=self._workers.block_bytes)
         metrics.watch_scheduler(scheduler)
         admission = Admission(
@@ -154,7 +208,9 @@ class CoordinatorProcess:
         return Coordinator(
             config=config.coordinator,
             welcome=self._welcome,
-            scheduler=scheduler,
+            scheduler=(
+                RecordingScheduler(scheduler, self._event_log) if self._event_log else scheduler
+            ),
             front_door=self._front_door,
             workers=self._workers,
             world_size=config.parallel.world_size,
@@ -163,7 +219,10 @@ class CoordinatorProcess:
             clock=time.monotonic,
         )
 
-    def _serve(self, coordinator: Coordinator) -> None:
+    def _serve(self) -> None:
+        coordinator = self._make_coordinator()
+        self._poller.register(self._front_door.socket, zmq.POLLIN)
+        _log.info("serving %s on %s", self._welcome.model_name, self._front_door.endpoint)
         try:
             while not self._stop:
                 self._turn(coordinator)
@@ -208,8 +267,16 @@ def _describe(config: Config) -> Welcome:
     )
 
 
-def run_coordinator(config: Config, *, stop_on_stdin_close: bool) -> int:
-    """Entry point of the process; returns its exit status."""
+def run_coordinator(
+    config: Config, *, stop_on_stdin_close: bool, profile_to: Path | None = None
+) -> int:
+    """Entry point of the process; returns its exit status.
+
+    Args:
+        config: of the deployment.
+        stop_on_stdin_close: see `CoordinatorProcess`.
+        profile_to: measure, write this file and end, instead of serving.
+    """
     try:
         process = CoordinatorProcess(config, stop_on_stdin_close=stop_on_stdin_close)
     except (ValueError, OSError) as error:
@@ -219,8 +286,13 @@ def run_coordinator(config: Config, *, stop_on_stdin_close: bool) -> int:
     signal.signal(signal.SIGINT, process.stop)
     process.announce()
     try:
+        if profile_to is not None:
+            return 0 if process.write_profile(profile_to) else 1
         process.run()
     except WorkersLostError as error:
         _log.error("workers lost: %s", error)
         return 1
+    except OSError as error:
+        _log.error("%s", error)
+        return 2
     return 0

@@ -39,23 +39,39 @@ class DecodePoint:
 
 
 @dataclass(frozen=True, slots=True)
+class MixedPoint:
+    """One measurement of a step as they are in practice."""
+
+    prefill_tokens: int
+    """Of one prompt that is prefilled beside the decodes; 0 for decodes only."""
+    contexts: tuple[int, ...]
+    """Of each decoding request."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """What `fastserve-mega profile` measures; stored as JSON."""
 
     prefill: tuple[PrefillPoint, ...]
     decode: tuple[DecodePoint, ...]
+    mixed: tuple[MixedPoint, ...] = ()
+    """For simulations; the scheduler asks for steps of one kind only."""
 
     def __post_init__(self) -> None:
         if not self.prefill or not self.decode:
             raise ValueError("a profile needs at least one prefill and one decode measurement")
         seconds = [point.seconds for point in self.prefill]
         seconds += [point.seconds for point in self.decode]
+        seconds += [point.seconds for point in self.mixed]
         if min(seconds) <= 0:
             raise ValueError("the times of a profile must be positive")
         lengths = [point.tokens for point in self.prefill]
         shapes = [(point.batch, point.context) for point in self.decode]
         if min(lengths) < 1 or any(batch < 1 or context < 0 for batch, context in shapes):
             raise ValueError("the sizes of a profile must be positive")
+        if any(not p.contexts or min(p.contexts) < 0 or p.prefill_tokens < 0 for p in self.mixed):
+            raise ValueError("a mixed step of a profile has decodes, and no negative sizes")
         if len(set(lengths)) < len(lengths) or len(set(shapes)) < len(shapes):
             raise ValueError("a profile must not have two measurements of the same size")
 

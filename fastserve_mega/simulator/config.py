@@ -88,6 +88,12 @@ class SimulationConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     workload: WorkloadConfig
 
+    def __post_init__(self) -> None:
+        if self.scheduler.profile is not None:
+            raise ValueError(
+                "scheduler.profile is for a live server; here step times come from `hardware`"
+            )
+
 
 def load_simulation_config(path: str | Path, overrides: Sequence[str] = ()) -> SimulationConfig:
     """Read a YAML file and apply overrides of the form `section.field=value`.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
-from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel
+from fastserve_mega.simulator.engine_model import EngineModel
 
 
 class Pipeline:
@@ -63,7 +63,7 @@ class CopyEngine:
     that still read its target blocks.
     """
 
-    def __init__(self, cost_model: AnalyticCostModel, block_size: int) -> None:
+    def __init__(self, cost_model: EngineModel, block_size: int) -> None:
         self._cost_model = cost_model
         self._block_size = block_size
         self._free_s = dict.fromkeys(CopyDirection, 0.0)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel, step_work
+from fastserve_mega.simulator.analytic_cost_model import step_work
+from fastserve_mega.simulator.engine_model import EngineModel
 from fastserve_mega.simulator.pipeline import CopyEngine, Pipeline
 from fastserve_mega.simulator.records import RequestRecord, SimulationResult, TimelinePoint
 from fastserve_mega.simulator.workload import RequestSpec
@@ -40,7 +41,7 @@ class Simulation:
     def __init__(
         self,
         scheduler: Scheduler,
-        cost_model: AnalyticCostModel,
+        cost_model: EngineModel,
         requests: Sequence[RequestSpec],
         *,
         stages: int,

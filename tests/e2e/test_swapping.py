@@ -22,13 +22,15 @@ from fastserve_mega.scheduling.memory import KvMemory
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
-REQUESTS = 12
-TOKENS = 32
+REQUESTS = 8
+TOKENS = 16
 LONGEST_PROMPT = 60
-SCARCE = 17
+SCARCE = 11
 PLENTY = 128
 SLOW_COPY_S = 0.1
-QUICK_START = ("scheduler.max_batch_tokens=64", "kv_cache.host_blocks=128")
+SMALL = (
+    "scheduler.max_batch_size=2", "scheduler.max_batch_tokens=64", "kv_cache.host_blocks=128"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def one_rank(model_directory, case, *overrides, copy_delay_s=0.0):
         f"model.path={model_directory}", "coordinator.client_endpoint=tcp://127.0.0.1:0",
         "coordinator.drain_timeout_s=0.001",
     )  # fmt: skip
-    settings += (*check_swapping.settings_of(case), *QUICK_START, *overrides)
+    settings += (*check_swapping.settings_of(case), *SMALL, *overrides)
     config = load_config(check_swapping.CONFIG, settings)
     runner = MegatronRunner(config, Topology(), "", 0)
     move = runner.copies._move
@@ -82,7 +84,7 @@ def run(prompts, model_directory):
     @cache
     def run(case):
         if case.pipeline > 1:
-            overrides = (f"model.path={model_directory}", *QUICK_START)
+            overrides = (f"model.path={model_directory}", *SMALL)
             return check_swapping.run_engine(case, prompts, TOKENS, overrides)
         with one_rank(model_directory, case) as endpoint:
             return asyncio.run(check_swapping.generate(endpoint, case, prompts, TOKENS))
@@ -98,9 +100,9 @@ def test_swapped_requests_get_the_tokens_of_an_undisturbed_run(run, strategy, pi
     outputs, figures = run(Case(strategy, pipeline, SCARCE))
     print(figures)
     assert outputs == expected
-    assert (figures.preemptions > REQUESTS) == (strategy != "none")
+    assert (figures.preemptions >= REQUESTS) == (strategy != "none")
     if strategy in ("proactive", "reactive"):
-        assert figures.swap_ins > REQUESTS
+        assert figures.swap_ins >= REQUESTS
         assert figures.recomputed_tokens == 0
     else:
         assert figures.blocks_out == figures.blocks_in == 0
@@ -138,4 +140,4 @@ def test_swapped_requests_on_a_gpu(strategy, prompts, model_directory):
             answers.append(asyncio.run(check_swapping.generate(endpoint, case, prompts, TOKENS)))
     (expected, _), (outputs, figures) = answers
     assert outputs == expected
-    assert figures.swap_ins > REQUESTS
+    assert figures.swap_ins >= REQUESTS

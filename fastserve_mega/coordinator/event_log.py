@@ -1,0 +1,186 @@
+"""The scheduler's log: all it was told and all it answered, so that a run can be repeated.
+
+One JSON object per line. The first has what a `Scheduler` is made of; each other one is a call of
+`Scheduler.step`: `{"now": …, "events": [{"Arrived": {…}}, …], "plan": {…}}`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import msgspec
+
+from fastserve_mega.config import SchedulerConfig, SwapConfig
+from fastserve_mega.plan import Plan
+from fastserve_mega.scheduling.cost_model import Profile, ProfiledCostModel
+from fastserve_mega.scheduling.events import (
+    Aborted,
+    Arrived,
+    CopyDone,
+    Event,
+    StepDone,
+    WorkersLost,
+)
+from fastserve_mega.scheduling.memory import PoolSizes
+from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.strict import from_plain
+
+T = TypeVar("T")
+_EVENTS: dict[str, type[Event]] = {
+    cls.__name__: cls for cls in (Arrived, Aborted, StepDone, CopyDone, WorkersLost)
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerSetup:
+    """All that a live `Scheduler` is made of."""
+
+    scheduler: SchedulerConfig
+    swap: SwapConfig
+    pools: PoolSizes
+    profile: Profile
+    window: int
+    """Steps in flight at once."""
+    first_step_id: int
+
+    def make_scheduler(self) -> Scheduler:
+        """A fresh scheduler."""
+        return Scheduler(
+            self.scheduler,
+            ProfiledCostModel(self.profile),
+            self.pools,
+            swap=self.swap,
+            window=self.window,
+            first_step_id=self.first_step_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepCall:
+    """One call of `Scheduler.step`."""
+
+    now: float
+    """Seconds of the coordinator's clock."""
+    events: tuple[Event, ...]
+    plan: Plan | None
+    error: str | None = None
+    """What the scheduler raised instead of a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A `StepCall` as JSON has it: each event under its name."""
+
+    now: float
+    events: tuple[dict[str, object], ...]
+    plan: Plan | None
+    error: str | None = None
+
+
+class EventLogWriter:
+    """Appends to a log. When the disk fails, recording ends and serving goes on."""
+
+    def __init__(self, path: Path) -> None:
+        """Replace the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        # Unbuffered: each line is one write, so that a killed process leaves whole lines.
+        self._file: BinaryIO | None = path.open("wb", buffering=0)
+        self._encoder = msgspec.json.Encoder()
+
+    def begin(self, setup: SchedulerSetup) -> None:
+        """Write the first line."""
+        self._write(setup)
+
+    def record(self, call: StepCall) -> None:
+        """Write one more line."""
+        events: tuple[dict[str, object], ...] = tuple(
+            {type(event).__name__: event} for event in call.events
+        )
+        self._write(_Line(call.now, events, call.plan, call.error))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, record: object) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(self._encoder.encode(record) + b"\n")
+        except OSError as error:
+            _log.error("the event log ends here: %s", error)
+            self.close()
+
+
+class RecordingScheduler:
+    """Records the calls of a scheduler's `step`; for the rest there is the scheduler itself."""
+
+    def __init__(self, scheduler: Scheduler, writer: EventLogWriter) -> None:
+        self._scheduler = scheduler
+        self._writer = writer
+
+    def step(self, now: float, events: Sequence[Event] = ()) -> Plan | None:
+        """`Scheduler.step`, recorded also when it fails."""
+        try:
+            plan = self._scheduler.step(now, events)
+        except Exception as error:
+            self._writer.record(StepCall(now, tuple(events), None, error_text(error)))
+            raise
+        self._writer.record(StepCall(now, tuple(events), plan))
+        return plan
+
+
+def error_text(error: Exception) -> str:
+    """An exception as the log has it."""
+    return f"{type(error).__name__}: {error}"
+
+
+def read_event_log(path: Path) -> tuple[SchedulerSetup, Iterator[StepCall]]:
+    """The setup and the calls of a log, read as they are asked for.
+
+    Raises:
+        ValueError: (also while iterating) a line is not what `EventLogWriter` writes.
+        OSError: the file cannot be read.
+    """
+    lines = _numbered_lines(path)
+    first = next(lines, None)
+    if first is None:
+        raise ValueError(f"{path} is empty")
+    setup = _decode(path, *first, SchedulerSetup)
+    return setup, (_step_call(path, *line) for line in lines)
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        yield from enumerate(file, 1)
+
+
+def _decode(path: Path, number: int, line: bytes, target: type[T]) -> T:
+    try:
+        return from_plain(msgspec.json.decode(line), target)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
+
+
+def _step_call(path: Path, number: int, text: bytes) -> StepCall:
+    line = _decode(path, number, text, _Line)
+    try:
+        events = tuple(_event(raw) for raw in line.events)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
+    return StepCall(line.now, events, line.plan, line.error)
+
+
+def _event(raw: dict[str, object]) -> Event:
+    if len(raw) != 1 or (name := next(iter(raw))) not in _EVENTS:
+        raise ValueError(f"an event is one of {', '.join(_EVENTS)}, got {sorted(raw)}")
+    return from_plain(raw[name], _EVENTS[name])

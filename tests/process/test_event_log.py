@@ -1,0 +1,138 @@
+"""A live run, repeated from its event log: every plan comes out byte for byte the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_server import VOCAB, expected_tokens
+
+from fastserve_mega.client import Client
+from fastserve_mega.config import SwapConfig
+from fastserve_mega.coordinator.event_log import EventLogWriter, StepCall, read_event_log
+from fastserve_mega.types import FinishReason, SamplingParams
+
+TOOL = Path(__file__).parents[2] / "tools" / "replay_events.py"
+ENDLESS = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
+
+
+def replay(log):
+    return subprocess.run(
+        [sys.executable, str(TOOL), str(log)], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def record(start_server, log, strategy="proactive", ranks=1):
+    """A run with preemptions, swaps where the strategy does them, and aborts."""
+    swap = SwapConfig(strategy=strategy, write_through_blocks=3, write_through_occupancy=0.3)
+    with start_server(
+        coordinator={"event_log": str(log)}, swap=swap, ranks=ranks, device_blocks=32,
+        host_blocks=200, max_batch_size=5, max_batch_tokens=16,
+    ) as server, Client(server.endpoint) as client:  # fmt: skip
+        aborted = [client.submit([9, i], ENDLESS) for i in range(3)]
+        jobs = []
+        for i in range(10):
+            prompt = [1 + (i * 37 + j) % (VOCAB - 1) for j in range(1 + 7 * i)]
+            count = 5 + (i * 11) % 23
+            params = SamplingParams(max_tokens=count, temperature=0.0)
+            jobs.append((client.submit(prompt, params), expected_tokens(prompt, count)))
+        for generation in aborted:
+            generation.cancel()
+            assert generation.wait().finish_reason is FinishReason.ABORT
+        assert all(generation.wait().token_ids == expected for generation, expected in jobs)
+
+
+def lines_of(log):
+    return log.read_text().splitlines()
+
+
+@pytest.mark.parametrize("strategy", ["proactive", "reactive", "recompute"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_recorded_run_is_repeated_exactly(start_server, tmp_path, strategy, ranks):
+    log = tmp_path / "run.jsonl"
+    record(start_server, log, strategy, ranks)
+    setup, calls = read_event_log(log)
+    calls = list(calls)
+    plans = [call.plan for call in calls if call.plan]
+    assert setup.window == ranks
+    assert plans[0].step_id == setup.first_step_id
+    kinds = {type(event).__name__ for call in calls for event in call.events}
+    assert kinds >= {"Arrived", "StepDone", "Aborted"}
+    assert ("CopyDone" in kinds) == any(plan.copies for plan in plans) == (strategy != "recompute")
+    done = replay(log)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{len(plans)} of {len(plans)} plans equal, {len(calls)} calls\n"
+
+
+def test_a_tampered_log_is_noticed(start_server, tmp_path):
+    log = tmp_path / "run.jsonl"
+    record(start_server, log)
+    lines = lines_of(log)
+    number, call = next(
+        (i, json.loads(line)) for i, line in enumerate(lines)
+        if i > 20 and '"batch":[[' in line
+    )  # fmt: skip
+    call["plan"]["batch"][0][2] += 1
+    lines[number] = json.dumps(call)
+    log.write_text("\n".join(lines) + "\n")
+    done = replay(log)
+    assert done.returncode == 1
+    assert f"first difference: call {number}, now {call['now']}" in done.stdout
+    equal, of, plans = done.stdout.split()[:3]
+    assert (of, int(equal)) == ("of", int(plans) - 1)
+
+
+def test_another_setup_gives_other_plans(start_server, tmp_path):
+    log = tmp_path / "run.jsonl"
+    record(start_server, log)
+    first, *rest = lines_of(log)
+    setup = json.loads(first)
+    setup["scheduler"]["policy"] = "fcfs"
+    log.write_text("\n".join([json.dumps(setup), *rest]) + "\n")
+    assert replay(log).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"now": 1.0', "line 2: "),
+        ('{"now": 1.0, "events": [], "plan": null, "colour": 1}', "unknown field 'colour'"),
+        ('{"now": 1.0, "events": [{"Departed": {}}], "plan": null}', "an event is one of Arrived"),
+        ('{"now": 1.0, "events": [{"CopyDone": {"copy_id": "1"}}], "plan": null}', "`int`"),
+    ],
+)
+def test_a_damaged_log_is_told_in_one_sentence(start_server, tmp_path, line, message):
+    log = tmp_path / "run.jsonl"
+    with start_server(coordinator={"event_log": str(log)}):
+        pass
+    log.write_text(lines_of(log)[0] + "\n" + line + "\n")
+    done = replay(log)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith(f"replay_events: {log}, line 2: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_empty_and_a_missing_log(tmp_path):
+    (tmp_path / "empty").touch()
+    assert "is empty" in replay(tmp_path / "empty").stderr
+    assert replay(tmp_path / "missing").returncode == 2
+
+
+def test_a_full_disk_ends_the_log_and_not_the_server(tmp_path, caplog):
+    writer = EventLogWriter(Path("/dev/full"))
+    writer.record(StepCall(0.0, (), None))
+    writer.record(StepCall(1.0, (), None))
+    assert len(caplog.records) == 1
+    writer.close()
+
+
+def test_a_log_that_cannot_be_written_is_told_before_anything_starts(start_server, tmp_path):
+    missing = str(tmp_path / "missing" / "run.jsonl")
+    with (
+        pytest.raises(OSError, match="No such file"),
+        start_server(coordinator={"event_log": missing}),
+    ):
+        pass

@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Repeat a run of the live scheduler from its event log, and compare every plan byte for byte.
+
+    fastserve-mega serve --config … --set coordinator.event_log=run.jsonl
+    tools/replay_events.py run.jsonl
+
+Exit status 0 when all plans are equal, 1 when one differs, 2 when the log cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from fastserve_mega.coordinator.event_log import StepCall, error_text, read_event_log
+from fastserve_mega.plan import Plan
+from fastserve_mega.scheduling.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first call whose answer is another one than in the log."""
+
+    call: int
+    """Counted from 1."""
+    now: float
+    logged: str
+    replayed: str
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of it."""
+
+    calls: int
+    plans: int
+    """In the log."""
+    equal_plans: int
+    difference: Difference | None
+
+
+def replay(scheduler: Scheduler, calls: Iterable[StepCall]) -> Replay:
+    """Feed the calls of a log to a fresh scheduler, up to its end or to the first error."""
+    count = plans = equal = 0
+    difference = None
+    for call in calls:
+        count += 1
+        plans += call.plan is not None
+        plan, error = _step(scheduler, call)
+        logged, replayed = _answer(call.plan, call.error), _answer(plan, error)
+        if logged == replayed:
+            equal += call.plan is not None
+        elif difference is None:
+            difference = Difference(count, call.now, logged.decode(), replayed.decode())
+        if error is not None:
+            break  # its state is not to be relied on any more, and the live run ended here too
+    return Replay(count, plans, equal, difference)
+
+
+def _step(scheduler: Scheduler, call: StepCall) -> tuple[Plan | None, str | None]:
+    try:
+        return scheduler.step(call.now, call.events), None
+    except Exception as error:
+        return None, error_text(error)
+
+
+def _answer(plan: Plan | None, error: str | None) -> bytes:
+    return error.encode() if error is not None else msgspec.json.encode(plan)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("log", type=Path, help="written by coordinator.event_log")
+    options = parser.parse_args()
+    try:
+        setup, calls = read_event_log(options.log)
+        result = replay(setup.make_scheduler(), calls)
+    except (ValueError, OSError) as error:
+        print(f"replay_events: {error}", file=sys.stderr)
+        return 2
+    print(f"{result.equal_plans} of {result.plans} plans equal, {result.calls} calls")
+    if (difference := result.difference) is None:
+        return 0
+    print(f"first difference: call {difference.call}, now {difference.now}")
+    print(f"  logged:   {difference.logged}")
+    print(f"  replayed: {difference.replayed}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
