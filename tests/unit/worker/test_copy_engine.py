@@ -1,4 +1,6 @@
 import select
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -97,3 +99,8 @@ def test_without_copies_there_is_no_thread(moves):
     engine.start([])
     assert threading.active_count() == before
     engine.close()
+
+
+def test_a_rank_without_a_model_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import fastserve_mega.worker.main"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
