@@ -90,6 +90,8 @@ class ZmqWorkerGroup:
             try:
                 self._router.send_frame(peer, frame)
             except (PeerGoneError, PeerBusyError):
+                for _ in self.results():
+                    pass  # its last words, which say more, may have come just now
                 raise WorkersLostError(f"rank {worker.rank} does not take its steps") from None
 
     def results(self) -> Iterator[StepResult | CopyResult]:
