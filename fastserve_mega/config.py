@@ -199,7 +199,7 @@ class SchedulerConfig:
     """Tokens in one step; longer prompts are prefilled in chunks of at most this."""
     max_queued_requests: int = 100_000
     """Unfinished requests held at once; one more is rejected."""
-    backfill_lookahead: int = 64
+    backfill_lookahead: int = 16
     """How many requests that find no memory are passed over in one step in search of one that
     does."""
     max_passed_over: int = 64

@@ -36,9 +36,11 @@ class CopyDirection(str, Enum):
     SWAP_IN = "swap_in"  # host to device
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCopy:
-    """Blocks to copy between device and host memory, the same ids on every rank."""
+class BlockCopy(NamedTuple):
+    """Blocks to copy between device and host memory, the same ids on every rank.
+
+    A NamedTuple for the same reason as SequenceSlice.
+    """
 
     copy_id: int
     """Named by the CopyDone of every rank."""

@@ -8,11 +8,14 @@ from fastserve_mega.config import SchedulerConfig
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.memory import KvMemory
 from fastserve_mega.scheduling.policy import Policy
-from fastserve_mega.scheduling.request import Request
+from fastserve_mega.scheduling.request import Place, Request
 
 
 class BatchBuilder:
     """Takes requests by priority until the batch or its tokens are full (backfill).
+
+    Prefills share what the decodes leave: a decode costs them next to nothing, and would wait for
+    the whole of them.
 
     A request that finds no memory is passed over. Admission closes for this step when too many
     were passed over, or when one was in too many steps; after that only residents are taken, so
@@ -23,42 +26,60 @@ class BatchBuilder:
         self.requests: list[Request] = []
         self.slices: list[SequenceSlice] = []
         self._memory = memory
-        self._brings_back_ahead = memory.brings_back_ahead
+        self._takes_hosted = Place.HOSTED in memory.runnable_places
         self._max_requests = max_requests
         self._tokens_left = config.max_batch_tokens
         self._lookahead = config.backfill_lookahead
         self._max_passed_over = config.max_passed_over
         self._admitting = True
+        self._reserves_tokens = True
+        """Each place behind a prefill may be a decode's."""
+        self._prefills_wait = False
+        """What is left of the tokens is reserved for decodes."""
 
     def fill(self, policy: Policy) -> None:
         """Take requests until nothing more fits."""
-        self._take(policy.by_priority())
-        if not self._admitting and self._has_room():
-            self._take(self._memory.residents_by_priority())
+        self._take_by_priority(policy)
+        if self._has_room() and (self._prefills_wait or not self._admitting):
+            self._take(policy.walk(Place.RESIDENT))
+        if self._has_room() and self._prefills_wait:  # there were fewer decodes
+            self._reserves_tokens = self._prefills_wait = False
+            self._take_by_priority(policy)
 
     def _has_room(self) -> bool:
         return self._tokens_left > 0 and len(self.requests) < self._max_requests
 
+    def _take_by_priority(self, policy: Policy) -> None:
+        if self._admitting:
+            enough = self._max_requests + self._lookahead + 1
+            self._take(policy.merged(self._memory.runnable_places, enough))
+        else:
+            self._take(policy.walk(Place.RESIDENT))
+
     def _take(self, candidates: Iterable[Request]) -> None:
+        # The one loop whose cost counts: it looks at each running request in each step.
         memory, requests, slices = self._memory, self.requests, self.slices
-        was_admitting = self._admitting
+        block_size = memory.block_size
+        was_admitting, prefills_waited = self._admitting, self._prefills_wait
         for request in candidates:
             if request.in_flight_tokens or request.moving:
                 continue
             start = request.computed_tokens
             pending = request.known_tokens - start
             num_tokens = 1
-            if pending > 1:
-                # A prefill leaves a token to each place behind it: decodes cost it next to
-                # nothing, and would wait for the whole chunk.
-                places_behind = self._max_requests - len(requests) - 1
-                num_tokens = min(pending, max(self._tokens_left - places_behind, 1))
-            if request.block_table:
-                has_memory = memory.grow(request, start + num_tokens)
-            elif start and self._brings_back_ahead:
-                continue  # on the host: the planner's business
+            if pending > 1 and not (num_tokens := self._chunk(pending)):
+                if prefills_waited:
+                    continue
+                return
+            end = start + num_tokens
+            table = request.block_table
+            if table:
+                has_memory = end <= len(table) * block_size or memory.grow(request, end)
+            elif start and not self._takes_hosted:
+                continue  # preempted in this very step
             else:
                 has_memory = memory.make_resident(request, reserve=len(requests))
+                table = request.block_table
             if not has_memory:
                 self._pass_over(request)
                 if self._admitting == was_admitting:
@@ -67,19 +88,27 @@ class BatchBuilder:
             request.in_flight_tokens = num_tokens
             request.passed_over = 0
             requests.append(request)
-            slices.append(self._slice(request, start, num_tokens, num_tokens == pending))
+            told = request.told_blocks
+            new: tuple[int, ...] = ()
+            if told != len(table):
+                new = tuple(table[told:])
+                request.told_blocks = len(table)
+            samples = num_tokens == pending
+            self._prefills_wait |= not samples
+            slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, told, new))
             self._tokens_left -= num_tokens
             if not self._tokens_left or len(requests) == self._max_requests:
                 return
 
-    @staticmethod
-    def _slice(request: Request, start: int, num_tokens: int, samples: bool) -> SequenceSlice:
-        told, table = request.told_blocks, request.block_table
-        new: tuple[int, ...] = ()
-        if told != len(table):
-            new = tuple(table[told:])
-            request.told_blocks = len(table)
-        return SequenceSlice(request.request_id, start, num_tokens, samples, told, new)
+    def _chunk(self, pending: int) -> int:
+        """Tokens of a prefill in this step; after one that does not get all, there are none."""
+        if self._prefills_wait:
+            return 0
+        left = self._tokens_left
+        if self._reserves_tokens:
+            left -= self._max_requests - len(self.requests) - 1
+        self._prefills_wait = left <= 0
+        return max(min(pending, left), 0)
 
     def _pass_over(self, request: Request) -> None:
         request.passed_over += 1

@@ -9,7 +9,7 @@ from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.scheduling.request import Request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Copy:
     """A copy of some blocks of one request."""
 
@@ -30,13 +30,11 @@ class CopyLedger:
         self.swapped_in_blocks = 0
         self.leaving_blocks = 0
         """Device blocks that become free when their copies are done."""
+        self.copying_out = 0
+        """Copies to the host under way."""
         self._outstanding: dict[int, Copy] = {}
         self._planned: list[BlockCopy] = []
         self._next_id = 0
-
-    @property
-    def copying_out(self) -> bool:
-        return any(c.direction is CopyDirection.SWAP_OUT for c in self._outstanding.values())
 
     @property
     def outstanding(self) -> Iterable[Copy]:
@@ -52,6 +50,7 @@ class CopyLedger:
         """Put a copy into the next plan."""
         if copy.direction is CopyDirection.SWAP_OUT:
             self.swapped_out_blocks += len(sources)
+            self.copying_out += 1
         else:
             self.swapped_in_blocks += len(sources)
         self.leaving_blocks += len(copy.leaving)
@@ -74,6 +73,8 @@ class CopyLedger:
         if copy is not None:
             copy.request.copies -= 1
             self.leaving_blocks -= len(copy.leaving)
+            if copy.direction is CopyDirection.SWAP_OUT:
+                self.copying_out -= 1
         return copy
 
     def forget_all(self) -> None:
@@ -83,3 +84,4 @@ class CopyLedger:
         self._outstanding.clear()
         self._planned.clear()
         self.leaving_blocks = 0
+        self.copying_out = 0

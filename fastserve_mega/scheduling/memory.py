@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fastserve_mega.config import SwapStrategy
 from fastserve_mega.plan import CopyDirection
 from fastserve_mega.scheduling.copies import Copy, CopyLedger
-from fastserve_mega.scheduling.enst_order import EnstOrder
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
-from fastserve_mega.scheduling.request import Request
+from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.victims import Victims
+
+_UNBOUNDED = 1 << 62
+_LOOKED_AT = 64
+"""Residents whose copies on the host are looked at, when it is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +54,32 @@ class KvMemory:
         """Tokens whose KV was computed and dropped."""
         self.preemptions = 0
         self.copies = CopyLedger()
-        self._block_size = sizes.block_size
+        self.block_size = sizes.block_size
         self._strategy: SwapStrategy = strategy
         self._policy = policy
-        self._residents = EnstOrder(policy)
-        self._hosted = EnstOrder(policy)
-        self.victims = Victims(self._residents, policy)
+        self.victims = Victims(policy)
+        self.attainable_blocks = _UNBOUNDED
+        """What a request of lower priority than the last one that found no memory in this step can
+        hope for at most."""
         self._ended: dict[Request, None] = {}
-        """Ended while their blocks are being copied."""
+        """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
         self._held: tuple[Any, int] | None = None
 
     def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._block_size)
+        return -(-tokens // self.block_size)
 
     @property
-    def hosted(self) -> EnstOrder:
-        """Requests whose KV is on the host only, or on its way there."""
-        return self._hosted
+    def runnable_places(self) -> tuple[Place, ...]:
+        """Where the requests are that a batch may take, the waiting first.
 
-    @property
-    def residents(self) -> int:
-        """How many requests hold device blocks."""
-        return len(self._residents)
-
-    @property
-    def brings_back_ahead(self) -> bool:
-        """Whether requests on the host come back before their step, and not at it."""
-        return self._strategy == "proactive"
+        With `proactive`, those on the host come back before their step, and not at it.
+        """
+        if self._strategy == "reactive":
+            return Place.WAITING, Place.RESIDENT, Place.HOSTED
+        return Place.WAITING, Place.RESIDENT
 
     # --- one step ------------------------------------------------------------------------------
 
@@ -87,9 +87,8 @@ class KvMemory:
         """Forget what was found out for the step before."""
         self._step_id = step_id
         self._claimed = 0
-        self.victims.begin_step()
-        self._residents.begin_step(now)
-        self._hosted.begin_step(now)
+        self.attainable_blocks = _UNBOUNDED
+        self.victims.begin_step(now)
 
     def make_resident(self, request: Request, reserve: int) -> bool:
         """Admit a request, or bring it back from the host.
@@ -102,7 +101,9 @@ class KvMemory:
             Whether it can run in this step; if not, there is no memory for it or its KV is still
             on the way.
         """
-        if request in self._hosted:
+        if self.blocks_for(request.known_tokens) + reserve > self.attainable_blocks:
+            return False
+        if request.place is Place.HOSTED:
             # It may not have quite left.
             return not request.copies and self.swap_in(request, reserve, self._step_id)
         if self._held and self._policy.rank(request) > self._held[0]:
@@ -118,7 +119,7 @@ class KvMemory:
 
     def grow(self, request: Request, tokens: int) -> bool:
         """Let a resident request hold `tokens` tokens; False when there is no memory for that."""
-        missing = -(-tokens // self._block_size) - len(request.block_table)
+        missing = -(-tokens // self.block_size) - len(request.block_table)
         if missing <= 0:
             return True
         added = self._take(request, missing, 0)
@@ -135,10 +136,9 @@ class KvMemory:
         if table is None:
             return False
         used = self.blocks_for(request.computed_tokens)
-        self._hosted.discard(request)
         self._settle(request, table)
         request.moving = precedes_step is None
-        full = request.computed_tokens // self._block_size
+        full = request.computed_tokens // self.block_size
         copy = Copy(request, CopyDirection.SWAP_IN, leaving=(), makes_clean=full)
         self.copies.start(copy, request.host_table[:used], table[:used], precedes_step)
         return True
@@ -152,7 +152,7 @@ class KvMemory:
 
     def write_through(self, request: Request, limit: int) -> int:
         """Copy up to `limit` full blocks ahead of need; returns how many."""
-        dirty = request.computed_tokens // self._block_size - request.clean_blocks
+        dirty = request.computed_tokens // self.block_size - request.clean_blocks
         count = min(dirty, limit, self.host.free_count)
         if count <= 0:
             return 0
@@ -177,9 +177,7 @@ class KvMemory:
         request = copy.request
         self.device.free(copy.leaving)
         if request in self._ended:
-            if not request.copies:
-                del self._ended[request]
-                self._free_tables(request)
+            self.release(request)
             return
         request.clean_blocks = copy.makes_clean
         if copy.direction is CopyDirection.SWAP_IN:
@@ -187,18 +185,17 @@ class KvMemory:
             self.host.free(request.host_table[copy.makes_clean :])
             del request.host_table[copy.makes_clean :]
             request.moving = False
-        elif request in self._hosted:
+        elif request.place is Place.HOSTED:
             request.moving = False
 
     # --- ends ----------------------------------------------------------------------------------
 
     def release(self, request: Request) -> None:
-        """Take all blocks of an ended request, which must not be in flight."""
-        self._residents.discard(request)
-        self._hosted.discard(request)
-        if request.copies:
+        """Take all blocks of an ended request, as soon as nothing uses them any more."""
+        if request.copies or request.in_flight_tokens:
             self._ended[request] = None
         else:
+            self._ended.pop(request, None)
             self._free_tables(request)
 
     def lose_everything(self) -> None:
@@ -206,28 +203,24 @@ class KvMemory:
         for copy in self.copies.outstanding:
             self.device.free(copy.leaving)
         self.copies.forget_all()
-        for request in (*self._residents, *self._hosted, *self._ended):
-            if not request.ended:
-                self.recomputed_tokens += request.computed_tokens
+        for place in (Place.RESIDENT, Place.HOSTED):
+            for request in self._policy.walk(place):
+                self._drop(request)
+        for request in self._ended:
             self._free_tables(request)
-        self._residents.clear()
-        self._hosted.clear()
         self._ended.clear()
 
     # --- looking -------------------------------------------------------------------------------
 
-    def residents_by_priority(self) -> Iterator[Request]:
-        """Requests that hold device blocks, those that may not be scheduled now included."""
-        return self._residents.soonest_first()
-
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each block is free or has exactly one owner."""
-        owners = [*self._residents, *self._hosted, *self._ended]
+        hosted = list(self._policy.walk(Place.HOSTED))
+        owners = [*self._policy.walk(Place.RESIDENT), *hosted, *self._ended]
         device = [block for owner in owners for block in owner.block_table]
         device += [block for copy in self.copies.outstanding for block in copy.leaving]
         self.device.check_integrity(device)
         self.host.check_integrity([block for owner in owners for block in owner.host_table])
-        for request in self._hosted:
+        for request in hosted:
             if request.block_table or len(request.host_table) < self.blocks_for(
                 request.computed_tokens
             ):
@@ -239,7 +232,7 @@ class KvMemory:
         request.block_table = table
         request.told_blocks = 0
         request.sampled_since_admission = False
-        self._residents.add(request)
+        self._policy.put(request, Place.RESIDENT)
 
     def _take(self, request: Request, count: int, reserve: int) -> list[int] | None:
         shortage = count + reserve - self.device.free_count
@@ -258,8 +251,9 @@ class KvMemory:
             return
         leaving = self.copies.leaving_blocks
         coming = min(max(leaving - self._claimed, 0), shortage)
-        chosen = self.victims.choose(self._policy.rank(request), shortage - coming)
-        if chosen is None:
+        chosen, held = self.victims.choose(self._policy.rank(request), shortage - coming)
+        if held < shortage - coming:
+            self.attainable_blocks = self.device.free_count + coming + held
             return
         for victim in chosen:
             self._preempt(victim)
@@ -267,17 +261,18 @@ class KvMemory:
 
     def _preempt(self, victim: Request) -> None:
         self.preemptions += 1
-        self._residents.discard(victim)
         used = self.blocks_for(victim.computed_tokens)
         dirty = used - victim.clean_blocks
         if self._strategy == "recompute" or not self._make_host_room(victim, dirty):
             self._drop(victim)
             return
-        self._hosted.add(victim)
+        self._policy.put(victim, Place.HOSTED)
         table, victim.block_table = victim.block_table, []
-        self.device.free(table[: victim.clean_blocks] + table[used:])
+        clean = victim.clean_blocks
+        self.device.free(table[:clean])
+        self.device.free(table[used:])
         if dirty:
-            leaving = tuple(table[victim.clean_blocks : used])
+            leaving = tuple(table[clean:used])
             reactive = self._strategy == "reactive"
             victim.moving = not reactive
             self._copy_out(victim, leaving, leaving, self._step_id if reactive else None)
@@ -293,25 +288,27 @@ class KvMemory:
             return True
         if count > host.capacity:
             return False
-        for resident in self._residents:
-            if resident.host_table and not resident.copies:
+        # Those who run first do not need theirs soon.
+        for resident in islice(self._policy.walk(Place.RESIDENT), _LOOKED_AT):
+            if resident is not victim and resident.host_table and not resident.copies:
                 host.free(resident.host_table)
                 resident.host_table = []
                 resident.clean_blocks = 0
                 if host.free_count >= count:
                     return True
-        rank = self._policy.rank
-        later = [r for r in self._hosted if not r.copies and rank(r) > rank(victim)]
-        later.sort(key=rank)
-        while later and host.free_count < count:
-            self._drop(later.pop())
+        rank = self._policy.rank(victim)
+        for hosted in self._policy.walk_back(Place.HOSTED):
+            if host.free_count >= count or self._policy.rank(hosted) < rank:
+                break
+            if not hosted.copies:
+                self._drop(hosted)
         return host.free_count >= count
 
     def _drop(self, request: Request) -> None:
         """Give up the KV of a request that is not copied just now; it is prefilled again."""
         self.recomputed_tokens += request.computed_tokens
-        self._hosted.discard(request)
         self._free_tables(request)
+        self._policy.put(request, Place.WAITING)
 
     def _copy_out(
         self,

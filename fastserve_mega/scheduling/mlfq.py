@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from fastserve_mega.config import MlfqConfig
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.queues import LevelQueues
-from fastserve_mega.scheduling.request import Request
+from fastserve_mega.scheduling.request import Place, Request
 
 
 class Mlfq:
@@ -17,7 +18,7 @@ class Mlfq:
 
     A request is charged the time of the steps it takes part in and demoted when it has used up
     the quantum of its level. One that waited for `starvation_limit_s` since it last ran, or since
-    it arrived, returns to Q1.
+    it arrived, returns to Q1, up to a batch of them at a time.
 
     With `skip_join`, a request joins the highest level whose quantum holds its prefill, and a
     demoted one skips the levels whose quantum could not hold its next iteration. Without, all
@@ -35,9 +36,17 @@ class Mlfq:
         self._max_batch_size = max_batch_size
         self._starvation_limit_s = config.starvation_limit_s
         self._queues = LevelQueues(config.levels)
+        self.walk = self._queues.walk
+        self.walk_back = self._queues.walk_back
+        self.merged = self._queues.merged
+        self.count = self._queues.count
         self._watch: list[tuple[float, int, Request]] = []
         """Heap of (deadline, arrival number, request). A deadline is corrected when it is looked
         at, not when the request runs: one heap operation per starvation limit, not per step."""
+        self._promoted: set[Request] = set()
+        """Lifted to Q1 and still there."""
+        self._hosted_watch: list[tuple[float, int, Request]] = []
+        """The same for those on the host, who do not run and so keep their deadlines."""
 
     def add(self, request: Request, now: float) -> None:
         request.waiting_since = now
@@ -48,6 +57,13 @@ class Mlfq:
 
     def remove(self, request: Request) -> None:
         self._queues.remove(request)
+        self._promoted.discard(request)
+
+    def put(self, request: Request, place: Place) -> None:
+        self._queues.put(request, place)
+        if place is Place.HOSTED and self._starvation_limit_s is not None:
+            entry = (self._deadline(request), request.arrival_number, request)
+            heapq.heappush(self._hosted_watch, entry)
 
     def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
         quanta_s = self.quanta_s
@@ -64,9 +80,13 @@ class Mlfq:
                 self._demote(request, decode_s)
 
     def promote(self, now: float) -> None:
-        """Find the starving by their deadlines; each look is O(log n)."""
+        """Find the starving by their deadlines; each is O(log n).
+
+        No more than a batch of them at a time: under overload everybody starves, and with all of
+        them in Q1 the levels would be worth nothing.
+        """
         watch = self._watch
-        while watch and watch[0][0] <= now:
+        while watch and watch[0][0] <= now and self._may_promote():
             _, _, request = watch[0]
             if request.ended or request.level == 0:
                 heapq.heappop(watch)
@@ -76,9 +96,12 @@ class Mlfq:
             else:
                 heapq.heappop(watch)
                 request.watched = False
+                self._promoted.add(request)
                 self._queues.move(request, 0)
 
     def next_deadline(self, now: float) -> float | None:
+        if not self._may_promote():
+            return None  # before a step has made room there is nothing to do
         watch = self._watch
         while watch:
             deadline, _, request = watch[0]
@@ -92,13 +115,29 @@ class Mlfq:
             heapq.heapreplace(watch, (corrected, request.arrival_number, request))
         return None
 
-    def by_priority(self) -> Iterable[Request]:
-        return self._queues
-
     def rank(self, request: Request) -> tuple[int, int]:
         return request.level, request.level_entry
 
-    def next_scheduled(self, now: float) -> Callable[[Request], tuple[float, int, int]]:
+    def scheduled_in_s(self, request: Request, now: float) -> float:
+        return self._enst(now)(request)[0]
+
+    def soonest_hosted(self, now: float, count: int) -> list[Request]:
+        enst = self._enst(now)
+        first = list(islice(self.walk(Place.HOSTED), count))
+        if len(first) < count:
+            return sorted(first, key=enst)
+        until_s = enst(first[-1])[0]
+        promoted = self._first_promoted(now + until_s, count)
+        return sorted({*first, *promoted}, key=enst)[:count]
+
+    def latest_residents(self, now: float, count: int) -> list[Request]:
+        last = islice(self.walk_back(Place.RESIDENT), count)
+        return sorted(last, key=self._enst(now), reverse=True)
+
+    def level_lengths(self) -> tuple[int, ...]:
+        return self._queues.lengths
+
+    def _enst(self, now: float) -> Callable[[Request], tuple[float, int, int]]:
         """Sort by ENST (paper section 4.2): the sooner of promotion and execution.
 
         T_promote is the time left until the starvation promotion. T_execute is the time until all
@@ -124,8 +163,22 @@ class Mlfq:
 
         return enst
 
-    def level_lengths(self) -> tuple[int, ...]:
-        return self._queues.lengths
+    def _may_promote(self) -> bool:
+        return len(self._promoted) < self._max_batch_size
+
+    def _first_promoted(self, until: float, count: int) -> list[Request]:
+        """Of those on the host, up to `count` whose promotion comes first, and before `until`."""
+        watch = self._hosted_watch
+        valid: list[tuple[float, int, Request]] = []
+        while watch and watch[0][0] < until and len(valid) < count:
+            entry = heapq.heappop(watch)
+            deadline, _, request = entry
+            is_hosted = request.place is Place.HOSTED and not request.ended
+            if is_hosted and request.level and deadline == self._deadline(request):
+                valid.append(entry)
+        for entry in valid:
+            heapq.heappush(watch, entry)
+        return [request for _, _, request in valid]
 
     def _demote(self, request: Request, decode_s: float) -> None:
         """Move it down; `decode_s` is at least the time of its next iteration if it decodes."""
@@ -134,6 +187,7 @@ class Mlfq:
         if self._skip_join and not decodes_in_time:
             level = max(level, self._level_that_holds(self._next_iteration_s(request)))
         self._queues.move(request, level)
+        self._promoted.discard(request)
         self._watch_starvation(request)
 
     def _level_that_holds(self, seconds: float) -> int:
@@ -148,9 +202,14 @@ class Mlfq:
     def _watch_starvation(self, request: Request) -> None:
         if self._starvation_limit_s is not None and request.level > 0 and not request.watched:
             request.watched = True
-            deadline = request.waiting_since + self._starvation_limit_s
-            heapq.heappush(self._watch, (deadline, request.arrival_number, request))
+            entry = (self._deadline(request), request.arrival_number, request)
+            heapq.heappush(self._watch, entry)
 
     def _starvation_deadline(self, request: Request, now: float) -> float:
-        limit_s = self._starvation_limit_s or 0.0
-        return (now if request.in_flight_tokens else request.waiting_since) + limit_s
+        if request.in_flight_tokens:
+            return now + (self._starvation_limit_s or 0.0)
+        return self._deadline(request)
+
+    def _deadline(self, request: Request) -> float:
+        """When it is promoted unless it runs before."""
+        return request.waiting_since + (self._starvation_limit_s or 0.0)

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from fastserve_mega.types import RequestId
+
+
+class Place(IntEnum):
+    """Where the KV of an unfinished request is; each has exactly one."""
+
+    WAITING = 0
+    """Nowhere: it never ran, or its KV was dropped."""
+    RESIDENT = 1
+    """In device blocks, or on its way there."""
+    HOSTED = 2
+    """In host blocks only, or on its way there."""
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +33,7 @@ class Request:
     """Prompt and output tokens that exist; the KV of all of them is needed for the next one."""
     oracle_output_tokens: int | None = None
 
+    place: Place = Place.WAITING
     computed_tokens: int = 0
     """Leading tokens whose KV exists, on the device or on the host."""
     in_flight_tokens: int = 0
@@ -60,8 +73,3 @@ class Request:
     def pending_tokens(self) -> int:
         """Tokens to compute before the next token can be sampled; 1 means decode."""
         return self.known_tokens - self.computed_tokens
-
-    @property
-    def is_hosted(self) -> bool:
-        """Its KV is on the host only, or on its way there."""
-        return self.computed_tokens > 0 and not self.block_table

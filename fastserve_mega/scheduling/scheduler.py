@@ -18,7 +18,7 @@ from fastserve_mega.scheduling.events import (
 )
 from fastserve_mega.scheduling.memory import KvMemory, PoolSizes
 from fastserve_mega.scheduling.policies import make_policy
-from fastserve_mega.scheduling.request import Request
+from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.swap_planner import SwapPlanner
 from fastserve_mega.types import RequestId
 
@@ -114,14 +114,16 @@ class Scheduler:
         flying = [request for batch in self._in_flight.values() for request in batch]
         if len(set(flying)) != len(flying):
             raise RuntimeError("a request is in two steps at once")
-        queued = list(self._policy.by_priority())
+        queued = [request for place in Place for request in self._policy.walk(place)]
         if set(queued) != set(self._requests.values()) or len(queued) != len(self._requests):
             raise RuntimeError("the policy's queues and the unfinished requests differ")
         for request in {*flying, *queued}:
             if bool(request.in_flight_tokens) != (request in flying):
                 raise RuntimeError(f"request {request.request_id}: in flight or not?")
             held = request.computed_tokens + request.in_flight_tokens
-            resident = request.in_flight_tokens or not request.is_hosted
+            if not request.ended and request.place is not _place(request):
+                raise RuntimeError(f"request {request.request_id} is not {request.place.name}")
+            resident = request.in_flight_tokens or request.place is Place.RESIDENT
             if resident and self._memory.blocks_for(held) > len(request.block_table):
                 raise RuntimeError(f"request {request.request_id} computes without blocks")
 
@@ -190,8 +192,7 @@ class Scheduler:
         del self._requests[request.request_id]
         self._policy.remove(request)
         self._released.append(request.request_id)
-        if not request.in_flight_tokens:
-            self._memory.release(request)
+        self._memory.release(request)
 
     def _lose_workers(self, now: float) -> None:
         for batch in self._in_flight.values():
@@ -222,3 +223,9 @@ class Scheduler:
             self._in_flight[step_id] = batch.requests
         released, self._released = tuple(self._released), []
         return Plan(step_id, tuple(batch.slices), copies, released)
+
+
+def _place(request: Request) -> Place:
+    if request.block_table:
+        return Place.RESIDENT
+    return Place.HOSTED if request.computed_tokens else Place.WAITING

@@ -7,6 +7,7 @@ import math
 from fastserve_mega.config import SwapConfig
 from fastserve_mega.scheduling.memory import KvMemory
 from fastserve_mega.scheduling.policy import Policy
+from fastserve_mega.scheduling.request import Place
 
 _DEMAND_WINDOW_S = 10.0
 """The arrival rate is an exponential average over about this long."""
@@ -14,7 +15,7 @@ _MAX_RESERVE = 0.25
 """Share of the device pool that is kept for arrivals at most."""
 _SMOOTHING = 0.1
 _MAX_SWAP_INS = 8
-"""Requests that start to come back in one step."""
+"""Requests looked at in one step, whether they should come back."""
 _LEAD = 2.0
 """A request is brought back this many swap times before it is estimated to run."""
 
@@ -62,7 +63,7 @@ class SwapPlanner:
         """Decide the copies that go with this step."""
         reserve = self._reserve()
         self._memory.hold_blocks_for(None)
-        if self._memory.hosted:
+        if self._policy.count(Place.HOSTED):
             self._bring_back(now, reserve)
         if self._memory.device.free_count + self._memory.copies.leaving_blocks < reserve:
             self._memory.swap_out_for(reserve)
@@ -73,30 +74,24 @@ class SwapPlanner:
         """Blocks that the arrivals of one swap time will ask for."""
         capacity = self._memory.device.capacity
         # One swap moves about what one request holds.
-        swap_s = self._copy_s_per_block * capacity / max(self._memory.residents, 1)
+        swap_s = self._copy_s_per_block * capacity / max(self._policy.count(Place.RESIDENT), 1)
         return min(int(self._demand_blocks_per_s * swap_s), int(capacity * _MAX_RESERVE))
 
     def _bring_back(self, now: float, reserve: int) -> None:
         memory = self._memory
-        if not memory.residents:
+        if not self._policy.count(Place.RESIDENT):
             reserve = 0  # nothing else runs, and nothing else would make room
-        enst = self._policy.next_scheduled(now)
-        started = 0
-        # The walk passes over who is dropped meanwhile to make room on the host for somebody
-        # preempted.
-        for request in memory.hosted.soonest_first():
-            if request.copies:
+        for request in self._policy.soonest_hosted(now, _MAX_SWAP_INS):
+            # Some have not quite left; one may be dropped meanwhile, to make room on the host.
+            if request.copies or request.place is not Place.HOSTED:
                 continue
             blocks = memory.blocks_for(request.known_tokens)
             lead_s = _LEAD * blocks * self._copy_s_per_block
             fits = blocks + reserve <= memory.device.free_count
-            if not fits and enst(request)[0] > lead_s:
+            if not fits and self._policy.scheduled_in_s(request, now) > lead_s:
                 break
             if not memory.swap_in(request, reserve if fits else 0, None):
                 memory.hold_blocks_for(request)
-                break
-            started += 1
-            if started == _MAX_SWAP_INS:
                 break
 
     def _write_through(self) -> None:

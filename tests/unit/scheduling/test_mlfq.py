@@ -110,8 +110,10 @@ def test_flaw_6_the_deadline_is_known_not_searched():
     assert scheduler.level_lengths()[5] == 6
     plan = scheduler.step(3.0, [StepDone(0, 3.0, ("short",))])
     assert names(plan) == ["l0"]
-    assert scheduler.level_lengths()[0] == 5
-    assert scheduler.next_deadline(3.0) == 4.0
+    assert scheduler.level_lengths()[0] == 1  # a batch of the five
+    assert scheduler.next_deadline(3.0) is None  # not before that one has run
+    plan = scheduler.step(35.0, [StepDone(1, 32.0)])
+    assert names(plan) == ["l1"]
 
 
 def test_priority_shifts_the_level_and_stays_within_the_queue():
