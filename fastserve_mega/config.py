@@ -132,6 +132,8 @@ class KvCacheConfig:
     strategies that swap have a host pool."""
     host_memory_gb: float = 1.0
     """Memory of each rank's host pool when host_blocks is None."""
+    prefix_cache: bool = True
+    """Keep the KV of full blocks for requests that begin with the same tokens."""
     swap: SwapConfig = field(default_factory=SwapConfig)
 
     def __post_init__(self) -> None:

@@ -20,6 +20,8 @@ class _Pool(Protocol):
     @property
     def free_count(self) -> int: ...
     @property
+    def kept_count(self) -> int: ...
+    @property
     def capacity(self) -> int: ...
 
 
@@ -28,6 +30,13 @@ class _Copies(Protocol):
     def swapped_out_blocks(self) -> int: ...
     @property
     def swapped_in_blocks(self) -> int: ...
+
+
+class _PrefixCache(Protocol):
+    @property
+    def queried_tokens(self) -> int: ...
+    @property
+    def hit_tokens(self) -> int: ...
 
 
 class _Memory(Protocol):
@@ -41,6 +50,8 @@ class _Memory(Protocol):
     def recomputed_tokens(self) -> int: ...
     @property
     def copies(self) -> _Copies: ...
+    @property
+    def prefix_cache(self) -> _PrefixCache: ...
 
 
 class ObservedScheduler(Protocol):
@@ -165,6 +176,16 @@ class _MemoryMetrics:
             "Tokens whose KV was lost after it was computed",
             registry=registry,
         )
+        self._queried = Counter(
+            "fastserve_prefix_cache_queried_tokens",
+            "Tokens of requests that were given memory",
+            registry=registry,
+        )
+        self._hit = Counter(
+            "fastserve_prefix_cache_hit_tokens",
+            "Those of them whose KV existed",
+            registry=registry,
+        )
         self._swapped_blocks = Counter(
             "fastserve_swap_blocks",
             "KV blocks copied between device and host, write-through included",
@@ -199,10 +220,13 @@ class _MemoryMetrics:
 
     def read(self, memory: _Memory) -> None:
         for gauge, pool in ((self._device, memory.device), (self._host, memory.host)):
-            gauge.labels("free").set(pool.free_count)
+            gauge.labels("free").set(pool.free_count - pool.kept_count)
+            gauge.labels("cached").set(pool.kept_count)
             gauge.labels("owned").set(pool.capacity - pool.free_count)
         self._advance(self._preemptions, memory.preemptions)
         self._advance(self._recomputed, memory.recomputed_tokens)
+        self._advance(self._queried, memory.prefix_cache.queried_tokens)
+        self._advance(self._hit, memory.prefix_cache.hit_tokens)
         for direction, blocks in (
             ("out", memory.copies.swapped_out_blocks),
             ("in", memory.copies.swapped_in_blocks),

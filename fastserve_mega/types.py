@@ -10,6 +10,9 @@ from typing import NewType
 RequestId = NewType("RequestId", str)
 """Chosen by the client, unique among its unfinished requests; resubmitting it is idempotent."""
 
+BlockHash = NewType("BlockHash", str)
+"""Names the content of a full KV block: its tokens, all tokens before them, and a salt."""
+
 MAX_SEED = 2**63 - 1
 
 
@@ -80,3 +83,5 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose KV existed when the request first ran."""

@@ -136,6 +136,7 @@ class AsyncClient:
         *,
         stop: str | Sequence[str] = (),
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGeneration:
@@ -146,6 +147,7 @@ class AsyncClient:
             params: how to sample; None takes the defaults (16 tokens).
             stop: strings before which the answer ends.
             priority: 0 is normal, lower is sooner.
+            cache_salt: KV is shared among requests with the same salt only.
             timeout_s: end with finish reason `timeout` when unfinished after this many seconds.
             request_id: unique among the server's unfinished requests; None draws one.
 
@@ -161,6 +163,7 @@ class AsyncClient:
             params,
             stop=stop,
             priority=priority,
+            cache_salt=cache_salt,
             timeout_s=timeout_s,
             request_id=request_id,
         )
@@ -172,6 +175,7 @@ class AsyncClient:
         *,
         stop: str | Sequence[str] = (),
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGeneration:
@@ -188,6 +192,7 @@ class AsyncClient:
             params,
             stop=stop,
             priority=priority,
+            cache_salt=cache_salt,
             timeout_s=timeout_s,
             request_id=request_id,
         )
@@ -199,6 +204,7 @@ class AsyncClient:
         *,
         stop: str | Sequence[str] = (),
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGeneration:
@@ -215,6 +221,7 @@ class AsyncClient:
             prompt=tuple(prompt),
             params=params,
             priority=priority,
+            cache_salt=cache_salt,
             timeout_s=timeout_s,
         )
         end_ids = frozenset(params.stop_token_ids)

@@ -88,6 +88,7 @@ class Client:
         *,
         stop: str | Sequence[str] = (),
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Generation:
@@ -97,6 +98,7 @@ class Client:
             params,
             stop=stop,
             priority=priority,
+            cache_salt=cache_salt,
             timeout_s=timeout_s,
             request_id=request_id,
         )
@@ -109,6 +111,7 @@ class Client:
         *,
         stop: str | Sequence[str] = (),
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Generation:
@@ -118,6 +121,7 @@ class Client:
             params,
             stop=stop,
             priority=priority,
+            cache_salt=cache_salt,
             timeout_s=timeout_s,
             request_id=request_id,
         )
@@ -130,6 +134,7 @@ class Client:
         *,
         stop: str | Sequence[str] = (),
         priority: int = 0,
+        cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> Generation:
@@ -139,6 +144,7 @@ class Client:
             params,
             stop=stop,
             priority=priority,
+            cache_salt=cache_salt,
             timeout_s=timeout_s,
             request_id=request_id,
         )

@@ -10,6 +10,7 @@ from fastserve_mega.scheduling.scheduler import Scheduler
 
 _MAX_ID_LENGTH = 256
 _MAX_PRIORITY = 1_000
+_MAX_SALT_LENGTH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Admission:
             return (
                 f"priority must be between -{_MAX_PRIORITY} and {_MAX_PRIORITY}, "
                 f"got {submit.priority}"
+            )
+        if len(submit.cache_salt) > _MAX_SALT_LENGTH:
+            return (
+                f"cache_salt must have at most {_MAX_SALT_LENGTH} characters, "
+                f"got {len(submit.cache_salt)}"
             )
         timeout_s = submit.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from fastserve_mega.config import CoordinatorConfig
 from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.block_hashes import BlockHashChain
 from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight
 from fastserve_mega.coordinator.event_log import RecordingScheduler
 from fastserve_mega.coordinator.front_door import FrontDoor
@@ -37,7 +38,7 @@ from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, Event, StepDone
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.types import FinishReason, RequestId, Usage
+from fastserve_mega.types import BlockHash, FinishReason, RequestId, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,10 @@ class Coordinator:
         world_size: int,
         metrics: ServingMetrics,
         admission: Admission,
+        prefix_block_size: int | None,
         clock: Callable[[], float],
     ) -> None:
+        """Put the parts together; `prefix_block_size` is None without prefix cache."""
         self._config = config
         self._welcome = welcome
         self._eos_token_ids = frozenset(welcome.eos_token_ids)
@@ -71,6 +74,7 @@ class Coordinator:
         self._workers = workers
         self._metrics = metrics
         self._admission = admission
+        self._prefix_block_size = prefix_block_size
         self._clock = clock
         self._requests: dict[RequestId, LiveRequest] = {}
         self._by_client: dict[Identity, set[RequestId]] = {}
@@ -160,13 +164,16 @@ class Coordinator:
                 f"step {result.step_id} yielded {len(result.token_ids)} tokens for "
                 f"{len(sampled)} requests"
             )
-        finished = []
+        finished: list[RequestId] = []
+        filled: list[tuple[RequestId, BlockHash]] = []
         for live, token in zip(sampled, result.token_ids, strict=True):
             if self._requests.get(live.request_id) is not live:
                 continue  # ended while the step ran
             reason = live.accept(token, self._eos_token_ids)
             self._metrics.observe_token(live.arrived, live.first_token_at, now)
             live.first_token_at = live.first_token_at or now
+            if live.block_hashes:
+                filled += [(live.request_id, each) for each in live.block_hashes.extend((token,))]
             offset = len(live.output) - 1
             self._replies.append((live.client, Tokens(live.request_id, offset, (token,))))
             if reason:
@@ -174,7 +181,7 @@ class Coordinator:
                 self._finish(live, reason)
         elapsed_s = now - step.dispatched_at
         self._metrics.observe_step(step.plan, elapsed_s, result.copy_wait_s)
-        return StepDone(step.plan.step_id, elapsed_s, tuple(finished))
+        return StepDone(step.plan.step_id, elapsed_s, tuple(finished), tuple(filled))
 
     def _from_clients(self, now: float) -> list[Event]:
         events: list[Event] = []
@@ -212,6 +219,8 @@ class Coordinator:
             return []
         deadline = None if submit.timeout_s is None else now + submit.timeout_s
         live = LiveRequest(submit, client, now, deadline, list(submit.received))
+        if self._prefix_block_size:
+            live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
         self._requests[request_id] = live
         self._by_client.setdefault(client, set()).add(request_id)
         if deadline is not None:
@@ -224,6 +233,11 @@ class Coordinator:
                 max_tokens=submit.params.max_tokens,
                 received_tokens=len(submit.received),
                 priority=submit.priority,
+                block_hashes=(
+                    live.block_hashes.extend((*submit.prompt, *submit.received))
+                    if live.block_hashes
+                    else ()
+                ),
             )
         ]
 
@@ -274,8 +288,9 @@ class Coordinator:
             live.input_tokens(piece) for live, piece in zip(requests, plan.batch, strict=True)
         )
         started = tuple(live.sequence_start for live in requests if not live.started)
-        for live in requests:
-            live.started = True
+        for live, piece in zip(requests, plan.batch, strict=True):
+            if not live.started:
+                live.begin(piece.start)
         if plan.batch:
             self._steps.append(_DispatchedStep(plan, now, requests))
         self._copies.dispatched(plan.copies, now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field
 
+from fastserve_mega.coordinator.block_hashes import BlockHashChain
 from fastserve_mega.messaging.messages import SequenceStart, Submit
 from fastserve_mega.messaging.router import Identity
 from fastserve_mega.plan import SequenceSlice
@@ -22,8 +23,12 @@ class LiveRequest:
     """When it ends with `timeout`, on the coordinator's clock."""
     output: list[int]
     """All output tokens, those the client brought along included."""
+    block_hashes: BlockHashChain | None = None
+    """Of all its tokens; None without prefix cache."""
     started: bool = False
     """The workers know its sampling parameters."""
+    cached_tokens: int = 0
+    """Prompt tokens whose KV existed when it first ran."""
     first_token_at: float | None = None
     seed: int = field(init=False)
 
@@ -42,11 +47,16 @@ class LiveRequest:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.submit.prompt), len(self.output))
+        return Usage(len(self.submit.prompt), len(self.output), self.cached_tokens)
 
     @property
     def sequence_start(self) -> SequenceStart:
         return SequenceStart(self.request_id, self.params, self.seed, len(self.submit.prompt))
+
+    def begin(self, computed_tokens: int) -> None:
+        """It takes part in its first step, with this many tokens computed already."""
+        self.started = True
+        self.cached_tokens = min(computed_tokens, len(self.submit.prompt))
 
     def input_tokens(self, piece: SequenceSlice) -> tuple[int, ...]:
         """The tokens of a slice, from the prompt and the output so far."""

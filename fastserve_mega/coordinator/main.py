@@ -216,6 +216,9 @@ class CoordinatorProcess:
             world_size=config.parallel.world_size,
             metrics=metrics,
             admission=admission,
+            prefix_block_size=(
+                config.kv_cache.block_size if config.kv_cache.prefix_cache else None
+            ),
             clock=time.monotonic,
         )
 

@@ -54,6 +54,8 @@ class Submit:
     """0 is normal, lower is sooner."""
     timeout_s: float | None = None
     """End with `timeout` when unfinished after this many seconds."""
+    cache_salt: str = ""
+    """The prefix cache shares KV among requests with the same salt only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fastserve_mega.config import SchedulerConfig
 from fastserve_mega.plan import SequenceSlice
-from fastserve_mega.scheduling.memory import KvMemory
+from fastserve_mega.scheduling.memory import Admission, KvMemory
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request
 
@@ -32,6 +32,8 @@ class BatchBuilder:
         self._lookahead = config.backfill_lookahead
         self._max_passed_over = config.max_passed_over
         self._admitting = True
+        self._stops = False
+        """Admission has just closed."""
         self._reserves_tokens = True
         """Each place behind a prefill may be a decode's."""
         self._prefills_wait = False
@@ -58,9 +60,9 @@ class BatchBuilder:
 
     def _take(self, candidates: Iterable[Request]) -> None:
         # The one loop whose cost counts: it looks at each running request in each step.
-        memory, requests, slices = self._memory, self.requests, self.slices
-        block_size = memory.block_size
-        was_admitting, prefills_waited = self._admitting, self._prefills_wait
+        requests, slices = self.requests, self.slices
+        block_size = self._memory.block_size
+        prefills_waited = self._prefills_wait
         for request in candidates:
             if request.in_flight_tokens or request.moving:
                 continue
@@ -71,20 +73,15 @@ class BatchBuilder:
                 if prefills_waited:
                     continue
                 return
-            end = start + num_tokens
             table = request.block_table
-            if table:
-                has_memory = end <= len(table) * block_size or memory.grow(request, end)
-            elif start and not self._takes_hosted:
-                continue  # preempted in this very step
-            else:
-                has_memory = memory.make_resident(request, reserve=len(requests))
-                table = request.block_table
-            if not has_memory:
-                self._pass_over(request)
-                if self._admitting == was_admitting:
+            if start + num_tokens > len(table) * block_size:
+                if not self._has_memory(request, start + num_tokens):
+                    if self._stops:
+                        return
                     continue
-                return
+                table, start = request.block_table, request.computed_tokens
+                pending = request.known_tokens - start  # some of it may have been cached
+                num_tokens = min(num_tokens, pending)
             request.in_flight_tokens = num_tokens
             request.passed_over = 0
             requests.append(request)
@@ -100,6 +97,19 @@ class BatchBuilder:
             if not self._tokens_left or len(requests) == self._max_requests:
                 return
 
+    def _has_memory(self, request: Request, tokens: int) -> bool:
+        """Give a request room for `tokens` tokens; sets `_stops` when admission closes."""
+        self._stops = False
+        if request.place is Place.RESIDENT:
+            admission = self._memory.grow(request, tokens)
+        elif request.place is Place.HOSTED and not self._takes_hosted:
+            return False  # preempted in this very step
+        else:
+            admission = self._memory.make_resident(request, reserve=len(self.requests))
+        if admission is Admission.NO_MEMORY:
+            self._pass_over(request)
+        return admission is Admission.READY
+
     def _chunk(self, pending: int) -> int:
         """Tokens of a prefill in this step; after one that does not get all, there are none."""
         if self._prefills_wait:
@@ -114,4 +124,5 @@ class BatchBuilder:
         request.passed_over += 1
         self._lookahead -= 1
         if self._lookahead < 0 or request.passed_over > self._max_passed_over:
+            self._stops = self._admitting
             self._admitting = False

@@ -7,18 +7,23 @@ from dataclasses import dataclass
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.scheduling.request import Request
+from fastserve_mega.types import BlockHash
 
 
 @dataclass(slots=True)
 class Copy:
-    """A copy of some blocks of one request."""
+    """A copy of some blocks of one request, or of blocks kept for their content."""
 
-    request: Request
+    request: Request | None
     direction: CopyDirection
-    leaving: tuple[int, ...]
+    leaving: tuple[int, ...] = ()
     """Device blocks that become free when it is done."""
-    makes_clean: int
+    makes_clean: int = 0
     """How many leading blocks of the request are clean when it is done."""
+    host_blocks: tuple[int, ...] = ()
+    """Host blocks that are owned by the copy itself, and given up when it is done."""
+    host_hashes: tuple[BlockHash, ...] = ()
+    """Their contents when it is done; empty when they are only read."""
 
 
 class CopyLedger:
@@ -54,7 +59,8 @@ class CopyLedger:
         else:
             self.swapped_in_blocks += len(sources)
         self.leaving_blocks += len(copy.leaving)
-        copy.request.copies += 1
+        if copy.request:
+            copy.request.copies += 1
         copy_id = self._next_id
         self._next_id += 1
         self._outstanding[copy_id] = copy
@@ -71,7 +77,8 @@ class CopyLedger:
         """Strike off a finished copy; None for one from before the ranks were lost."""
         copy = self._outstanding.pop(copy_id, None)
         if copy is not None:
-            copy.request.copies -= 1
+            if copy.request:
+                copy.request.copies -= 1
             self.leaving_blocks -= len(copy.leaving)
             if copy.direction is CopyDirection.SWAP_OUT:
                 self.copying_out -= 1
@@ -80,7 +87,8 @@ class CopyLedger:
     def forget_all(self) -> None:
         """The ranks were lost, and with them what they were copying."""
         for copy in self._outstanding.values():
-            copy.request.copies = 0
+            if copy.request:
+                copy.request.copies = 0
         self._outstanding.clear()
         self._planned.clear()
         self.leaving_blocks = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastserve_mega.types import RequestId
+from fastserve_mega.types import BlockHash, RequestId
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class Arrived:
     """Output tokens that exist already; prompt and these are prefilled together."""
     priority: int = 0
     """0 is normal, lower is sooner."""
+    block_hashes: tuple[BlockHash, ...] = ()
+    """Of the full blocks of these tokens, for the prefix cache; none when it is off."""
     oracle_output_tokens: int | None = None
     """The true output length. Only the simulator knows it, only `srpt` reads it."""
 
@@ -38,6 +40,8 @@ class StepDone:
     """From dispatch to result."""
     finished: tuple[RequestId, ...] = ()
     """Requests whose last token this step yielded."""
+    filled: tuple[tuple[RequestId, BlockHash], ...] = ()
+    """Requests whose new token is the last one of a block, and the hash of that block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+from fastserve_mega.types import BlockHash
 
 NULL_BLOCK = 0
 """Never owned and never written; it pads block tables."""
 
 
 class BlockPool:
-    """Free block ids of one memory; each id is either in here or owned by one request."""
+    """The blocks of one memory: each is free, or has owners, or is kept for its content.
+
+    A block whose content has a hash can get several owners, who only read it. When the last one
+    frees it, it stays findable until its memory is needed, the least recently used first; so it
+    counts as free.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         """Make a pool of the ids 1 .. num_blocks - 1, all free; of 0 or 1 blocks, an empty one."""
@@ -17,6 +25,12 @@ class BlockPool:
             raise ValueError(f"a pool cannot have {num_blocks} blocks")
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Without owners, findable; the least recently used first."""
+        self._more_owners: dict[int, int] = {}
+        """Owners besides the first, of those that have more."""
+        self._hash_of: dict[int, BlockHash] = {}
+        self._block_of: dict[BlockHash, int] = {}
 
     @property
     def capacity(self) -> int:
@@ -25,25 +39,107 @@ class BlockPool:
 
     @property
     def free_count(self) -> int:
+        """Blocks that can be allocated, those kept for their content included."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def empty_count(self) -> int:
+        """Blocks that can be allocated without losing anything."""
         return len(self._free)
 
+    @property
+    def kept_count(self) -> int:
+        """Blocks without owners that are kept for their content."""
+        return len(self._kept)
+
     def allocate(self, count: int) -> list[int]:
-        """Take `count` free blocks, the most recently freed first.
+        """Take `count` free blocks, the most recently freed first, kept ones last.
 
         Raises:
             MemoryError: fewer are free; the pool is unchanged.
         """
-        if count > len(self._free):
-            raise MemoryError(f"{count} blocks asked for, {len(self._free)} are free")
-        kept = len(self._free) - count
+        if count > self.free_count:
+            raise MemoryError(f"{count} blocks asked for, {self.free_count} are free")
+        kept = max(len(self._free) - count, 0)
         taken = self._free[kept:]
         del self._free[kept:]
+        while len(taken) < count:
+            taken.append(self.drop_oldest_kept())
         return taken
 
-    def free(self, block_ids: Iterable[int]) -> None:
-        self._free.extend(block_ids)
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Give up one owner of each; the last blocks of a table are the first to be reused."""
+        if not self._hash_of and not self._more_owners:
+            self._free.extend(block_ids)
+            return
+        for block in reversed(block_ids):
+            if block in self._more_owners:
+                self._disown(block)
+            elif block in self._hash_of:
+                self._kept[block] = None
+            else:
+                self._free.append(block)
 
-    def check_integrity(self, owned: list[int]) -> None:
-        """Raise RuntimeError unless free and owned ids partition the pool exactly."""
-        if sorted(self._free + owned) != list(range(1, self.num_blocks)):
-            raise RuntimeError("free and owned blocks do not partition the pool")
+    def exclusive(self, block_ids: Sequence[int]) -> int:
+        """How many of these come free when their owner frees them."""
+        if not self._more_owners:
+            return len(block_ids)
+        return sum(block not in self._more_owners for block in block_ids)
+
+    # --- content -------------------------------------------------------------------------------
+
+    def publish(self, block: int, block_hash: BlockHash) -> None:
+        """Make an owned block findable; does nothing when another one has the same content."""
+        if block_hash not in self._block_of and block not in self._hash_of:
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+
+    def __contains__(self, block_hash: BlockHash) -> bool:
+        return block_hash in self._block_of
+
+    def share(self, block_hash: BlockHash) -> int | None:
+        """Become an owner of the block with this content; None when there is none."""
+        block = self._block_of.get(block_hash)
+        if block is None:
+            return None
+        if block in self._kept:
+            del self._kept[block]
+        else:
+            self._more_owners[block] = self._more_owners.get(block, 0) + 1
+        return block
+
+    def oldest_kept(self) -> BlockHash | None:
+        """The content that is dropped next."""
+        return self._hash_of[next(iter(self._kept))] if self._kept else None
+
+    def drop_oldest_kept(self) -> int:
+        """Forget a content; its block has an owner now."""
+        block, _ = self._kept.popitem(last=False)
+        del self._block_of[self._hash_of.pop(block)]
+        return block
+
+    def forget_contents(self) -> None:
+        """The memory was lost; owners stay."""
+        self._free.extend(self._kept)
+        self._kept.clear()
+        self._hash_of.clear()
+        self._block_of.clear()
+
+    def _disown(self, block: int) -> None:
+        self._more_owners[block] -= 1
+        if not self._more_owners[block]:
+            del self._more_owners[block]
+
+    # --- looking -------------------------------------------------------------------------------
+
+    def check_integrity(self, owned: Iterable[int]) -> None:
+        """Raise RuntimeError unless each block is free, kept, or owned as often as `owned` says."""
+        owners = Counter(owned)
+        if sorted([*self._free, *self._kept, *owners]) != list(range(1, self.num_blocks)):
+            raise RuntimeError("free, kept and owned blocks do not partition the pool")
+        if {block: count - 1 for block, count in owners.items() if count > 1} != self._more_owners:
+            raise RuntimeError("the owners of shared blocks are miscounted")
+        if {block_hash: block for block, block_hash in self._hash_of.items()} != self._block_of:
+            raise RuntimeError("contents and blocks do not match")
+        if not set(self._kept) <= set(self._hash_of):
+            raise RuntimeError("a block is kept without content")

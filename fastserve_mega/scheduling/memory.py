@@ -1,23 +1,18 @@
-"""Where the KV of each request is: admission, growth, preemption, and the copies between pools."""
+"""Where the KV of each request is: admission, growth, preemption."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from enum import Enum
 from typing import Any
 
 from fastserve_mega.config import SwapStrategy
-from fastserve_mega.plan import CopyDirection
-from fastserve_mega.scheduling.copies import Copy, CopyLedger
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
+from fastserve_mega.scheduling.prefix_cache import PrefixCache
 from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.scheduling.swapping import Swapper
 from fastserve_mega.scheduling.victims import Victims
-
-_UNBOUNDED = 1 << 62
-_LOOKED_AT = 64
-"""Residents whose copies on the host are looked at, when it is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +23,16 @@ class PoolSizes:
     host_blocks: int
     block_size: int
     """Tokens of a block."""
+
+
+class Admission(Enum):
+    """What became of a request that asked for memory."""
+
+    READY = 0
+    """It can run in this step."""
+    COMING = 1
+    """It has to wait for nothing but a copy or a step that is under way."""
+    NO_MEMORY = 2
 
 
 class KvMemory:
@@ -50,26 +55,40 @@ class KvMemory:
     def __init__(self, sizes: PoolSizes, strategy: SwapStrategy, policy: Policy) -> None:
         self.device = BlockPool(sizes.device_blocks)
         self.host = BlockPool(sizes.host_blocks)
-        self.recomputed_tokens = 0
-        """Tokens whose KV was computed and dropped."""
-        self.preemptions = 0
-        self.copies = CopyLedger()
         self.block_size = sizes.block_size
+        self.prefix_cache = PrefixCache(self.device, self.host, sizes.block_size)
+        self.swapper = Swapper(
+            device=self.device,
+            host=self.host,
+            prefix_cache=self.prefix_cache,
+            policy=policy,
+            strategy=strategy,
+            block_size=sizes.block_size,
+        )
+        self.copies = self.swapper.copies
+        self.victims = Victims(policy, self.device)
         self._strategy: SwapStrategy = strategy
         self._policy = policy
-        self.victims = Victims(policy)
-        self.attainable_blocks = _UNBOUNDED
-        """What a request of lower priority than the last one that found no memory in this step can
-        hope for at most."""
         self._ended: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
+        self._attainable: tuple[Any, int] | None = None
+        """A rank, and what requests of lower priority can hope for in this step at most."""
         self._held: tuple[Any, int] | None = None
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens whose KV was computed, dropped, and not found again."""
+        return self.swapper.recomputed_tokens
+
+    @property
+    def preemptions(self) -> int:
+        return self.swapper.preemptions
 
     @property
     def runnable_places(self) -> tuple[Place, ...]:
@@ -87,60 +106,57 @@ class KvMemory:
         """Forget what was found out for the step before."""
         self._step_id = step_id
         self._claimed = 0
-        self.attainable_blocks = _UNBOUNDED
+        self._attainable = None
         self.victims.begin_step(now)
 
-    def make_resident(self, request: Request, reserve: int) -> bool:
-        """Admit a request, or bring it back from the host.
+    def make_resident(self, request: Request, reserve: int) -> Admission:
+        """Admit a request, or bring it back from the host for this very step.
 
         Args:
             request: not resident and not moving.
             reserve: blocks to leave free for the growth of those running.
-
-        Returns:
-            Whether it can run in this step; if not, there is no memory for it or its KV is still
-            on the way.
         """
-        if self.blocks_for(request.known_tokens) + reserve > self.attainable_blocks:
-            return False
         if request.place is Place.HOSTED:
             # It may not have quite left.
-            return not request.copies and self.swap_in(request, reserve, self._step_id)
-        if self._held and self._policy.rank(request) > self._held[0]:
-            reserve += self._held[1]
-        tokens = request.known_tokens
-        if self._strategy == "none":
-            tokens = request.prompt_tokens + request.max_tokens
-        table = self._take(request, self.blocks_for(tokens), reserve)
+            if request.copies:
+                return Admission.COMING
+            came = self.bring_back(request, reserve, self._step_id)
+            return Admission.READY if came else Admission.NO_MEMORY
+        if request.block_hashes:
+            return self._admit_with_prefix(request, reserve)
+        table = self._take(request, self._blocks_wanted(request), self._with_held(request, reserve))
         if table is None:
-            return False
+            return Admission.NO_MEMORY
         self._settle(request, table)
-        return True
+        return Admission.READY
 
-    def grow(self, request: Request, tokens: int) -> bool:
-        """Let a resident request hold `tokens` tokens; False when there is no memory for that."""
+    def grow(self, request: Request, tokens: int) -> Admission:
+        """Let a resident request hold `tokens` tokens."""
         missing = -(-tokens // self.block_size) - len(request.block_table)
-        if missing <= 0:
-            return True
         added = self._take(request, missing, 0)
         if added is None:
-            return False
+            return Admission.NO_MEMORY
         request.block_table.extend(added)
-        return True
+        return Admission.READY
 
-    # --- moving --------------------------------------------------------------------------------
-
-    def swap_in(self, request: Request, reserve: int, precedes_step: int | None) -> bool:
-        """Start to bring a request back; False when there is no memory for it in this step."""
-        table = self._take(request, self.blocks_for(request.known_tokens), reserve)
-        if table is None:
-            return False
+    def bring_back(self, request: Request, reserve: int, precedes_step: int | None) -> bool:
+        """Start to copy a hosted request back; False when there is no memory for it now."""
         used = self.blocks_for(request.computed_tokens)
-        self._settle(request, table)
-        request.moving = precedes_step is None
         full = request.computed_tokens // self.block_size
-        copy = Copy(request, CopyDirection.SWAP_IN, leaving=(), makes_clean=full)
-        self.copies.start(copy, request.host_table[:used], table[:used], precedes_step)
+        # What the device still has by its content needs no copy.
+        table: list[int | None] = [self.device.share(h) for h in request.block_hashes[:full]]
+        table += [None] * (self.blocks_for(request.known_tokens) - len(table))
+        filled = self._fill(request, table, reserve)
+        if filled is None:
+            return False
+        copied = [index for index in range(used) if table[index] is None]
+        self._settle(request, filled)
+        self.swapper.swap_in(
+            request,
+            [request.host_table[index] for index in copied],
+            [filled[index] for index in copied],
+            precedes_step,
+        )
         return True
 
     def hold_blocks_for(self, request: Request | None) -> None:
@@ -150,45 +166,27 @@ class KvMemory:
             blocks = self.blocks_for(request.known_tokens)
             self._held = (self._policy.rank(request), blocks)
 
-    def write_through(self, request: Request, limit: int) -> int:
-        """Copy up to `limit` full blocks ahead of need; returns how many."""
-        dirty = request.computed_tokens // self.block_size - request.clean_blocks
-        count = min(dirty, limit, self.host.free_count)
-        if count <= 0:
-            return 0
-        clean = request.clean_blocks
-        self._copy_out(request, request.block_table[clean : clean + count], (), None)
-        return count
-
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""
         shortage = blocks - self.device.free_count - self.copies.leaving_blocks
         for victim in self.victims:
             if shortage <= 0:
                 return
-            shortage -= len(victim.block_table)
-            self._preempt(victim)
+            shortage -= self.device.exclusive(victim.block_table)
+            self.swapper.preempt(victim, self._step_id)
+
+    # --- ends ----------------------------------------------------------------------------------
 
     def copy_done(self, copy_id: int) -> None:
         """All ranks have finished a copy. Copies from before the ranks were lost are ignored."""
         copy = self.copies.done(copy_id)
         if copy is None:
             return
-        request = copy.request
-        self.device.free(copy.leaving)
-        if request in self._ended:
-            self.release(request)
-            return
-        request.clean_blocks = copy.makes_clean
-        if copy.direction is CopyDirection.SWAP_IN:
-            # The last block grows again, so its copy on the host is worth nothing.
-            self.host.free(request.host_table[copy.makes_clean :])
-            del request.host_table[copy.makes_clean :]
-            request.moving = False
-        elif request.place is Place.HOSTED:
-            request.moving = False
-
-    # --- ends ----------------------------------------------------------------------------------
+        if copy.request in self._ended:
+            self.release(copy.request)
+        else:
+            self.swapper.finish(copy)
+        self.swapper.release(copy)
 
     def release(self, request: Request) -> None:
         """Take all blocks of an ended request, as soon as nothing uses them any more."""
@@ -196,30 +194,33 @@ class KvMemory:
             self._ended[request] = None
         else:
             self._ended.pop(request, None)
-            self._free_tables(request)
+            self.swapper.free_tables(request)
 
     def lose_everything(self) -> None:
         """The ranks restarted with empty pools."""
+        self.prefix_cache.forget()
         for copy in self.copies.outstanding:
             self.device.free(copy.leaving)
+            self.host.free(copy.host_blocks)
         self.copies.forget_all()
         for place in (Place.RESIDENT, Place.HOSTED):
             for request in self._policy.walk(place):
-                self._drop(request)
+                self.swapper.drop(request)
         for request in self._ended:
-            self._free_tables(request)
+            self.swapper.free_tables(request)
         self._ended.clear()
 
-    # --- looking -------------------------------------------------------------------------------
-
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless each block is free or has exactly one owner."""
+        """Raise RuntimeError unless each block is free or has exactly the owners it should have."""
         hosted = list(self._policy.walk(Place.HOSTED))
         owners = [*self._policy.walk(Place.RESIDENT), *hosted, *self._ended]
+        copies = list(self.copies.outstanding)
         device = [block for owner in owners for block in owner.block_table]
-        device += [block for copy in self.copies.outstanding for block in copy.leaving]
+        device += [block for copy in copies for block in copy.leaving]
         self.device.check_integrity(device)
-        self.host.check_integrity([block for owner in owners for block in owner.host_table])
+        host = [block for owner in owners for block in owner.host_table]
+        host += [block for copy in copies for block in copy.host_blocks]
+        self.host.check_integrity(host)
         for request in hosted:
             if request.block_table or len(request.host_table) < self.blocks_for(
                 request.computed_tokens
@@ -228,15 +229,64 @@ class KvMemory:
 
     # --- within --------------------------------------------------------------------------------
 
+    def _admit_with_prefix(self, request: Request, reserve: int) -> Admission:
+        """Take the leading blocks that exist, from the host if need be, and room for the rest."""
+        cache = self.prefix_cache
+        found = cache.find(request)
+        if cache.is_being_computed(request, len(found.table)):
+            cache.give_up(found)
+            return Admission.COMING
+        wanted = self._blocks_wanted(request) - len(found.table)
+        filled = self._fill(
+            request, found.table + [None] * wanted, self._with_held(request, reserve)
+        )
+        if filled is None:
+            self.host.free(found.host_blocks)
+            return Admission.NO_MEMORY
+        request.computed_tokens = len(found.table) * self.block_size
+        self._settle(request, filled)
+        cache.admitted(request, found)
+        if not found.host_blocks:
+            return Admission.READY
+        targets = [filled[index] for index, block in enumerate(found.table) if block is None]
+        ahead = self._strategy == "proactive"
+        step = None if ahead else self._step_id
+        self.swapper.swap_in(request, found.host_blocks, targets, step, found.host_blocks)
+        return Admission.COMING if ahead else Admission.READY
+
+    def _fill(self, request: Request, table: list[int | None], reserve: int) -> list[int] | None:
+        """Replace each None by a block of its own; None, and all given up, without memory."""
+        fresh = self._take(request, table.count(None), reserve)
+        if fresh is None:
+            self.device.free([block for block in table if block is not None])
+            return None
+        fresh.reverse()
+        return [fresh.pop() if block is None else block for block in table]
+
+    def _blocks_wanted(self, request: Request) -> int:
+        if self._strategy == "none":
+            return self.blocks_for(request.prompt_tokens + request.max_tokens)
+        return self.blocks_for(request.known_tokens)
+
+    def _with_held(self, request: Request, reserve: int) -> int:
+        if self._held and self._policy.rank(request) > self._held[0]:
+            return reserve + self._held[1]
+        return reserve
+
     def _settle(self, request: Request, table: list[int]) -> None:
         request.block_table = table
         request.told_blocks = 0
         request.sampled_since_admission = False
+        self.swapper.recomputed_tokens += max(request.dropped_tokens - request.computed_tokens, 0)
+        request.dropped_tokens = 0
         self._policy.put(request, Place.RESIDENT)
 
     def _take(self, request: Request, count: int, reserve: int) -> list[int] | None:
         shortage = count + reserve - self.device.free_count
         if shortage > 0:
+            bound = self._attainable
+            if bound and count + reserve > bound[1] and self._policy.rank(request) >= bound[0]:
+                return None
             self._preempt_below(request, shortage)
             if count + reserve > self.device.free_count:
                 return None
@@ -251,87 +301,11 @@ class KvMemory:
             return
         leaving = self.copies.leaving_blocks
         coming = min(max(leaving - self._claimed, 0), shortage)
-        chosen, held = self.victims.choose(self._policy.rank(request), shortage - coming)
+        rank = self._policy.rank(request)
+        chosen, held = self.victims.choose(rank, shortage - coming)
         if held < shortage - coming:
-            self.attainable_blocks = self.device.free_count + coming + held
+            self._attainable = (rank, self.device.free_count + coming + held)
             return
         for victim in chosen:
-            self._preempt(victim)
+            self.swapper.preempt(victim, self._step_id)
         self._claimed += coming + self.copies.leaving_blocks - leaving
-
-    def _preempt(self, victim: Request) -> None:
-        self.preemptions += 1
-        used = self.blocks_for(victim.computed_tokens)
-        dirty = used - victim.clean_blocks
-        if self._strategy == "recompute" or not self._make_host_room(victim, dirty):
-            self._drop(victim)
-            return
-        self._policy.put(victim, Place.HOSTED)
-        table, victim.block_table = victim.block_table, []
-        clean = victim.clean_blocks
-        self.device.free(table[:clean])
-        self.device.free(table[used:])
-        if dirty:
-            leaving = tuple(table[clean:used])
-            reactive = self._strategy == "reactive"
-            victim.moving = not reactive
-            self._copy_out(victim, leaving, leaving, self._step_id if reactive else None)
-
-    def _make_host_room(self, victim: Request, count: int) -> bool:
-        """Free host blocks for the victim's, if others need theirs less.
-
-        First the copies of requests that are on the device as well, then the KV of those on the
-        host that will run after the victim.
-        """
-        host = self.host
-        if host.free_count >= count:
-            return True
-        if count > host.capacity:
-            return False
-        # Those who run first do not need theirs soon.
-        for resident in islice(self._policy.walk(Place.RESIDENT), _LOOKED_AT):
-            if resident is not victim and resident.host_table and not resident.copies:
-                host.free(resident.host_table)
-                resident.host_table = []
-                resident.clean_blocks = 0
-                if host.free_count >= count:
-                    return True
-        rank = self._policy.rank(victim)
-        for hosted in self._policy.walk_back(Place.HOSTED):
-            if host.free_count >= count or self._policy.rank(hosted) < rank:
-                break
-            if not hosted.copies:
-                self._drop(hosted)
-        return host.free_count >= count
-
-    def _drop(self, request: Request) -> None:
-        """Give up the KV of a request that is not copied just now; it is prefilled again."""
-        self.recomputed_tokens += request.computed_tokens
-        self._free_tables(request)
-        self._policy.put(request, Place.WAITING)
-
-    def _copy_out(
-        self,
-        request: Request,
-        sources: Sequence[int],
-        leaving: tuple[int, ...],
-        precedes_step: int | None,
-    ) -> None:
-        targets = self.host.allocate(len(sources))
-        request.host_table.extend(targets)
-        if precedes_step is not None:
-            # The step waits for the copy on every rank, so its blocks can be given away now.
-            self.device.free(leaving)
-            leaving = ()
-        clean = len(request.host_table)
-        copy = Copy(request, CopyDirection.SWAP_OUT, leaving=leaving, makes_clean=clean)
-        self.copies.start(copy, sources, targets, precedes_step)
-
-    def _free_tables(self, request: Request) -> None:
-        self.device.free(request.block_table)
-        self.host.free(request.host_table)
-        request.block_table = []
-        request.host_table = []
-        request.clean_blocks = 0
-        request.computed_tokens = 0
-        request.moving = False

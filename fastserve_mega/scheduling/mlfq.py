@@ -195,8 +195,11 @@ class Mlfq:
         return min(bisect_left(self.quanta_s, seconds), self._lowest)
 
     def _next_iteration_s(self, request: Request) -> float:
-        if request.pending_tokens > 1:
-            return self._cost_model.prefill_s(request.pending_tokens)
+        pending = request.pending_tokens
+        if not request.computed_tokens:
+            pending -= request.cached_tokens
+        if pending > 1:
+            return self._cost_model.prefill_s(pending)
         return self._cost_model.decode_s(1, request.known_tokens)
 
     def _watch_starvation(self, request: Request) -> None:

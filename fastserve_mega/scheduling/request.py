@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from fastserve_mega.types import RequestId
+from fastserve_mega.types import BlockHash, RequestId
 
 
 class Place(IntEnum):
@@ -47,6 +47,14 @@ class Request:
     clean_blocks: int = 0
     """Leading blocks whose copy on the host is complete. Full blocks never change again, so they
     stay clean."""
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    """Of the leading full blocks of its known tokens; empty when the prefix cache is off."""
+    published_blocks: int = 0
+    """Leading device blocks that others can find by their hashes."""
+    cached_tokens: int = 0
+    """Leading tokens whose KV was found in the prefix cache when it arrived."""
+    dropped_tokens: int = 0
+    """Computed tokens whose KV was dropped, until it is resident again."""
     copies: int = 0
     """Copies of its blocks that have not been reported done."""
     moving: bool = False

@@ -156,14 +156,19 @@ class Scheduler:
             arrival_number=self._arrivals,
             known_tokens=event.prompt_tokens + event.received_tokens,
             oracle_output_tokens=event.oracle_output_tokens,
+            block_hashes=list(event.block_hashes),
             waiting_since=now,
         )
+        request.cached_tokens = self._memory.prefix_cache.known_tokens(request)
         self._requests[request.request_id] = request
         self._policy.add(request, now)
         self._planner.observe_arrival(self._memory.blocks_for(request.known_tokens), now)
 
     def _step_done(self, event: StepDone, now: float) -> None:
         finished = frozenset(event.finished)
+        for request_id, block_hash in event.filled:
+            self._requests[request_id].block_hashes.append(block_hash)
+        block_size, publish = self._memory.block_size, self._memory.prefix_cache.publish
         prefill_tokens = decodes = 0
         going_on = []
         for request in self._in_flight.pop(event.step_id):
@@ -177,7 +182,12 @@ class Scheduler:
             request.waiting_since = now
             if request.ended:  # aborted while the step ran
                 self._memory.release(request)
-            elif request.request_id in finished:
+                continue
+            if request.block_hashes and request.computed_tokens // block_size > (
+                request.published_blocks
+            ):
+                publish(request)
+            if request.request_id in finished:
                 self._end(request)
             else:
                 if request.computed_tokens == request.known_tokens:

@@ -14,6 +14,8 @@ _DEMAND_WINDOW_S = 10.0
 _MAX_RESERVE = 0.25
 """Share of the device pool that is kept for arrivals at most."""
 _SMOOTHING = 0.1
+_EMPTY_SHARE = 0.1
+"""Below this share of empty device blocks, the oldest of the prefix cache moves to the host."""
 _MAX_SWAP_INS = 8
 """Requests looked at in one step, whether they should come back."""
 _LEAD = 2.0
@@ -90,7 +92,7 @@ class SwapPlanner:
             fits = blocks + reserve <= memory.device.free_count
             if not fits and self._policy.scheduled_in_s(request, now) > lead_s:
                 break
-            if not memory.swap_in(request, reserve if fits else 0, None):
+            if not memory.bring_back(request, reserve if fits else 0, None):
                 memory.hold_blocks_for(request)
                 break
 
@@ -102,7 +104,9 @@ class SwapPlanner:
         ):
             return
         left = self._config.write_through_blocks
+        if memory.device.empty_count < _EMPTY_SHARE * memory.device.capacity:
+            memory.swapper.evict_kept(left)
         for request in memory.victims:
-            left -= memory.write_through(request, left)
+            left -= memory.swapper.write_through(request, left)
             if left <= 0:
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.request import Request
 
@@ -16,8 +17,9 @@ nobody notices who exactly it is, and a step's cost does not grow with the resid
 class Victims:
     """The residents that may be preempted in this step, whoever will run last (ENST) first."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, device: BlockPool) -> None:
         self._policy = policy
+        self._device = device
         self._found: list[Request] | None = None
         self._now = 0.0
 
@@ -37,10 +39,10 @@ class Victims:
         )
 
     def choose(self, own_rank: Any, blocks: int) -> tuple[list[Request], int]:
-        """Victims of lower priority that hold `blocks` blocks together, or all of them.
+        """Victims of lower priority that hold `blocks` blocks alone together, or all of them.
 
         Returns:
-            The victims, and the blocks they hold.
+            The victims, and the blocks that come free with them.
         """
         rank = self._policy.rank
         chosen: list[Request] = []
@@ -50,5 +52,5 @@ class Victims:
                 break
             if rank(victim) > own_rank:
                 chosen.append(victim)
-                held += len(victim.block_table)
+                held += self._device.exclusive(victim.block_table)
         return chosen, held

@@ -189,6 +189,7 @@ def _usage(generations: Sequence[AsyncGeneration]) -> Json:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
     }
 
 

@@ -124,6 +124,7 @@ class Service:
                 params[index],
                 stop=body.stops,
                 priority=body.priority,
+                cache_salt=body.cache_salt or "",
                 timeout_s=body.timeout,
                 request_id=f"{answer_id}-{index}",
             )

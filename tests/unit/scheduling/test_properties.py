@@ -28,8 +28,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     policy: str
     strategy: str
 
-    @initialize(window=st.integers(1, 3), host_blocks=st.sampled_from([0, 6, 60]))
-    def start(self, window, host_blocks):
+    @initialize(
+        window=st.integers(1, 3), host_blocks=st.sampled_from([0, 6, 60]), caches=st.booleans()
+    )
+    def start(self, window, host_blocks, caches):
+        self.caches = caches
         self.options = {
             "policy": self.policy,
             "swap": SwapConfig(
@@ -51,11 +54,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.count = 0
         self.left: dict[str, int] = {}
-        self.known: dict[str, int] = {}
+        self.content: dict[str, list[str]] = {}
+        """The tokens of each request; a token's name tells all tokens before it as well."""
+        self.past: list[list[str]] = []
         self.tables: dict[str, list[int]] = {}
         self.in_flight: list = []
         self.copying: list = []
-        # What each slot of each pool holds: (request, position).
+        # What each slot of each pool holds: the name of a token.
         self.memory = {"device": {}, "host": {}}
         self.host_blocks = host_blocks
         self.ended: set[str] = set()
@@ -82,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.copying.append(copy)
         if not plan.batch:
             return
+        self.dispatching = plan
         busy = {piece.request_id for other in self.in_flight for piece in other.batch}
         assert len(plan.batch) <= BATCH
         assert plan.num_tokens <= BATCH_TOKENS
@@ -94,9 +100,26 @@ class SchedulerMachine(RuleBasedStateMachine):
             seen.add(name)
             self.run_slice(piece)
         running = [self.tables[name] for name in busy & set(self.left) | seen]
-        flat = [block for table in running for block in table]
-        assert len(flat) == len(set(flat)), "a block belongs to two running requests"
+        # Those whose last block is full write to the next one.
+        written = [self.written(name) for name in busy & set(self.left) | seen]
+        for index, blocks in enumerate(written):
+            others = {block for i, table in enumerate(running) if i != index for block in table}
+            assert not blocks & others, "a block that is written belongs to another request"
         self.in_flight.append(plan)
+
+    def written(self, name):
+        """The blocks that the slice of a running request writes to."""
+        pieces = [piece for plan in self.in_flight for piece in plan.batch]
+        pieces += self.dispatching.batch
+        piece = next(piece for piece in reversed(pieces) if piece.request_id == name)
+        end = piece.start + piece.num_tokens
+        table = self.tables[name]
+        return set(table[piece.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)])
+
+    def block_hashes(self, tokens):
+        if not self.caches:
+            return ()
+        return tuple(tokens[BLOCK_SIZE - 1 :: BLOCK_SIZE])
 
     def run_slice(self, piece):
         name, device = piece.request_id, self.memory["device"]
@@ -105,8 +128,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             table[piece.block_start :] = piece.block_ids
         end = piece.start + piece.num_tokens
         assert piece.num_tokens >= 1
-        assert end <= self.known[name]
-        assert piece.samples == (end == self.known[name])
+        content = self.content[name]
+        assert end <= len(content)
+        assert piece.samples == (end == len(content))
         assert len(table) * BLOCK_SIZE >= end
         assert 0 not in table
 
@@ -114,9 +138,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return table[position // BLOCK_SIZE], position % BLOCK_SIZE
 
         for position in range(piece.start):
-            assert device.get(slot(position)) == (name, position), "the KV of a token is lost"
+            assert device.get(slot(position)) == content[position], "the KV of a token is lost"
         for position in range(piece.start, end):
-            device[slot(position)] = (name, position)
+            device[slot(position)] = content[position]
 
     def run_copy(self, copy):
         pools = ("device", "host") if copy.direction == "swap_out" else ("host", "device")
@@ -131,15 +155,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.integers(1, 60),
         output=st.integers(1, 30),
         priority=st.sampled_from([0, 0, -1, 2]),
+        data=st.data(),
     )
-    def arrive(self, prompt, output, priority):
+    def arrive(self, prompt, output, priority, data):
         if self.scheduler.refusal(prompt, output):
             return
         name = RequestId(f"r{self.count}")
         self.count += 1
-        self.left[name], self.known[name] = output, prompt
+        tokens = [f"{name}:{position}" for position in range(prompt)]
+        if self.past:  # begins like an earlier one, perhaps with some of its answer
+            earlier = data.draw(st.sampled_from(self.past[-6:]))
+            common = data.draw(st.integers(0, min(prompt, len(earlier))))
+            tokens[:common] = earlier[:common]
+        self.left[name], self.content[name] = output, tokens
+        self.past.append(tokens)
         oracle = output if self.policy == "srpt" else None
-        self.tell(Arrived(name, prompt, output, priority=priority, oracle_output_tokens=oracle))
+        hashes = self.block_hashes(tokens)
+        self.tell(
+            Arrived(
+                name,
+                prompt,
+                output,
+                priority=priority,
+                block_hashes=hashes,
+                oracle_output_tokens=oracle,
+            )
+        )
 
     @precondition(lambda self: self.left)
     @rule(data=st.data())
@@ -153,16 +194,19 @@ class SchedulerMachine(RuleBasedStateMachine):
     def finish_step(self, elapsed):
         self.now += elapsed
         plan = self.in_flight.pop(0)
-        finished = []
+        finished, filled = [], []
         for piece in plan.batch:
             name = piece.request_id
             if name in self.left and piece.samples:
-                self.known[name] += 1
+                tokens = self.content[name]
+                tokens.append(f"{name}:{len(tokens)}")
+                if self.caches and not len(tokens) % BLOCK_SIZE:
+                    filled.append((name, tokens[-1]))
                 self.left[name] -= 1
                 if not self.left[name]:
                     finished.append(name)
                     self.end(name)
-        self.tell(StepDone(plan.step_id, elapsed, tuple(finished)))
+        self.tell(StepDone(plan.step_id, elapsed, tuple(finished), tuple(filled)))
 
     @precondition(lambda self: self.copying)
     @rule(data=st.data())

@@ -1,0 +1,119 @@
+"""Finds KV that exists already: full blocks by the hash of their content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fastserve_mega.scheduling.kv_blocks import BlockPool
+from fastserve_mega.scheduling.request import Request
+from fastserve_mega.types import BlockHash
+
+
+@dataclass(slots=True)
+class Found:
+    """Leading blocks of a request whose KV exists. The request owns them from now on."""
+
+    table: list[int | None] = field(default_factory=list)
+    """Device blocks; None where the KV has to be copied from the host."""
+    host_blocks: list[int] = field(default_factory=list)
+    """The host blocks to copy from, in order."""
+
+    @property
+    def shared(self) -> list[int]:
+        """The device blocks that were found."""
+        return [block for block in self.table if block is not None]
+
+
+class PrefixCache:
+    """Blocks of both pools by content; what is kept without owners counts as free memory.
+
+    A prefix that many requests have in common is prefilled once: whoever needs a block that is
+    being computed just now waits for that step.
+    """
+
+    def __init__(self, device: BlockPool, host: BlockPool, block_size: int) -> None:
+        self._device = device
+        self._host = host
+        self._block_size = block_size
+        self._computing: dict[BlockHash, Request] = {}
+        """Who has been admitted to compute a block, until it is published or dropped."""
+        self.queried_tokens = 0
+        """Tokens of admitted requests."""
+        self.hit_tokens = 0
+        """Those of them whose KV was found."""
+
+    def known_tokens(self, request: Request) -> int:
+        """How many leading tokens of a request would be found now."""
+        count = 0
+        for block_hash in request.block_hashes[: self._usable(request)]:
+            if block_hash not in self._device and block_hash not in self._host:
+                break
+            count += 1
+        return count * self._block_size
+
+    def find(self, request: Request) -> Found:
+        """Become an owner of the leading blocks that exist, on the device or on the host."""
+        found = Found()
+        for block_hash in request.block_hashes[: self._usable(request)]:
+            block = self._device.share(block_hash)
+            if block is None:
+                host_block = self._host.share(block_hash)
+                if host_block is None:
+                    break
+                found.host_blocks.append(host_block)
+            found.table.append(block)
+        return found
+
+    def give_up(self, found: Found) -> None:
+        """Own them no more."""
+        self._device.free(found.shared)
+        self._host.free(found.host_blocks)
+
+    def is_being_computed(self, request: Request, blocks: int) -> bool:
+        """Whether a step that is under way computes the block after the first `blocks`."""
+        if blocks >= self._usable(request):
+            return False
+        other = self._computing.get(request.block_hashes[blocks])
+        if other is None or not other.in_flight_tokens:
+            return False
+        end = other.computed_tokens + other.in_flight_tokens
+        return other.computed_tokens < (blocks + 1) * self._block_size <= end
+
+    def admitted(self, request: Request, found: Found) -> None:
+        """It computes what was not found."""
+        for block_hash in request.block_hashes[len(found.table) :]:
+            self._computing.setdefault(block_hash, request)
+        self.queried_tokens += request.known_tokens
+        self.hit_tokens += len(found.table) * self._block_size
+        request.published_blocks = 0 if found.host_blocks else len(found.table)
+
+    def publish(self, request: Request) -> None:
+        """Let others find the full device blocks that it has computed since the last call."""
+        full = min(request.computed_tokens // self._block_size, len(request.block_hashes))
+        for index in range(request.published_blocks, full):
+            block_hash = request.block_hashes[index]
+            self._device.publish(request.block_table[index], block_hash)
+            self._computing.pop(block_hash, None)
+        request.published_blocks = max(full, request.published_blocks)
+
+    def publish_on_host(self, request: Request, first: int, last: int) -> None:
+        """Let others find clean blocks [first, last) on the host."""
+        full = min(request.computed_tokens // self._block_size, len(request.block_hashes), last)
+        for index in range(first, full):
+            self._host.publish(request.host_table[index], request.block_hashes[index])
+
+    def left(self, request: Request) -> None:
+        """It is no longer resident, and computes nothing."""
+        for block_hash in request.block_hashes[request.published_blocks :]:
+            if self._computing.get(block_hash) is request:
+                del self._computing[block_hash]
+
+    def forget(self) -> None:
+        """All memory was lost."""
+        self._computing.clear()
+        self._device.forget_contents()
+        self._host.forget_contents()
+
+    def _usable(self, request: Request) -> int:
+        """Full blocks that leave at least one token to compute."""
+        return (request.known_tokens - 1) // self._block_size

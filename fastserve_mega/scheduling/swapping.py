@@ -1,0 +1,226 @@
+"""Moves the KV of requests between the pools, or drops it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from fastserve_mega.config import SwapStrategy
+from fastserve_mega.plan import CopyDirection
+from fastserve_mega.scheduling.copies import Copy, CopyLedger
+from fastserve_mega.scheduling.kv_blocks import BlockPool
+from fastserve_mega.scheduling.policy import Policy
+from fastserve_mega.scheduling.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.types import BlockHash
+
+_LOOKED_AT = 64
+"""Residents whose copies on the host are looked at, when it is full."""
+
+
+class Swapper:
+    """What becomes of the KV of a preempted request, by the strategy of `KvMemory`."""
+
+    def __init__(
+        self,
+        *,
+        device: BlockPool,
+        host: BlockPool,
+        prefix_cache: PrefixCache,
+        policy: Policy,
+        strategy: SwapStrategy,
+        block_size: int,
+    ) -> None:
+        self.copies = CopyLedger()
+        self.recomputed_tokens = 0
+        """Tokens whose KV was computed, dropped, and not found again."""
+        self.preemptions = 0
+        self._device = device
+        self._host = host
+        self._prefix_cache = prefix_cache
+        self._policy = policy
+        self._strategy = strategy
+        self._block_size = block_size
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
+
+    def swap_in(
+        self,
+        request: Request,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        precedes_step: int | None,
+        host_blocks: Sequence[int] = (),
+    ) -> None:
+        """Start to copy host blocks into the device blocks of a request.
+
+        Args:
+            request: resident as of now.
+            sources: host blocks.
+            targets: its device blocks, as many.
+            precedes_step: the step that waits for the copy; None keeps the request from running
+                until it is done.
+            host_blocks: those of the sources that belong to the prefix cache.
+        """
+        request.moving = precedes_step is None
+        copy = Copy(
+            request,
+            CopyDirection.SWAP_IN,
+            makes_clean=min(len(request.host_table), request.computed_tokens // self._block_size),
+            host_blocks=tuple(host_blocks),
+        )
+        self.copies.start(copy, sources, targets, precedes_step)
+
+    def preempt(self, victim: Request, step_id: int) -> None:
+        """Take the device blocks of a resident; they are free now, or when its copy is done."""
+        self.preemptions += 1
+        used = self.blocks_for(victim.computed_tokens)
+        if self._strategy == "recompute" or not self._make_host_room(
+            victim, used - self._find_copies(victim)
+        ):
+            self.drop(victim)
+            return
+        self._prefix_cache.left(victim)
+        self._policy.put(victim, Place.HOSTED)
+        table, victim.block_table = victim.block_table, []
+        clean = victim.clean_blocks
+        self._device.free(table[:clean])
+        self._device.free(table[used:])
+        if clean < used:
+            leaving = tuple(table[clean:used])
+            reactive = self._strategy == "reactive"
+            victim.moving = not reactive
+            self._copy_out(victim, leaving, leaving, step_id if reactive else None)
+
+    def write_through(self, request: Request, limit: int) -> int:
+        """Copy up to `limit` full blocks ahead of need; returns how many."""
+        if not self._host.capacity:
+            return 0
+        dirty = request.computed_tokens // self._block_size - self._find_copies(request)
+        count = min(dirty, limit, self._host.free_count)
+        if count <= 0:
+            return 0
+        clean = request.clean_blocks
+        self._copy_out(request, request.block_table[clean : clean + count], (), None)
+        return count
+
+    def evict_kept(self, limit: int) -> None:
+        """Move up to `limit` contents without owners from the device to the host, oldest first."""
+        sources: list[int] = []
+        hashes: list[BlockHash] = []
+        while len(sources) < limit and (block_hash := self._device.oldest_kept()):
+            block = self._device.drop_oldest_kept()
+            if block_hash in self._host or not self._host.free_count - len(sources):
+                self._device.free([block])
+                continue
+            sources.append(block)
+            hashes.append(block_hash)
+        if sources:
+            targets = tuple(self._host.allocate(len(sources)))
+            copy = Copy(
+                None,
+                CopyDirection.SWAP_OUT,
+                leaving=tuple(sources),
+                host_blocks=targets,
+                host_hashes=tuple(hashes),
+            )
+            self.copies.start(copy, sources, targets, None)
+
+    def finish(self, copy: Copy) -> None:
+        """All ranks have finished a copy; its request has not ended."""
+        request = copy.request
+        if request is None:
+            return
+        first, request.clean_blocks = request.clean_blocks, copy.makes_clean
+        if copy.direction is CopyDirection.SWAP_IN:
+            # The last block grows again, so its copy on the host is worth nothing.
+            self._host.free(request.host_table[copy.makes_clean :])
+            del request.host_table[copy.makes_clean :]
+            request.moving = False
+            self._prefix_cache.publish(request)
+        else:
+            self._prefix_cache.publish_on_host(request, first, copy.makes_clean)
+            if request.place is Place.HOSTED:
+                request.moving = False
+
+    def release(self, copy: Copy) -> None:
+        """Give up what a finished copy itself owned."""
+        self._device.free(copy.leaving)
+        for block, block_hash in zip(copy.host_blocks, copy.host_hashes, strict=False):
+            self._host.publish(block, block_hash)
+        self._host.free(copy.host_blocks)
+
+    def drop(self, request: Request) -> None:
+        """Give up the KV of a request that is not copied just now; it is prefilled again."""
+        request.dropped_tokens += request.computed_tokens
+        self.free_tables(request)
+        self._policy.put(request, Place.WAITING)
+
+    def free_tables(self, request: Request) -> None:
+        """Give up all blocks of a request that nothing uses any more."""
+        self._prefix_cache.left(request)
+        self._device.free(request.block_table)
+        self._host.free(request.host_table)
+        request.block_table = []
+        request.host_table = []
+        request.clean_blocks = request.published_blocks = request.computed_tokens = 0
+        request.moving = False
+
+    # --- within --------------------------------------------------------------------------------
+
+    def _find_copies(self, request: Request) -> int:
+        """Clean blocks of a request, after taking those the host has by their content."""
+        if not request.copies:
+            full = min(request.computed_tokens // self._block_size, len(request.block_hashes))
+            for index in range(request.clean_blocks, full):
+                block = self._host.share(request.block_hashes[index])
+                if block is None:
+                    break
+                request.host_table.append(block)
+                request.clean_blocks += 1
+        return request.clean_blocks
+
+    def _make_host_room(self, victim: Request, count: int) -> bool:
+        """Free host blocks for the victim's, if others need theirs less.
+
+        First the copies of requests that are on the device as well, then the KV of those on the
+        host that will run after the victim.
+        """
+        host = self._host
+        if host.free_count >= count:
+            return True
+        if count > host.capacity:
+            return False
+        # Those who run first do not need theirs soon.
+        for resident in islice(self._policy.walk(Place.RESIDENT), _LOOKED_AT):
+            if resident is not victim and resident.host_table and not resident.copies:
+                host.free(resident.host_table)
+                resident.host_table = []
+                resident.clean_blocks = 0
+                if host.free_count >= count:
+                    return True
+        rank = self._policy.rank(victim)
+        for hosted in self._policy.walk_back(Place.HOSTED):
+            if host.free_count >= count or self._policy.rank(hosted) < rank:
+                break
+            if not hosted.copies:
+                self.drop(hosted)
+        return host.free_count >= count
+
+    def _copy_out(
+        self,
+        request: Request,
+        sources: Sequence[int],
+        leaving: tuple[int, ...],
+        precedes_step: int | None,
+    ) -> None:
+        targets = self._host.allocate(len(sources))
+        request.host_table.extend(targets)
+        if precedes_step is not None:
+            # The step waits for the copy on every rank, so its blocks can be given away now.
+            self._device.free(leaving)
+            leaving = ()
+        clean = len(request.host_table)
+        copy = Copy(request, CopyDirection.SWAP_OUT, leaving=leaving, makes_clean=clean)
+        self.copies.start(copy, sources, targets, precedes_step)
