@@ -104,6 +104,7 @@ def fake_server(
     ranks=1,
     make_runner=GatedRunner,
     swap=None,
+    prefix_cache=True,
     **options,
 ):
     """Run a server; on leaving it is stopped, and its threads must end."""
@@ -112,7 +113,9 @@ def fake_server(
         model=ModelConfig(path=str(model_directory)),
         parallel=ParallelConfig(pipeline=ranks),
         kv_cache=KvCacheConfig(
-            block_size=block_size, swap=swap or SwapConfig(strategy="recompute")
+            block_size=block_size,
+            prefix_cache=prefix_cache,
+            swap=swap or SwapConfig(strategy="recompute"),
         ),
         scheduler=SchedulerConfig(mlfq=MlfqConfig(starvation_limit_s=None), **options),
         coordinator=CoordinatorConfig(

@@ -143,7 +143,7 @@ def test_a_client_that_disconnects_frees_its_blocks(start_server, raw_client):
                     break
             metrics = other.metrics()
         assert 'fastserve_request_finished_total{finish_reason="abort"} 1.0' in metrics
-        assert 'fastserve_device_blocks{state="free"} 127.0' in metrics
+        assert 'fastserve_device_blocks{state="owned"} 0.0' in metrics
 
 
 def test_a_worker_message_on_the_client_port_is_refused(start_server, raw_client):
