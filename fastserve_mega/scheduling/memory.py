@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from fastserve_mega.config import SwapStrategy
+from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.prefix_cache import PrefixCache
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.swapping import Swapper
 from fastserve_mega.scheduling.victims import Victims
+
+_PAYBACK = 4
+"""Time a recomputed request runs before it can be preempted again, in times of its share of a
+batch: so recomputing takes at most a fifth of the time, however many requests there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,14 @@ class KvMemory:
     - `none`: nobody is preempted; a request is admitted with the blocks of its longest answer.
     """
 
-    def __init__(self, sizes: PoolSizes, strategy: SwapStrategy, policy: Policy) -> None:
+    def __init__(
+        self,
+        sizes: PoolSizes,
+        strategy: SwapStrategy,
+        policy: Policy,
+        cost_model: CostModel,
+        max_batch_size: int,
+    ) -> None:
         self.device = BlockPool(sizes.device_blocks)
         self.host = BlockPool(sizes.host_blocks)
         self.block_size = sizes.block_size
@@ -69,6 +82,8 @@ class KvMemory:
         self.victims = Victims(policy, self.device)
         self._strategy: SwapStrategy = strategy
         self._policy = policy
+        self._prefill_s = cost_model.prefill_s
+        self._payback = _PAYBACK * max_batch_size
         self._ended: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
@@ -76,7 +91,7 @@ class KvMemory:
         """Leaving blocks that somebody in this step waits for."""
         self._attainable: tuple[Any, int] | None = None
         """A rank, and what requests of lower priority can hope for in this step at most."""
-        self._held: tuple[Any, int] | None = None
+        self._held: list[tuple[Any, int]] = []
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -159,12 +174,13 @@ class KvMemory:
         )
         return True
 
-    def hold_blocks_for(self, request: Request | None) -> None:
-        """Keep blocks that become free for this request on the host, from those behind it."""
-        self._held = None
-        if request is not None:
-            blocks = self.blocks_for(request.known_tokens)
-            self._held = (self._policy.rank(request), blocks)
+    def hold_blocks_for(self, requests: Iterable[Request]) -> None:
+        """Keep blocks that become free for these on the host, from the waiting behind them."""
+        self._held = [
+            (self._policy.rank(request), self.blocks_for(request.known_tokens))
+            for request in requests
+            if request.place is Place.HOSTED
+        ]
 
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""
@@ -269,28 +285,42 @@ class KvMemory:
         return self.blocks_for(request.known_tokens)
 
     def _with_held(self, request: Request, reserve: int) -> int:
-        if self._held and self._policy.rank(request) > self._held[0]:
-            return reserve + self._held[1]
-        return reserve
+        if not self._held:
+            return reserve
+        rank = self._policy.rank(request)
+        return reserve + sum(blocks for held_rank, blocks in self._held if held_rank < rank)
 
     def _settle(self, request: Request, table: list[int]) -> None:
         request.block_table = table
         request.told_blocks = 0
         request.sampled_since_admission = False
-        self.swapper.recomputed_tokens += max(request.dropped_tokens - request.computed_tokens, 0)
-        request.dropped_tokens = 0
+        if request.dropped_tokens:
+            self._recompute(request)
         self._policy.put(request, Place.RESIDENT)
+
+    def _recompute(self, request: Request) -> None:
+        """What was dropped has to be prefilled again, and the time for it to be paid back."""
+        tokens = max(request.dropped_tokens - request.computed_tokens, 0)
+        request.dropped_tokens = 0
+        self.swapper.recomputed_tokens += tokens
+        request.unpaid_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
 
     def _take(self, request: Request, count: int, reserve: int) -> list[int] | None:
         shortage = count + reserve - self.device.free_count
         if shortage > 0:
-            bound = self._attainable
-            if bound and count + reserve > bound[1] and self._policy.rank(request) >= bound[0]:
+            if self._is_beyond_reach(request, count + reserve):
                 return None
             self._preempt_below(request, shortage)
             if count + reserve > self.device.free_count:
                 return None
         return self.device.allocate(count)
+
+    def _is_beyond_reach(self, request: Request, blocks: int) -> bool:
+        """Whether victims were sought in vain in this step for somebody who could have more."""
+        if self._attainable is None or request.place is Place.RESIDENT:
+            return False
+        rank, attainable = self._attainable
+        return blocks > attainable and self._policy.rank(request) >= rank
 
     def _preempt_below(self, request: Request, shortage: int) -> None:
         """Preempt requests of lower priority to free `shortage` blocks, or none at all.
@@ -302,7 +332,7 @@ class KvMemory:
         leaving = self.copies.leaving_blocks
         coming = min(max(leaving - self._claimed, 0), shortage)
         rank = self._policy.rank(request)
-        chosen, held = self.victims.choose(rank, shortage - coming)
+        chosen, held = self.victims.choose(request, shortage - coming)
         if held < shortage - coming:
             self._attainable = (rank, self.device.free_count + coming + held)
             return

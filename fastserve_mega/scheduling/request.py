@@ -62,6 +62,8 @@ class Request:
     sampled_since_admission: bool = False
     """Yielded a token since it last became resident. Until then its blocks are not taken away,
     so that each admission makes progress."""
+    unpaid_s: float = 0.0
+    """Time it has to run before its blocks are taken away, in return for having been recomputed."""
     passed_over: int = 0
     """Steps in which it found no memory since it last ran."""
     waiting_since: float = 0.0

@@ -54,7 +54,9 @@ class Scheduler:
         self._cost_model = cost_model
         self._policy = make_policy(config, cost_model)
         swap = swap or SwapConfig()
-        self._memory = KvMemory(pools, swap.strategy, self._policy)
+        self._memory = KvMemory(
+            pools, swap.strategy, self._policy, cost_model, config.max_batch_size
+        )
         self._planner = SwapPlanner(swap, self._memory, self._policy)
         self._is_proactive = swap.strategy == "proactive"
         self._window = window
@@ -180,6 +182,7 @@ class Scheduler:
             request.computed_tokens += tokens
             request.in_flight_tokens = 0
             request.waiting_since = now
+            request.unpaid_s -= event.elapsed_s
             if request.ended:  # aborted while the step ran
                 self._memory.release(request)
                 continue

@@ -64,7 +64,7 @@ class SwapPlanner:
     def plan(self, now: float) -> None:
         """Decide the copies that go with this step."""
         reserve = self._reserve()
-        self._memory.hold_blocks_for(None)
+        self._memory.hold_blocks_for(())
         if self._policy.count(Place.HOSTED):
             self._bring_back(now, reserve)
         if self._memory.device.free_count + self._memory.copies.leaving_blocks < reserve:
@@ -83,7 +83,8 @@ class SwapPlanner:
         memory = self._memory
         if not self._policy.count(Place.RESIDENT):
             reserve = 0  # nothing else runs, and nothing else would make room
-        for request in self._policy.soonest_hosted(now, _MAX_SWAP_INS):
+        soonest = self._policy.soonest_hosted(now, _MAX_SWAP_INS)
+        for request in soonest:
             # Some have not quite left; one may be dropped meanwhile, to make room on the host.
             if request.copies or request.place is not Place.HOSTED:
                 continue
@@ -93,8 +94,9 @@ class SwapPlanner:
             if not fits and self._policy.scheduled_in_s(request, now) > lead_s:
                 break
             if not memory.bring_back(request, reserve if fits else 0, None):
-                memory.hold_blocks_for(request)
                 break
+        # Else who was dropped would come in before them, and be dropped for them again.
+        memory.hold_blocks_for(soonest)
 
     def _write_through(self) -> None:
         memory = self._memory
