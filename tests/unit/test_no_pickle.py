@@ -21,6 +21,9 @@ UNPICKLING_CALLS = {
     # Objects travel as pickles.
     "dist": {"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"},
 }
+MPI_CALLS = {"send", "recv", "isend", "irecv", "bcast", "gather", "allgather", "scatter"}
+"""Of a communicator; their names in capitals take buffers."""
+COMMUNICATORS = {"world", "_world", "comm", "_comm", "COMM_WORLD"}
 SOCKET_CALLS = {"send_pyobj", "recv_pyobj"}
 
 
@@ -43,6 +46,7 @@ def _unsafe_call(call: ast.Call, function: ast.Attribute) -> list[str]:
     unsafe = (
         name in SOCKET_CALLS
         or name in UNPICKLING_CALLS.get(owner.split(".")[-1], ())
+        or (owner.split(".")[-1] in COMMUNICATORS and name in MPI_CALLS)
         or (owner == "torch" and name == "load" and arguments.get("weights_only") != "True")
         or (owner in ("np", "numpy") and arguments.get("allow_pickle", "False") != "False")
     )
@@ -62,6 +66,7 @@ def test_flaw_12_nothing_is_pickled(path):
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
         "socket.recv_pyobj()",
+        "self._world.bcast(value, root=0)",
         "yaml.load(text, Loader)",
         "torch.distributed.dist.all_gather_object(a, b)",
         "np.load(path, allow_pickle=True)",
