@@ -54,7 +54,7 @@ EFFECTS = {
     "max_tokens": ({"max_tokens": 3}, lambda base, done: ends_early(base, done, 3)),
     "temperature": ({"temperature": 9.0}, lambda base, done: done.token_ids != base.token_ids),
     "top_p": ({"top_p": 1e-6}, lambda base, done: done.token_ids != base.token_ids),
-    "top_k": ({"top_k": 1}, lambda base, done: done.token_ids != base.token_ids),
+    "top_k": ({"top_k": 2}, lambda base, done: done.token_ids != base.token_ids),
     "seed": ({"seed": 8}, lambda base, done: done.token_ids != base.token_ids),
     "stop_token_ids": (
         {"stop_token_ids": (EOS,)},
