@@ -1,5 +1,7 @@
 """What must hold for every policy after any sequence of events."""
 
+from collections import Counter
+
 import pytest
 from fixed_costs import make_scheduler
 from hypothesis import HealthCheck, Phase, settings
@@ -30,10 +32,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         window=st.integers(1, 3),
-        host_blocks=st.sampled_from([0, 1, 6, 60]),
+        host_blocks=st.sampled_from([60, 60, 25, 25, 6, 1, 0]),
         starvation_limit_s=st.sampled_from([3.0, 3.0, None]),
+        copies_each_step=st.sampled_from([0.1, 1.0, 5.0]),
     )
-    def start(self, window, host_blocks, starvation_limit_s):
+    def start(self, window, host_blocks, starvation_limit_s, copies_each_step):
         self.options = {
             "policy": self.policy,
             "swap": SwapConfig(
@@ -54,17 +57,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.window = window
         self.now = 0.0
         self.count = 0
+        # By key, "name#use": a name may be used again as soon as its request has ended.
         self.left: dict[str, int] = {}
         self.known: dict[str, int] = {}
         self.tables: dict[str, list[int]] = {}
-        self.in_flight: list = []
-        self.copying: list = []
-        # What each slot of each pool holds: (request, position).
+        self.uses: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.released: Counter[str] = Counter()
+        self.in_flight: list = []  # (plan, keys of its batch)
+        self.copying: list = []  # (copy, what its source held at its start)
+        # What each slot of each pool holds: (key, position).
         self.memory = {"device": {}, "host": {}}
         self.host_blocks = host_blocks
-        self.ended: set[str] = set()
-        self.released: set[str] = set()
+        self.copies_each_step = copies_each_step
         self.next_step_id = 0
+
+    def key(self, name):
+        """Of the latest request of this name."""
+        return f"{name}#{self.uses[name]}"
 
     def tell(self, *events):
         pending = list(events)
@@ -81,44 +91,38 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert plan.batch or plan.copies
         assert plan.step_id == self.next_step_id
         self.next_step_id += 1
-        for name in plan.released:
-            assert name in self.ended
-            assert name not in self.released, "a request is released twice"
-            self.released.add(name)
+        self.released.update(plan.released)
+        assert self.released <= self.ended, "released before its end, or twice"
         for copy in plan.copies:
-            if copy.precedes_step is None:
-                self.copying.append(copy)
-            else:
-                assert copy.precedes_step == plan.step_id
-                self.run_copy(copy)
-                self.copying.append(copy)
+            assert copy.precedes_step in (None, plan.step_id)
+            self.run_copy(copy)
+            self.copying.append((copy, self.held_by_source(copy)))
         if not plan.batch:
             return
-        busy = {piece.request_id for other in self.in_flight for piece in other.batch}
+        busy = {key for _, keys in self.in_flight for key in keys}
         assert len(plan.batch) <= BATCH
         assert plan.num_tokens <= BATCH_TOKENS
         assert len(self.in_flight) < self.window
-        seen = set()
-        for piece in plan.batch:
-            name = piece.request_id
-            assert name in self.left, "an ended request was scheduled"
-            assert name not in busy | seen
-            seen.add(name)
-            self.run_slice(piece)
-        running = [self.tables[name] for name in busy & set(self.left) | seen]
+        seen = [self.key(piece.request_id) for piece in plan.batch]
+        assert len(set(seen)) == len(seen)
+        for key, piece in zip(seen, plan.batch, strict=True):
+            assert key in self.left, "an ended request was scheduled"
+            assert key not in busy
+            self.run_slice(key, piece)
+        running = [self.tables[key] for key in {*busy, *seen}]
         flat = [block for table in running for block in table]
         assert len(flat) == len(set(flat)), "a block belongs to two running requests"
-        self.in_flight.append(plan)
+        self.in_flight.append((plan, seen))
 
-    def run_slice(self, piece):
-        name, device = piece.request_id, self.memory["device"]
-        table = self.tables.setdefault(name, [])
+    def run_slice(self, key, piece):
+        device = self.memory["device"]
+        table = self.tables.setdefault(key, [])
         if piece.block_ids:
             table[piece.block_start :] = piece.block_ids
         end = piece.start + piece.num_tokens
         assert piece.num_tokens >= 1
-        assert end <= self.known[name]
-        assert piece.samples == (end == self.known[name])
+        assert end <= self.known[key]
+        assert piece.samples == (end == self.known[key])
         assert len(table) * BLOCK_SIZE >= end
         assert 0 not in table
 
@@ -126,77 +130,95 @@ class SchedulerMachine(RuleBasedStateMachine):
             return table[position // BLOCK_SIZE], position % BLOCK_SIZE
 
         for position in range(piece.start):
-            assert device.get(slot(position)) == (name, position), "the KV of a token is lost"
+            assert device.get(slot(position)) == (key, position), "the KV of a token is lost"
         for position in range(piece.start, end):
-            device[slot(position)] = (name, position)
+            device[slot(position)] = (key, position)
 
     def run_copy(self, copy):
-        pools = ("device", "host") if copy.direction == "swap_out" else ("host", "device")
-        source, target = (self.memory[pool] for pool in pools)
+        """At its start and again at its end: between these it may happen at any time."""
+        source, target = self.pools_of(copy)
         for here, there in zip(copy.source_ids, copy.target_ids, strict=True):
             assert here
             assert there
             for offset in range(BLOCK_SIZE):
                 target[there, offset] = source.get((here, offset))
 
+    def held_by_source(self, copy):
+        source, _ = self.pools_of(copy)
+        return [source.get((b, offset)) for b in copy.source_ids for offset in range(BLOCK_SIZE)]
+
+    def pools_of(self, copy):
+        pools = ("device", "host") if copy.direction == "swap_out" else ("host", "device")
+        return [self.memory[pool] for pool in pools]
+
     @rule(
         prompt=st.integers(1, 60),
-        output=st.integers(1, 30),
-        unused=st.sampled_from([0, 0, 7]),
-        received=st.sampled_from([0, 0, 0, 5]),
+        outputs=st.tuples(
+            st.integers(1, 30), st.sampled_from([0, 0, 7]), st.sampled_from([0, 0, 0, 5])
+        ),
         priority=st.sampled_from([0, 0, -1, 2]),
+        again=st.sampled_from([None, None, None, "again0", "again1"]),
     )
-    def arrive(self, prompt, output, unused, received, priority):
-        """Some are resumed (`received`), some end before their `max_tokens` (`unused`)."""
+    def arrive(self, prompt, outputs, priority, again):
+        """Some end before their `max_tokens` (`unused`), some are resumed (`received`)."""
+        output, unused, received = outputs
         received = min(received, output - 1)
         max_tokens = output + unused
         if self.scheduler.refusal(prompt, max_tokens):
             return
-        name = RequestId(f"r{self.count}")
-        self.count += 1
-        self.left[name], self.known[name] = output - received, prompt + received
+        name = again
+        if name is None or self.key(name) in self.left:
+            self.count += 1
+            name = f"r{self.count}"
+        self.uses[name] += 1
+        key = self.key(name)
+        self.left[key], self.known[key] = output - received, prompt + received
         oracle = output if self.policy == "srpt" else None
-        self.tell(Arrived(name, prompt, max_tokens, received, priority, oracle))
+        self.tell(Arrived(RequestId(name), prompt, max_tokens, received, priority, oracle))
 
     @precondition(lambda self: self.left)
-    @rule(data=st.data())
-    def abort(self, data):
-        name = data.draw(st.sampled_from(sorted(self.left)))
-        self.end(name)
-        self.tell(Aborted(name))
+    @rule(data=st.data(), happens=st.sampled_from([True, False, False]))
+    def abort(self, data, happens):
+        if happens:
+            key = data.draw(st.sampled_from(sorted(self.left)))
+            self.tell(Aborted(self.end(key)))
 
-    @precondition(lambda self: self.in_flight)
-    @rule(elapsed=st.floats(0.1, 5.0))
+    @precondition(lambda self: self.in_flight or self.copying)
+    @rule(choices=st.binary(min_size=1, max_size=40))
+    def run(self, choices):
+        """Steps in their order and copies in any; each byte says which is next and how long."""
+        for choice in choices:
+            if self.copying and (choice % 2 or not self.in_flight):
+                self.now += 0.1
+                self.finish_copy(choice % len(self.copying))
+            elif self.in_flight:
+                self.finish_step(0.1 + choice / 64)
+            self.state_is_consistent()
+
     def finish_step(self, elapsed):
         self.now += elapsed
-        plan = self.in_flight.pop(0)
+        plan, keys = self.in_flight.pop(0)
         finished = []
-        for piece in plan.batch:
-            name = piece.request_id
-            if name in self.left and piece.samples:
-                self.known[name] += 1
-                self.left[name] -= 1
-                if not self.left[name]:
-                    finished.append(name)
-                    self.end(name)
+        for key, piece in zip(keys, plan.batch, strict=True):
+            if key in self.left and piece.samples:
+                self.known[key] += 1
+                self.left[key] -= 1
+                if not self.left[key]:
+                    finished.append(self.end(key))
         self.tell(StepDone(plan.step_id, elapsed, tuple(finished)))
 
-    @precondition(lambda self: self.copying)
-    @rule(data=st.data())
-    def finish_copy(self, data):
-        """In any order, and read and written at the last moment."""
-        copy = data.draw(st.sampled_from(self.copying))
-        self.now += 0.1
-        self.finish_this_copy(copy)
-
-    def finish_this_copy(self, copy):
-        self.copying.remove(copy)
+    def finish_copy(self, index):
+        copy, held = self.copying.pop(index)
         if copy.precedes_step is None:
+            assert self.held_by_source(copy) == held, "a block was written while it was copied"
             self.run_copy(copy)
         self.tell(CopyDone(copy.copy_id))
 
-    @rule()
-    def lose_workers(self):
+    @rule(happens=st.sampled_from([True, *[False] * 19]))
+    def lose_workers(self, happens):
+        """Rarely: after it, there is no memory to run short of for a while."""
+        if not happens:
+            return
         self.in_flight.clear()
         self.copying.clear()
         self.tables.clear()
@@ -208,10 +230,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += seconds
         self.tell()
 
-    def end(self, name):
-        assert name not in self.ended, "a request ended twice"
-        self.ended.add(name)
-        del self.left[name]
+    def end(self, key):
+        """It has ended, and only now: returns its name."""
+        del self.left[key]
+        name = RequestId(key.split("#")[0])
+        self.ended[name] += 1
+        return name
 
     @invariant()
     def state_is_consistent(self):
@@ -226,10 +250,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Everything still finishes, and all memory comes back."""
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(5000):
-            if self.copying:
-                self.finish_this_copy(self.copying[0])
+        copies_due = 0.0
+        for _ in range(10_000):
+            if self.copying and (copies_due >= 1 or not self.in_flight):
+                copies_due = max(copies_due - 1, 0)
+                self.finish_copy(0)
             elif self.in_flight:
+                copies_due += self.copies_each_step
                 self.finish_step(1.0)
             else:
                 break
