@@ -20,7 +20,6 @@ from fastserve_mega.types import RequestId
 
 BLOCK_SIZE = 4
 BLOCKS = 24
-BATCH = 4
 BATCH_TOKENS = 24
 
 
@@ -34,9 +33,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         window=st.integers(1, 3),
         host_blocks=st.sampled_from([60, 60, 25, 25, 6, 1, 0]),
         starvation_limit_s=st.sampled_from([3.0, 3.0, None]),
+        batch=st.sampled_from([1, 2, 4]),
         copies_each_step=st.sampled_from([0.1, 1.0, 5.0]),
     )
-    def start(self, window, host_blocks, starvation_limit_s, copies_each_step):
+    def start(self, window, host_blocks, starvation_limit_s, batch, copies_each_step):
         self.options = {
             "policy": self.policy,
             "swap": SwapConfig(
@@ -46,7 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "device_blocks": BLOCKS,
             "block_size": BLOCK_SIZE,
             "window": window,
-            "max_batch_size": BATCH,
+            "max_batch_size": batch,
             "max_batch_tokens": BATCH_TOKENS,
             "starvation_limit_s": starvation_limit_s,
             "max_passed_over": 3,
@@ -69,6 +69,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         # What each slot of each pool holds: (key, position).
         self.memory = {"device": {}, "host": {}}
         self.host_blocks = host_blocks
+        self.batch = batch
         self.copies_each_step = copies_each_step
         self.next_step_id = 0
 
@@ -100,7 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not plan.batch:
             return
         busy = {key for _, keys in self.in_flight for key in keys}
-        assert len(plan.batch) <= BATCH
+        assert len(plan.batch) <= self.batch
         assert plan.num_tokens <= BATCH_TOKENS
         assert len(self.in_flight) < self.window
         seen = [self.key(piece.request_id) for piece in plan.batch]
@@ -152,7 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return [self.memory[pool] for pool in pools]
 
     @rule(
-        prompt=st.integers(1, 60),
+        prompt=st.one_of(st.integers(1, 12), st.integers(1, 60)),
         outputs=st.tuples(
             st.integers(1, 30), st.sampled_from([0, 0, 7]), st.sampled_from([0, 0, 0, 5])
         ),
