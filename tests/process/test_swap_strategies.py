@@ -86,7 +86,8 @@ def test_every_strategy_gives_the_tokens_of_an_undisturbed_run(
     if host_blocks <= 1 or not swaps:
         assert blocks == [0, 0]
     waited = metric(metrics, "copy_wait_seconds_total", '{kind="step"}')
-    assert (waited > 0) == (strategy == "reactive" and host_blocks > 1)
+    # With few host blocks it depends on the arrivals whether anything is swapped at all.
+    assert (waited > 0) == (strategy == "reactive" and blocks[0] > 0)
     if strategy == "proactive" and host_blocks == PLENTY:
         assert all(runner.overlapped_steps > 0 for runner in server.runners)
 
