@@ -18,10 +18,11 @@ LIMIT_S = 4.0
 class Bound:
     """Drives a scheduler with ample memory and checks each step that it plans.
 
-    What must hold whenever a step can be planned: when everybody in Q1, the starving among them,
-    has a place in that step, then whoever has waited for the limit takes part in it. The wait
-    counts from the last time it ran, or from its arrival. As a consequence, somebody who always
-    found a place has never waited longer than the limit and the step that was under way.
+    What must hold whenever a step is planned: whoever has waited for the limit takes part in it,
+    unless all its tokens are used, or its places are too few for those in Q1 and the starving
+    whom it leaves out. The wait counts from the last time it ran, or from its arrival. As a
+    consequence, somebody for whom there always was room has never waited longer than the limit
+    and the step that was under way.
     """
 
     def __init__(self, policy: str, window: int, batch: int, tokens: int, levels: int) -> None:
@@ -35,12 +36,13 @@ class Bound:
         )
         self.window = window
         self.batch = batch
+        self.tokens = tokens
         self.now = 0.0
         self.seen: Counter[str] = Counter()
         self._last_look = 0.0
         self._waiting_since: dict[str, float] = {}
         self._crowded_out: set[str] = set()
-        """Waited for the limit while others in Q1 filled the step."""
+        """Waited for the limit and found no room."""
         self._known: dict[str, int] = {}
         self._left: dict[str, int] = {}
         self._in_flight: list[Plan] = []
@@ -93,13 +95,14 @@ class Bound:
         starving = {
             name for name, since in self._waiting_since.items() if self.now - since >= LIMIT_S
         }
-        if in_first_level <= places:
-            assert starving <= taking_part
-            self.seen["starving"] += len(starving)
-            self.seen["others waited"] += bool(starving) and len(self._waiting_since) > places
-        else:
-            self._crowded_out |= starving - taking_part
-            self.seen["crowded out"] += len(starving - taking_part)
+        left_out = starving - taking_part
+        if left_out and plan.num_tokens < self.tokens:
+            assert in_first_level + len(left_out) > places
+        self._crowded_out |= left_out
+        self.seen["crowded out"] += len(left_out)
+        if starving & taking_part:
+            self.seen["starving"] += 1
+            self.seen["others waited"] += len(self._waiting_since) > places
         for name in taking_part - self._crowded_out:
             assert self._waited_s(name) < LIMIT_S + (self.now - self._last_look)
         for name in taking_part:
@@ -123,7 +126,7 @@ def test_who_has_waited_for_the_limit_is_in_the_next_step(policy):
     @given(
         window=st.integers(1, 3),
         batch=st.integers(1, 6),
-        more_tokens=st.integers(0, 60),
+        more_tokens=st.sampled_from([1000, 60, 10, 0]),
         levels=st.integers(1, 6),
         script=st.lists(st.one_of(arrivals, elapsed_times), min_size=20, max_size=60),
     )
