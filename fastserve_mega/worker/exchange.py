@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from array import array
+from itertools import accumulate
 from typing import Protocol
 
 from fastserve_mega.worker.topology import Topology
@@ -36,7 +38,7 @@ class SingleExchange:
 
 
 class MpiExchange:
-    """MPI_COMM_WORLD."""
+    """MPI_COMM_WORLD. Bytes travel, not objects: those mpi4py would pickle."""
 
     def __init__(self) -> None:
         """Initialize MPI.
@@ -47,12 +49,24 @@ class MpiExchange:
         from mpi4py import MPI
 
         self._world = MPI.COMM_WORLD
+        self._byte = MPI.BYTE
 
     def broadcast(self, value: str) -> str:
-        return str(self._world.bcast(value, root=0))
+        return self.gather(value)[0]
 
     def gather(self, value: str) -> list[str]:
-        return list(self._world.allgather(value))
+        data = value.encode()
+        lengths = array("q", [0]) * self._world.Get_size()
+        self._world.Allgather(array("q", [len(data)]), lengths)
+        everything = bytearray(sum(lengths))
+        self._world.Allgatherv(
+            [data, self._byte], [everything, (lengths.tolist(), None), self._byte]
+        )
+        ends = list(accumulate(lengths))
+        return [
+            everything[end - length : end].decode()
+            for end, length in zip(ends, lengths, strict=True)
+        ]
 
     def abort(self) -> None:
         self._world.Abort(1)

@@ -1,5 +1,7 @@
 """What must hold for every policy after any sequence of events."""
 
+from collections import Counter
+
 import pytest
 from fixed_costs import make_scheduler
 from hypothesis import HealthCheck, Phase, settings
@@ -18,7 +20,6 @@ from fastserve_mega.types import RequestId
 
 BLOCK_SIZE = 4
 BLOCKS = 24
-BATCH = 4
 BATCH_TOKENS = 24
 
 
@@ -29,9 +30,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     strategy: str
 
     @initialize(
-        window=st.integers(1, 3), host_blocks=st.sampled_from([0, 6, 60]), caches=st.booleans()
+        window=st.integers(1, 3),
+        host_blocks=st.sampled_from([60, 60, 25, 25, 6, 1, 0]),
+        starvation_limit_s=st.sampled_from([3.0, 3.0, None]),
+        batch=st.sampled_from([1, 2, 4]),
+        copies_each_step=st.sampled_from([0.1, 1.0, 5.0]),
+        caches=st.booleans(),
     )
-    def start(self, window, host_blocks, caches):
+    def start(  # noqa: PLR0917 - drawn by name
+        self, window, host_blocks, starvation_limit_s, batch, copies_each_step, caches
+    ):
         self.caches = caches
         self.options = {
             "policy": self.policy,
@@ -42,9 +50,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             "device_blocks": BLOCKS,
             "block_size": BLOCK_SIZE,
             "window": window,
-            "max_batch_size": BATCH,
+            "max_batch_size": batch,
             "max_batch_tokens": BATCH_TOKENS,
-            "starvation_limit_s": 3.0,
+            "starvation_limit_s": starvation_limit_s,
             "max_passed_over": 3,
             "backfill_lookahead": 2,
         }
@@ -53,17 +61,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.window = window
         self.now = 0.0
         self.count = 0
+        # By key, "name#use": a name may be used again as soon as its request has ended.
         self.left: dict[str, int] = {}
         self.content: dict[str, list[str]] = {}
         """The tokens of each request; a token's name tells all tokens before it as well."""
         self.past: list[list[str]] = []
         self.tables: dict[str, list[int]] = {}
-        self.in_flight: list = []
-        self.copying: list = []
+        self.uses: Counter[str] = Counter()
+        self.ended: Counter[str] = Counter()
+        self.released: Counter[str] = Counter()
+        self.in_flight: list = []  # (plan, keys of its batch)
+        self.copying: list = []  # (copy, what its source held at its start)
         # What each slot of each pool holds: the name of a token.
         self.memory = {"device": {}, "host": {}}
         self.host_blocks = host_blocks
-        self.ended: set[str] = set()
+        self.batch = batch
+        self.copies_each_step = copies_each_step
+        self.next_step_id = 0
+
+    def key(self, name):
+        """Of the latest request of this name."""
+        return f"{name}#{self.uses[name]}"
 
     def tell(self, *events):
         pending = list(events)
@@ -78,57 +96,50 @@ class SchedulerMachine(RuleBasedStateMachine):
     def take(self, plan):
         """What the workers do, and check."""
         assert plan.batch or plan.copies
+        assert plan.step_id == self.next_step_id
+        self.next_step_id += 1
+        self.released.update(plan.released)
+        assert self.released <= self.ended, "released before its end, or twice"
         for copy in plan.copies:
-            if copy.precedes_step is None:
-                self.copying.append(copy)
-            else:
-                assert copy.precedes_step == plan.step_id
-                self.run_copy(copy)
-                self.copying.append(copy)
+            assert copy.precedes_step in (None, plan.step_id)
+            self.run_copy(copy)
+            self.copying.append((copy, self.held_by_source(copy)))
         if not plan.batch:
             return
-        self.dispatching = plan
-        busy = {piece.request_id for other in self.in_flight for piece in other.batch}
-        assert len(plan.batch) <= BATCH
+        busy = {key for _, keys in self.in_flight for key in keys}
+        assert len(plan.batch) <= self.batch
         assert plan.num_tokens <= BATCH_TOKENS
         assert len(self.in_flight) < self.window
-        seen = set()
-        for piece in plan.batch:
-            name = piece.request_id
-            assert name in self.left, "an ended request was scheduled"
-            assert name not in busy | seen
-            seen.add(name)
-            self.run_slice(piece)
-        running = [self.tables[name] for name in busy & set(self.left) | seen]
-        # Those whose last block is full write to the next one.
-        written = [self.written(name) for name in busy & set(self.left) | seen]
-        for index, blocks in enumerate(written):
-            others = {block for i, table in enumerate(running) if i != index for block in table}
-            assert not blocks & others, "a block that is written belongs to another request"
-        self.in_flight.append(plan)
+        seen = [self.key(piece.request_id) for piece in plan.batch]
+        assert len(set(seen)) == len(seen)
+        for key, piece in zip(seen, plan.batch, strict=True):
+            assert key in self.left, "an ended request was scheduled"
+            assert key not in busy
+            self.run_slice(key, piece)
+        self.in_flight.append((plan, seen))
+        self.check_written_blocks()
 
-    def written(self, name):
-        """The blocks that the slice of a running request writes to."""
-        pieces = [piece for plan in self.in_flight for piece in plan.batch]
-        pieces += self.dispatching.batch
-        piece = next(piece for piece in reversed(pieces) if piece.request_id == name)
-        end = piece.start + piece.num_tokens
-        table = self.tables[name]
-        return set(table[piece.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)])
+    def check_written_blocks(self):
+        """Blocks may be shared as long as nobody writes to them."""
+        running = {key: self.tables[key] for _, keys in self.in_flight for key in keys}
+        for plan, keys in self.in_flight:
+            for key, piece in zip(keys, plan.batch, strict=True):
+                end = piece.start + piece.num_tokens
+                written = running[key][piece.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]
+                others = {b for other, table in running.items() if other != key for b in table}
+                assert not others & set(written), "a block that is written has another owner"
 
     def block_hashes(self, tokens):
-        if not self.caches:
-            return ()
-        return tuple(tokens[BLOCK_SIZE - 1 :: BLOCK_SIZE])
+        return tuple(tokens[BLOCK_SIZE - 1 :: BLOCK_SIZE]) if self.caches else ()
 
-    def run_slice(self, piece):
-        name, device = piece.request_id, self.memory["device"]
-        table = self.tables.setdefault(name, [])
+    def run_slice(self, key, piece):
+        device = self.memory["device"]
+        table = self.tables.setdefault(key, [])
         if piece.block_ids:
             table[piece.block_start :] = piece.block_ids
         end = piece.start + piece.num_tokens
         assert piece.num_tokens >= 1
-        content = self.content[name]
+        content = self.content[key]
         assert end <= len(content)
         assert piece.samples == (end == len(content))
         assert len(table) * BLOCK_SIZE >= end
@@ -143,87 +154,102 @@ class SchedulerMachine(RuleBasedStateMachine):
             device[slot(position)] = content[position]
 
     def run_copy(self, copy):
-        pools = ("device", "host") if copy.direction == "swap_out" else ("host", "device")
-        source, target = (self.memory[pool] for pool in pools)
+        """At its start and again at its end: between these it may happen at any time."""
+        source, target = self.pools_of(copy)
         for here, there in zip(copy.source_ids, copy.target_ids, strict=True):
             assert here
             assert there
             for offset in range(BLOCK_SIZE):
                 target[there, offset] = source.get((here, offset))
 
+    def held_by_source(self, copy):
+        source, _ = self.pools_of(copy)
+        return [source.get((b, offset)) for b in copy.source_ids for offset in range(BLOCK_SIZE)]
+
+    def pools_of(self, copy):
+        pools = ("device", "host") if copy.direction == "swap_out" else ("host", "device")
+        return [self.memory[pool] for pool in pools]
+
     @rule(
-        prompt=st.integers(1, 60),
-        output=st.integers(1, 30),
+        prompt=st.one_of(st.integers(1, 12), st.integers(1, 60)),
+        outputs=st.tuples(
+            st.integers(1, 30), st.sampled_from([0, 0, 7]), st.sampled_from([0, 0, 0, 5])
+        ),
         priority=st.sampled_from([0, 0, -1, 2]),
-        data=st.data(),
+        again=st.sampled_from([None, None, None, "again0", "again1"]),
+        begins_like=st.tuples(st.integers(1, 6), st.integers(0, 60)),
     )
-    def arrive(self, prompt, output, priority, data):
-        if self.scheduler.refusal(prompt, output):
+    def arrive(self, prompt, outputs, priority, again, begins_like):
+        """Some end before their `max_tokens` (`unused`), some are resumed (`received`)."""
+        output, unused, received = outputs
+        received = min(received, output - 1)
+        max_tokens = output + unused
+        if self.scheduler.refusal(prompt, max_tokens):
             return
-        name = RequestId(f"r{self.count}")
-        self.count += 1
-        tokens = [f"{name}:{position}" for position in range(prompt)]
-        if self.past:  # begins like an earlier one, perhaps with some of its answer
-            earlier = data.draw(st.sampled_from(self.past[-6:]))
-            common = data.draw(st.integers(0, min(prompt, len(earlier))))
-            tokens[:common] = earlier[:common]
-        self.left[name], self.content[name] = output, tokens
+        name = again
+        if name is None or self.key(name) in self.left:
+            self.count += 1
+            name = f"r{self.count}"
+        self.uses[name] += 1
+        key = self.key(name)
+        tokens = [f"{key}:{position}" for position in range(prompt + received)]
+        earlier, common = begins_like  # an earlier prompt, perhaps with some of its answer
+        if len(self.past) >= earlier:
+            common = min(common, prompt)
+            shared = self.past[-earlier][:common]
+            tokens[: len(shared)] = shared
         self.past.append(tokens)
+        self.left[key], self.content[key] = output - received, tokens
         oracle = output if self.policy == "srpt" else None
         hashes = self.block_hashes(tokens)
-        self.tell(
-            Arrived(
-                name,
-                prompt,
-                output,
-                priority=priority,
-                block_hashes=hashes,
-                oracle_output_tokens=oracle,
-            )
-        )
+        self.tell(Arrived(RequestId(name), prompt, max_tokens, received, priority, hashes, oracle))
 
     @precondition(lambda self: self.left)
-    @rule(data=st.data())
-    def abort(self, data):
-        name = data.draw(st.sampled_from(sorted(self.left)))
-        self.end(name)
-        self.tell(Aborted(name))
+    @rule(data=st.data(), happens=st.sampled_from([True, False, False]))
+    def abort(self, data, happens):
+        if happens:
+            key = data.draw(st.sampled_from(sorted(self.left)))
+            self.tell(Aborted(self.end(key)))
 
-    @precondition(lambda self: self.in_flight)
-    @rule(elapsed=st.floats(0.1, 5.0))
+    @precondition(lambda self: self.in_flight or self.copying)
+    @rule(choices=st.binary(min_size=1, max_size=40))
+    def run(self, choices):
+        """Steps in their order and copies in any; each byte says which is next and how long."""
+        for choice in choices:
+            if self.copying and (choice % 2 or not self.in_flight):
+                self.now += 0.1
+                self.finish_copy(choice % len(self.copying))
+            elif self.in_flight:
+                self.finish_step(0.1 + choice / 64)
+            self.state_is_consistent()
+
     def finish_step(self, elapsed):
         self.now += elapsed
-        plan = self.in_flight.pop(0)
+        plan, keys = self.in_flight.pop(0)
         finished, filled = [], []
-        for piece in plan.batch:
-            name = piece.request_id
-            if name in self.left and piece.samples:
-                tokens = self.content[name]
-                tokens.append(f"{name}:{len(tokens)}")
+        for key, piece in zip(keys, plan.batch, strict=True):
+            if key in self.left and piece.samples:
+                tokens = self.content[key]
+                tokens.append(f"{key}:{len(tokens)}")
                 if self.caches and not len(tokens) % BLOCK_SIZE:
-                    filled.append((name, tokens[-1]))
-                self.left[name] -= 1
-                if not self.left[name]:
-                    finished.append(name)
-                    self.end(name)
+                    filled.append((piece.request_id, tokens[-1]))
+                self.left[key] -= 1
+                if not self.left[key]:
+                    finished.append(self.end(key))
         self.tell(StepDone(plan.step_id, elapsed, tuple(finished), tuple(filled)))
 
-    @precondition(lambda self: self.copying)
-    @rule(data=st.data())
-    def finish_copy(self, data):
-        """In any order, and read and written at the last moment."""
-        copy = data.draw(st.sampled_from(self.copying))
-        self.now += 0.1
-        self.finish_this_copy(copy)
-
-    def finish_this_copy(self, copy):
-        self.copying.remove(copy)
+    def finish_copy(self, index):
+        copy, held = self.copying.pop(index)
         if copy.precedes_step is None:
+            assert self.held_by_source(copy) == held, "a block was written while it was copied"
             self.run_copy(copy)
         self.tell(CopyDone(copy.copy_id))
 
-    @rule()
-    def lose_workers(self):
+    @rule(happens=st.sampled_from([True, *[False] * 19]))
+    def lose_workers(self, happens):
+        """Rarely: after it, there is no memory to run short of for a while."""
+        if not happens:
+            return
         self.in_flight.clear()
         self.copying.clear()
         self.tables.clear()
@@ -235,26 +261,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += seconds
         self.tell()
 
-    def end(self, name):
-        assert name not in self.ended, "a request ended twice"
-        self.ended.add(name)
-        del self.left[name]
+    def end(self, key):
+        """It has ended, and only now: returns its name."""
+        del self.left[key]
+        name = RequestId(key.split("#")[0])
+        self.ended[name] += 1
+        return name
 
     @invariant()
     def state_is_consistent(self):
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert self.scheduler.unfinished == len(self.left)
+            assert sum(self.scheduler.level_lengths()) == len(self.left)
+            assert self.scheduler.steps_in_flight == len(self.in_flight)
             assert not self.left or self.in_flight or self.copying, "work is left, nothing runs"
 
     def teardown(self):
         """Everything still finishes, and all memory comes back."""
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(5000):
-            if self.copying:
-                self.finish_this_copy(self.copying[0])
+        copies_due = 0.0
+        for _ in range(10_000):
+            if self.copying and (copies_due >= 1 or not self.in_flight):
+                copies_due = max(copies_due - 1, 0)
+                self.finish_copy(0)
             elif self.in_flight:
+                copies_due += self.copies_each_step
                 self.finish_step(1.0)
             else:
                 break
@@ -263,18 +296,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.memory.host.free_count == max(self.host_blocks - 1, 0)
 
 
-CASES = [
-    *(("skip_join_mlfq", strategy) for strategy in ("proactive", "reactive", "recompute", "none")),
-    *((policy, "proactive") for policy in ("mlfq", "fcfs", "fixed_priority", "srpt")),
-    ("fcfs", "recompute"),
-]
+POLICIES = ("skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt")
+STRATEGIES = ("proactive", "reactive", "recompute", "none")
 
 
-@pytest.mark.parametrize(("policy", "strategy"), CASES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_properties(policy, strategy):
     machine = type("Machine", (SchedulerMachine,), {"policy": policy, "strategy": strategy})
     machine.TestCase.settings = settings(
-        max_examples=100,
+        max_examples=100 if policy == "skip_join_mlfq" else 40,
         stateful_step_count=60,
         deadline=None,
         phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes

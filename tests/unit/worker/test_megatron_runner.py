@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from generation import generate
-from tiny_models import MODELS, SMOLLM2, greedy, make_model, prompts
+from tiny_models import LAYERS, MODELS, SMOLLM2, greedy, make_model, prompts
 
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
@@ -38,11 +38,12 @@ def made(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def open_runner(directory, *, device_blocks=80, dtype="float32", **parallel):
+def open_runner(directory, *, device_blocks=80, dtype="float32", **options):
+    sizes = {name: options.pop(name) for name in list(options) if name.endswith("_memory_gb")}
     config = Config(
         model=ModelConfig(path=str(directory), dtype=dtype),
-        parallel=ParallelConfig(device="cpu", threads_per_rank=1, **parallel),
-        kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=device_blocks),
+        parallel=ParallelConfig(device="cpu", threads_per_rank=1, **options),
+        kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=device_blocks, **sizes),
     )
     runner = MegatronRunner(config, Topology(), "", 0)
     try:
@@ -67,6 +68,22 @@ def test_greedy_tokens_equal_transformers(made, family):
         for chunk in (7, 512):
             outputs = generate(runner, prompts(), GREEDY, block_size=BLOCK_SIZE, chunk=chunk)
             assert outputs == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "kv_heads", "head_dim"),
+    [("llama", 2, 8), ("llama-one-kv-head", 1, 8), ("qwen3", 2, 16), ("opt", 4, 8)],
+)
+def test_flaw_15_blocks_are_counted_by_the_key_value_heads(made, family, kv_heads, head_dim):
+    """Which are fewer than the query heads (4), and whose size need not be hidden / heads."""
+    directory, _ = made(family)
+    block_bytes = LAYERS * 2 * kv_heads * BLOCK_SIZE * head_dim * torch.float32.itemsize
+    memory_gb = 100.5 * block_bytes / 2**30
+    with open_runner(
+        directory, device_blocks=None, device_memory_gb=memory_gb, host_memory_gb=memory_gb / 2
+    ) as runner:
+        assert runner.block_bytes == block_bytes
+        assert (runner.device_blocks, runner.host_blocks) == (100, 50)
 
 
 def test_prompts_longer_than_a_tile_of_attention(made):

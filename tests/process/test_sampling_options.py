@@ -1,0 +1,94 @@
+"""Flaw 13 of the authors' prototype: it accepts all options of sampling and ignores them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from fake_server import VOCAB, GatedRunner
+
+from fastserve_mega.client import Client
+from fastserve_mega.types import FinishReason, SamplingParams
+from fastserve_mega.worker.sampler import Sampler
+
+EOS = 0
+EOS_AFTER = 5
+"""Output tokens, after which end of sequence is by far the likeliest."""
+PROMPT = (5, 6, 7)
+BASE = {"max_tokens": 10, "temperature": 1.0, "seed": 7, "ignore_eos": True}
+
+
+class SamplingRunner(GatedRunner):
+    """Logits that depend on the whole context, and the real sampler."""
+
+    def execute(self, batch):
+        seeds = super().execute(batch)
+        sampling = [sequence for sequence in batch if sequence.samples]
+        rows = [torch.randn(VOCAB, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        for row, sequence in zip(rows, sampling, strict=True):
+            row[EOS] = 50.0 if sequence.context - sequence.prompt_tokens >= EOS_AFTER else -50.0
+        return Sampler((EOS,))(torch.stack(rows), sampling) if rows else []
+
+
+@pytest.fixture(scope="module")
+def generate(model_directory):
+    from fake_server import fake_server
+
+    with (
+        fake_server(model_directory, make_runner=SamplingRunner) as server,
+        Client(server.endpoint) as client,
+    ):
+
+        def generate(**change):
+            return client.submit(PROMPT, SamplingParams(**{**BASE, **change})).wait()
+
+        yield generate
+
+
+def ends_early(base, changed, length):
+    return changed.token_ids == base.token_ids[:length] and len(changed.token_ids) == length
+
+
+EFFECTS = {
+    "max_tokens": ({"max_tokens": 3}, lambda base, done: ends_early(base, done, 3)),
+    "temperature": ({"temperature": 9.0}, lambda base, done: done.token_ids != base.token_ids),
+    "top_p": ({"top_p": 1e-6}, lambda base, done: done.token_ids != base.token_ids),
+    "top_k": ({"top_k": 2}, lambda base, done: done.token_ids != base.token_ids),
+    "seed": ({"seed": 8}, lambda base, done: done.token_ids != base.token_ids),
+    "stop_token_ids": (
+        {"stop_token_ids": (EOS,)},
+        lambda base, done: ends_early(base, done, EOS_AFTER + 1),
+    ),
+    "ignore_eos": ({"ignore_eos": False}, lambda base, done: ends_early(base, done, EOS_AFTER + 1)),
+    "min_tokens": (
+        {"ignore_eos": False, "min_tokens": 8},
+        lambda base, done: len(done.token_ids) == 9 and EOS not in done.token_ids[:8],
+    ),
+}
+
+
+def test_flaw_13_no_option_is_forgotten_here():
+    assert set(EFFECTS) == {field.name for field in fields(SamplingParams)}
+
+
+@pytest.mark.parametrize("option", EFFECTS)
+def test_flaw_13_each_option_has_its_effect(generate, option):
+    change, has_effect = EFFECTS[option]
+    base = generate()
+    assert len(base.token_ids) == 10
+    assert base.finish_reason is FinishReason.LENGTH
+    assert generate().token_ids == base.token_ids
+    assert has_effect(base, generate(**change))
+
+
+def test_flaw_13_greedy_has_three_names(generate):
+    greedy = generate(temperature=0.0)
+    assert generate(top_k=1).token_ids == generate(top_p=1e-6).token_ids == greedy.token_ids
+    assert generate(temperature=0.0, seed=99).token_ids == greedy.token_ids
+
+
+def test_flaw_13_end_of_sequence_ends_an_answer(generate):
+    done = generate(ignore_eos=False)
+    assert (done.token_ids[-1], done.finish_reason) == (EOS, FinishReason.STOP)
+    assert done.usage.completion_tokens == EOS_AFTER + 1

@@ -1,0 +1,138 @@
+"""The work of a step, counted, does not depend on how many requests are queued."""
+
+from __future__ import annotations
+
+import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from fixed_costs import arrived, make_scheduler
+
+from fastserve_mega import scheduling
+from fastserve_mega.scheduling.events import Aborted, Event, StepDone
+from fastserve_mega.scheduling.scheduler import Scheduler
+
+PACKAGE = str(Path(scheduling.__file__).parent)
+FEW, MANY = 1_000, 50_000
+STEPS = 12
+POINTER_BYTES = 8
+
+
+class CountedPriority(int):
+    """A priority that counts how often it is compared, by whomever: a sort, a search, a heap."""
+
+    comparisons = 0
+
+    def _count(self) -> None:
+        CountedPriority.comparisons += 1
+
+    def __lt__(self, other: int) -> bool:
+        self._count()
+        return int.__lt__(self, other)
+
+    def __eq__(self, other: object) -> bool:
+        self._count()
+        return int.__eq__(self, other)
+
+    __hash__ = int.__hash__
+
+
+@dataclass
+class Work:
+    """What some steps took."""
+
+    instructions: int = 0
+    """Of the interpreter, in the scheduler's modules: what a loop over a queue would add to."""
+    comparisons: int = 0
+    """Of sort keys: what sorting or searching in C would add to."""
+    peak_bytes: int = 0
+    """Allocated at once in a step: what a copy of a queue would add to."""
+
+
+def count(work: Work, call: Callable[[], Any]) -> Any:
+    """Call, and count the work."""
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if event == "call":
+            if not frame.f_code.co_filename.startswith(PACKAGE):
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        elif event == "opcode":
+            work.instructions += 1
+        return trace
+
+    before, compared = sys.gettrace(), CountedPriority.comparisons
+    sys.settrace(trace)
+    try:
+        result = call()
+    finally:
+        sys.settrace(before)
+    work.comparisons += CountedPriority.comparisons - compared
+    return result
+
+
+def fill(policy: str, queued: int) -> Scheduler:
+    """A scheduler with a full batch running, and everybody else waiting behind it."""
+    scheduler = make_scheduler(
+        policy=policy, max_batch_size=8, device_blocks=1000, starvation_limit_s=1e6
+    )
+    oracle = 50 if policy == "srpt" else None
+    scheduler.step(
+        0.0,
+        [
+            arrived(f"q{i}", 5 + i % 40, priority=CountedPriority(0), oracle_output_tokens=oracle)
+            for i in range(queued)
+        ],
+    )
+    return scheduler
+
+
+def run_steps(scheduler: Scheduler, policy: str, call: Callable[[Callable[[], Any]], Any]) -> None:
+    """In each step somebody finishes, somebody arrives and somebody waiting is aborted."""
+    oracle = 50 if policy == "srpt" else None
+    running = ("q0",)
+    for step in range(STEPS):
+        events: list[Event] = [
+            StepDone(step, 1.0, running[:1]),
+            arrived(f"new{step}", 3, priority=CountedPriority(0), oracle_output_tokens=oracle),
+            Aborted(f"q{500 + step}"),
+        ]
+        plan = call(lambda step=step, events=events: scheduler.step(step + 1.0, events))
+        assert len(plan.batch) == 8
+        running = tuple(piece.request_id for piece in plan.batch)
+
+
+def measure(policy: str, queued: int) -> Work:
+    work = Work()
+    run_steps(fill(policy, queued), policy, lambda call: count(work, call))
+    scheduler = fill(policy, queued)
+    tracemalloc.start()
+    try:
+
+        def peak(call: Callable[[], Any]) -> Any:
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            result = call()
+            grown = tracemalloc.get_traced_memory()[1] - before
+            work.peak_bytes = max(work.peak_bytes, grown)
+            return result
+
+        run_steps(scheduler, policy, peak)
+    finally:
+        tracemalloc.stop()
+    return work
+
+
+@pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"])
+def test_flaw_17_no_policy_scans_its_queue(policy):
+    few, many = measure(policy, FEW), measure(policy, MANY)
+    assert few.instructions > 1000
+    assert many.instructions < 1.1 * few.instructions
+    # A search by halves compares 6 times more often in 50 times as many.
+    assert many.comparisons < 2 * few.comparisons + STEPS
+    assert many.peak_bytes < MANY * POINTER_BYTES / 2

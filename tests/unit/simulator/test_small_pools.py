@@ -1,0 +1,67 @@
+"""OPT-13B on one A100-40G, as in the paper, with more requests than it can serve and little host
+memory: the case in which the authors' prototype ends with an assertion after 30 to 210 s."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from fastserve_mega.simulator.config import load_simulation_config
+from fastserve_mega.simulator.main import simulate
+from fastserve_mega.simulator.records import SimulationResult
+from fastserve_mega.simulator.workload import RequestSpec
+
+CONFIG = Path(__file__).parents[3] / "configs" / "sim" / "opt-13b-a100.yaml"
+DEVICE_BLOCKS = 912
+RATE = 8.0
+REQUESTS = 120
+"""15 s of arrivals; together they need four times what the device holds."""
+
+
+def sharegpt_like() -> list[RequestSpec]:
+    """Poisson arrivals, mean 161 tokens in and 338 out, at most 1024 and 2048 together."""
+    chooser = random.Random(4)
+    now = 0.0
+    requests = []
+    for _ in range(REQUESTS):
+        now += chooser.expovariate(RATE)
+        prompt = min(1 + int(chooser.expovariate(1 / 161)), 1024)
+        output = min(1 + int(chooser.expovariate(1 / 338)), 2048 - prompt)
+        requests.append(RequestSpec(now, prompt, output))
+    return requests
+
+
+def survive(*settings: str) -> SimulationResult:
+    overrides = [f"kv_cache.device_blocks={DEVICE_BLOCKS}", *settings]
+    config = load_simulation_config(CONFIG, overrides)
+    result = simulate(config, sharegpt_like(), timeline_interval_s=0.1)
+    assert (result.finished, result.rejected) == (REQUESTS, 0)
+    assert len(result.records) == REQUESTS
+    assert result.output_tokens == sum(request.output_tokens for request in sharegpt_like())
+    assert max(point.device_blocks_in_use for point in result.timeline) > DEVICE_BLOCKS / 2
+    return result
+
+
+@pytest.mark.parametrize("strategy", ["proactive", "reactive"])
+@pytest.mark.parametrize("host_blocks", [2, 300])
+def test_flaw_4_an_exhausted_host_pool_falls_back_to_recomputing(strategy, host_blocks):
+    result = survive(f"kv_cache.swap.strategy={strategy}", f"kv_cache.host_blocks={host_blocks}")
+    assert max(point.host_blocks_in_use for point in result.timeline) > 0.9 * (host_blocks - 1)
+    assert result.recomputed_tokens > 0
+    assert result.copies.swapped_out_blocks > 0
+
+
+def test_flaw_4_the_prototypes_own_pools_survive():
+    result = survive("kv_cache.host_blocks=4587")
+    assert result.preemptions > 0
+
+
+@pytest.mark.parametrize("strategy", ["proactive", "reactive"])
+@pytest.mark.parametrize("nothing", ["host_blocks=1", "host_memory_gb=0"])
+def test_flaw_11_no_host_space_divides_by_nothing(strategy, nothing):
+    result = survive(f"kv_cache.swap.strategy={strategy}", f"kv_cache.{nothing}")
+    assert (result.copies.swapped_out_blocks, result.copies.swapped_in_blocks) == (0, 0)
+    assert result.preemptions > 0
+    assert result.recomputed_tokens > 0
