@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
+from rate_tables import Line, Row, add_columns, add_line, print_tables
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -46,20 +49,17 @@ POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 SHAREGPT_PROMPTS = ((0.1, 20), (0.2, 50), (0.5, 100), (1, 200), (1.5, 300), (1.75, 350), (2, 400))
 ALPACA_PROMPTS = ((1, 100), (3, 300), (15, 300), (17, 340), (20, 400), (30, 600), (40, 800))
 LARGE_BATCH_PROMPTS = ((1, 200), (2, 400), (2.5, 500), (3, 600), (3.5, 650), (4, 700))
-SWAP_RATES = {"proactive": "2.78", "reactive": "1.72", "recompute": "1.03", "none": "-"}
+SWAP_RATES = {
+    "proactive": ("2.78", ("strategy=proactive",)),
+    "proactive, nothing ahead": ("-", ("strategy=proactive", "write_through_blocks=0")),
+    "reactive": ("1.72", ("strategy=reactive",)),
+    "recompute": ("1.03", ("strategy=recompute",)),
+    "none": ("-", ("strategy=none",)),
+}
+"""The paper's rate, and what to set of kv_cache.swap."""
 RATIOS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 RATIO_TOTAL_TOKENS = 500
 """Mean of prompt and output together in the comparison over their ratio: the paper's ShareGPT."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the paper's table, with its numbers (requests/s)."""
-
-    config: str
-    data: str
-    paper_fcfs: float
-    paper_fastserve: float
 
 
 ROWS = (
@@ -81,28 +81,7 @@ class Options:
     seeds: range
     tolerance: float
     overrides: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Line:
-    """Rates (requests/s) that one system reached: a value per policy and seed."""
-
-    name: str
-    measure: str
-    means: tuple[float, float]
-    """Of prompt and output tokens."""
-    cap: float
-    """Where the search ended; a finite run may stay within the limit at any rate."""
-    rates: dict[str, list[float]]
-
-    def mean(self, policy: str) -> float:
-        return float(np.mean(self.rates[policy]))
-
-    def spread(self, policy: str) -> str:
-        values = self.rates[policy]
-        if min(values) >= self.cap:
-            return f"> {self.cap:.1f}"
-        return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+    jobs: int
 
 
 def main() -> None:
@@ -115,6 +94,7 @@ def main() -> None:
         "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
         help=f"of {', '.join(SECTIONS)}; all by default",
     )  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="simulations side by side")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all rates here")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE",
@@ -125,8 +105,9 @@ def main() -> None:
         arguments.data,
         tuple(arguments.policies),
         range(1 if arguments.quick else arguments.seeds),
-        0.1 if arguments.quick else 0.02,
+        0.1 if arguments.quick else 0.04,
         tuple(arguments.overrides),
+        arguments.jobs,
     )
     lines: list[Line] = []
     for section in arguments.sections:
@@ -142,16 +123,16 @@ def paper_table(options: Options) -> list[Line]:
         Table(title=f"Maximum rate (requests/s) at {name} normalized latency <= {LIMIT_S} s/token")
         for name in ("mean", "P95")
     ]
-    _add_columns(tables[0], options.policies, with_paper=True)
-    _add_columns(tables[1], options.policies)
+    add_columns(tables[0], options.policies, with_paper=True)
+    add_columns(tables[1], options.policies)
     lines = []
     for row in ROWS:
         config = _with_data(load(row.config, options), row.data)
         prompts = SHAREGPT_PROMPTS if row.data == "ShareGPT" else ALPACA_PROMPTS
         found = search(f"{row.config} {row.data}", config, options, prompts)
         lines += found
-        _add_line(tables[0], found[0], options.policies, row)
-        _add_line(tables[1], found[1], options.policies)
+        add_line(tables[0], found[0], options.policies, row)
+        add_line(tables[1], found[1], options.policies)
     print_tables(*tables)
     return lines
 
@@ -159,12 +140,12 @@ def paper_table(options: Options) -> list[Line]:
 def large_batches(options: Options) -> list[Line]:
     """OPT-13B, ShareGPT, batches of 64 and 128; the paper has 1.29 and 1.17 times fcfs."""
     table = Table(title=f"OPT-13B ShareGPT, larger batches, mean <= {LIMIT_S} s/token")
-    _add_columns(table, options.policies)
+    add_columns(table, options.policies)
     lines = []
     for batch in (64, 128):
         config = load("opt-13b-a100", options, f"scheduler.max_batch_size={batch}")
         (line,) = search(f"batch {batch}", config, options, LARGE_BATCH_PROMPTS, ("mean",))
-        _add_line(table, line, options.policies)
+        add_line(table, line, options.policies)
         lines.append(line)
     print_tables(table)
     return lines
@@ -175,13 +156,14 @@ def swap_strategies(options: Options) -> list[Line]:
     policies: tuple[PolicyName, ...] = ("skip_join_mlfq",)
     options = replace(options, policies=policies)
     table = Table(title=f"OPT-13B ShareGPT, swap strategies, mean <= {LIMIT_S} s/token")
-    _add_columns(table, policies)
+    add_columns(table, policies)
     table.add_column("paper", justify="right")
     lines = []
-    for strategy, paper in SWAP_RATES.items():
-        config = load("opt-13b-a100", options, f"kv_cache.swap.strategy={strategy}")
-        (line,) = search(strategy, config, options, SHAREGPT_PROMPTS, ("mean",))
-        _add_line(table, line, policies, more=(paper,))
+    for name, (paper, settings) in SWAP_RATES.items():
+        overrides = (f"kv_cache.swap.{setting}" for setting in settings)
+        config = load("opt-13b-a100", options, *overrides)
+        (line,) = search(name, config, options, SHAREGPT_PROMPTS, ("mean",))
+        add_line(table, line, policies, more=(paper,))
         lines.append(line)
     print_tables(table)
     return lines
@@ -192,7 +174,7 @@ def length_ratios(options: Options) -> list[Line]:
     policies: tuple[PolicyName, ...] = ("skip_join_mlfq", "mlfq", "fixed_priority")
     options = replace(options, policies=policies)
     table = Table(title=f"OPT-13B over input/output length ratios, mean <= {LIMIT_S} s/token")
-    _add_columns(table, policies, baseline="mlfq")
+    add_columns(table, policies, baseline="mlfq")
     table.add_column("/ fixed_priority", justify="right")
     lines = []
     for ratio in RATIOS:
@@ -205,7 +187,7 @@ def length_ratios(options: Options) -> list[Line]:
         config = replace(config, workload=workload)
         (line,) = search(f"in/out {ratio:g}", config, options, SHAREGPT_PROMPTS, ("mean",))
         to_fixed = line.mean("skip_join_mlfq") / max(line.mean("fixed_priority"), 1e-9)
-        _add_line(table, line, policies, baseline="mlfq", more=(f"{to_fixed:.2f}",))
+        add_line(table, line, policies, baseline="mlfq", more=(f"{to_fixed:.2f}",))
         lines.append(line)
     print_tables(table)
     return lines
@@ -245,63 +227,31 @@ def search(
 ) -> list[Line]:
     """Maximum rates of all policies and seeds, one line per measure."""
     lengths = load_lengths(config.workload, options.data)
-    rates, counts = zip(*prompts, strict=True)
-    runs = RateSearch(
-        config, lengths, lambda rate: round(float(np.interp(rate, rates, counts))),
-        options.tolerance,
-    )  # fmt: skip
+    runs = RateSearch(config, lengths, tuple(prompts), options.tolerance)
     start = 0.8 * saturation_rate(config, lengths, num_requests=200)
-    lines = [Line(name, measure, lengths.means, SEARCH_SPAN * start, {}) for measure in measures]
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        work = [(policy, line) for policy in options.policies for line in lines]
-        for policy, line in progress.track(work, description=name):
-            measure = MEASURES[line.measure]
-            line.rates[policy] = [
-                runs.max_rate(policy, seed, measure, LIMIT_S, start) for seed in options.seeds
-            ]
+    lines = [
+        Line(name, measure, lengths.means, SEARCH_SPAN * start, {p: [] for p in options.policies})
+        for measure in measures
+    ]
+    find = partial(_crossings, runs, tuple(measures), start)
+    work = [(policy, seed) for policy in options.policies for seed in options.seeds]
+    with (
+        ProcessPoolExecutor(options.jobs) as pool,
+        Progress(console=Console(stderr=True), transient=True) as progress,
+    ):
+        found = progress.track(pool.map(find, work), total=len(work), description=name)
+        for (policy, _), rates in zip(work, found, strict=True):
+            for line, rate in zip(lines, rates, strict=True):
+                line.rates[policy].append(rate)
     return lines
 
 
-def _add_columns(
-    table: Table,
-    policies: Sequence[PolicyName],
-    *,
-    with_paper: bool = False,
-    baseline: PolicyName = "fcfs",
-) -> None:
-    table.add_column("system", no_wrap=True)
-    table.add_column("mean in/out", justify="right")
-    for heading in (*policies, f"skip_join_mlfq / {baseline}"):
-        table.add_column(heading, justify="right")
-    if with_paper:
-        table.add_column("paper: FCFS, FastServe, ratio", justify="right")
-
-
-def _add_line(
-    table: Table,
-    line: Line,
-    policies: Sequence[PolicyName],
-    row: Row | None = None,
-    *,
-    baseline: PolicyName = "fcfs",
-    more: Sequence[str] = (),
-) -> None:
-    ratio = "-"
-    if {"skip_join_mlfq", baseline} <= set(policies) and line.mean(baseline) > 0:
-        ratio = f"{line.mean('skip_join_mlfq') / line.mean(baseline):.2f}"
-    if row:
-        paper_ratio = row.paper_fastserve / row.paper_fcfs
-        more = (f"{row.paper_fcfs:g}, {row.paper_fastserve:g}, {paper_ratio:.2f}",)
-    prompt, output = line.means
-    rates = [line.spread(policy) for policy in policies]
-    table.add_row(line.name, f"{prompt:.0f}/{output:.0f}", *rates, ratio, *more)
-
-
-def print_tables(*tables: Table) -> None:
-    """To the terminal, wide enough for all columns."""
-    console = Console(width=max(Console().width, 180))
-    for table in tables:
-        console.print(table)
+def _crossings(
+    runs: RateSearch, measures: tuple[str, ...], start: float, case: tuple[PolicyName, int]
+) -> list[float]:
+    """The maximum rate of each measure, for a policy and a seed; in a process of its own."""
+    policy, seed = case
+    return [runs.max_rate(policy, seed, MEASURES[name], LIMIT_S, start) for name in measures]
 
 
 if __name__ == "__main__":

@@ -154,11 +154,13 @@ class Mlfq:
         if limit_s is None:
             return lambda request: (execute_s[request.level], request.level, request.level_entry)
 
+        promoted_in_s = limit_s - now
+
         def enst(request: Request) -> tuple[float, int, int]:
             level = request.level
             until_s = execute_s[level]
-            if level:
-                until_s = min(until_s, request.waiting_since + limit_s - now)
+            if level and (promoted_s := request.waiting_since + promoted_in_s) < until_s:
+                until_s = promoted_s
             return until_s, level, request.level_entry
 
         return enst

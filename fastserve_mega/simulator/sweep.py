@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig
 from fastserve_mega.simulator.main import simulate, with_policy, with_rate
@@ -15,7 +17,7 @@ Measure = Callable[[Report], float]
 
 _ALL_AT_ONCE = 1e9
 """Requests per second: the whole workload has arrived before the first step."""
-SEARCH_SPAN = 16.0
+SEARCH_SPAN = 8.0
 """A search for a crossing gives up at the start times or divided by this."""
 
 
@@ -49,8 +51,8 @@ class RateSearch:
 
     config: SimulationConfig
     table: LengthTable
-    num_requests: Callable[[float], int]
-    """Requests of the run at a rate."""
+    prompt_counts: tuple[tuple[float, int], ...]
+    """(rate, requests of the run at that rate), linear between them."""
     tolerance: float = 0.02
     """Relative width of the interval in which a crossing is interpolated."""
     _reports: dict[tuple[PolicyName, float, int], Report] = field(default_factory=dict)
@@ -60,7 +62,9 @@ class RateSearch:
         key = (policy, rate, seed)
         if key not in self._reports:
             config = with_rate(with_policy(self.config, policy), rate)
-            workload = replace(config.workload, seed=seed, num_requests=self.num_requests(rate))
+            rates, counts = zip(*self.prompt_counts, strict=True)
+            count = round(float(np.interp(rate, rates, counts)))
+            workload = replace(config.workload, seed=seed, num_requests=count)
             result = simulate(config, draw_requests(workload, self.table))
             self._reports[key] = summarize(result, policy, rate)
         return self._reports[key]
