@@ -26,10 +26,11 @@ from rich.table import Table
 from serving_statistics import percentile
 
 from fastserve_mega import launcher
-from fastserve_mega.config import load_config
+from fastserve_mega.config import Config, load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.simulator.analytic_cost_model import step_work
@@ -181,6 +182,21 @@ def draw_specs(options: argparse.Namespace) -> list[RequestSpec]:
     return make_requests(workload, options.data)
 
 
+def expected_setup(
+    config: Config, profile: Profile, specs: Sequence[RequestSpec]
+) -> SchedulerSetup:
+    """What the live scheduler will be made of, as far as it is known before the ranks are."""
+    tokens = sum(spec.prompt_tokens + spec.output_tokens for spec in specs)
+    return SchedulerSetup(
+        scheduler=config.scheduler,
+        swap=config.kv_cache.swap,
+        pools=PoolSizes(config.kv_cache.device_blocks or tokens, 0, config.kv_cache.block_size),
+        profile=profile,
+        window=config.parallel.pipeline,
+        first_step_id=0,
+    )
+
+
 def run(options: argparse.Namespace, profile_path: Path) -> dict[str, object]:
     sets = [*options.set, f"scheduler.profile={profile_path}"]
     config = load_config(options.config, sets)
@@ -188,13 +204,8 @@ def run(options: argparse.Namespace, profile_path: Path) -> dict[str, object]:
     num_layers = load_architecture(config.model.directory).num_layers
     layers = [len(stage) for stage in split_layers(num_layers, config.parallel)]
     specs = draw_specs(options)
-    tokens = sum(spec.prompt_tokens + spec.output_tokens for spec in specs)
-    plenty = PoolSizes(config.kv_cache.device_blocks or tokens, 0, config.kv_cache.block_size)
-    setup = SchedulerSetup(
-        scheduler=config.scheduler, swap=config.kv_cache.swap, pools=plenty, profile=profile,
-        window=config.parallel.pipeline, first_step_id=0,
-    )  # fmt: skip
-    rate = options.load * saturation_rate(setup, ProfiledEngine(profile, layers), specs)
+    engine = ProfiledEngine(profile, layers)
+    rate = options.load * saturation_rate(expected_setup(config, profile, specs), engine, specs)
     specs = [spec._replace(arrival_s=spec.arrival_s / rate) for spec in specs]
     live = run_live(options.config, sets, specs)
     clients = live.clients

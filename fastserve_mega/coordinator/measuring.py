@@ -20,7 +20,7 @@ def measure(profiler: Profiler, look_around: Callable[[], None]) -> Profile:
     """
     columns = (TextColumn("measuring steps"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("")
+        task = progress.add_task("", total=None)
 
         def show(made: int, count: int) -> None:
             progress.update(task, completed=made, total=count)
