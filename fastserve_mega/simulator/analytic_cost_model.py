@@ -26,8 +26,6 @@ class StepWork(NamedTuple):
     """KV tokens read by longer slices."""
     prefill_pairs: int
     """Query-key pairs of longer slices, the causal half only."""
-    longest_decode: int = 0
-    """KV tokens that the longest of the one-token slices reads."""
     earlier_pairs: int = 0
     """Query-key pairs of longer slices with tokens of earlier steps."""
 
@@ -35,7 +33,7 @@ class StepWork(NamedTuple):
 def step_work(batch: Iterable[SequenceSlice]) -> StepWork:
     """Add up a batch."""
     tokens = sampled = decode_slices = decode_context = prefill_context = prefill_pairs = 0
-    longest_decode = earlier_pairs = 0
+    earlier_pairs = 0
     for _, start, num_tokens, samples, _, _ in batch:
         tokens += num_tokens
         if samples:
@@ -43,15 +41,13 @@ def step_work(batch: Iterable[SequenceSlice]) -> StepWork:
         if num_tokens == 1:
             decode_slices += 1
             decode_context += start + 1
-            if start >= longest_decode:
-                longest_decode = start + 1
         else:
             prefill_context += start + num_tokens
             earlier_pairs += num_tokens * start
             prefill_pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
     return StepWork(
         tokens, sampled, decode_slices, decode_context, prefill_context, prefill_pairs,
-        longest_decode, earlier_pairs,
+        earlier_pairs,
     )  # fmt: skip
 
 

@@ -93,42 +93,39 @@ class StepTimes:
     as many tokens does, and its decodes beyond that what a decode step costs more than a prefill of
     one token per request: reading their KV.
 
-    Three things are taken from steps that the profile has for it: how far the contexts of a decode
-    step are padded to the longest, what it costs that a step has both kinds, and what a chunk pays
-    for each token of its prompt that was prefilled before.
+    Three things are taken from steps that the profile has for it: how much longer a decode step of
+    requests of all ages takes than one of equal requests (a CPU pads their contexts to each other),
+    what it costs that a step has both kinds, and what a chunk pays for each token of its prompt
+    that was prefilled before.
     """
 
     def __init__(self, profile: Profile) -> None:
         self._costs = ProfiledCostModel(profile)  # never told of a step: stays as measured
         self._earlier = self._earlier_lines(profile.chunks)
-        self._padding = 0.0
-        """From 0, requests cost what their mean context does, to 1, what the longest does."""
+        self._spread = 1.0
+        """Time of a decode step of several requests over that of equal ones."""
         self._mixing_s = 0.0
-        self._padding = self._measured_padding(_decodes(profile))
+        self._spread = _median_of(1.0, (p.seconds / self._mixed_s(p) for p in _decodes(profile)))
         self._mixing_s = _median_of(0.0, (p.seconds - self._mixed_s(p) for p in _both(profile)))
 
     def seconds(self, work: StepWork) -> float:
         """Of a step that is no longer new."""
         decodes = work.decode_slices
         prefill_tokens = work.tokens - decodes
-        context = longest = 0.0
-        if decodes:
-            context = work.decode_context / decodes - 1
-            longest = max(work.longest_decode - 1, context)
-        seconds = self._mixed_seconds(prefill_tokens, decodes, context, longest)
+        context = work.decode_context / decodes - 1 if decodes else 0.0
+        seconds = self._mixed_seconds(prefill_tokens, decodes, round(context))
         if work.earlier_pairs:
             earlier = work.prefill_context - prefill_tokens
             seconds += earlier * self._earlier_token_s(work.earlier_pairs / earlier)
         return seconds
 
-    def _mixed_seconds(
-        self, prefill_tokens: int, decodes: int, context: float, longest: float
-    ) -> float:
+    def _mixed_seconds(self, prefill_tokens: int, decodes: int, context: int) -> float:
         prefill_s = self._costs.prefill_s
         if not decodes:
             return prefill_s(prefill_tokens)
-        padded = context + self._padding * (longest - context)
-        decode_s = self._costs.decode_s(decodes, round(padded))
+        decode_s = self._costs.decode_s(decodes, context)
+        if decodes > 1:
+            decode_s *= self._spread
         if not prefill_tokens:
             return decode_s
         kv_s = max(decode_s - prefill_s(decodes), 0.0)
@@ -136,20 +133,8 @@ class StepTimes:
 
     def _mixed_s(self, point: MixedPoint) -> float:
         decodes = len(point.contexts)
-        mean = sum(point.contexts) / decodes
-        return self._mixed_seconds(point.prefill_tokens, decodes, mean, max(point.contexts))
-
-    def _measured_padding(self, points: Iterable[MixedPoint]) -> float:
-        """Of all points together: the differences of a single one are small beside the noise."""
-        above_mean_s = between_s = 0.0
-        for point in points:
-            decodes = len(point.contexts)
-            mean_s = self._costs.decode_s(decodes, round(sum(point.contexts) / decodes))
-            above_mean_s += point.seconds - mean_s
-            between_s += self._costs.decode_s(decodes, max(point.contexts)) - mean_s
-        if between_s <= 0.0:
-            return 0.0
-        return min(max(above_mean_s / between_s, 0.0), 1.0)
+        context = round(sum(point.contexts) / decodes)
+        return self._mixed_seconds(point.prefill_tokens, decodes, context)
 
     def _earlier_lines(self, points: Iterable[ChunkPoint]) -> list[tuple[int, float]]:
         """(tokens of a chunk, seconds for each earlier token), ascending."""

@@ -29,12 +29,11 @@ def work(prefill_tokens, decode_contexts=()):
     """`decode_contexts`: tokens before the new one."""
     count = len(decode_contexts)
     total = sum(decode_contexts) + count
-    longest = max(decode_contexts, default=-1) + 1
-    return StepWork(prefill_tokens + count, count, count, total, prefill_tokens, 0, longest)
+    return StepWork(prefill_tokens + count, count, count, total, prefill_tokens, 0)
 
 
 def chunk(start, tokens):
-    return StepWork(tokens, 1, 0, 0, start + tokens, 0, 0, start * tokens)
+    return StepWork(tokens, 1, 0, 0, start + tokens, 0, start * tokens)
 
 
 @pytest.mark.parametrize(
@@ -54,28 +53,20 @@ def test_steps_by_hand(step, seconds):
     assert ENGINE.stage_times(step) == [pytest.approx(seconds)]
 
 
-def test_decodes_are_padded_as_far_as_measured():
-    # Two requests of 20 tokens on average would take 1.8 s, two of 30 tokens 2 s.
-    halfway = replace(PROFILE, mixed=(MixedPoint(0, (10, 30), 1.9),))
-    engine = ProfiledEngine(halfway, (30,))
-    assert engine.step_s(work(0, [10, 30])) == pytest.approx(1.9)
-    assert engine.step_s(work(0, [0, 80])) == pytest.approx(1 + 2 * (0.2 + 0.01 * 60))
-    assert engine.step_s(work(0, [50, 50])) == pytest.approx(1 + 2 * 0.7)
-    assert engine.step_s(work(0, [50])) == pytest.approx(1.7)
-
-
-@pytest.mark.parametrize(("seconds", "as_long_as"), [(0.1, 20), (9.0, 30)])
-def test_padding_is_nothing_to_everything(seconds, as_long_as):
-    engine = ProfiledEngine(replace(PROFILE, mixed=(MixedPoint(0, (10, 30), seconds),)), (30,))
-    assert engine.step_s(work(0, [10, 30])) == pytest.approx(1 + 2 * (0.2 + 0.01 * as_long_as))
-
-
-def test_having_both_kinds_costs_what_was_measured():
-    # 22 tokens are 3.2 s, the KV of the decodes is 0.6 s; 0.5 s is left.
-    mixed = (MixedPoint(20, (20, 20), 3.2 + 0.6 + 0.5),)
+def test_mixed_measurements_correct_it():
+    mixed = (
+        # Twice as long as equal requests of the mean context.
+        MixedPoint(0, (10, 30), 2 * (1 + 2 * (0.2 + 0.01 * 20))),
+        # 22 tokens are 3.2 s, the KV of the decodes (spread) is 3.6 - 1.2 s; 0.5 s is left.
+        MixedPoint(20, (10, 30), 3.2 + 2.4 + 0.5),
+    )
     engine = ProfiledEngine(replace(PROFILE, mixed=mixed), (30,))
-    assert engine.step_s(work(20, [20, 20])) == pytest.approx(4.3)
     assert engine.step_s(work(20)) == pytest.approx(3.0)
+    assert engine.step_s(work(0, [50])) == pytest.approx(1.7)
+    assert engine.step_s(work(0, [50, 50])) == pytest.approx(2 * (1 + 2 * 0.7))
+    for point in mixed:
+        step = work(point.prefill_tokens, point.contexts)
+        assert engine.step_s(step) == pytest.approx(point.seconds)
 
 
 def test_a_later_chunk_reads_what_came_before():
