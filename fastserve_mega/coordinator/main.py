@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import zmq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
@@ -24,8 +22,10 @@ from fastserve_mega.coordinator.event_log import (
     SchedulerSetup,
 )
 from fastserve_mega.coordinator.front_door import FrontDoor
+from fastserve_mega.coordinator.measuring import measure
 from fastserve_mega.coordinator.profile_file import load_profile, save_profile
-from fastserve_mega.coordinator.profiler import ProfileLimits, Profiler
+from fastserve_mega.coordinator.profile_grid import ProfileLimits
+from fastserve_mega.coordinator.profiler import Profiler
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkerGroup
 from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.metrics import ServingMetrics
@@ -154,22 +154,17 @@ class CoordinatorProcess:
             max_batch_size=config.scheduler.max_batch_size,
             max_batch_tokens=config.scheduler.max_batch_tokens,
             max_context=self._welcome.max_context,
+            stages=config.parallel.pipeline,
         )
         return Profiler(self._workers, limits, config.coordinator.step_timeout_s)
 
     def _measure(self) -> Profile:
-        """The whole grid, with a progress bar on stderr."""
-        columns = (TextColumn("measuring steps"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-            task = progress.add_task("")
+        def look_around() -> None:
+            self._poll(0)
+            if self._stop:
+                raise StoppedError
 
-            def show(made: int, count: int) -> None:
-                progress.update(task, completed=made, total=count)
-                self._poll(0)
-                if self._stop:
-                    raise StoppedError
-
-            return self._make_profiler().grid(show)
+        return measure(self._make_profiler(), look_around)
 
     def _make_scheduler(self) -> tuple[Scheduler, SchedulerSetup]:
         config, profiler, profile = self._config, self._make_profiler(), self._profile
