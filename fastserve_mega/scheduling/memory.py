@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from fastserve_mega.config import SwapStrategy
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.reclaim import Reclaimer
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.swapping import Swapper
-from fastserve_mega.scheduling.victims import Victims
 
 _PAYBACK = 4
 """Time a recomputed request runs before it can be preempted again, in times of its share of a
@@ -79,7 +78,7 @@ class KvMemory:
             block_size=sizes.block_size,
         )
         self.copies = self.swapper.copies
-        self.victims = Victims(policy, self.device)
+        self.reclaimer = Reclaimer(self.device, policy, self.swapper, preempts=strategy != "none")
         self._strategy: SwapStrategy = strategy
         self._policy = policy
         self._prefill_s = cost_model.prefill_s
@@ -87,11 +86,6 @@ class KvMemory:
         self._ended: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
-        self._claimed = 0
-        """Leaving blocks that somebody in this step waits for."""
-        self._attainable: tuple[Any, int] | None = None
-        """A rank, and what requests of lower priority can hope for in this step at most."""
-        self._held: list[tuple[Any, int]] = []
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -120,9 +114,7 @@ class KvMemory:
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
         self._step_id = step_id
-        self._claimed = 0
-        self._attainable = None
-        self.victims.begin_step(now)
+        self.reclaimer.begin_step(step_id, now)
 
     def make_resident(self, request: Request, reserve: int) -> Admission:
         """Admit a request, or bring it back from the host for this very step.
@@ -139,7 +131,9 @@ class KvMemory:
             return Admission.READY if came else Admission.NO_MEMORY
         if request.block_hashes:
             return self._admit_with_prefix(request, reserve)
-        table = self._take(request, self._blocks_wanted(request), self._with_held(request, reserve))
+        table = self.reclaimer.take(
+            request, self._blocks_wanted(request), reserve + self.reclaimer.held_before(request)
+        )
         if table is None:
             return Admission.NO_MEMORY
         self._settle(request, table)
@@ -148,7 +142,7 @@ class KvMemory:
     def grow(self, request: Request, tokens: int) -> Admission:
         """Let a resident request hold `tokens` tokens."""
         missing = -(-tokens // self.block_size) - len(request.block_table)
-        added = self._take(request, missing, 0)
+        added = self.reclaimer.take(request, missing, 0)
         if added is None:
             return Admission.NO_MEMORY
         request.block_table.extend(added)
@@ -176,20 +170,11 @@ class KvMemory:
 
     def hold_blocks_for(self, requests: Iterable[Request]) -> None:
         """Keep blocks that become free for these on the host, from the waiting behind them."""
-        self._held = [
+        self.reclaimer.hold(
             (self._policy.rank(request), self.blocks_for(request.known_tokens))
             for request in requests
             if request.place is Place.HOSTED
-        ]
-
-    def swap_out_for(self, blocks: int) -> None:
-        """Make this many device blocks free soon, from those who will run last."""
-        shortage = blocks - self.device.free_count - self.copies.leaving_blocks
-        for victim in self.victims:
-            if shortage <= 0:
-                return
-            shortage -= self.device.exclusive(victim.block_table)
-            self.swapper.preempt(victim, self._step_id)
+        )
 
     # --- ends ----------------------------------------------------------------------------------
 
@@ -254,7 +239,7 @@ class KvMemory:
             return Admission.COMING
         wanted = self._blocks_wanted(request) - len(found.table)
         filled = self._fill(
-            request, found.table + [None] * wanted, self._with_held(request, reserve)
+            request, found.table + [None] * wanted, reserve + self.reclaimer.held_before(request)
         )
         if filled is None:
             self.host.free(found.host_blocks)
@@ -272,7 +257,7 @@ class KvMemory:
 
     def _fill(self, request: Request, table: list[int | None], reserve: int) -> list[int] | None:
         """Replace each None by a block of its own; None, and all given up, without memory."""
-        fresh = self._take(request, table.count(None), reserve)
+        fresh = self.reclaimer.take(request, table.count(None), reserve)
         if fresh is None:
             self.device.free([block for block in table if block is not None])
             return None
@@ -283,12 +268,6 @@ class KvMemory:
         if self._strategy == "none":
             return self.blocks_for(request.prompt_tokens + request.max_tokens)
         return self.blocks_for(request.known_tokens)
-
-    def _with_held(self, request: Request, reserve: int) -> int:
-        if not self._held:
-            return reserve
-        rank = self._policy.rank(request)
-        return reserve + sum(blocks for held_rank, blocks in self._held if held_rank < rank)
 
     def _settle(self, request: Request, table: list[int]) -> None:
         request.block_table = table
@@ -304,38 +283,3 @@ class KvMemory:
         request.dropped_tokens = 0
         self.swapper.recomputed_tokens += tokens
         request.unpaid_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
-
-    def _take(self, request: Request, count: int, reserve: int) -> list[int] | None:
-        shortage = count + reserve - self.device.free_count
-        if shortage > 0:
-            if self._is_beyond_reach(request, count + reserve):
-                return None
-            self._preempt_below(request, shortage)
-            if count + reserve > self.device.free_count:
-                return None
-        return self.device.allocate(count)
-
-    def _is_beyond_reach(self, request: Request, blocks: int) -> bool:
-        """Whether victims were sought in vain in this step for somebody who could have more."""
-        if self._attainable is None or request.place is Place.RESIDENT:
-            return False
-        rank, attainable = self._attainable
-        return blocks > attainable and self._policy.rank(request) >= rank
-
-    def _preempt_below(self, request: Request, shortage: int) -> None:
-        """Preempt requests of lower priority to free `shortage` blocks, or none at all.
-
-        Blocks that are leaving already and that nobody in this step waits for count as well.
-        """
-        if self._strategy == "none":
-            return
-        leaving = self.copies.leaving_blocks
-        coming = min(max(leaving - self._claimed, 0), shortage)
-        rank = self._policy.rank(request)
-        chosen, held = self.victims.choose(request, shortage - coming)
-        if held < shortage - coming:
-            self._attainable = (rank, self.device.free_count + coming + held)
-            return
-        for victim in chosen:
-            self.swapper.preempt(victim, self._step_id)
-        self._claimed += coming + self.copies.leaving_blocks - leaving

@@ -71,7 +71,7 @@ class SwapPlanner:
         if self._policy.count(Place.HOSTED):
             self._bring_back(now, reserve)
         if self._memory.device.free_count + self._memory.copies.leaving_blocks < reserve:
-            self._memory.swap_out_for(reserve)
+            self._memory.reclaimer.swap_out_for(reserve)
         if self._config.write_through_blocks:
             self._write_through()
 
@@ -114,7 +114,7 @@ class SwapPlanner:
         left = self._config.write_through_blocks
         if memory.device.empty_count < _EMPTY_SHARE * memory.device.capacity:
             memory.swapper.evict_kept(left)
-        for request in memory.victims:
+        for request in memory.reclaimer.victims:
             left -= memory.swapper.write_through(request, left)
             if left <= 0:
                 return
