@@ -43,11 +43,13 @@ def _parser() -> argparse.ArgumentParser:
         default="megatron",
         help="what computes tokens; 'fake' needs no weights and is for tests",
     )
+    _add_supervised(worker)
     _add_profile_to(worker)
     coordinator = _add(commands, "coordinator", _coordinator, "be the coordinator; for rank 0")
     coordinator.add_argument(
         "--stop-on-stdin-close", action="store_true", help="end when the parent process does"
     )
+    _add_supervised(coordinator)
     _add_profile_to(coordinator)
     _add(commands, "api-server", _api_server, "be an OpenAI-compatible HTTP server")
     _add(commands, "chat", _chat, "talk to a running server in the terminal")
@@ -57,6 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_simulate(commands)
     return parser
+
+
+def _add_supervised(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--supervised",
+        action="store_true",
+        help="somebody starts the ranks again when one is lost: leave requests unfinished then",
+    )
 
 
 def _add_profile_to(command: argparse.ArgumentParser) -> None:
@@ -157,9 +167,13 @@ def _worker(options: argparse.Namespace) -> int:
     from fastserve_mega.worker.main import run_worker
 
     arguments = _pass_on(options)
+    if options.supervised:
+        arguments.append("--supervised")
     if options.profile_to:
         arguments += ["--profile-to", str(options.profile_to)]
-    return run_worker(_load(options, load_config), arguments, options.runner)
+    return run_worker(
+        _load(options, load_config), arguments, options.runner, supervised=options.supervised
+    )
 
 
 def _coordinator(options: argparse.Namespace) -> int:
@@ -169,6 +183,7 @@ def _coordinator(options: argparse.Namespace) -> int:
     return run_coordinator(
         config,
         stop_on_stdin_close=options.stop_on_stdin_close,
+        supervised=options.supervised,
         profile_to=options.profile_to,
     )
 

@@ -125,8 +125,11 @@ class KvCacheConfig:
     block_size: int = 16
     device_blocks: int | None = None
     """Blocks on the device, the null block included; None sizes the pool by memory."""
-    device_memory_gb: float = 1.0
-    """Memory of each rank's device pool when device_blocks is None."""
+    device_memory_gb: float | None = None
+    """Memory of each rank's device pool when device_blocks is None. None takes, on CUDA, what
+    device_memory_utilization leaves; on a CPU, 1 GB."""
+    device_memory_utilization: float = 0.9
+    """Share of a CUDA device's memory for weights, activations and KV together."""
     host_blocks: int | None = None
     """Blocks in host memory, the null block included; None sizes the pool by memory. Only swap
     strategies that swap have a host pool."""
@@ -146,8 +149,13 @@ class KvCacheConfig:
             f"got {self.device_blocks}",
         )
         _require(
-            self.device_memory_gb > 0,
+            self.device_memory_gb is None or self.device_memory_gb > 0,
             f"kv_cache.device_memory_gb must be positive, got {self.device_memory_gb}",
+        )
+        _require(
+            0 < self.device_memory_utilization <= 1,
+            "kv_cache.device_memory_utilization must be above 0 and at most 1, "
+            f"got {self.device_memory_utilization}",
         )
         _require(
             self.host_blocks is None or self.host_blocks >= 0,

@@ -12,9 +12,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 from fastserve_mega.client import Client, ServerUnavailableError
 from fastserve_mega.config import Config
@@ -24,6 +26,9 @@ _PR_SET_PDEATHSIG = 1
 _PROBE_S = 1.0
 _KILL_AFTER_S = 10.0
 _HTTP_START_S = 60.0
+_RANKS = "ranks"
+_MAX_RESTARTS = 3
+_RESTART_WINDOW_S = 600.0
 
 
 class LaunchError(Exception):
@@ -33,14 +38,18 @@ class LaunchError(Exception):
 class Deployment:
     """The processes of one configuration. A context manager: leaving it ends them all."""
 
-    def __init__(self, config: Config, arguments: Sequence[str], *, http: bool) -> None:
+    def __init__(
+        self, config: Config, arguments: Sequence[str], *, http: bool, restarts: bool = False
+    ) -> None:
         """Prepare; nothing is started yet.
 
         Args:
             config: of the deployment.
             arguments: --config and --set arguments that give a child the same configuration.
             http: start the OpenAI-compatible server as well.
+            restarts: the caller means to call `restart_ranks` when they end.
         """
+        self._restarts = restarts
         self._config = config
         self._arguments = list(arguments)
         self._http = http
@@ -63,11 +72,24 @@ class Deployment:
         Raises:
             LaunchError: a process ended, or the time limits of the configuration ran out.
         """
-        self._spawn("ranks", [*_ranks_prefix(self._config), *self._command("worker")])
-        self._await(self._coordinator_answers, self._config.coordinator.startup_timeout_s)
+        self._start_ranks()
         if self._http:
             self._spawn("api-server", self._command("api-server"))
             self._await(self._http_answers, _HTTP_START_S)
+
+    def restart_ranks(self) -> None:
+        """Start ranks and coordinator again when they have ended, on the same address.
+
+        Raises:
+            LaunchError: another process has ended, or they do not start.
+        """
+        ended = [entry for entry in self._processes if entry[1].poll() is not None]
+        for name, process in ended:
+            if name != _RANKS:
+                self.check()
+            _end_group(process)
+            self._processes.remove((name, process))
+        self._start_ranks()
 
     def check(self) -> None:
         """Raise LaunchError when a process has ended."""
@@ -78,16 +100,18 @@ class Deployment:
     def stop(self) -> None:
         """End all processes, those started last first; kill what does not end by itself."""
         limit_s = self._config.coordinator.drain_timeout_s + _KILL_AFTER_S
-        for _, process in reversed(self._processes):
+        for name, process in reversed(self._processes):
             if process.poll() is None:
-                process.terminate()
+                process.send_signal(_stop_signal(name, restarts=self._restarts))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(limit_s)
-            # What is left of its process group has lost its leader and its purpose.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end_group(process)
         self._processes.clear()
+
+    def _start_ranks(self) -> None:
+        command = [*_ranks_prefix(self._config), *self._command("worker")]
+        self._spawn(_RANKS, [*command, "--supervised"] if self._restarts else command)
+        self._await(self._coordinator_answers, self._config.coordinator.startup_timeout_s)
 
     def _command(self, name: str) -> list[str]:
         return [sys.executable, "-m", "fastserve_mega", name, *self._arguments]
@@ -131,6 +155,18 @@ class Deployment:
                 return True
         except OSError:
             return False
+
+
+def _stop_signal(name: str, *, restarts: bool) -> signal.Signals:
+    """Mpirun sends SIGTERM also when a rank has died, so supervised ranks take it for that."""
+    return signal.SIGUSR1 if restarts and name == _RANKS else signal.SIGTERM
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a process group that has lost its leader and its purpose."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _end_with_parent() -> None:
@@ -177,19 +213,37 @@ def serve(config: Config, arguments: Sequence[str]) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    with Deployment(config, arguments, http=True) as deployment:
+    with Deployment(config, arguments, http=True, restarts=True) as deployment:
         try:
             deployment.start()
             print(_how_to_use(config, arguments), flush=True)
-            while True:
-                deployment.check()
-                time.sleep(_PROBE_S)
+            _supervise(deployment)
         except KeyboardInterrupt:
             print("stopping", file=sys.stderr, flush=True)
             return 0
         except LaunchError as error:
             print(f"fastserve-mega serve: {error}", file=sys.stderr, flush=True)
             return 1
+
+
+def _supervise(deployment: Deployment) -> NoReturn:
+    """Start the ranks again whenever they end, unless they do so all the time."""
+    restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
+    while True:
+        time.sleep(_PROBE_S)
+        try:
+            deployment.check()
+            continue
+        except LaunchError as error:
+            now = time.monotonic()
+            if len(restarts) == _MAX_RESTARTS and now - restarts[0] < _RESTART_WINDOW_S:
+                raise LaunchError(
+                    f"{error}, after {_MAX_RESTARTS} restarts within {_RESTART_WINDOW_S:g} s"
+                ) from None
+            restarts.append(now)
+            print(f"fastserve-mega serve: {error}; starting again", file=sys.stderr, flush=True)
+        deployment.restart_ranks()
+        print("fastserve-mega serve: serving again", file=sys.stderr, flush=True)
 
 
 def profile(config: Config, arguments: Sequence[str], output: Path) -> int:
@@ -223,10 +277,7 @@ def profile(config: Config, arguments: Sequence[str], output: Path) -> int:
             ranks.wait(_KILL_AFTER_S)
         return 1
     finally:
-        # What is left of the process group has lost its leader and its purpose.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(ranks.pid, signal.SIGKILL)
-        ranks.wait()
+        _end_group(ranks)
     if status == 0:
         print(f"{output} is written; use it with --set scheduler.profile={output}")
     return status

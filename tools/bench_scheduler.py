@@ -42,6 +42,7 @@ POLICIES = tuple(name for name in get_args(PolicyName) if name != "srpt")
 PROMPT_TOKENS = (16, 400)
 OUTPUT_TOKENS = (8, 600)
 WARM_UP_STEPS = 100
+ARRIVALS_PER_S = 50.0
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,10 @@ class Bench:
         self._count = 0
         self._left: dict[RequestId, int] = {}
         self._now = 0.0
-        self._events: list[Event] = [self._arrival() for _ in range(queued)]
-        self._plan = self.scheduler.step(self._now, self._events)
-        self._events.clear()
+        self._plan = self.scheduler.step(self._now, [self._arrival()])
+        for _ in range(queued - 1):  # while the first step is in flight: no burst
+            self._now += 1 / ARRIVALS_PER_S
+            self.scheduler.step(self._now, [self._arrival()])
         self.bytes_per_request = (tracemalloc.get_traced_memory()[0] - before) / queued
         tracemalloc.stop()
 

@@ -12,28 +12,25 @@ Other work on the machine shows as a difference: the simulation knows the profil
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import random
-import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from live_run import arguments_of, run_live
 from replay_events import replay
 from rich.console import Console
 from rich.table import Table
 from serving_statistics import percentile
 
 from fastserve_mega import launcher
-from fastserve_mega.client import AsyncClient
-from fastserve_mega.config import load_config
-from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall, read_event_log
+from fastserve_mega.config import Config, load_config
+from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.simulator.analytic_cost_model import step_work
@@ -41,7 +38,6 @@ from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec, WorkloadConfig, make_requests
-from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.partition import split_layers
 
 
@@ -60,106 +56,54 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class LiveRun:
-    """What the clients saw, and what the coordinator recorded."""
+class StepTimes:
+    """The steps of one kind, together."""
 
-    records: list[RequestRecord]
-    copy_block_s: float
-    setup: SchedulerSetup
-    calls: list[StepCall]
-
-
-# --- the live engine -----------------------------------------------------------------------------
-
-
-def run_live(config_path: str, sets: Sequence[str], specs: Sequence[RequestSpec]) -> LiveRun:
-    """Start a deployment, send the requests at their times, and read its event log."""
-    with tempfile.TemporaryDirectory() as directory:
-        log = Path(directory) / "events.jsonl"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        endpoint = f"tcp://127.0.0.1:{port}"
-        more = (f"coordinator.client_endpoint={endpoint}", f"coordinator.event_log={log}")
-        sets = [*sets, *more]
-        config = load_config(config_path, sets)
-        with launcher.Deployment(config, arguments_of(config_path, sets), http=False) as ranks:
-            ranks.start()
-            records, copy_block_s = asyncio.run(send_all(endpoint, specs))
-        setup, calls = read_event_log(log)
-        return LiveRun(records, copy_block_s, setup, list(calls))
-
-
-def arguments_of(config_path: str, sets: Sequence[str]) -> list[str]:
-    return ["--config", config_path, *(word for value in sets for word in ("--set", value))]
-
-
-async def send_all(
-    endpoint: str, specs: Sequence[RequestSpec]
-) -> tuple[list[RequestRecord], float]:
-    """The requests as their client saw them, and the seconds it takes to copy a KV block."""
-    numbers = random.Random(0)
-    async with AsyncClient(endpoint) as client:
-        vocab_size = (await client.info()).vocab_size
-        await client.tokenizer()  # its loading must not delay the first request
-        prompts = [
-            [numbers.randrange(vocab_size) for _ in range(spec.prompt_tokens)] for spec in specs
-        ]
-        begin = time.monotonic()
-        records = await asyncio.gather(
-            *(
-                _send(client, prompt, spec, begin)
-                for prompt, spec in zip(prompts, specs, strict=True)
-            )
-        )
-        return list(records), _copy_block_s(await client.metrics())
-
-
-async def _send(
-    client: AsyncClient, prompt: Sequence[int], spec: RequestSpec, begin: float
-) -> RequestRecord:
-    params = SamplingParams(max_tokens=spec.output_tokens, temperature=0.0, ignore_eos=True)
-    await asyncio.sleep(max(begin + spec.arrival_s - time.monotonic(), 0.0))
-    sent_s = time.monotonic() - begin
-    answer = await client.submit(prompt, params)
-    await answer.take()
-    first_token_s = time.monotonic() - begin
-    await answer.wait()
-    if len(answer.token_ids) != spec.output_tokens:
-        raise RuntimeError(f"a request ended with {answer.finish_reason}, {answer.usage}")
-    finish_s = time.monotonic() - begin
-    return RequestRecord(spec.prompt_tokens, spec.output_tokens, sent_s, first_token_s, finish_s)
-
-
-def _copy_block_s(metrics: str) -> float:
-    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
-
-    def both_ways(name: str) -> float:
-        labels = ('{direction="in"}', '{direction="out"}')
-        return sum(float(values.get(f"fastserve_{name}{label}", 0)) for label in labels)
-
-    blocks = both_ways("swap_blocks_total")
-    return both_ways("copy_seconds_sum") / blocks if blocks else 0.0
+    kind: str
+    steps: int
+    live_s: float
+    """From dispatch to result; with several stages also the wait for the step before."""
+    expected_s: float
+    """As the engine model has them, each alone on the ranks."""
 
 
 # --- its simulation ------------------------------------------------------------------------------
 
 
 def simulate(
-    setup: SchedulerSetup, engine: ProfiledEngine, specs: Sequence[RequestSpec]
+    setup: SchedulerSetup,
+    engine: ProfiledEngine,
+    specs: Sequence[RequestSpec],
+    delivery_s: float = 0.0,
 ) -> list[RequestRecord]:
-    """The same scheduler on a virtual clock."""
+    """The same scheduler on a virtual clock, as clients see it.
+
+    Args:
+        setup: what the live scheduler was made of.
+        engine: fresh.
+        specs: arrivals as clients send them.
+        delivery_s: from a client to the coordinator and back.
+    """
+    way_s = delivery_s / 2
     result = Simulation(
         setup.make_scheduler(),
         engine,
-        specs,
+        [spec._replace(arrival_s=spec.arrival_s + way_s) for spec in specs],
         stages=setup.window,
         block_size=setup.pools.block_size,
         max_queued_requests=setup.scheduler.max_queued_requests,
     ).run()
     if result.rejected:
         raise RuntimeError(f"{result.rejected} requests do not fit")
-    return list(result.records)
+    return [
+        replace(
+            record,
+            arrival_s=record.arrival_s - way_s,
+            first_token_s=record.first_token_s + way_s,
+            finish_s=record.finish_s + way_s,
+        )
+        for record in result.records
+    ]
 
 
 def saturation_rate(
@@ -196,15 +140,22 @@ def compare(
     )
 
 
-def step_times(calls: Sequence[StepCall], engine: ProfiledEngine) -> tuple[float, float]:
-    """Seconds of all steps together: as they ran, and as the engine model has them."""
-    expected = {
-        call.plan.step_id: engine.step_s(step_work(call.plan.batch))
+def step_times(calls: Sequence[StepCall], engine: ProfiledEngine) -> tuple[StepTimes, ...]:
+    """All steps together, by kind: as they ran, and as a fresh engine model has them."""
+    work = {
+        call.plan.step_id: step_work(call.plan.batch)
         for call in calls
         if call.plan and call.plan.batch
     }
-    done = [event for call in calls for event in call.events if isinstance(event, StepDone)]
-    return sum(event.elapsed_s for event in done), sum(expected[event.step_id] for event in done)
+    totals: dict[str, list[float]] = {"decode": [0, 0.0, 0.0], "with prefill": [0, 0.0, 0.0]}
+    for event in (event for call in calls for event in call.events):
+        if isinstance(event, StepDone):
+            step = work[event.step_id]
+            total = totals["decode" if step.tokens == step.decode_slices else "with prefill"]
+            total[0] += 1
+            total[1] += event.elapsed_s
+            total[2] += sum(engine.stage_times(step))
+    return tuple(StepTimes(name, int(n), live, model) for name, (n, live, model) in totals.items())
 
 
 def render(comparisons: Sequence[Comparison]) -> Table:
@@ -231,6 +182,21 @@ def draw_specs(options: argparse.Namespace) -> list[RequestSpec]:
     return make_requests(workload, options.data)
 
 
+def expected_setup(
+    config: Config, profile: Profile, specs: Sequence[RequestSpec]
+) -> SchedulerSetup:
+    """What the live scheduler will be made of, as far as it is known before the ranks are."""
+    tokens = sum(spec.prompt_tokens + spec.output_tokens for spec in specs)
+    return SchedulerSetup(
+        scheduler=config.scheduler,
+        swap=config.kv_cache.swap,
+        pools=PoolSizes(config.kv_cache.device_blocks or tokens, 0, config.kv_cache.block_size),
+        profile=profile,
+        window=config.parallel.pipeline,
+        first_step_id=0,
+    )
+
+
 def run(options: argparse.Namespace, profile_path: Path) -> dict[str, object]:
     sets = [*options.set, f"scheduler.profile={profile_path}"]
     config = load_config(options.config, sets)
@@ -238,30 +204,32 @@ def run(options: argparse.Namespace, profile_path: Path) -> dict[str, object]:
     num_layers = load_architecture(config.model.directory).num_layers
     layers = [len(stage) for stage in split_layers(num_layers, config.parallel)]
     specs = draw_specs(options)
-    tokens = sum(spec.prompt_tokens + spec.output_tokens for spec in specs)
-    plenty = PoolSizes(config.kv_cache.device_blocks or tokens, 0, config.kv_cache.block_size)
-    setup = SchedulerSetup(
-        scheduler=config.scheduler, swap=config.kv_cache.swap, pools=plenty, profile=profile,
-        window=config.parallel.pipeline, first_step_id=0,
-    )  # fmt: skip
-    rate = options.load * saturation_rate(setup, ProfiledEngine(profile, layers), specs)
+    engine = ProfiledEngine(profile, layers)
+    rate = options.load * saturation_rate(expected_setup(config, profile, specs), engine, specs)
     specs = [spec._replace(arrival_s=spec.arrival_s / rate) for spec in specs]
     live = run_live(options.config, sets, specs)
-    engine = ProfiledEngine(profile, layers, live.copy_block_s)
+    clients = live.clients
+    engine = ProfiledEngine(profile, layers, clients.copy_block_s)
     sent = [
         spec._replace(arrival_s=record.arrival_s)
-        for spec, record in zip(specs, live.records, strict=True)
+        for spec, record in zip(specs, clients.records, strict=True)
     ]
-    comparisons = compare(live.records, simulate(live.setup, engine, sent))
+    simulated = simulate(live.setup, engine, sent, clients.delivery_s)
+    comparisons = compare(clients.records, simulated)
     replayed = replay(live.setup.make_scheduler(), live.calls)
-    steps_s, expected_s = step_times(live.calls, engine)
+    steps = step_times(live.calls, ProfiledEngine(profile, layers))
     console = Console()
-    run_s = max(record.finish_s for record in live.records)
+    run_s = max(record.finish_s for record in clients.records)
     console.print(f"{len(specs)} requests, {rate:.2f}/s, {run_s:.0f} s")
     console.print(render(comparisons))
     console.print(f"replay: {replayed.equal_plans} of {replayed.plans} plans equal")
+    console.print(f"delivery: {clients.delivery_s * 1000:.1f} ms")
     if config.parallel.pipeline == 1:
-        console.print(f"steps: {steps_s:.1f} s, by the profile {expected_s:.1f} s")
+        for row in steps:
+            console.print(
+                f"{row.steps} steps {row.kind}: {row.live_s:.1f} s, by the profile "
+                f"{row.expected_s:.1f} s"
+            )
     return {
         "stages": config.parallel.pipeline, "policy": config.scheduler.policy,
         "requests": len(specs), "load": options.load, "rate": rate, "seed": options.seed,
@@ -269,7 +237,7 @@ def run(options: argparse.Namespace, profile_path: Path) -> dict[str, object]:
         "mean_output_tokens": sum(spec.output_tokens for spec in specs) / len(specs),
         "latencies": [{**asdict(row), "difference": row.difference} for row in comparisons],
         "plans": replayed.plans, "equal_plans": replayed.equal_plans,
-        "steps_s": steps_s, "expected_steps_s": expected_s,
+        "delivery_s": clients.delivery_s, "steps": [asdict(row) for row in steps],
     }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class AsyncClient:
         *,
         timeout_s: float = 10.0,
         heartbeat_s: float = 5.0,
-        silence_timeout_s: float = 15.0,
+        silence_timeout_s: float = 30.0,
     ) -> None:
         self.endpoint = endpoint
         self._given_tokenizer = tokenizer

@@ -25,6 +25,7 @@ from fastserve_mega.messaging.messages import (
     Ping,
     Pong,
     Refused,
+    Restarting,
     Submit,
     Tokens,
     Welcome,
@@ -54,6 +55,8 @@ class Session:
         self._busy = asyncio.Event()
         self._epoch: str | None = None
         self._unanswered_pings = 0
+        self._patient_until = 0.0
+        """The coordinator has said that it restarts; `time.monotonic()`."""
         self._in_doubt = False
         """The coordinator may not know our requests; submit them again when it answers."""
         self._connection = Connection(
@@ -138,6 +141,9 @@ class Session:
                 state.on_finished(message)
         elif isinstance(message, Refused):
             self._on_refused(message)
+        elif isinstance(message, Restarting):
+            _log.warning("the server restarts: %s", message.reason)
+            self._patient_until = time.monotonic() + message.within_s
         else:
             if isinstance(message, Welcome):
                 self.welcome = message
@@ -183,6 +189,7 @@ class Session:
     def _on_epoch(self, epoch: str) -> None:
         restarted = self._epoch is not None and epoch != self._epoch
         self._epoch = epoch
+        self._patient_until = 0.0
         if restarted:
             self.welcome = None
             self._send(Hello())
@@ -226,7 +233,7 @@ class Session:
             if not self._requests:
                 self._busy.clear()
                 self._unanswered_pings = 0
-            elif self._unanswered_pings * self._heartbeat_s >= self._silence_timeout_s:
+            elif self._is_silent():
                 self._fail_all(
                     ServerUnavailableError(
                         f"the coordinator at {self.endpoint} has not answered for "
@@ -235,6 +242,11 @@ class Session:
                 )
             elif self._unanswered_pings:
                 self._in_doubt = True
+
+    def _is_silent(self) -> bool:
+        if time.monotonic() < self._patient_until:
+            return False
+        return self._unanswered_pings * self._heartbeat_s >= self._silence_timeout_s
 
     def _fail_all(self, error: ClientError) -> None:
         for state in self._requests.values():

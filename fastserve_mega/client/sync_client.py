@@ -40,7 +40,7 @@ class Client:
         *,
         timeout_s: float = 10.0,
         heartbeat_s: float = 5.0,
-        silence_timeout_s: float = 15.0,
+        silence_timeout_s: float = 30.0,
     ) -> None:
         self._async_client = AsyncClient(
             endpoint,

@@ -26,6 +26,7 @@ from fastserve_mega.messaging.messages import (
     Ping,
     Pong,
     Refused,
+    Restarting,
     StepCommand,
     StepResult,
     Submit,
@@ -130,6 +131,11 @@ class Coordinator:
         for client, reply in self._replies:
             self._front_door.send(client, reply)
         self._replies.clear()
+
+    def announce_restart(self, within_s: float, reason: str) -> None:
+        """Leave every request unfinished, for its client to submit again to the next epoch."""
+        for client in self._by_client:
+            self._front_door.send(client, Restarting(within_s, reason))
 
     # --- what came in --------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -12,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import zmq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
@@ -24,10 +23,12 @@ from fastserve_mega.coordinator.event_log import (
     SchedulerSetup,
 )
 from fastserve_mega.coordinator.front_door import FrontDoor
+from fastserve_mega.coordinator.measuring import measure
 from fastserve_mega.coordinator.profile_file import load_profile, save_profile
-from fastserve_mega.coordinator.profiler import ProfileLimits, Profiler
+from fastserve_mega.coordinator.profile_grid import ProfileLimits
+from fastserve_mega.coordinator.profiler import Profiler
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkerGroup
-from fastserve_mega.messaging.messages import Welcome
+from fastserve_mega.messaging.messages import STOP_WORD, Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
@@ -49,12 +50,16 @@ class StoppedError(Exception):
 class CoordinatorProcess:
     """Owns the sockets and the order of start and end."""
 
-    def __init__(self, config: Config, *, stop_on_stdin_close: bool) -> None:
+    def __init__(
+        self, config: Config, *, stop_on_stdin_close: bool, supervised: bool = False
+    ) -> None:
         """Bind both sockets.
 
         Args:
             config: of the deployment.
             stop_on_stdin_close: end when the parent (rank 0), which holds the other end, is gone.
+            supervised: somebody starts everything again when the ranks are lost, so that requests
+                can go on.
 
         Raises:
             ValueError: the model directory, the configuration or the profile is not usable.
@@ -79,6 +84,7 @@ class CoordinatorProcess:
         self._workers = ZmqWorkerGroup(
             self._context, options.worker_endpoint, config.parallel.world_size
         )
+        self._supervised = supervised
         self._stop = False
         self._poller = zmq.Poller()
         self._poller.register(self._workers.socket, zmq.POLLIN)
@@ -154,22 +160,17 @@ class CoordinatorProcess:
             max_batch_size=config.scheduler.max_batch_size,
             max_batch_tokens=config.scheduler.max_batch_tokens,
             max_context=self._welcome.max_context,
+            stages=config.parallel.pipeline,
         )
         return Profiler(self._workers, limits, config.coordinator.step_timeout_s)
 
     def _measure(self) -> Profile:
-        """The whole grid, with a progress bar on stderr."""
-        columns = (TextColumn("measuring steps"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-            task = progress.add_task("")
+        def look_around() -> None:
+            self._poll(0)
+            if self._stop:
+                raise StoppedError
 
-            def show(made: int, count: int) -> None:
-                progress.update(task, completed=made, total=count)
-                self._poll(0)
-                if self._stop:
-                    raise StoppedError
-
-            return self._make_profiler().grid(show)
+        return measure(self._make_profiler(), look_around)
 
     def _make_scheduler(self) -> tuple[Scheduler, SchedulerSetup]:
         config, profiler, profile = self._config, self._make_profiler(), self._profile
@@ -235,7 +236,11 @@ class CoordinatorProcess:
                 self._turn(coordinator)
             coordinator.end_all(FinishReason.ERROR, "the server was shut down")
         except WorkersLostError as error:
-            coordinator.end_all(FinishReason.ERROR, str(error))
+            if self._supervised:
+                limit_s = self._config.coordinator.startup_timeout_s
+                coordinator.announce_restart(limit_s, str(error))
+            else:
+                coordinator.end_all(FinishReason.ERROR, str(error))
             raise
 
     def _turn(self, coordinator: Coordinator) -> None:
@@ -249,9 +254,11 @@ class CoordinatorProcess:
     def _poll(self, wait_ms: int) -> None:
         ready = dict(self._poller.poll(wait_ms))
         if self._stdin is not None and self._stdin in ready:
-            # Nobody writes to it: readable means that the parent has closed it.
+            asked = os.read(self._stdin, len(STOP_WORD)) == STOP_WORD
             self._poller.unregister(self._stdin)
             self._stdin = None
+            if not asked:
+                raise WorkersLostError("rank 0 has ended")
             self._stop = True
 
 
@@ -271,17 +278,24 @@ def _describe(config: Config) -> Welcome:
 
 
 def run_coordinator(
-    config: Config, *, stop_on_stdin_close: bool, profile_to: Path | None = None
+    config: Config,
+    *,
+    stop_on_stdin_close: bool,
+    supervised: bool = False,
+    profile_to: Path | None = None,
 ) -> int:
     """Entry point of the process; returns its exit status.
 
     Args:
         config: of the deployment.
         stop_on_stdin_close: see `CoordinatorProcess`.
+        supervised: likewise.
         profile_to: measure, write this file and end, instead of serving.
     """
     try:
-        process = CoordinatorProcess(config, stop_on_stdin_close=stop_on_stdin_close)
+        process = CoordinatorProcess(
+            config, stop_on_stdin_close=stop_on_stdin_close, supervised=supervised
+        )
     except (ValueError, OSError) as error:
         _log.error("%s", error)
         return 2

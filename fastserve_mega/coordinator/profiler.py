@@ -4,90 +4,34 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
+from fastserve_mega.coordinator.profile_grid import ProfileLimits
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
 from fastserve_mega.messaging.messages import SequenceStart, StepCommand, StepResult
 from fastserve_mega.plan import Plan, SequenceSlice
-from fastserve_mega.scheduling.cost_model import DecodePoint, MixedPoint, PrefillPoint, Profile
+from fastserve_mega.scheduling.cost_model import (
+    ChunkPoint,
+    DecodePoint,
+    FirstPoint,
+    MixedPoint,
+    PrefillPoint,
+    Profile,
+)
 from fastserve_mega.types import RequestId, SamplingParams
 
 _TOKEN = 1
 _GRID_ROUNDS = 7
-_GRID_CONTEXTS = (16, 128, 512, 2048, 8192, 32768)
-_MIXED_CONTEXTS = (128, 256, 1024)
-_MIXED_PREFILLS = (16, 64, 256)
+_QUICK_ROUNDS = 3
+_QUICK_S = 2.0
+"""A starting server measures no further round when it has taken this long."""
 
+_DIGITS = 6
+"""Of seconds in a profile: microseconds."""
 
-@dataclass(frozen=True, slots=True)
-class ProfileLimits:
-    """What the server to be measured can hold."""
-
-    device_blocks: int
-    block_size: int
-    max_batch_size: int
-    max_batch_tokens: int
-    max_context: int
-
-    @property
-    def max_prefill(self) -> int:
-        """Tokens of the longest prefill in one step that leaves room to decode once."""
-        room = (self.device_blocks - 1) * self.block_size - 1
-        return max(min(self.max_batch_tokens, self.max_context - 1, room), 1)
-
-    def max_decodes(self, context: int) -> int:
-        """Requests of `context` tokens that can decode in one step."""
-        blocks_each = -(-(context + 1) // self.block_size)
-        return min(
-            self.max_batch_size, self.max_batch_tokens, (self.device_blocks - 1) // blocks_each
-        )
-
-    @property
-    def max_decode_context(self) -> int:
-        """Of the longest request that can decode alone."""
-        return min(self.max_context - 1, (self.device_blocks - 1) * self.block_size - 1)
-
-    def prefill_grid(self) -> list[int]:
-        """Lengths of prefills."""
-        return _powers_of_two(self.max_prefill)
-
-    def decode_grid(self) -> list[tuple[int, int]]:
-        """(batch, context) of decode steps of equal requests.
-
-        The same batches at every context, as far as they fit: a batch measured at one context only
-        would say nothing of the others.
-        """
-        room = self.max_decode_context
-        contexts = [context for context in _GRID_CONTEXTS if context <= room] or [room]
-        batches = _powers_of_two(self.max_decodes(contexts[0]))
-        return [
-            (batch, context)
-            for context in contexts
-            for batch in batches
-            if batch <= self.max_decodes(context)
-        ]
-
-    def mixed_grid(self) -> list[tuple[int, tuple[int, ...]]]:
-        """(prefill tokens, contexts) of steps whose requests are of all ages."""
-        found = []
-        for mean in _MIXED_CONTEXTS:
-            longest = 2 * mean
-            if longest > self.max_decode_context:
-                continue
-            for batch in {self.max_decodes(longest), -(-self.max_decodes(longest) // 2)}:
-                contexts = tuple(longest * (2 * i + 1) // (2 * batch) for i in range(batch))
-                blocks = sum(-(-(context + 1) // self.block_size) for context in contexts)
-                room = (self.device_blocks - 1 - blocks) * self.block_size
-                limit = min(self.max_batch_tokens - batch, self.max_context - 1, room)
-                lengths = (0, *(tokens for tokens in _MIXED_PREFILLS if tokens <= limit))
-                found += [(tokens, contexts) for tokens in lengths]
-        return sorted(found)
-
-
-def _powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, … and the limit itself."""
-    return [*(1 << i for i in range(limit.bit_length()) if 1 << i < limit), limit]
+Shape = Sequence[tuple[int, int]]
+"""(start, num_tokens) of each slice of a step."""
 
 
 class Profiler:
@@ -103,109 +47,173 @@ class Profiler:
         """How many have run; also the next step id."""
 
     def self_measurement(self) -> Profile:
-        """A few steps of each kind: seconds on a CPU, less on a GPU."""
-        limits = self._limits
-        lengths = sorted({max(limits.max_prefill // divisor, 1) for divisor in (1, 4, 16, 64)})
-        contexts = sorted({min(16, limits.max_prefill // 2), limits.max_prefill // 2})
+        """A few steps of each kind: the fastest of up to three, two seconds on a CPU."""
+        lengths, decodes = self._limits.quick_prefills(), self._limits.quick_decodes()
+        shapes: list[Shape] = [[(0, tokens)] for tokens in lengths]
+        shapes += [[(context, 1)] * batch for batch, context in decodes]
+        end = time.monotonic() + _QUICK_S
         self.warm_up()
-        prefill = tuple(PrefillPoint(length, self.prefill_s(length)) for length in lengths)
-        decode = tuple(
-            DecodePoint(batch, context, self.decode_s(batch, context))
-            for context in contexts
-            for batch in sorted(
-                {1, -(-limits.max_decodes(context) // 4), limits.max_decodes(context)}
-            )
+        fastest = [self._step_s(shape) for shape in shapes]
+        for _ in range(_QUICK_ROUNDS - 1):
+            if time.monotonic() > end:
+                break
+            fastest = [
+                min(known, self._step_s(shape))
+                for known, shape in zip(fastest, shapes, strict=True)
+            ]
+        seconds = iter(fastest)
+        return Profile(
+            tuple(PrefillPoint(tokens, next(seconds)) for tokens in lengths),
+            tuple(DecodePoint(batch, context, next(seconds)) for batch, context in decodes),
         )
-        return Profile(prefill, decode)
 
     def warm_up(self) -> None:
         """Take the first steps, which pay for lazy initialization."""
-        self.prefill_s(max(self._limits.max_prefill // 64, 1))
-        self.decode_s(1, min(16, self._limits.max_prefill // 2))
+        self._step_s([(0, max(self._limits.max_prefill // 64, 1))])
+        self._step_s([(min(16, self._limits.max_prefill // 2), 1)])
 
     def grid(self, on_progress: Callable[[int, int], None]) -> Profile:
-        """Prefills, decodes and mixed steps of many sizes: medians, half a minute on a CPU.
+        """Steps of many sizes and kinds: half a minute on a CPU, more with several stages.
 
         Args:
-            on_progress: called with (steps made, steps in all).
+            on_progress: called with (measurements made, measurements in all).
         """
         limits = self._limits
-        prefills, decodes, mixed = (
-            limits.prefill_grid(), limits.decode_grid(), limits.mixed_grid()
-        )  # fmt: skip
-        steps: list[list[tuple[int, int]]] = [[(0, tokens)] for tokens in prefills]
-        steps += [[(context, 1)] * batch for batch, context in decodes]
-        for tokens, contexts in mixed:
-            first = [(0, tokens)] if tokens else []
-            steps.append([*first, *((context, 1) for context in contexts)])
-        self.warm_up()
-        medians = iter(self._medians_s(steps, on_progress))
-        return Profile(
-            tuple(PrefillPoint(tokens, next(medians)) for tokens in prefills),
-            tuple(DecodePoint(batch, context, next(medians)) for batch, context in decodes),
-            tuple(MixedPoint(tokens, contexts, next(medians)) for tokens, contexts in mixed),
-        )
+        sizes = limits.first_grid()
+        grid = _Grid(limits)
+        flows = limits.stages > 1
+        count = len(sizes) + _GRID_ROUNDS * len(grid.shapes) * (2 if flows else 1)
+        made = 0
 
-    def _medians_s(
-        self, steps: list[list[tuple[int, int]]], on_progress: Callable[[int, int], None]
-    ) -> list[float]:
-        """What each step takes as a rule, the machine's other work included."""
-        times: list[list[float]] = [[] for _ in steps]
-        count = _GRID_ROUNDS * len(steps)
-        # Round after round, so that a busy moment of the machine spoils no step's median.
-        for made in range(count):
+        def measured(seconds: float) -> float:
+            nonlocal made
+            made += 1
             on_progress(made, count)
-            times[made % len(steps)].append(self._run(steps[made % len(steps)]))
-        on_progress(count, count)
-        return [statistics.median(each) for each in times]
+            return seconds
 
-    def prefill_s(self, tokens: int, repeats: int = 2) -> float:
-        """The fastest of `repeats` prefills of one prompt, seconds."""
-        return min(self._run([(0, tokens)]) for _ in range(repeats))
+        on_progress(0, count)
+        self.warm_up()
+        alone: list[list[float]] = []
+        flowing: list[list[float]] = []
+        # Round after round, so that a busy moment of the machine spoils no size's median.
+        for _ in range(_GRID_ROUNDS):
+            alone.append([measured(self._step_s(shape)) for shape in grid.shapes])
+            if flows:
+                flowing.append([measured(self._interval_s(shape)) for shape in grid.shapes])
+        # The sizes are new to the ranks now, and everything else is not.
+        first = tuple(FirstPoint(size, measured(self._first_extra_s(size))) for size in sizes)
+        pipelined = grid.profile(_typical_s(flowing)) if flows else None
+        return grid.profile(_typical_s(alone), first, pipelined)
 
-    def decode_s(self, batch: int, context: int, repeats: int = 3) -> float:
-        """The fastest of `repeats` decode steps of equal requests, seconds.
+    def _first_extra_s(self, tokens: int) -> float:
+        """How much longer the first of two equal prefills takes, seconds."""
+        first_s = self._step_s([(0, tokens)])
+        return round(max(first_s - self._step_s([(0, tokens)]), 0.0), _DIGITS)
+
+    def _step_s(self, shape: Shape) -> float:
+        """One step alone, seconds from dispatch to result."""
+        begin = time.monotonic()
+        self._await(self._dispatch(shape))
+        return time.monotonic() - begin
+
+    def _interval_s(self, shape: Shape) -> float:
+        """Seconds from result to result of equal steps, one in each pipeline stage."""
+        flying = deque(self._dispatch(shape) for _ in range(self._limits.stages))
+        self._await(flying.popleft())
+        begin = time.monotonic()
+        flying.append(self._dispatch(shape))
+        count = len(flying)
+        while flying:
+            self._await(flying.popleft())
+        return (time.monotonic() - begin) / count
+
+    def _dispatch(self, shape: Shape) -> int:
+        """Send a step of new requests; returns its id.
 
         Their KV is whatever the pool holds: the time of a step does not depend on values.
         """
-        return min(self._run([(context, 1)] * batch) for _ in range(repeats))
-
-    def _run(self, shapes: list[tuple[int, int]]) -> float:
-        """One step of (start, num_tokens) slices, seconds from dispatch to result."""
-        names = [RequestId(f"profile-{self._sequences + i}") for i in range(len(shapes))]
-        self._sequences += len(shapes)
+        names = [RequestId(f"profile-{self._sequences + i}") for i in range(len(shape))]
+        self._sequences += len(shape)
         params = SamplingParams(max_tokens=1, temperature=0.0)
-        blocks = self._block_tables(shapes)
+        blocks = self._block_tables(shape)
         batch = tuple(
             SequenceSlice(name, start, tokens, True, 0, next(blocks))
-            for name, (start, tokens) in zip(names, shapes, strict=True)
+            for name, (start, tokens) in zip(names, shape, strict=True)
         )
         command = StepCommand(
             plan=Plan(step_id=self.steps, batch=batch, released=self._previous),
-            token_ids=tuple((_TOKEN,) * tokens for _, tokens in shapes),
+            token_ids=tuple((_TOKEN,) * tokens for _, tokens in shape),
             started=tuple(SequenceStart(name, params, 0, 1) for name in names),
         )
         self._previous = tuple(names)
         self.steps += 1
-        begin = time.monotonic()
         self._workers.dispatch(command)
-        self._await(command.plan.step_id, begin + self._timeout_s)
-        return time.monotonic() - begin
+        return command.plan.step_id
 
-    def _block_tables(self, shapes: list[tuple[int, int]]) -> Iterator[tuple[int, ...]]:
+    def _block_tables(self, shape: Shape) -> Iterator[tuple[int, ...]]:
         first = 1
-        for start, tokens in shapes:
+        for start, tokens in shape:
             count = -(-(start + tokens) // self._limits.block_size)
             yield tuple(range(first, first + count))
             first += count
 
-    def _await(self, step_id: int, deadline: float) -> None:
+    def _await(self, step_id: int) -> None:
+        """Wait for the result of a step; the next one's does not come before."""
+        deadline = time.monotonic() + self._timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
-            if self._workers.wait(left_s) and any(
-                isinstance(result, StepResult) and result.step_id == step_id
-                for result in self._workers.results()
-            ):
+            if self._workers.wait(left_s) and self._has_come(step_id):
                 return
         raise WorkersLostError(
             f"profiling step {step_id} has not returned within {self._timeout_s:g} s"
         )
+
+    def _has_come(self, step_id: int) -> bool:
+        for result in self._workers.results():
+            if isinstance(result, StepResult) and result.step_id == step_id:
+                return True  # a later one stays where it is
+        return False
+
+
+class _Grid:
+    """The steps of a thorough profile, and its points once they have been measured."""
+
+    def __init__(self, limits: ProfileLimits) -> None:
+        self._prefills = limits.prefill_grid()
+        self._decodes = limits.decode_grid()
+        self._mixed = limits.mixed_grid()
+        self._chunks = limits.chunk_grid()
+        self.shapes: list[Shape] = [[(0, tokens)] for tokens in self._prefills]
+        self.shapes += [[(context, 1)] * batch for batch, context in self._decodes]
+        for tokens, contexts in self._mixed:
+            prefill = [(0, tokens)] if tokens else []
+            self.shapes.append([*prefill, *((context, 1) for context in contexts)])
+        self.shapes += [[chunk] for chunk in self._chunks]
+
+    def profile(
+        self,
+        times: Sequence[float],
+        first: tuple[FirstPoint, ...] = (),
+        pipelined: Profile | None = None,
+    ) -> Profile:
+        """Seconds of each of `shapes`, in their order, as a profile."""
+        seconds = iter(times)
+        return Profile(
+            tuple(PrefillPoint(tokens, next(seconds)) for tokens in self._prefills),
+            tuple(DecodePoint(batch, context, next(seconds)) for batch, context in self._decodes),
+            tuple(MixedPoint(tokens, contexts, next(seconds)) for tokens, contexts in self._mixed),
+            tuple(ChunkPoint(start, tokens, next(seconds)) for start, tokens in self._chunks),
+            first,
+            pipelined,
+        )
+
+
+def _typical_s(rounds: Sequence[Sequence[float]]) -> list[float]:
+    """The median of each step, scaled so that together they take what all rounds took.
+
+    The steps that other work disturbs belong to what a run of steps takes. They are shared by all
+    sizes, since with a few rounds a size would otherwise owe its time to whether it met one.
+    """
+    medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
+    taken_s = sum(map(sum, rounds))
+    disturbed = taken_s / (len(rounds) * sum(medians))
+    return [round(disturbed * median, _DIGITS) for median in medians]

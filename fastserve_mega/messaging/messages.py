@@ -8,6 +8,10 @@ from enum import IntEnum
 from fastserve_mega.plan import Plan
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
 
+STOP_WORD = b"stop"
+"""What rank 0 writes to the coordinator's stdin to end it; that it closes without this word means
+that rank 0 has died."""
+
 
 class Kind(IntEnum):
     """Second byte of each frame. Numbers are never reused."""
@@ -24,6 +28,7 @@ class Kind(IntEnum):
     REFUSED = 35
     PONG = 36
     METRICS = 37
+    RESTARTING = 38
 
     WORKER_READY = 64
     STEP_COMMAND = 65
@@ -123,6 +128,16 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Restarting:
+    """The ranks were lost and are started again; unfinished requests go on after that."""
+
+    within_s: float
+    """How long it may take, seconds. Then a new epoch answers pings, and wants the requests
+    submitted again."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Pong:
     epoch: str
 
@@ -204,7 +219,7 @@ class Shutdown:
 
 Message = (
     Hello | Submit | Cancel | Ping | GetMetrics
-    | Welcome | Tokens | Finished | Refused | Pong | Metrics
+    | Welcome | Tokens | Finished | Refused | Pong | Metrics | Restarting
     | WorkerReady | StepCommand | StepResult | CopyResult | WorkerFailed | Shutdown
 )  # fmt: skip
 
@@ -220,6 +235,7 @@ KIND_OF: dict[type, Kind] = {
     Refused: Kind.REFUSED,
     Pong: Kind.PONG,
     Metrics: Kind.METRICS,
+    Restarting: Kind.RESTARTING,
     WorkerReady: Kind.WORKER_READY,
     StepCommand: Kind.STEP_COMMAND,
     StepResult: Kind.STEP_RESULT,

@@ -50,13 +50,38 @@ class MixedPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkPoint:
+    """One measurement of a later chunk of a long prompt."""
+
+    start: int
+    """Tokens of the prompt that were prefilled before."""
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPoint:
+    """What the first step of a size took longer than the second."""
+
+    tokens: int
+    """Of all requests of the step."""
+    extra_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """What `fastserve-mega profile` measures; stored as JSON."""
 
     prefill: tuple[PrefillPoint, ...]
     decode: tuple[DecodePoint, ...]
     mixed: tuple[MixedPoint, ...] = ()
-    """For simulations; the scheduler asks for steps of one kind only."""
+    """This and what follows is for simulations; the scheduler asks for steps of one kind only."""
+    chunks: tuple[ChunkPoint, ...] = ()
+    first: tuple[FirstPoint, ...] = ()
+    """A CPU's matrix products are compiled for each number of rows when it first occurs."""
+    pipelined: Profile | None = None
+    """The same steps with one in each pipeline stage: seconds from result to result. All other
+    times are from dispatch to result of a step alone. None with one stage."""
 
     def __post_init__(self) -> None:
         if not self.prefill or not self.decode:
@@ -64,6 +89,7 @@ class Profile:
         seconds = [point.seconds for point in self.prefill]
         seconds += [point.seconds for point in self.decode]
         seconds += [point.seconds for point in self.mixed]
+        seconds += [point.seconds for point in self.chunks]
         if min(seconds) <= 0:
             raise ValueError("the times of a profile must be positive")
         lengths = [point.tokens for point in self.prefill]
@@ -72,6 +98,10 @@ class Profile:
             raise ValueError("the sizes of a profile must be positive")
         if any(not p.contexts or min(p.contexts) < 0 or p.prefill_tokens < 0 for p in self.mixed):
             raise ValueError("a mixed step of a profile has decodes, and no negative sizes")
+        if any(p.start < 1 or p.tokens < 1 for p in self.chunks):
+            raise ValueError("a later chunk of a profile has tokens, and tokens before it")
+        if any(p.tokens < 1 or p.extra_s < 0 for p in self.first):
+            raise ValueError("the first steps of a profile have tokens, and no negative times")
         if len(set(lengths)) < len(lengths) or len(set(shapes)) < len(shapes):
             raise ValueError("a profile must not have two measurements of the same size")
 
@@ -96,7 +126,7 @@ class ProfiledCostModel:
         self._decode_scale = 1.0
 
     def prefill_s(self, tokens: int) -> float:
-        return self._prefill_scale * _interpolate(self._prefill, tokens)
+        return self._prefill_scale * interpolate(self._prefill, tokens)
 
     def decode_s(self, batch: int, context: int) -> float:
         return self._decode_scale * self._unscaled_decode_s(batch, context)
@@ -105,15 +135,15 @@ class ProfiledCostModel:
         if elapsed_s <= 0:
             return
         if prefill_tokens:
-            predicted = _interpolate(self._prefill, prefill_tokens + decodes)
+            predicted = interpolate(self._prefill, prefill_tokens + decodes)
             self._prefill_scale = self._follow(self._prefill_scale, elapsed_s / predicted)
         elif decodes:
             predicted = self._unscaled_decode_s(decodes, self._decode[0][1][0][0])
             self._decode_scale = self._follow(self._decode_scale, elapsed_s / predicted)
 
     def _unscaled_decode_s(self, batch: int, context: int) -> float:
-        by_batch = [(size, _interpolate(line, context)) for size, line in self._decode]
-        return _interpolate(by_batch, batch)
+        by_batch = [(size, interpolate(line, context)) for size, line in self._decode]
+        return interpolate(by_batch, batch)
 
     def _follow(self, scale: float, ratio: float) -> float:
         bounded = min(max(ratio, scale / self.MAX_STEP_RATIO), scale * self.MAX_STEP_RATIO)
@@ -128,8 +158,8 @@ def _decode_lines(points: Sequence[DecodePoint]) -> list[tuple[int, list[tuple[i
     return [(batch, sorted(lines[batch])) for batch in sorted(lines)]
 
 
-def _interpolate(points: Sequence[tuple[int, float]], x: int) -> float:
-    """Piecewise linear through `points`, ascending in x.
+def interpolate(points: Sequence[tuple[int, float]], x: int) -> float:
+    """Piecewise linear in x through `points`, which ascend in it.
 
     Beyond the ends the nearest slope goes on, but never below the smallest measured value.
     """

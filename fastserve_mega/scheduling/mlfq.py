@@ -12,6 +12,10 @@ from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.queues import LevelQueues
 from fastserve_mega.scheduling.request import Place, Request
 
+_Watched = tuple[float, int, Request]
+"""Deadline, arrival number, request."""
+_FEW = 16
+
 
 class Mlfq:
     """Levels Q1 (index 0, highest) to Qn with growing quanta; first in, first out within a level.
@@ -40,12 +44,12 @@ class Mlfq:
         self.walk_back = self._queues.walk_back
         self.merged = self._queues.merged
         self.count = self._queues.count
-        self._watch: list[tuple[float, int, Request]] = []
+        self._watch: list[_Watched] = []
         """Heap of (deadline, arrival number, request). A deadline is corrected when it is looked
         at, not when the request runs: one heap operation per starvation limit, not per step."""
         self._promoted: set[Request] = set()
         """Lifted to Q1 and still there."""
-        self._hosted_watch: list[tuple[float, int, Request]] = []
+        self._hosted_watch: list[_Watched] = []
         """The same for those on the host, who do not run and so keep their deadlines."""
 
     def add(self, request: Request, now: float) -> None:
@@ -64,6 +68,7 @@ class Mlfq:
         if place is Place.HOSTED and self._starvation_limit_s is not None:
             entry = (self._deadline(request), request.arrival_number, request)
             heapq.heappush(self._hosted_watch, entry)
+            _prune(self._hosted_watch, self.count(Place.HOSTED), self._is_hosted_until)
 
     def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
         quanta_s = self.quanta_s
@@ -171,16 +176,20 @@ class Mlfq:
     def _first_promoted(self, until: float, count: int) -> list[Request]:
         """Of those on the host, up to `count` whose promotion comes first, and before `until`."""
         watch = self._hosted_watch
-        valid: list[tuple[float, int, Request]] = []
+        valid: list[_Watched] = []
         while watch and watch[0][0] < until and len(valid) < count:
             entry = heapq.heappop(watch)
-            deadline, _, request = entry
-            is_hosted = request.place is Place.HOSTED and not request.ended
-            if is_hosted and request.level and deadline == self._deadline(request):
+            if self._is_hosted_until(entry):
                 valid.append(entry)
         for entry in valid:
             heapq.heappush(watch, entry)
         return [request for _, _, request in valid]
+
+    def _is_hosted_until(self, entry: _Watched) -> bool:
+        """Whether it says when somebody on the host will be promoted."""
+        deadline, _, request = entry
+        is_hosted = request.place is Place.HOSTED and not request.ended
+        return is_hosted and request.level > 0 and deadline == self._deadline(request)
 
     def _demote(self, request: Request, decode_s: float) -> None:
         """Move it down; `decode_s` is at least the time of its next iteration if it decodes."""
@@ -209,6 +218,7 @@ class Mlfq:
             request.watched = True
             entry = (self._deadline(request), request.arrival_number, request)
             heapq.heappush(self._watch, entry)
+            _prune(self._watch, len(self._queues), _is_watched)
 
     def _starvation_deadline(self, request: Request, now: float) -> float:
         if request.in_flight_tokens:
@@ -218,3 +228,16 @@ class Mlfq:
     def _deadline(self, request: Request) -> float:
         """When it is promoted unless it runs before."""
         return request.waiting_since + (self._starvation_limit_s or 0.0)
+
+
+def _is_watched(entry: _Watched) -> bool:
+    _, _, request = entry
+    request.watched = not request.ended and request.level > 0
+    return request.watched
+
+
+def _prune(watch: list[_Watched], live: int, is_valid: Callable[[_Watched], bool]) -> None:
+    """Forget what is out of date in a heap when it is more than half: O(1) for each push."""
+    if len(watch) > 2 * live + _FEW:
+        watch[:] = filter(is_valid, watch)
+        heapq.heapify(watch)

@@ -134,7 +134,13 @@ class LevelQueues:
             del self._waiting[level][request]
         else:
             queue = self._sorted[request.place][level]
-            del queue[bisect_left(queue, request.level_entry, key=_level_entry)]
+            # Who runs is often the first, who is preempted the last.
+            if queue[-1] is request:
+                queue.pop()
+            elif queue[0] is request:
+                del queue[0]
+            else:
+                del queue[bisect_left(queue, request.level_entry, key=_level_entry)]
 
     def move(self, request: Request, level: int) -> None:
         """Put it at the end of another level, or of its own."""
@@ -151,7 +157,11 @@ class LevelQueues:
             request.charged_s = charged_s
         else:
             self._lengths[request.level] += 1
-            insort(self._sorted[place][request.level], request, key=_level_entry)
+            queue = self._sorted[place][request.level]
+            if not queue or queue[-1].level_entry < request.level_entry:
+                queue.append(request)
+            else:
+                insort(queue, request, key=_level_entry)
 
     def walk(self, place: Place) -> Iterator[Request]:
         """The first one first."""

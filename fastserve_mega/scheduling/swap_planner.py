@@ -18,6 +18,8 @@ _EMPTY_SHARE = 0.1
 """Below this share of empty device blocks, the oldest of the prefix cache moves to the host."""
 _MAX_SWAP_INS = 8
 """Requests looked at in one step, whether they should come back."""
+_LOOKS_SKIPPED = 3
+"""Steps without a look for blocks to write through, after one that found none."""
 _LEAD = 2.0
 """A request is brought back this many swap times before it is estimated to run."""
 
@@ -38,6 +40,7 @@ class SwapPlanner:
         self._demand_blocks_per_s = 0.0
         self._last_arrival: float | None = None
         self._copy_s_per_block = 0.0
+        self._looks_to_skip = 0
         self._started: dict[int, tuple[float, int]] = {}
 
     def observe_arrival(self, blocks: int, now: float) -> None:
@@ -105,6 +108,9 @@ class SwapPlanner:
             occupied < self._config.write_through_occupancy * memory.device.capacity
         ):
             return
+        if self._looks_to_skip:
+            self._looks_to_skip -= 1
+            return
         left = self._config.write_through_blocks
         if memory.device.empty_count < _EMPTY_SHARE * memory.device.capacity:
             memory.swapper.evict_kept(left)
@@ -112,3 +118,5 @@ class SwapPlanner:
             left -= memory.swapper.write_through(request, left)
             if left <= 0:
                 return
+        if left == self._config.write_through_blocks:
+            self._looks_to_skip = _LOOKS_SKIPPED

@@ -81,7 +81,8 @@ class Swapper:
         ):
             self.drop(victim)
             return
-        self._prefix_cache.left(victim)
+        if victim.block_hashes:
+            self._prefix_cache.left(victim)
         self._policy.put(victim, Place.HOSTED)
         table, victim.block_table = victim.block_table, []
         clean = victim.clean_blocks

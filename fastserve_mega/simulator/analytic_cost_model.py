@@ -26,11 +26,14 @@ class StepWork(NamedTuple):
     """KV tokens read by longer slices."""
     prefill_pairs: int
     """Query-key pairs of longer slices, the causal half only."""
+    earlier_pairs: int = 0
+    """Query-key pairs of longer slices with tokens of earlier steps."""
 
 
 def step_work(batch: Iterable[SequenceSlice]) -> StepWork:
     """Add up a batch."""
     tokens = sampled = decode_slices = decode_context = prefill_context = prefill_pairs = 0
+    earlier_pairs = 0
     for _, start, num_tokens, samples, _, _ in batch:
         tokens += num_tokens
         if samples:
@@ -40,8 +43,12 @@ def step_work(batch: Iterable[SequenceSlice]) -> StepWork:
             decode_context += start + 1
         else:
             prefill_context += start + num_tokens
+            earlier_pairs += num_tokens * start
             prefill_pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
-    return StepWork(tokens, sampled, decode_slices, decode_context, prefill_context, prefill_pairs)
+    return StepWork(
+        tokens, sampled, decode_slices, decode_context, prefill_context, prefill_pairs,
+        earlier_pairs,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

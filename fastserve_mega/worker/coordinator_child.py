@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from fastserve_mega.messaging.messages import STOP_WORD
+
 _END_TIMEOUT_S = 30.0
 
 
@@ -42,8 +44,16 @@ class CoordinatorChild:
 
     def request_stop(self) -> None:
         """Let it drain; it then tells all ranks to end."""
+        self._close_stdin(STOP_WORD)
+
+    def report_loss(self) -> None:
+        """Another rank has died: let it say so to its clients and end."""
+        self._close_stdin(b"")
+
+    def _close_stdin(self, last_word: bytes) -> None:
         if self._process.stdin and not self._process.stdin.closed:
             with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(last_word)
                 self._process.stdin.close()
 
     def join(self) -> int:

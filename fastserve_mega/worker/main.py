@@ -28,13 +28,21 @@ _LAST_WORDS_MS = 1000
 _log = logging.getLogger(__name__)
 
 
-def run_worker(config: Config, coordinator_arguments: Sequence[str], runner: RunnerName) -> int:
+def run_worker(
+    config: Config,
+    coordinator_arguments: Sequence[str],
+    runner: RunnerName,
+    *,
+    supervised: bool = False,
+) -> int:
     """Entry point of a rank; returns its exit status.
 
     Args:
         config: of the deployment, the same on all ranks.
         coordinator_arguments: for the coordinator that rank 0 starts.
         runner: what computes tokens; `fake` needs no model and is for tests.
+        supervised: SIGTERM means that another rank has died, which mpirun tells in this way, and
+            SIGUSR1 asks to stop.
     """
     try:
         topology = read_topology()
@@ -44,7 +52,9 @@ def run_worker(config: Config, coordinator_arguments: Sequence[str], runner: Run
         return 2
     try:
         _check_agreement(config, topology, exchange)
-        return _Rank(config, topology, exchange, runner).run(coordinator_arguments)
+        rank = _Rank(config, topology, exchange, runner)
+        rank.handle_signals(supervised=supervised)
+        return rank.run(coordinator_arguments)
     except Exception as error:
         # One sentence from the rank that knows; the others are ended with it.
         expected = isinstance(error, (ValueError, OSError))
@@ -81,10 +91,13 @@ class _Rank:
         self._runner_name = runner
         self._child: CoordinatorChild | None = None
 
-    def run(self, coordinator_arguments: Sequence[str]) -> int:
-        # SIGTERM reaches all ranks; rank 0 lets the coordinator drain, which then ends them all.
-        signal.signal(signal.SIGTERM, self._request_stop)
+    def handle_signals(self, *, supervised: bool) -> None:
+        # Signals reach all ranks; rank 0 lets the coordinator drain, which then ends them all.
         signal.signal(signal.SIGINT, self._request_stop)
+        signal.signal(signal.SIGUSR1, self._request_stop)
+        signal.signal(signal.SIGTERM, self._report_loss if supervised else self._request_stop)
+
+    def run(self, coordinator_arguments: Sequence[str]) -> int:
         endpoint = master = ""
         if self._topology.rank == 0:
             self._child = CoordinatorChild(coordinator_arguments)
@@ -129,3 +142,7 @@ class _Rank:
     def _request_stop(self, *_: object) -> None:
         if self._child:
             self._child.request_stop()
+
+    def _report_loss(self, *_: object) -> None:
+        if self._child:
+            self._child.report_loss()

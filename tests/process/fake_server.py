@@ -105,6 +105,7 @@ def fake_server(
     make_runner=GatedRunner,
     swap=None,
     prefix_cache=True,
+    supervised=False,
     **options,
 ):
     """Run a server; on leaving it is stopped, and its threads must end."""
@@ -119,11 +120,10 @@ def fake_server(
         ),
         scheduler=SchedulerConfig(mlfq=MlfqConfig(starvation_limit_s=None), **options),
         coordinator=CoordinatorConfig(
-            client_endpoint="tcp://127.0.0.1:0",
-            **{"drain_timeout_s": 0.001, **coordinator},
+            **{"client_endpoint": "tcp://127.0.0.1:0", "drain_timeout_s": 0.001, **coordinator},
         ),
     )
-    process = CoordinatorProcess(config, stop_on_stdin_close=False)
+    process = CoordinatorProcess(config, stop_on_stdin_close=False, supervised=supervised)
     runners = [
         make_runner(
             device_blocks=device_blocks,

@@ -1,6 +1,7 @@
 """The comparison of a live run with its simulation, on fake ranks that take a known time."""
 
 import asyncio
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,13 +11,18 @@ from fake_server import GatedRunner
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
+import live_run
 import live_vs_simulated as tool
 
-from fastserve_mega.coordinator.event_log import read_event_log
+from fastserve_mega.config import MlfqConfig, SchedulerConfig, SwapConfig
+from fastserve_mega.coordinator.event_log import SchedulerSetup, read_event_log
 from fastserve_mega.coordinator.profile_file import load_profile
+from fastserve_mega.scheduling.cost_model import Profile
+from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.strict import from_plain
 
 STEP_S, TOKEN_S = 0.02, 0.001
 PROFILE = f"""{{
@@ -43,21 +49,26 @@ def test_a_punctual_engine_is_simulated_closely(start_server, tmp_path):
     with start_server(
         make_runner=PunctualRunner, profile=str(profile), coordinator={"event_log": str(log)}
     ) as server:
-        live, copy_block_s = asyncio.run(tool.send_all(server.endpoint, specs))
-    assert copy_block_s == 0.0
+        clients = asyncio.run(live_run.send_all(server.endpoint, specs))
+    live = clients.records
+    assert clients.copy_block_s == 0.0
+    assert clients.delivery_s > 0.0
     setup, calls = read_event_log(log)
     engine = ProfiledEngine(load_profile(profile), (1,))
     sent = [
         spec._replace(arrival_s=record.arrival_s) for spec, record in zip(specs, live, strict=True)
     ]
-    simulated = tool.simulate(setup, engine, sent)
+    simulated = tool.simulate(setup, engine, sent, clients.delivery_s)
     assert [(r.prompt_tokens, r.output_tokens) for r in simulated] == [spec[1:] for spec in specs]
     rows = tool.compare(live, simulated)
     assert [row.name for row in rows] == ["TTFT mean", "TTFT P95", "JCT mean", "JCT P95"]
     # Never faster than the runner sleeps; how much slower depends on the machine's other work.
     assert all(-0.5 < row.difference < 0.1 for row in rows)
-    elapsed_s, expected_s = tool.step_times(list(calls), engine)
-    assert 0.9 * expected_s < elapsed_s < 2 * expected_s
+    steps = tool.step_times(list(calls), engine)
+    assert [row.kind for row in steps] == ["decode", "with prefill"]
+    for row in steps:
+        assert row.steps > 0
+        assert row.live_s > 0.9 * row.expected_s  # never faster than the runner sleeps
     everything_at_once = tool.saturation_rate(setup, engine, specs)
     assert everything_at_once > len(specs) / max(record.finish_s for record in simulated)
 
@@ -70,3 +81,18 @@ def test_differences_by_hand():
     assert mean_ttft.difference == -0.5
     assert mean_jct.difference == pytest.approx(3 / 4 - 1)
     assert p95_jct.live_s == pytest.approx(4.9)
+
+
+def test_delivery_is_part_of_what_clients_see():
+    setup = SchedulerSetup(
+        scheduler=SchedulerConfig(mlfq=MlfqConfig(starvation_limit_s=None)), swap=SwapConfig(),
+        pools=PoolSizes(100, 0, 16), profile=from_plain(json.loads(PROFILE), Profile), window=1,
+        first_step_id=0,
+    )  # fmt: skip
+    engine = ProfiledEngine(setup.profile, (1,))
+    (near,) = tool.simulate(setup, engine, [RequestSpec(1.0, 9, 3)])
+    (far,) = tool.simulate(setup, engine, [RequestSpec(1.0, 9, 3)], delivery_s=0.5)
+    assert near.ttft_s == pytest.approx(STEP_S + 9 * TOKEN_S)
+    assert far.arrival_s == pytest.approx(1.0)
+    assert far.ttft_s == pytest.approx(near.ttft_s + 0.5)
+    assert far.jct_s == pytest.approx(near.jct_s + 0.5)

@@ -19,7 +19,7 @@ SAMPLING = {
     "temperature": 0.5, "top_p": 0.5, "seed": 3, "top_k": 3, "min_tokens": 2, "ignore_eos": True,
     "stop_token_ids": [4],
 }  # fmt: skip
-SCHEDULING = {"priority": -1, "timeout": 2.5}
+SCHEDULING = {"priority": -1, "timeout": 2.5, "cache_salt": "mine"}
 
 
 def offered(module) -> set[str]:

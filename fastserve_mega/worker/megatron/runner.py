@@ -28,6 +28,7 @@ from fastserve_mega.worker.megatron.initialize import (
 )
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.partition import Partition, partition_model
+from fastserve_mega.worker.pool_sizes import device_blocks, host_blocks
 from fastserve_mega.worker.runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
@@ -59,8 +60,6 @@ class MegatronRunner:
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
         set_up_cpu(config.parallel, topology)
-        self.cache = _build_cache(config, architecture, self._partition, self._dtype, self._device)
-        self._host = HostPool(_host_blocks(config, self.block_bytes), self.cache.pool)
         self._frequencies = _frequencies(architecture, self._device)
         self._sampler = Sampler(architecture.eos_token_ids)
         self._sending: tuple[dist.Work, Tensor] | None = None
@@ -72,8 +71,12 @@ class MegatronRunner:
                 architecture, self._partition, groups, dtype=self._dtype, device=self._device
             )
             load_weights(config.model.directory, self._stage, architecture, self._partition)
-            self._copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
             self._stage.pack_weights()
+            self.cache = _build_cache(
+                config, architecture, self._partition, self._dtype, self._device
+            )
+            self._host = HostPool(host_blocks(config.kv_cache, self.block_bytes), self.cache.pool)
+            self._copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
         except BaseException:
             dist.destroy_process_group()  # else this process could not try again
             raise
@@ -195,14 +198,8 @@ def _build_cache(
         head_dim=architecture.head_dim,
         dtype=dtype,
     )
-    memory = int(settings.device_memory_gb * 2**30)
-    if settings.device_blocks is None and memory < 2 * bytes_per_block:
-        raise ValueError(
-            f"kv_cache.device_memory_gb={settings.device_memory_gb} is too little: two blocks "
-            f"need {2 * bytes_per_block / 2**30:.6f}"
-        )
     return KvCache(
-        num_blocks=settings.device_blocks or memory // bytes_per_block,
+        num_blocks=device_blocks(config, architecture, bytes_per_block, device),
         num_layers=len(partition.layers),
         num_kv_heads=len(partition.kv_heads),
         block_size=settings.block_size,
@@ -210,15 +207,6 @@ def _build_cache(
         dtype=dtype,
         device=device,
     )
-
-
-def _host_blocks(config: Config, block_bytes: int) -> int:
-    settings = config.kv_cache
-    if not settings.swap.uses_host:
-        return 0
-    if settings.host_blocks is not None:
-        return settings.host_blocks
-    return int(settings.host_memory_gb * 2**30) // block_bytes
 
 
 def _frequencies(architecture: Architecture, device: torch.device) -> Tensor | None:

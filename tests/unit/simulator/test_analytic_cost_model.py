@@ -36,7 +36,7 @@ def piece(start: int, num_tokens: int, *, samples: bool = True) -> SequenceSlice
 def test_step_work_adds_up_decodes_and_prefills_apart() -> None:
     work = step_work([piece(9, 1), piece(0, 4), piece(4, 3, samples=False)])
     # pairs: 1+2+3+4 of the first prefill, 5+6+7 of the second
-    assert work == StepWork(8, 2, 1, 10, 4 + 7, 10 + 18)
+    assert work == StepWork(8, 2, 1, 10, 4 + 7, 10 + 18, earlier_pairs=3 * 4)
 
 
 def test_decode_is_weights_head_and_kv_read_once() -> None:

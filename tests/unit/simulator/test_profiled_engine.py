@@ -2,7 +2,14 @@ from dataclasses import replace
 
 import pytest
 
-from fastserve_mega.scheduling.cost_model import DecodePoint, MixedPoint, PrefillPoint, Profile
+from fastserve_mega.scheduling.cost_model import (
+    ChunkPoint,
+    DecodePoint,
+    FirstPoint,
+    MixedPoint,
+    PrefillPoint,
+    Profile,
+)
 from fastserve_mega.simulator.analytic_cost_model import StepWork
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 
@@ -23,6 +30,10 @@ def work(prefill_tokens, decode_contexts=()):
     count = len(decode_contexts)
     total = sum(decode_contexts) + count
     return StepWork(prefill_tokens + count, count, count, total, prefill_tokens, 0)
+
+
+def chunk(start, tokens):
+    return StepWork(tokens, 1, 0, 0, start + tokens, 0, start * tokens)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +69,28 @@ def test_mixed_measurements_correct_it():
         assert engine.step_s(step) == pytest.approx(point.seconds)
 
 
+def test_a_later_chunk_reads_what_came_before():
+    # 0.002 s for each token before a chunk of 10 tokens, 0.004 s before one of 30.
+    chunks = (
+        ChunkPoint(100, 10, 2.0 + 0.2), ChunkPoint(200, 10, 2.0 + 0.4), ChunkPoint(100, 30, 4.4)
+    )  # fmt: skip
+    engine = ProfiledEngine(replace(PROFILE, chunks=chunks), (30,))
+    assert engine.step_s(chunk(50, 10)) == pytest.approx(2.1)
+    assert engine.step_s(chunk(50, 20)) == pytest.approx(3.0 + 50 * 0.003)
+    assert engine.step_s(chunk(0, 20)) == pytest.approx(3.0)
+    assert ENGINE.step_s(chunk(50, 20)) == pytest.approx(3.0)
+
+
+def test_the_first_step_of_a_size_takes_longer_once():
+    first = (FirstPoint(20, 0.4), FirstPoint(21, 0.5), FirstPoint(22, 9.0))
+    engine = ProfiledEngine(replace(PROFILE, first=first), (20, 10))
+    assert sum(engine.stage_times(work(20))) == pytest.approx(3.0 + 0.5)
+    assert sum(engine.stage_times(work(20))) == pytest.approx(3.0)
+    # Twenty tokens are twenty tokens, whoever they are of.
+    assert sum(engine.stage_times(work(19, [0]))) == pytest.approx(engine.step_s(work(19, [0])))
+    assert engine.stage_times(work(10)) == pytest.approx([2 / 3 * 2.5, 1 / 3 * 2.5])
+
+
 def test_stages_share_by_layers():
     engine = ProfiledEngine(PROFILE, (16, 14))
     assert engine.stage_times(work(20)) == pytest.approx([1.6, 1.4])
@@ -66,3 +99,22 @@ def test_stages_share_by_layers():
 
 def test_copies_take_their_blocks_time():
     assert ProfiledEngine(PROFILE, (30,), copy_block_s=0.002).copy_s(5, 16) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("interval_share", "layers", "stages"),
+    [
+        (0.6, (15, 15), [1.2, 1.8]),  # the last has the output layer
+        (0.6, (20, 10), [1.8, 1.2]),
+        (1.2, (15, 15), [0.0, 3.6]),  # stages that disturb each other
+        (0.4, (10, 10, 10), [0.9, 0.9, 1.2]),
+        (0.3, (15, 15), [0.9, 0.9]),  # no stage is slower than the slowest
+    ],
+)
+def test_the_slowest_stage_takes_the_interval_of_the_results(interval_share, layers, stages):
+    pipelined = replace(
+        PROFILE,
+        prefill=tuple(replace(p, seconds=interval_share * p.seconds) for p in PROFILE.prefill),
+    )
+    engine = ProfiledEngine(replace(PROFILE, pipelined=pipelined), layers)
+    assert engine.stage_times(work(20)) == pytest.approx(stages)

@@ -1,0 +1,79 @@
+"""Memory to blocks, without a device."""
+
+import json
+
+import pytest
+import torch
+
+from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, SwapConfig
+from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.worker import pool_sizes
+
+GB = 2**30
+BLOCK_BYTES = 2**20
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def architecture(tmp_path):
+    described = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 350,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    return load_architecture(tmp_path)
+
+
+def config(directory="x", **settings):
+    return Config(model=ModelConfig(path=str(directory)), kv_cache=KvCacheConfig(**settings))
+
+
+def test_utilization_leaves_what_others_and_activations_take():
+    settings = KvCacheConfig(device_memory_utilization=0.75)
+    assert pool_sizes.free_for_blocks(settings, 60 * GB, 80 * GB, 3 * GB) == 37 * GB
+    assert pool_sizes.free_for_blocks(settings, 10 * GB, 80 * GB, 3 * GB) == 0
+
+
+def test_cuda_takes_its_share_of_what_the_weights_left(monkeypatch, architecture):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, 80 * GB))
+    wanted = config(device_memory_utilization=0.75)
+    activations = pool_sizes.activation_bytes(wanted, architecture)
+    assert 0 < activations < GB
+    blocks = pool_sizes.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA)
+    assert blocks == (40 * GB - activations) // BLOCK_BYTES
+
+
+def test_a_device_full_of_weights_is_refused_with_numbers(monkeypatch, architecture):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7 * GB, 80 * GB))
+    expected = (
+        "device_memory_utilization=0.9 leaves 0.00 GB of 80.00 beside the weights: two blocks"
+    )
+    with pytest.raises(ValueError, match=expected):
+        pool_sizes.device_blocks(config(), architecture, BLOCK_BYTES, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "expected"),
+    [
+        ({"device_blocks": 7}, "cuda", 7),
+        ({"device_memory_gb": 2.0}, "cuda", 2048),
+        ({"device_memory_gb": 2.0}, "cpu", 2048),
+        ({}, "cpu", 1024),
+    ],
+)
+def test_given_sizes(architecture, settings, device, expected):
+    device = torch.device(device)
+    blocks = pool_sizes.device_blocks(config(**settings), architecture, BLOCK_BYTES, device)
+    assert blocks == expected
+
+
+def test_only_strategies_that_swap_have_a_host_pool():
+    for strategy, expected in (
+        ("proactive", 512),
+        ("reactive", 512),
+        ("recompute", 0),
+        ("none", 0),
+    ):
+        settings = KvCacheConfig(host_memory_gb=0.5, swap=SwapConfig(strategy=strategy))
+        assert pool_sizes.host_blocks(settings, BLOCK_BYTES) == expected
