@@ -1,4 +1,4 @@
-"""Three times the capacity for a moment: `tools/overload.py` itself runs for minutes."""
+"""Three times the capacity for a moment: the tool itself runs for minutes."""
 
 import asyncio
 import sys
