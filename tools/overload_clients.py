@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 
 from overload_checks import (
     HUNG,
-    REASONS,
     Job,
     Outcome,
     Sample,
@@ -112,8 +111,11 @@ async def measure_capacity(
         metrics = parse_metrics(await clients[0].metrics())
         counts.append((time.monotonic(), metrics["generation_tokens_total"]))
     await loops
-    if wrong := {outcome.reason for outcome in outcomes} - set(REASONS):
-        raise RuntimeError(f"while the capacity was measured, requests ended with {wrong}")
+    if wrong := {outcome.reason for outcome in outcomes} - {"stop", "length"}:
+        raise RuntimeError(
+            f"requests ended with {', '.join(sorted(wrong))} while the capacity was measured with "
+            f"{concurrency} at a time"
+        )
     (first_at, first), (last_at, last) = counts
     mean = sum(outcome.output_tokens for outcome in outcomes) / len(outcomes)
     return Capacity((last - first) / (last_at - first_at), mean)
