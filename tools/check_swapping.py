@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Swap on purpose, and compare every token with an undisturbed run of the same engine.
 
-    tools/check_swapping.py --prompts mtbench_prompts.jsonl --requests 64 --tokens 64 --pipeline 1 2
+    tools/check_swapping.py --prompts mtbench_prompts.jsonl --pipeline 1 2 --prefix-cache on off
 
-For each number of pipeline stages one run with plenty of memory, then one per strategy with so few
-device blocks that requests are preempted again and again. Exit status 1 when a token differs.
+For each number of pipeline stages one run with plenty of memory and no prefix cache, then one per
+strategy, with and without prefix cache, with so few device blocks that requests are preempted again
+and again. Exit status 1 when a token differs.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import asyncio
 import json
 import socket
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -24,17 +27,23 @@ from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.config import load_config
+from fastserve_mega.coordinator.event_log import read_event_log
 from fastserve_mega.launcher import Deployment
+from fastserve_mega.plan import Plan
 from fastserve_mega.text.tokenizer import Tokenizer
-from fastserve_mega.types import FinishReason, SamplingParams
+from fastserve_mega.types import FinishReason, RequestId, SamplingParams
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"
 STRATEGIES = ("proactive", "reactive", "recompute", "none")
 Outputs = list[tuple[int, ...]]
 Prompts = Sequence[Sequence[int]]
-# Few at a time, so that many are preempted. A shorter limit would promote all of them for ever,
-# and recompute would then prefill for each token.
-PREEMPTING = ("scheduler.max_batch_size=8", "scheduler.mlfq.starvation_limit_s=6.0")
+# Few at a time, and quanta soon used up, so that many are preempted. A shorter limit would promote
+# all of them for ever, and recompute would then prefill for each token.
+PREEMPTING = (
+    "scheduler.max_batch_size=8", "scheduler.mlfq.base_quantum_s=0.03",
+    "scheduler.mlfq.quantum_ratio=1.5", "scheduler.mlfq.levels=20",
+    "scheduler.mlfq.starvation_limit_s=6.0",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,21 @@ class Case:
     strategy: str
     pipeline: int
     device_blocks: int
+    prefix_cache: bool = True
+
+
+@dataclass(frozen=True)
+class Returns:
+    """How often one request ran again after it had lost its device blocks.
+
+    A request that is preempted, comes back and is preempted again before it runs counts once, so
+    these are lower bounds.
+    """
+
+    with_kv: int = 0
+    """It went on where it had stopped."""
+    recomputed: int = 0
+    """Part of its KV was computed again."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +82,12 @@ class Run:
     blocks_out: int
     blocks_in: int
     recomputed_tokens: int
+    prefix_hit_tokens: int
     copy_s: float
     step_wait_s: float
     idle_wait_s: float
-
-    @property
-    def exposed_share(self) -> float:
-        """Share of the run in which computation waited for copies."""
-        return (self.step_wait_s + self.idle_wait_s) / self.run_s
+    returns: tuple[Returns, ...] = ()
+    """Of each request."""
 
 
 def read_prompts(path: Path, model: Path, count: int) -> list[list[int]]:
@@ -86,6 +108,7 @@ def settings_of(case: Case) -> list[str]:
         f"parallel.pipeline={case.pipeline}",
         f"kv_cache.device_blocks={case.device_blocks}",
         f"kv_cache.swap.strategy={case.strategy}",
+        f"kv_cache.prefix_cache={str(case.prefix_cache).lower()}",
         *PREEMPTING,
     ]
 
@@ -93,14 +116,37 @@ def settings_of(case: Case) -> list[str]:
 def run_engine(
     case: Case, prompts: Prompts, tokens: int, overrides: Sequence[str]
 ) -> tuple[Outputs, Run]:
-    """Start a deployment, send all prompts at once, and take the metrics at the end."""
-    endpoint = f"coordinator.client_endpoint=tcp://127.0.0.1:{_free_port()}"
-    sets = [endpoint, *settings_of(case), *overrides]
-    config = load_config(CONFIG, sets)
-    arguments = ["--config", CONFIG, *(word for value in sets for word in ("--set", value))]
-    with Deployment(config, arguments, http=False) as deployment:
-        deployment.start()
-        return asyncio.run(generate(config.coordinator.client_endpoint, case, prompts, tokens))
+    """Start a deployment, send all prompts at once, and take metrics and event log at the end."""
+    with tempfile.TemporaryDirectory() as directory:
+        log = Path(directory) / "events.jsonl"
+        endpoint = f"tcp://127.0.0.1:{_free_port()}"
+        mine = (f"coordinator.client_endpoint={endpoint}", f"coordinator.event_log={log}")
+        sets = [*mine, *settings_of(case), *overrides]
+        arguments = ["--config", CONFIG, *(word for value in sets for word in ("--set", value))]
+        with Deployment(load_config(CONFIG, sets), arguments, http=False) as deployment:
+            deployment.start()
+            outputs, run = asyncio.run(generate(endpoint, case, prompts, tokens))
+        _, calls = read_event_log(log)
+        returns = count_returns(call.plan for call in calls if call.plan)
+        return outputs, replace(run, returns=tuple(returns.values()))
+
+
+def count_returns(plans: Iterable[Plan]) -> dict[RequestId, Returns]:
+    """What the plans of a run say about each request that ran."""
+    returns: dict[RequestId, Returns] = {}
+    computed: dict[RequestId, int] = {}
+    for piece in (piece for plan in plans for piece in plan.batch):
+        request_id = piece.request_id
+        is_new_table = piece.block_start == 0 and piece.block_ids
+        so_far = returns.setdefault(request_id, Returns())
+        if is_new_table and request_id in computed:
+            if piece.start == computed[request_id]:
+                so_far = replace(so_far, with_kv=so_far.with_kv + 1)
+            else:
+                so_far = replace(so_far, recomputed=so_far.recomputed + 1)
+        returns[request_id] = so_far
+        computed[request_id] = piece.start + piece.num_tokens
+    return returns
 
 
 async def generate(endpoint: str, case: Case, prompts: Prompts, tokens: int) -> tuple[Outputs, Run]:
@@ -131,6 +177,7 @@ async def generate(endpoint: str, case: Case, prompts: Prompts, tokens: int) -> 
         blocks_out=int(value('swap_blocks_total{direction="out"}')),
         blocks_in=int(value('swap_blocks_total{direction="in"}')),
         recomputed_tokens=int(value("recomputed_tokens_total")),
+        prefix_hit_tokens=int(value("prefix_cache_hit_tokens_total")),
         copy_s=sum(value(f'copy_seconds_sum{{direction="{way}"}}') for way in ("in", "out")),
         step_wait_s=value('copy_wait_seconds_total{kind="step"}'),
         idle_wait_s=value('copy_wait_seconds_total{kind="idle"}'),
@@ -145,20 +192,30 @@ def _free_port() -> int:
 
 def render(rows: Sequence[tuple[Run, int]]) -> Table:
     """Runs, each with the number of its answers that equal the undisturbed ones."""
-    table = Table(title=f"{rows[0][0].requests} requests")
-    for name in ("stages", "strategy", "device blocks", "run s", "preemptions per request",
-                 "swap-ins per request", "blocks out/in", "recomputed tokens", "copying s",
-                 "exposed wait", "of which steps", "tokens equal"):  # fmt: skip
+    table = Table(title=f"{rows[0][0].requests} requests; least / mean of a request")
+    for name in ("stages", "strategy", "prefix cache", "device blocks", "run s", "preemptions",
+                 "returns with KV", "returns recomputed", "blocks out/in", "recomputed tokens",
+                 "prefix hit tokens", "copying s", "step wait", "idle wait",
+                 "equal"):  # fmt: skip
         table.add_column(name, justify="left" if name == "strategy" else "right")
     for run, equal in rows:
+        case = run.case
         table.add_row(
-            str(run.case.pipeline), run.case.strategy, str(run.case.device_blocks),
-            f"{run.run_s:.1f}",
-            f"{run.preemptions / run.requests:.1f}", f"{run.swap_ins / run.requests:.1f}",
-            f"{run.blocks_out}/{run.blocks_in}", str(run.recomputed_tokens), f"{run.copy_s:.2f}",
-            f"{run.exposed_share:.2%}", f"{run.step_wait_s:.2f} s", f"{equal}/{run.requests}",
+            str(case.pipeline), case.strategy, "on" if case.prefix_cache else "off",
+            str(case.device_blocks), f"{run.run_s:.0f}", str(run.preemptions),
+            least_and_mean([each.with_kv for each in run.returns]),
+            least_and_mean([each.recomputed for each in run.returns]),
+            f"{run.blocks_out}/{run.blocks_in}", str(run.recomputed_tokens),
+            str(run.prefix_hit_tokens), f"{run.copy_s:.2f}",
+            f"{run.step_wait_s / run.run_s:.2%}", f"{run.idle_wait_s / run.run_s:.2%}",
+            f"{equal} of {run.requests}",
         )  # fmt: skip
     return table
+
+
+def least_and_mean(counts: Sequence[int]) -> str:
+    """Two figures for a cell."""
+    return f"{min(counts)} / {sum(counts) / len(counts):.1f}" if counts else "-"
 
 
 def main() -> int:
@@ -168,9 +225,10 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `turns`")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--device-blocks", type=int, default=64)
+    parser.add_argument("--device-blocks", type=int, default=96)
     parser.add_argument("--pipeline", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--prefix-cache", nargs="+", choices=("on", "off"), default=["on"])
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
@@ -179,18 +237,18 @@ def main() -> int:
     plenty = sum(-(-(len(prompt) + options.tokens) // 16) for prompt in prompts) + 1
     rows: list[tuple[Run, int]] = []
     for pipeline in options.pipeline:
-        undisturbed = Case("none", pipeline, plenty)
+        undisturbed = Case("none", pipeline, plenty, prefix_cache=False)
         expected, run = run_engine(undisturbed, prompts, options.tokens, options.set)
         rows.append((run, len(expected)))
-        for strategy in options.strategies:
-            case = Case(strategy, pipeline, options.device_blocks)
+        for strategy, cache in product(options.strategies, options.prefix_cache):
+            case = Case(strategy, pipeline, options.device_blocks, cache == "on")
             outputs, run = run_engine(case, prompts, options.tokens, options.set)
             equal = sum(one == other for one, other in zip(outputs, expected, strict=True))
             rows.append((run, equal))
             Console(width=200).print(render(rows))
-    if options.json:
-        figures = [{**asdict(run), "equal": equal} for run, equal in rows]
-        options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            if options.json:
+                figures = [{**asdict(run), "equal": equal} for run, equal in rows]
+                options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0 if all(equal == run.requests for run, equal in rows) else 1
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight
 from fastserve_mega.coordinator.event_log import RecordingScheduler
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.live_request import LiveRequest
+from fastserve_mega.coordinator.timeouts import Timeouts
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
 from fastserve_mega.messaging.messages import (
     Cancel,
@@ -82,8 +81,7 @@ class Coordinator:
         self._steps: deque[_DispatchedStep] = deque()
         self._copies = CopiesInFlight(world_size, config.step_timeout_s)
         self._stalled_since: float | None = None
-        self._timeouts: list[tuple[float, int, LiveRequest]] = []
-        self._timeout_numbers = itertools.count()
+        self._timeouts = Timeouts()
         self._replies: list[tuple[Identity, Message]] = []
         self._draining = False
 
@@ -113,7 +111,9 @@ class Coordinator:
 
     def next_deadline(self) -> float | None:
         """When `run_once` has something to do though nothing arrives."""
-        deadlines = [self._timeouts[0][0]] if self._timeouts else []
+        deadlines = []
+        if (timeout := self._timeouts.next_deadline()) is not None:
+            deadlines.append(timeout)
         if self._steps:
             deadlines.append(self._steps[0].dispatched_at + self._config.step_timeout_s)
         if (copies_due := self._copies.deadline()) is not None:
@@ -230,7 +230,7 @@ class Coordinator:
         self._requests[request_id] = live
         self._by_client.setdefault(client, set()).add(request_id)
         if deadline is not None:
-            heapq.heappush(self._timeouts, (deadline, next(self._timeout_numbers), live))
+            self._timeouts.add(request_id, deadline)
         self._metrics.observe_arrival(len(submit.prompt))
         return [
             Arrived(
@@ -278,12 +278,11 @@ class Coordinator:
                 f"{self._config.step_timeout_s:g} s (coordinator.step_timeout_s)"
             )
         events: list[Event] = []
-        while self._timeouts and self._timeouts[0][0] <= now:
-            live = heapq.heappop(self._timeouts)[2]
-            if self._requests.get(live.request_id) is live:
-                message = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
-                self._finish(live, FinishReason.TIMEOUT, message)
-                events.append(Aborted(live.request_id))
+        for request_id in self._timeouts.take_overdue(now):
+            live = self._requests[request_id]
+            message = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
+            self._finish(live, FinishReason.TIMEOUT, message)
+            events.append(Aborted(request_id))
         return events
 
     # --- what goes out -------------------------------------------------------------------------
@@ -313,6 +312,7 @@ class Coordinator:
 
     def _finish(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
         del self._requests[live.request_id]
+        self._timeouts.remove(live.request_id)
         requests = self._by_client[live.client]
         requests.discard(live.request_id)
         if not requests:

@@ -18,7 +18,7 @@ from check_swapping import Case
 
 from fastserve_mega.config import load_config
 from fastserve_mega.coordinator.main import CoordinatorProcess
-from fastserve_mega.scheduling.memory import KvMemory
+from fastserve_mega.scheduling.swapping import Swapper
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 
@@ -114,23 +114,23 @@ def test_swapped_requests_get_the_tokens_of_an_undisturbed_run(run, strategy, pi
         assert figures.blocks_out == figures.blocks_in == 0
 
 
-class HastyMemory(KvMemory):
+class HastySwapper(Swapper):
     """Frees the blocks that are being copied out before CopyDone."""
 
     def _copy_out(self, request, sources, leaving, precedes_step):
-        self.device.free(list(leaving))
+        self._device.free(list(leaving))
         super()._copy_out(request, sources, (), precedes_step)
 
 
-@pytest.mark.parametrize("memory", [KvMemory, HastyMemory])
-def test_the_check_can_fail(memory, run, prompts, model_directory, monkeypatch):
+@pytest.mark.parametrize("swapper", [Swapper, HastySwapper])
+def test_the_check_can_fail(swapper, run, prompts, model_directory, monkeypatch):
     """With copies of several steps' time, freeing blocks before CopyDone gives wrong tokens."""
     expected, _ = run(Case("none", 1, PLENTY))
-    monkeypatch.setattr("fastserve_mega.scheduling.scheduler.KvMemory", memory)
+    monkeypatch.setattr("fastserve_mega.scheduling.memory.Swapper", swapper)
     case = Case("proactive", 1, SCARCE)
     with one_rank(model_directory, case, copy_delay_s=SLOW_COPY_S) as endpoint:
         outputs, _ = asyncio.run(check_swapping.generate(endpoint, case, prompts, TOKENS))
-    assert (outputs == expected) == (memory is KvMemory)
+    assert (outputs == expected) == (swapper is Swapper)
 
 
 @pytest.mark.gpu

@@ -28,6 +28,21 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
 
 
+_KERNELS = "128"
+"""More than one step needs, so that each layer finds those of the layer before."""
+
+
+def limit_kernel_caches() -> None:
+    """Keep fewer of oneDNN's kernels; has an effect only before torch is first imported.
+
+    It generates and keeps one for each shape of a matrix product, and in serving there is no end of
+    shapes. With its own limits, 1024 each in two caches, a rank grew by 1.1 GB in 1,500 steps; with
+    these it grows by 0.15 GB in the first 100, and is no slower.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KERNELS)
+    os.environ.setdefault("LRU_CACHE_CAPACITY", _KERNELS)
+
+
 def import_megatron() -> None:
     """Import Megatron-Core; its other modules may be imported as usual afterwards.
 
