@@ -171,7 +171,7 @@ class KvMemory:
     def hold_blocks_for(self, requests: Iterable[Request]) -> None:
         """Keep blocks that become free for these on the host, from the waiting behind them."""
         self.reclaimer.hold(
-            (self._policy.rank(request), self.blocks_for(request.known_tokens))
+            (request, self.blocks_for(request.known_tokens))
             for request in requests
             if request.place is Place.HOSTED
         )

@@ -29,8 +29,8 @@ class Reclaimer:
         """Leaving blocks that somebody in this step waits for."""
         self._attainable: tuple[Any, int] | None = None
         """A rank, and what requests of lower priority can hope for in this step at most."""
-        self._held: list[tuple[Any, int]] = []
-        """Ranks and needs of those who come back from the host soon."""
+        self._held: list[tuple[Request, int]] = []
+        """Who comes back from the host soon, and the blocks that takes."""
 
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
@@ -50,16 +50,22 @@ class Reclaimer:
                 return None
         return self._device.allocate(count)
 
-    def hold(self, needs: Iterable[tuple[Any, int]]) -> None:
-        """Keep blocks that come free for requests on the host, given by their rank and need."""
+    def hold(self, needs: Iterable[tuple[Request, int]]) -> None:
+        """Keep blocks that come free for requests on the host, as many as each needs."""
         self._held = list(needs)
 
     def held_before(self, request: Request) -> int:
         """Blocks that are kept for those of higher priority than a waiting request."""
         if not self._held:
             return 0
-        rank = self._policy.rank(request)
-        return sum(blocks for held_rank, blocks in self._held if held_rank < rank)
+        rank = self._policy.rank
+        own_rank = rank(request)
+        return sum(
+            blocks
+            for held, blocks in self._held
+            # It may have ended or lost its KV since.
+            if held.place is Place.HOSTED and not held.ended and rank(held) < own_rank
+        )
 
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""

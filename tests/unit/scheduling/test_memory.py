@@ -139,3 +139,21 @@ def test_abort_in_flight_while_its_blocks_are_written_through():
     scheduler.check_integrity()
     assert scheduler.memory.device.free_count == 19
     assert scheduler.memory.host.free_count == 19
+
+
+def test_blocks_are_not_held_for_who_will_not_come_back():
+    """Else, with nothing in flight, nobody would ever be admitted."""
+    swap = SwapConfig(strategy="proactive")
+    scheduler = make_scheduler(device_blocks=9, host_blocks=30, swap=swap, max_batch_size=1)
+    first = scheduler.step(0.0, [arrived("long", 12, 18)])
+    second = scheduler.step(1.0, [StepDone(first.step_id, 1.0), arrived("short", 20, 8)])
+    copies = [CopyDone(copy.copy_id) for copy in second.copies]
+    third = scheduler.step(2.0, [StepDone(second.step_id, 1.0)] if second.batch else [])
+    if third:
+        copies += [CopyDone(copy.copy_id) for copy in third.copies]
+    fourth = scheduler.step(3.0, copies)
+    flying = next(plan for plan in (fourth, third, second) if plan and plan.batch)
+    done = StepDone(flying.step_id, 1.0, tuple(names(flying)))
+    left = ({"long", "short"} - set(names(flying))).pop()
+    plan = scheduler.step(4.0, [done, Aborted(left), arrived("late", 28, 4)])
+    assert names(plan) == ["late"]
