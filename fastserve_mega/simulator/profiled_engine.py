@@ -94,7 +94,8 @@ class StepTimes:
     one token per request: reading their KV.
 
     Three things are taken from steps that the profile has for it: how much longer a decode step of
-    requests of all ages takes than one of equal requests (a CPU pads their contexts to each other),
+    requests of all ages takes than one of equal requests (a CPU pads their contexts to each other;
+    the longer they are, the more that is),
     what it costs that a step has both kinds, and what a chunk pays for each token of its prompt
     that was prefilled before.
     """
@@ -102,10 +103,11 @@ class StepTimes:
     def __init__(self, profile: Profile) -> None:
         self._costs = ProfiledCostModel(profile)  # never told of a step: stays as measured
         self._earlier = self._earlier_lines(profile.chunks)
-        self._spread = 1.0
-        """Time of a decode step of several requests over that of equal ones."""
+        self._spread: list[tuple[int, float]] = []
+        """Mean context, and the time of a decode step of several requests over that of equal ones;
+        ascending."""
         self._mixing_s = 0.0
-        self._spread = _median_of(1.0, (p.seconds / self._mixed_s(p) for p in _decodes(profile)))
+        self._spread = self._spread_line(profile)
         self._mixing_s = _median_of(0.0, (p.seconds - self._mixed_s(p) for p in _both(profile)))
 
     def seconds(self, work: StepWork) -> float:
@@ -125,7 +127,7 @@ class StepTimes:
             return prefill_s(prefill_tokens)
         decode_s = self._costs.decode_s(decodes, context)
         if decodes > 1:
-            decode_s *= self._spread
+            decode_s *= self._spread_at(context)
         if not prefill_tokens:
             return decode_s
         kv_s = max(decode_s - prefill_s(decodes), 0.0)
@@ -133,8 +135,20 @@ class StepTimes:
 
     def _mixed_s(self, point: MixedPoint) -> float:
         decodes = len(point.contexts)
-        context = round(sum(point.contexts) / decodes)
-        return self._mixed_seconds(point.prefill_tokens, decodes, context)
+        return self._mixed_seconds(point.prefill_tokens, decodes, _mean_context(point))
+
+    def _spread_line(self, profile: Profile) -> list[tuple[int, float]]:
+        by_context: dict[int, list[float]] = {}
+        for point in _decodes(profile):
+            ratios = by_context.setdefault(_mean_context(point), [])
+            ratios.append(point.seconds / self._mixed_s(point))
+        return [(context, median(by_context[context])) for context in sorted(by_context)]
+
+    def _spread_at(self, context: int) -> float:
+        if not self._spread:
+            return 1.0
+        known = [context for context, _ in self._spread]
+        return interpolate(self._spread, min(max(context, known[0]), known[-1]))
 
     def _earlier_lines(self, points: Iterable[ChunkPoint]) -> list[tuple[int, float]]:
         """(tokens of a chunk, seconds for each earlier token), ascending."""
@@ -166,3 +180,7 @@ def _both(profile: Profile) -> Iterator[MixedPoint]:
 
 def _median_of(otherwise: float, values: Iterable[float]) -> float:
     return median(found) if (found := list(values)) else otherwise
+
+
+def _mean_context(point: MixedPoint) -> int:
+    return round(sum(point.contexts) / len(point.contexts))
