@@ -50,10 +50,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """The mesh of ranks: tensor x pipeline."""
+    """The mesh of ranks: data x pipeline x tensor, the last of them next to each other."""
 
     tensor: int = 1
     pipeline: int = 1
+    data: int = 1
+    """Replicas: copies of the model, each on tensor x pipeline ranks of its own. A request goes to
+    the one where the least work is expected."""
     layers_per_stage: tuple[int, ...] | None = None
     """Layers of each pipeline stage; None splits as evenly as possible, extra layers first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -65,6 +68,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _require(self.tensor >= 1, f"parallel.tensor must be at least 1, got {self.tensor}")
         _require(self.pipeline >= 1, f"parallel.pipeline must be at least 1, got {self.pipeline}")
+        _require(self.data >= 1, f"parallel.data must be at least 1, got {self.data}")
         _require(
             self.layers_per_stage is None or len(self.layers_per_stage) == self.pipeline,
             f"parallel.layers_per_stage must name {self.pipeline} stages (parallel.pipeline), "
@@ -81,8 +85,13 @@ class ParallelConfig:
         _require(self.timeout_s > 0, f"parallel.timeout_s must be positive, got {self.timeout_s}")
 
     @property
-    def world_size(self) -> int:
+    def replica_size(self) -> int:
+        """Ranks of one copy of the model."""
         return self.tensor * self.pipeline
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.replica_size
 
 
 SwapStrategy = Literal["proactive", "reactive", "recompute", "none"]

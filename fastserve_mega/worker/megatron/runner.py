@@ -39,8 +39,9 @@ class MegatronRunner:
 
     Args:
         config: the deployment.
-        topology: this rank; rank = pipeline stage * parallel.tensor + tensor rank.
-        master_address: host of rank 0, reachable from all ranks.
+        topology: this rank among those of its replica; rank = pipeline stage * parallel.tensor +
+            tensor rank.
+        master_address: host of the replica's rank 0, reachable from its other ranks.
         master_port: free port there; not used by a lone rank.
 
     Raises:
