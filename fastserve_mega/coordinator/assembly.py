@@ -1,8 +1,9 @@
-"""Puts a replica together: measures its ranks, makes its scheduler, opens its event log."""
+"""Puts replicas together: measures their ranks, makes their schedulers, opens event logs."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastserve_mega.config import Config
@@ -53,27 +54,46 @@ def make_profiler(config: Config, welcome: Welcome, group: ZmqWorkerGroup) -> Pr
     return Profiler(group, limits, config.coordinator.step_timeout_s)
 
 
-def make_replica(
+def make_replicas(
     config: Config,
     welcome: Welcome,
-    group: ZmqWorkerGroup,
+    groups: Sequence[ZmqWorkerGroup],
     *,
     profile: Profile | None,
     metrics: ServingMetrics,
-    event_log: EventLogWriter | None,
-) -> Replica:
-    """A replica whose ranks are warm; without a profile they are measured shortly.
+    event_logs: Sequence[EventLogWriter | None],
+) -> list[Replica]:
+    """Replicas whose ranks are warm. Without a profile the first one is measured shortly.
+
+    All begin with the same expectations, so that chance does not make one look faster; each then
+    learns from its own steps.
 
     Raises:
         WorkersLostError: a rank failed meanwhile.
     """
-    profiler = make_profiler(config, welcome, group)
-    if profile is None:
-        profile = profiler.self_measurement()
-        _log.info("self-measurement: %s", profile)
-    else:
-        profiler.warm_up()
-    setup = SchedulerSetup(
+    replicas = []
+    for group, event_log in zip(groups, event_logs, strict=True):
+        profiler = make_profiler(config, welcome, group)
+        if profile is None:
+            profile = profiler.self_measurement()
+            _log.info("self-measurement: %s", profile)
+        else:
+            profiler.warm_up()
+        setup = _scheduler_setup(config, group, profile, first_step_id=profiler.steps)
+        scheduler = setup.make_scheduler()
+        step = scheduler.step
+        if event_log:
+            event_log.begin(setup)
+            step = RecordingScheduler(scheduler, event_log).step
+        timeout_s = config.coordinator.step_timeout_s
+        replicas.append(Replica(scheduler, step, group, timeout_s, metrics))
+    return replicas
+
+
+def _scheduler_setup(
+    config: Config, group: ZmqWorkerGroup, profile: Profile, *, first_step_id: int
+) -> SchedulerSetup:
+    return SchedulerSetup(
         scheduler=config.scheduler,
         swap=config.kv_cache.swap,
         pools=PoolSizes(
@@ -83,11 +103,5 @@ def make_replica(
         ),
         profile=profile,
         window=config.parallel.pipeline,
-        first_step_id=profiler.steps,
+        first_step_id=first_step_id,
     )
-    scheduler = setup.make_scheduler()
-    step = scheduler.step
-    if event_log:
-        event_log.begin(setup)
-        step = RecordingScheduler(scheduler, event_log).step
-    return Replica(scheduler, step, group, config.coordinator.step_timeout_s, metrics)

@@ -16,7 +16,7 @@ import zmq
 
 from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
-from fastserve_mega.coordinator.assembly import make_profiler, make_replica, open_event_logs
+from fastserve_mega.coordinator.assembly import make_profiler, make_replicas, open_event_logs
 from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.measuring import measure
@@ -159,17 +159,14 @@ class CoordinatorProcess:
         metrics = ServingMetrics(
             block_bytes=max(group.block_bytes for group in self._workers.groups)
         )
-        replicas = [
-            make_replica(
-                config,
-                self._welcome,
-                group,
-                profile=self._profile,
-                metrics=metrics,
-                event_log=event_log,
-            )
-            for group, event_log in zip(self._workers.groups, self._event_logs, strict=True)
-        ]
+        replicas = make_replicas(
+            config,
+            self._welcome,
+            self._workers.groups,
+            profile=self._profile,
+            metrics=metrics,
+            event_logs=self._event_logs,
+        )
         schedulers = [replica.scheduler for replica in replicas]
         metrics.watch_schedulers(schedulers)
         admission = Admission(
