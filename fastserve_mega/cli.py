@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="JSON, for scheduler.profile"
     )
+    plan = _add(commands, "plan", _plan, "compute what goes on which rank, and whether it fits")
+    plan.add_argument("--json", action="store_true", help="all figures, sizes in bytes")
     _add_simulate(commands)
     return parser
 
@@ -204,6 +206,17 @@ def _profile(options: argparse.Namespace) -> int:
     from fastserve_mega.launcher import profile
 
     return profile(_load(options, load_config), _pass_on(options), options.output)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fastserve_mega.planning.report import run_plan
+
+    config = _load(options, load_config)
+    try:
+        return run_plan(config, Path(options.config), as_json=options.json)
+    except ValueError as error:
+        print(f"fastserve-mega plan: {error}", file=sys.stderr)
+        return 2
 
 
 def _simulate(options: argparse.Namespace) -> int:

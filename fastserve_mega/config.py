@@ -282,6 +282,29 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareConfig:
+    """The machines a deployment is meant for.
+
+    `fastserve-mega plan` computes with them, on any machine; ranks look at the device they have.
+    """
+
+    device_memory_gb: float | None = None
+    """Memory of a device, GiB. None leaves open what fits."""
+    devices_per_node: int = 8
+    host_memory_gb: float | None = None
+    """Memory of a node, GiB."""
+
+    def __post_init__(self) -> None:
+        for name in ("device_memory_gb", "host_memory_gb"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"hardware.{name} must be positive, got {value}")
+        _require(
+            self.devices_per_node >= 1,
+            f"hardware.devices_per_node must be at least 1, got {self.devices_per_node}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything a deployment says about itself; `configs/smollm2-135m-cpu.yaml` explains it."""
 
@@ -291,6 +314,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -28,9 +28,10 @@ from fastserve_mega.worker.megatron.initialize import (
 )
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.partition import Partition, partition_model
-from fastserve_mega.worker.pool_sizes import device_blocks, host_blocks
+from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler
+from fastserve_mega.worker.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.topology import Topology
 
 
@@ -192,13 +193,7 @@ def _build_cache(
     device: torch.device,
 ) -> KvCache:
     settings = config.kv_cache
-    bytes_per_block = KvCache.bytes_per_block(
-        num_layers=len(partition.layers),
-        num_kv_heads=len(partition.kv_heads),
-        block_size=settings.block_size,
-        head_dim=architecture.head_dim,
-        dtype=dtype,
-    )
+    bytes_per_block = block_bytes(architecture, partition, settings.block_size, dtype.itemsize)
     return KvCache(
         num_blocks=device_blocks(config, architecture, bytes_per_block, device),
         num_layers=len(partition.layers),
