@@ -274,6 +274,8 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    live_view: bool = True
+    """Show what the scheduler is doing on a web page at /."""
 
     def __post_init__(self) -> None:
         _require(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Response
@@ -16,6 +16,7 @@ from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
+from fastserve_mega.server.live import live_router
 from fastserve_mega.server.service import Service
 from fastserve_mega.text.tokenizer import Tokenizer
 
@@ -25,7 +26,12 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(
-    client: AsyncClient, tokenizer: Tokenizer, *, health_timeout_s: float = 2.0
+    client: AsyncClient,
+    tokenizer: Tokenizer,
+    *,
+    health_timeout_s: float = 2.0,
+    live_view: bool = True,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The OpenAI-compatible API in front of a coordinator.
 
@@ -33,6 +39,8 @@ def create_app(
         client: closed by the app when it shuts down.
         tokenizer: the served model's; give the client the same one.
         health_timeout_s: longest wait of GET /health for the coordinator.
+        live_view: serve the page that shows what the scheduler is doing.
+        stopping: whether the server is about to end.
     """
 
     @asynccontextmanager
@@ -50,6 +58,8 @@ def create_app(
     app.include_router(chat_router(service))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)
+    if live_view:
+        app.include_router(live_router(client, stopping))
     return app
 
 

@@ -29,12 +29,21 @@ def run_server(config: Config) -> int:
     # uvicorn takes these signals, drains, and raises them once more for the handlers before it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.run(
-        create_app(client, tokenizer),
-        host=config.server.host,
-        port=config.server.port,
-        access_log=False,
-        ws="none",
-        timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
+    app = create_app(
+        client,
+        tokenizer,
+        live_view=config.server.live_view,
+        stopping=lambda: server.should_exit,
     )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.server.host,
+            port=config.server.port,
+            access_log=False,
+            ws="none",
+            timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
+        )
+    )
+    server.run()
     return 0
