@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile_to(coordinator)
     _add(commands, "api-server", _api_server, "be an OpenAI-compatible HTTP server")
     _add(commands, "chat", _chat, "talk to a running server in the terminal")
+    top = _add(commands, "top", _top, "watch a running server's scheduler in the terminal")
+    top.add_argument("--once", action="store_true", help="print one view and end")
+    top.add_argument(
+        "--interval", type=float, default=0.5, metavar="SECONDS", help="between two views"
+    )
     profile = _add(commands, "profile", _profile, "measure the step times of the ranks")
     profile.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="JSON, for scheduler.profile"
@@ -200,6 +205,13 @@ def _chat(options: argparse.Namespace) -> int:
     from fastserve_mega.chat import run_chat
 
     return run_chat(_load(options, load_config))
+
+
+def _top(options: argparse.Namespace) -> int:
+    from fastserve_mega.top import run_top
+
+    config = _load(options, load_config)
+    return run_top(config, interval_s=max(options.interval, 0.05), once=options.once)
 
 
 def _profile(options: argparse.Namespace) -> int:
