@@ -276,6 +276,11 @@ class ServerConfig:
     port: int = 8000
     live_view: bool = True
     """Show what the scheduler is doing on a web page at /."""
+    api_key_file: str | None = None
+    """File with one key per line, of which a client must send one as `Authorization: Bearer KEY`;
+    ~ is expanded. None asks for none. Health, metrics and the live view need no key."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may ask from a browser; `*` is all of them."""
 
     def __post_init__(self) -> None:
         _require(
