@@ -39,6 +39,19 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_QWEN_MOE = {
+    **_LLAMA,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
+
 MODELS = {
     "llama": ("LlamaConfig", _LLAMA),
     "llama-scaled": (
@@ -52,6 +65,21 @@ MODELS = {
     "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 9, "head_dim": 16}),
     "qwen2": ("Qwen2Config", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 16}),
+    "qwen3-yarn": ("Qwen3Config", {**_LLAMA, "head_dim": 16, "rope_parameters": _YARN_ROPE}),
+    "mixtral": (
+        "MixtralConfig",
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
+    ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**_QWEN_MOE, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {**_QWEN_MOE, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "smollm3": ("SmolLM3Config", {**_LLAMA, "pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "gemma": ("GemmaConfig", {**_LLAMA, "head_dim": 16, "num_key_value_heads": 1}),
     "opt": (
         "OPTConfig",
         {
@@ -83,7 +111,7 @@ MODELS = {
 
 
 def make_model(name: str, directory: Path) -> torch.nn.Module:
-    """Write a model with fixed random weights (biases included) and return it."""
+    """Write a model with fixed random weights (biases and norms included) and return it."""
     kind, settings = MODELS[name]
     transformers.utils.logging.disable_progress_bar()
     config = getattr(transformers, kind)(**settings)
@@ -94,6 +122,8 @@ def make_model(name: str, directory: Path) -> torch.nn.Module:
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
+            elif "norm" in key or ".ln_" in key:
+                parameter.data += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(directory)
     return model
 

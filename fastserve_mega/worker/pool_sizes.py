@@ -68,6 +68,10 @@ def activation_bytes(config: Config, architecture: Architecture) -> int:
     tensor = config.parallel.tensor
     per_token = _HIDDEN_COPIES * architecture.hidden_size
     per_token += _WIDE_COPIES * architecture.ffn_hidden_size // tensor
+    if (experts := architecture.experts) is not None:
+        # A rank may hold all that a token chose: rows in and out, and the widest at a time.
+        wide = experts.ffn_hidden_size * config.parallel.expert // tensor
+        per_token += experts.chosen * (2 * architecture.hidden_size + _WIDE_COPIES * wide)
     logits = config.scheduler.max_batch_size * architecture.vocab_size * _LOGIT_BYTES
     # Four bytes: norms and softmax compute in float32.
     return 4 * per_token * config.scheduler.max_batch_tokens + logits

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastserve_mega.models.architecture import Rope, RopeScaling
 from fastserve_mega.worker.batch import DecodeGroup, PrefillSpan, StepBatch
 from fastserve_mega.worker.kv_cache import KvCache
 
@@ -55,7 +54,7 @@ class StepAttention:
     Args:
         step: the batch.
         cache: this rank's pool.
-        rotation: cosines and sines for the step's positions; None with learned positions.
+        rotation: cosines and sines for the step's positions; None where nothing is rotated.
         group_size: query heads per key-value head.
         num_kv_heads: key-value heads of this rank.
         window: a token attends to this many tokens at most; None is no limit.
@@ -192,32 +191,3 @@ def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> None:
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     x.mul_(cosine).addcmul_(swapped, sine)
-
-
-def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position of each pair, [head_dim / 2], on the CPU in float32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = 1.0 / (rope.theta**exponents)
-    scaling = rope.scaling
-    if scaling is None:
-        return frequencies
-    if scaling.kind == "linear":
-        return frequencies / scaling.factor
-    return _llama3_frequencies(frequencies, scaling)
-
-
-def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Slow down the low frequencies by the factor, keep the high ones, and blend in between."""
-    turns = frequencies * (scaling.original_max_context / (2 * math.pi))
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
-
-
-def rotation(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `_rotate`, each [tokens, 1, 1, head_dim]."""
-    angles = positions[:, None].float() * frequencies
-    cosine, sine = angles.cos(), angles.sin()
-    cosine = torch.cat((cosine, cosine), dim=-1).to(dtype)
-    sine = torch.cat((-sine, sine), dim=-1).to(dtype)
-    return cosine[:, None, None], sine[:, None, None]

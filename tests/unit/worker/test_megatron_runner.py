@@ -70,6 +70,18 @@ def test_greedy_tokens_equal_transformers(made, family):
             assert outputs == expected
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_all_experts_of_a_layer_may_be_two_tensors(made, tmp_path, family):
+    """As transformers 5 keeps them in memory, and writes them when told to."""
+    _, model = made(family)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    expected = greedy(model, prompts()[1], MAX_TOKENS)
+    with open_runner(tmp_path) as runner:
+        with Checkpoint(tmp_path) as checkpoint:
+            assert "model.layers.1.mlp.experts.gate_up_proj" in checkpoint
+        assert generate(runner, prompts()[1:2], GREEDY, block_size=BLOCK_SIZE) == [expected]
+
+
 @pytest.mark.parametrize(
     ("family", "kv_heads", "head_dim"),
     [("llama", 2, 8), ("llama-one-kv-head", 1, 8), ("qwen3", 2, 16), ("opt", 4, 8)],
