@@ -80,6 +80,31 @@ MODELS = {
     ),
     "smollm3": ("SmolLM3Config", {**_LLAMA, "pad_token_id": 0, "no_rope_layer_interval": 2}),
     "gemma": ("GemmaConfig", {**_LLAMA, "head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 9,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "opt": (
         "OPTConfig",
         {

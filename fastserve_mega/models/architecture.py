@@ -21,6 +21,8 @@ _FAMILIES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "SmolLM3ForCausalLM": "smollm3",
     "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
     "OPTForCausalLM": "opt",
     "GPT2LMHeadModel": "gpt2",
 }
@@ -101,7 +103,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A pre-norm decoder-only transformer.
+    """A decoder-only transformer with norms before attention and feed-forward layers.
 
     Raises:
         ValueError: sizes contradict each other; the message names values and limits.
@@ -138,6 +140,14 @@ class Architecture:
     experts: Experts | None = None
     zero_centered_norm: bool = False
     """The weights of the norms are kept as their difference from 1."""
+    post_norms: bool = False
+    """What attention and feed-forward layer add to the residual is normalized as well."""
+    attention_scale: float | None = None
+    """Scores are multiplied by this; None is 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Scores are squeezed into (-softcap, softcap) by a tanh; None leaves them."""
+    logit_softcap: float | None = None
+    """Likewise the logits."""
     embedding_scale: float = 1.0
     """Embeddings are multiplied by this, rounded to the model's precision."""
     eos_token_ids: tuple[int, ...] = ()

@@ -50,8 +50,11 @@ def read_rope(fields: Fields, default_theta: float) -> Rope:
     """Rotary settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
     section = fields.section("rope_parameters") or fields.section("rope_scaling")
     theta = fields.number("rope_theta", default_theta)
-    if section is None:
-        return Rope(theta=theta)
+    return Rope(theta=theta) if section is None else rope_of(section, fields, theta)
+
+
+def rope_of(section: Fields, fields: Fields, theta: float) -> Rope:
+    """Rotary settings in one section of config.json; `fields` is all of it."""
     theta = section.number("rope_theta", theta)
     section.require("partial_rotary_factor", 1.0, 1.0)
     kind = section.text("rope_type", section.text("type", "default"))

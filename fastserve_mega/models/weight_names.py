@@ -51,6 +51,9 @@ class WeightNames:
     gate: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    post_attention_norm: str | None = None
+    """Of what attention adds to the residual; likewise the next."""
+    post_feed_forward_norm: str | None = None
     experts: ExpertNames | None = None
     transposed: bool = False
     """Linear weights of the layers are stored as [input, output]."""

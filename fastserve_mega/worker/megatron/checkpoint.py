@@ -167,6 +167,9 @@ class _Source:
             "self_attention.linear_proj", at(names.attention_output), attention_size, heads
         )
         yield from self._norm("pre_mlp_layernorm", at(names.feed_forward_norm))
+        if architecture.post_norms:
+            yield from self._norm("post_attention_layernorm", at(names.post_attention_norm))
+            yield from self._norm("post_mlp_layernorm", at(names.post_feed_forward_norm))
         if architecture.has_experts(layer):
             yield from self._experts(layer)
             return

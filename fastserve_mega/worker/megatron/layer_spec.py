@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,13 +35,16 @@ class LayerChoice:
     """What the layers are built from."""
 
     linears: Literal["local", "transformer_engine"]
-    fused_norm: bool
-    """LayerNorm is NVIDIA Apex's."""
+    """Megatron's own, or Transformer Engine's, which bring their norms along."""
     reason: str
+    fused_norm: bool = False
+    """LayerNorm is NVIDIA Apex's."""
+    unrelated_apex: bool = False
+    """The package `apex` is installed and is not NVIDIA's."""
 
 
 def choose_layers(setting: str, architecture: Architecture, device: torch.device) -> LayerChoice:
-    """Find out what is installed and what of it this device can use.
+    """Find out what is installed, and what of it this device can use.
 
     Args:
         setting: model.layer_spec of the configuration.
@@ -50,59 +54,60 @@ def choose_layers(setting: str, architecture: Architecture, device: torch.device
     Raises:
         ValueError: Transformer Engine was asked for and cannot be used.
     """
-    obstacle = _transformer_engine_obstacle(device)
+    obstacle = None if setting == "local" else _transformer_engine_obstacle(device)
     if setting == "transformer_engine" and obstacle is not None:
         raise ValueError(f"model.layer_spec=transformer_engine, but {obstacle}")
+    apex_installed, apex_is_nvidias = _find_apex()
+    unrelated_apex = apex_installed and not apex_is_nvidias
     if setting != "local" and obstacle is None:
-        return LayerChoice("transformer_engine", fused_norm=False, reason="it is installed")
-    reason = "model.layer_spec=local" if setting == "local" else str(obstacle)
-    fused_norm = _has_nvidia_apex() and _computes_on_gpu(device) and architecture.norm == "layer"
-    return LayerChoice("local", fused_norm=fused_norm, reason=reason)
+        return LayerChoice("transformer_engine", "it is installed", unrelated_apex=unrelated_apex)
+    return LayerChoice(
+        "local",
+        obstacle or "model.layer_spec=local",
+        # Apex's RMSNorm is not among Megatron's norms.
+        fused_norm=apex_is_nvidias and _is_gpu(device) and architecture.norm == "layer",
+        unrelated_apex=unrelated_apex,
+    )
 
 
 def log_choice(choice: LayerChoice) -> None:
-    """One line on the choice, for the log of rank 0."""
+    """One line on the choice, for the log of rank 0, and a warning of the wrong `apex`."""
     names = {"local": "Megatron's own", "transformer_engine": "Transformer Engine's"}
     norm = " with Apex's fused LayerNorm" if choice.fused_norm else ""
     _log.info("layers: %s%s (%s)", names[choice.linears], norm, choice.reason)
+    if choice.unrelated_apex:
+        _log.warning(
+            "the package apex that is installed is not NVIDIA Apex (it has no apex.normalization) "
+            "and is not used; PyPI's apex is unrelated, NVIDIA's is at github.com/NVIDIA/apex"
+        )
 
 
 def _transformer_engine_obstacle(device: torch.device) -> str | None:
     """Why Transformer Engine cannot be used, None if it can."""
-    if not _computes_on_gpu(device):
+    if not _is_gpu(device):
         return "Transformer Engine needs a CUDA device"
     try:
-        importlib.import_module("transformer_engine")
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, OSError, RuntimeError) as error:  # a build for another CUDA is an OSError
-        return f"Transformer Engine cannot be imported ({error})"
+    except Exception as error:  # a build for another CUDA or torch fails in many ways
+        return f"Transformer Engine cannot be imported: {' '.join(str(error).split())}"
     if not gpt_layer_specs.HAVE_TE:
-        return "this Megatron-Core cannot use the Transformer Engine that is installed"
+        return "this version of Megatron-Core cannot use this version of Transformer Engine"
     return None
 
 
-def _computes_on_gpu(device: torch.device) -> bool:
+def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _has_nvidia_apex() -> bool:
-    """Whether `apex` is NVIDIA's: PyPI has an unrelated package of that name."""
-    try:
-        importlib.import_module("apex")
-    except Exception:  # the unrelated package fails in many ways
-        found = importlib.util.find_spec("apex") is not None
-    else:
-        found = True
+def _find_apex() -> tuple[bool, bool]:
+    """Whether a package `apex` is installed, and whether it is NVIDIA's."""
+    if "apex" not in sys.modules and importlib.util.find_spec("apex") is None:
+        return False, False
     try:
         importlib.import_module("apex.normalization")
-    except Exception:
-        if found:
-            _log.warning(
-                "the installed package `apex` is not NVIDIA Apex (it has no apex.normalization) "
-                "and is not used; NVIDIA's is at https://github.com/NVIDIA/apex, not on PyPI"
-            )
-        return False
-    return True
+    except Exception:  # PyPI's unrelated package of that name fails in its own ways
+        return True, False
+    return True, True
 
 
 def block_spec(
@@ -140,6 +145,8 @@ def _layer_spec(
             normalization="RMSNorm" if architecture.norm == "rms" else "LayerNorm",
         )
     spec.module = InferenceLayer
+    if architecture.post_norms:
+        spec.params = {**spec.params, "post_norm": norm}
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = PagedAttention
     if choice.linears == "local":

@@ -48,10 +48,19 @@ class RowLinear(Packable, RowParallelLinear):  # type: ignore[misc] # megatron i
 
 
 class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is untyped
-    """Pre-norm attention and feed-forward, each added to the residual."""
+    """Pre-norm attention and feed-forward, each added to the residual.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        *args: Megatron's.
+        post_norm: class of the norms of what is added, for models that have them.
+        **kwargs: Megatron's.
+    """
+
+    def __init__(self, *args: Any, post_norm: Any = nn.Identity, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        sizes = {"hidden_size": self.config.hidden_size, "eps": self.config.layernorm_epsilon}
+        self.post_attention_layernorm = post_norm(config=self.config, **sizes)
+        self.post_mlp_layernorm = post_norm(config=self.config, **sizes)
         attention = self.self_attention
         group_size = attention.core_attention.group_size
         kv_heads = attention.num_query_groups_per_partition
@@ -67,8 +76,10 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
 
     def forward(self, hidden: Tensor, step: StepAttention) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
-        hidden = self._attend(self.input_layernorm(hidden), step).add_(hidden)
-        return self._feed_forward(self.pre_mlp_layernorm(hidden)).add_(hidden)
+        attended = self._attend(self.input_layernorm(hidden), step)
+        hidden = self.post_attention_layernorm(attended).add_(hidden)
+        fed = self._feed_forward(self.pre_mlp_layernorm(hidden))
+        return cast(Tensor, self.post_mlp_layernorm(fed).add_(hidden))
 
     def _attend(self, x: Tensor, step: StepAttention) -> Tensor:
         attention = self.self_attention

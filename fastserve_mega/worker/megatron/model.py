@@ -38,6 +38,7 @@ class Stage:
         self._partition = partition
         self._vocab_size = architecture.vocab_size
         self._embedding_scale = architecture.embedding_scale
+        self._logit_softcap = architecture.logit_softcap
         self._layers: list[InferenceLayer] = list(model.decoder.layers)
         self._packed_output: Tensor | None = None
 
@@ -76,9 +77,9 @@ class Stage:
             hidden = hidden * hidden.new_tensor(self._embedding_scale)
         return hidden
 
-    def run_layers(self, hidden: Tensor, steps: Sequence[StepAttention]) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]; of the step, what each layer attends to."""
-        for layer, step in zip(self._layers, steps, strict=True):
+    def run_layers(self, hidden: Tensor, attention: Sequence[StepAttention]) -> Tensor:
+        """[tokens, hidden] → [tokens, hidden], with what each layer needs to know of the step."""
+        for layer, step in zip(self._layers, attention, strict=True):
             hidden = layer(hidden, step)
         return hidden
 
@@ -89,7 +90,10 @@ class Stage:
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
             dist.all_gather(parts, local, group=self._groups.tensor)
-        return torch.cat(parts, dim=-1)[:, : self._vocab_size]
+        logits = torch.cat(parts, dim=-1)[:, : self._vocab_size]
+        if (limit := self._logit_softcap) is not None:
+            logits = logits.div(limit).tanh_().mul_(limit)
+        return logits
 
     def _multiply_output(self, hidden: Tensor) -> Tensor:
         if self._packed_output is None:
@@ -121,7 +125,7 @@ def build_stage(
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = GPTModel(
-            config=_transformer_config(architecture, partition, dtype),
+            config=_transformer_config(architecture, partition, choice, dtype),
             transformer_layer_spec=block_spec(architecture, partition, choice),
             vocab_size=partition.padded_vocab_size,
             max_sequence_length=architecture.max_context,
@@ -135,9 +139,8 @@ def build_stage(
             position_embedding_type="learned_absolute" if learned else "none",
             pg_collection=groups.megatron,
         )
-    # torch's norms and the position table do not follow params_dtype, and Transformer Engine's
-    # layers not the device.
-    model = model.requires_grad_(False).to(device=device, dtype=dtype).eval()
+    # torch's norms and the position table do not follow params_dtype.
+    model = model.requires_grad_(False).to(dtype).eval()
     if architecture.experts is not None:
         activation = ACTIVATIONS[architecture.activation]
         for layer in model.decoder.layers:
@@ -148,7 +151,7 @@ def build_stage(
 
 
 def _transformer_config(
-    architecture: Architecture, partition: Partition, dtype: torch.dtype
+    architecture: Architecture, partition: Partition, choice: LayerChoice, dtype: torch.dtype
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=len(partition.layers),
@@ -160,6 +163,7 @@ def _transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         normalization="RMSNorm" if architecture.norm == "rms" else "LayerNorm",
         layernorm_epsilon=architecture.norm_epsilon,
+        softmax_scale=architecture.attention_scale,
         layernorm_zero_centered_gamma=architecture.zero_centered_norm,
         activation_func=ACTIVATIONS[architecture.activation],
         gated_linear_unit=architecture.gated,
@@ -171,7 +175,8 @@ def _transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu_initialization=True,
+        # Transformer Engine would draw random weights on the CPU first.
+        use_cpu_initialization=choice.linears == "local",
         perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -61,7 +61,9 @@ class MegatronRunner:
         choice = choose_layers(config.model.layer_spec, architecture, self._device)
         if topology.rank == 0:
             log_choice(choice)
-        self._kinds = [architecture.attention_kind(layer) for layer in self._partition.layers]
+        kinds = [architecture.attention_kind(layer) for layer in self._partition.layers]
+        self._kinds = list(dict.fromkeys(kinds))
+        self._kind_of_layer = [self._kinds.index(kind) for kind in kinds]
         self._rotations = {
             kind.rope: Rotation(kind.rope, architecture.head_dim, self._device)
             for kind in self._kinds
@@ -131,9 +133,9 @@ class MegatronRunner:
             return []
         step = build_step(batch, self.cache.block_size, self._device)
         self.cache.clear(step.fresh_blocks)
-        attention = {kind: self._attention(step, kind) for kind in set(self._kinds)}
-        steps = [attention[kind] for kind in self._kinds]
-        hidden = self._stage.run_layers(self._receive(step), steps)
+        attention = [self._attention(step, kind) for kind in self._kinds]
+        of_layers = [attention[kind] for kind in self._kind_of_layer]
+        hidden = self._stage.run_layers(self._receive(step), of_layers)
         if not self._partition.is_last_stage:
             self._send(hidden)
             return []
@@ -164,6 +166,7 @@ class MegatronRunner:
             group_size=len(partition.query_heads) // len(partition.kv_heads),
             num_kv_heads=len(partition.kv_heads),
             window=kind.window,
+            softcap=self.architecture.attention_softcap,
         )
 
     def _receive(self, step: StepBatch) -> Tensor:
