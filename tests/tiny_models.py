@@ -134,6 +134,9 @@ MODELS = {
     ),
 }
 
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe")
+"""Those with experts."""
+
 
 def make_model(name: str, directory: Path) -> torch.nn.Module:
     """Write a model with fixed random weights (biases and norms included) and return it."""
@@ -161,6 +164,16 @@ def greedy(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[i
             logits = model(torch.tensor([tokens]), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(prompt) :]
+
+
+def greedy_after_each(model: torch.nn.Module, prompt: list[int], output: list[int]) -> list[int]:
+    """The greedy token after each prefix of an output: the output itself if that is greedy.
+
+    One pass over the sequence, where `greedy` takes one for each token.
+    """
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output[:-1]]), use_cache=False).logits
+    return logits[0, len(prompt) - 1 :].argmax(dim=-1).tolist()
 
 
 def prompts() -> list[list[int]]:

@@ -57,6 +57,7 @@ def run_job(job: dict) -> list[list[int]] | None:
         params,
         block_size=job["block_size"],
         chunk=job["chunk"],
+        concurrent=job["concurrent"],
         share_tokens=share_tokens,
     )
     runner.close()

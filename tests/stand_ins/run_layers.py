@@ -23,7 +23,7 @@ from fastserve_mega.worker.topology import Topology
 def run(job: dict) -> dict:
     import apex.normalization.fused_layer_norm as apex_norm
 
-    apex_norm.calls = 0
+    apex_norm.calls.clear()
     config = Config(
         model=ModelConfig(path=job["model"], dtype="float32", layer_spec=job["layer_spec"]),
         parallel=ParallelConfig(device="cpu", threads_per_rank=1),
@@ -34,7 +34,7 @@ def run(job: dict) -> dict:
     params = SamplingParams(max_tokens=job["max_tokens"], temperature=0.0)
     tokens = generate(runner, job["prompts"], params, block_size=4, chunk=7)
     runner.close()
-    return {"classes": sorted(classes), "fused_norms": apex_norm.calls, "tokens": tokens}
+    return {"classes": sorted(classes), "fused_norms": len(apex_norm.calls), "tokens": tokens}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional
+
 from transformer_engine.pytorch import distributed, fp8
 
 __all__ = [
@@ -82,7 +83,5 @@ class LayerNormLinear(Linear):
         self.eps, self.zero_centered = eps, zero_centered_gamma
 
     def forward(self, x, is_first_microbatch=None):
-        norm = _norm(
-            x, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.zero_centered
-        )
+        norm = _norm(x, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.zero_centered)
         return super().forward(norm)
