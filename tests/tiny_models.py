@@ -85,9 +85,11 @@ MODELS = {
         {
             **_LLAMA,
             "head_dim": 16,
-            "query_pre_attn_scalar": 24,
+            # With tied embeddings a small model repeats the last token, whatever it attends to.
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 4,
             "sliding_window": 9,
-            "attn_logit_softcapping": 5.0,
+            "attn_logit_softcapping": 2.0,
             "final_logit_softcapping": 3.0,
         },
     ),
@@ -96,7 +98,7 @@ MODELS = {
         {
             **_LLAMA,
             "head_dim": 16,
-            "query_pre_attn_scalar": 24,
+            "query_pre_attn_scalar": 4,
             "sliding_window": 9,
             "sliding_window_pattern": 2,
             "rope_parameters": {
