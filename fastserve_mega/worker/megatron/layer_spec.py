@@ -159,7 +159,7 @@ def _layer_spec(
         attention.q_layernorm = attention.k_layernorm = plain
     mlp = _parts(spec.submodules.mlp)
     if experts:
-        # Not Transformer Engine's: its row linear sums over the ranks, expert for expert.
+        # Not Transformer Engine's: that of the shared expert would sum over the ranks by itself.
         for experts_mlp in (_parts(mlp.experts), _parts(mlp.shared_experts)):
             experts_mlp.linear_fc1, experts_mlp.linear_fc2 = ColumnLinear, PartialRowLinear
     elif choice.linears == "local":

@@ -15,9 +15,11 @@ import pytest
 import torch
 from tiny_models import greedy, make_model, prompts
 
+from fastserve_mega.config import ParallelConfig
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.worker.megatron import layer_spec
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
+from fastserve_mega.worker.partition import partition_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TESTS = Path(__file__).parent.parent.parent
@@ -137,9 +139,6 @@ def test_megatron_itself_would_take_any_apex_for_nvidias(opt, monkeypatch):
     from megatron.core.models import backends
 
     monkeypatch.setattr(backends, "LNImpl", layer_spec.FusedLayerNorm)
-    from fastserve_mega.config import ParallelConfig
-    from fastserve_mega.worker.partition import partition_model
-
     choice = choose_layers("auto", opt, CPU)
     partition = partition_model(opt, ParallelConfig(), 0, 1)
     spec = layer_spec.block_spec(opt, partition, choice)
