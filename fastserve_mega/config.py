@@ -31,6 +31,9 @@ class ModelConfig:
     """auto: bfloat16 where the hardware computes in it, else float32."""
     max_context: int | None = None
     """Tokens of prompt and answer together; None takes the model's own limit."""
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers: Megatron's own (with NVIDIA Apex's fused LayerNorm where it is installed and
+    there is a CUDA device) or Transformer Engine's; auto takes Transformer Engine's if it can."""
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path must not be empty")
@@ -57,6 +60,9 @@ class ParallelConfig:
     data: int = 1
     """Replicas: copies of the model, each on tensor x pipeline ranks of its own. A request goes to
     the one where the least work is expected."""
+    expert: int = 1
+    """Parts into which the tensor ranks of a stage divide its experts; each part's
+    tensor / expert ranks share every expert of theirs along the feed-forward columns."""
     layers_per_stage: tuple[int, ...] | None = None
     """Layers of each pipeline stage; None splits as evenly as possible, extra layers first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -69,6 +75,10 @@ class ParallelConfig:
         _require(self.tensor >= 1, f"parallel.tensor must be at least 1, got {self.tensor}")
         _require(self.pipeline >= 1, f"parallel.pipeline must be at least 1, got {self.pipeline}")
         _require(self.data >= 1, f"parallel.data must be at least 1, got {self.data}")
+        _require(
+            self.expert >= 1 and self.tensor % self.expert == 0,
+            f"parallel.expert must divide parallel.tensor={self.tensor}, got {self.expert}",
+        )
         _require(
             self.layers_per_stage is None or len(self.layers_per_stage) == self.pipeline,
             f"parallel.layers_per_stage must name {self.pipeline} stages (parallel.pipeline), "

@@ -31,6 +31,7 @@ def run_job(job: dict) -> list[list[int]] | None:
     parallel = ParallelConfig(
         tensor=job["tensor"],
         pipeline=job["pipeline"],
+        expert=job.get("expert", 1),
         layers_per_stage=tuple(job["layers_per_stage"]) if job.get("layers_per_stage") else None,
         device="cpu",
         threads_per_rank=1,
@@ -56,6 +57,7 @@ def run_job(job: dict) -> list[list[int]] | None:
         params,
         block_size=job["block_size"],
         chunk=job["chunk"],
+        concurrent=job["concurrent"],
         share_tokens=share_tokens,
     )
     runner.close()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastserve_mega.models.architecture import Architecture, LearnedPositions
+from fastserve_mega.worker.megatron.expert_weights import ExpertWeights
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.partition import Partition
 
@@ -108,7 +109,7 @@ def load_weights(
     Raises:
         ValueError: a file or tensor is missing, cut short or has another shape.
     """
-    parameters = dict(stage.model.named_parameters())
+    parameters = stage.parameters()
     with Checkpoint(directory) as checkpoint:
         source = _Source(checkpoint, architecture, partition)
         for name, weight in source.weights():
@@ -166,6 +167,12 @@ class _Source:
             "self_attention.linear_proj", at(names.attention_output), attention_size, heads
         )
         yield from self._norm("pre_mlp_layernorm", at(names.feed_forward_norm))
+        if architecture.post_norms:
+            yield from self._norm("post_attention_layernorm", at(names.post_attention_norm))
+            yield from self._norm("post_mlp_layernorm", at(names.post_feed_forward_norm))
+        if architecture.has_experts(layer):
+            yield from self._experts(layer)
+            return
         columns = self._partition.ffn_columns
         halves = [at(names.gate), at(names.up)] if names.gate else [at(names.up)]
         parts = [self._linear(name, (ffn, hidden), rows=columns) for name in halves]
@@ -174,6 +181,16 @@ class _Source:
             biases = [self._bias(name, ffn, columns) for name in halves]
             yield "mlp.linear_fc1.bias", torch.cat(biases)
         yield from self._row("mlp.linear_fc2", at(names.down), ffn, columns)
+
+    def _experts(self, layer: int) -> Iterator[tuple[str, Tensor]]:
+        experts = ExpertWeights(
+            self._architecture,
+            self._partition,
+            read_linear=self._linear,
+            open_slice=self._slice,
+            has=lambda name: self._full_name(name) in self._checkpoint,
+        )
+        return experts.layer(layer)
 
     def _qkv(self, layer: int, kind: str) -> Tensor:
         """Per key-value head of the rank: its query heads, the key, the value."""

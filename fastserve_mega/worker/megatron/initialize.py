@@ -132,7 +132,9 @@ def join_process_groups(
     if parallel.tensor > 1:
         first = topology.rank - topology.rank % parallel.tensor
         tensor = _new_group(list(range(first, first + parallel.tensor)))
-    return ProcessGroups(tensor=tensor, megatron=_collect(tensor, alone))
+    return ProcessGroups(
+        tensor=tensor, megatron=_collect(parallel, topology.rank, tensor=tensor, alone=alone)
+    )
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
@@ -140,11 +142,36 @@ def _new_group(ranks: list[int]) -> dist.ProcessGroup:
     return dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-any-return]
 
 
-def _collect(tensor: dist.ProcessGroup, alone: dist.ProcessGroup) -> ProcessGroupCollection:
-    """Megatron's view: each stage is to it a model of its own, so all else is this rank alone."""
+def _collect(
+    parallel: ParallelConfig, rank: int, *, tensor: dist.ProcessGroup, alone: dist.ProcessGroup
+) -> ProcessGroupCollection:
+    """Megatron's view: each stage is to it a model of its own, so all else is this rank alone.
+
+    Except that the tensor ranks of the stage are also those that divide its experts.
+    """
     groups = ProcessGroupCollection()
-    groups.tp = tensor
-    for name in ("pp", "cp", "dp", "ep", "expt_tp"):
+    groups.tp = groups.tp_ep = groups.tp_cp = groups.tp_dp_cp = tensor
+    for name in ("pp", "cp", "dp", "expt_dp"):
         setattr(groups, name, alone)
     groups.embd = None
+    groups.ep, groups.expt_tp = _expert_groups(parallel, rank, tensor, alone)
     return groups
+
+
+def _expert_groups(
+    parallel: ParallelConfig, rank: int, tensor: dist.ProcessGroup, alone: dist.ProcessGroup
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks with the other experts, and the ranks with the other columns of these experts.
+
+    The order is that of Partition: ranks that share an expert are neighbours.
+    """
+    if parallel.expert == 1:
+        return alone, tensor
+    if parallel.expert == parallel.tensor:
+        return tensor, alone
+    sharing = parallel.tensor // parallel.expert
+    first = rank - rank % parallel.tensor
+    neighbours = range(rank - rank % sharing, rank - rank % sharing + sharing)
+    others = range(first + rank % sharing, first + parallel.tensor, sharing)
+    sharing_group = _new_group(list(neighbours))
+    return _new_group(list(others)), sharing_group

@@ -68,6 +68,40 @@ def test_greedy_tokens_equal_transformers(made, family):
         for chunk in (7, 512):
             outputs = generate(runner, prompts(), GREEDY, block_size=BLOCK_SIZE, chunk=chunk)
             assert outputs == expected
+        # What does not move the best token, like a limit on the logits, shows in their values.
+        torch.testing.assert_close(
+            logits_of(runner, prompts()[5]), last_logits(model, prompts()[5])
+        )
+
+
+def logits_of(runner, prompt):
+    """Of the token after a prompt, as they reach the sampler."""
+    seen, sampler = [], runner._sampler
+
+    def sample(logits, sequences):
+        seen.append(logits)
+        return sampler(logits, sequences)
+
+    runner._sampler = sample
+    generate(runner, [prompt], SamplingParams(max_tokens=1, temperature=0.0), block_size=BLOCK_SIZE)
+    return seen[0][0]
+
+
+def last_logits(model, prompt):
+    with torch.inference_mode():
+        return model(torch.tensor([prompt]), use_cache=False).logits[0, -1]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_all_experts_of_a_layer_may_be_two_tensors(made, tmp_path, family):
+    """As transformers 5 keeps them in memory, and writes them when told to."""
+    _, model = made(family)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    expected = greedy(model, prompts()[1], MAX_TOKENS)
+    with open_runner(tmp_path) as runner:
+        with Checkpoint(tmp_path) as checkpoint:
+            assert "model.layers.1.mlp.experts.gate_up_proj" in checkpoint
+        assert generate(runner, prompts()[1:2], GREEDY, block_size=BLOCK_SIZE) == [expected]
 
 
 @pytest.mark.parametrize(
