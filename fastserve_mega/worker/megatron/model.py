@@ -34,11 +34,16 @@ class Stage:
         self, model: GPTModel, groups: ProcessGroups, partition: Partition, vocab_size: int
     ) -> None:
         self.model = model
-        self._groups = groups
+        self.groups = groups
         self._partition = partition
         self._vocab_size = vocab_size
         self._layers: list[InferenceLayer] = list(model.decoder.layers)
         self._packed_output: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters of this rank."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def pack_weights(self) -> None:
         """Lay the weights out for this machine, once they are loaded."""
@@ -46,8 +51,10 @@ class Stage:
             if isinstance(module, Packable):
                 module.pack_weight()
         if self._partition.is_last_stage and can_pack(weight := self._output_weight()):
-            # The plain table stays: it may be the embedding's.
             self._packed_output = pack(weight)
+            own = self.model.output_layer.weight
+            if own is not None:  # else it is the embedding's, which stays
+                own.data = own.new_empty(0)
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[tokens] → [tokens, hidden]; on the first stage."""
@@ -67,7 +74,7 @@ class Stage:
         parts = [local]
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
-            dist.all_gather(parts, local, group=self._groups.tensor)
+            dist.all_gather(parts, local, group=self.groups.tensor)
         return torch.cat(parts, dim=-1)[:, : self._vocab_size]
 
     def _multiply_output(self, hidden: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.loading_progress import show_loading
 from fastserve_mega.worker.megatron.attention import (
     StepAttention,
     rotary_frequencies,
     rotation,
 )
-from fastserve_mega.worker.megatron.checkpoint import load_weights
+from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
 from fastserve_mega.worker.megatron.initialize import (
     join_process_groups,
     select_device,
@@ -56,6 +57,7 @@ class MegatronRunner:
         self._partition = partition_model(
             architecture, config.parallel, topology.rank, topology.world_size
         )
+        checkpoint = open_checkpoint(config.model.directory, architecture, self._partition)
         self._rank = topology.rank
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
@@ -70,7 +72,8 @@ class MegatronRunner:
             self._stage = build_stage(
                 architecture, self._partition, groups, dtype=self._dtype, device=self._device
             )
-            load_weights(config.model.directory, self._stage, architecture, self._partition)
+            with show_loading(config.model.name, self._stage.num_bytes, topology) as report:
+                checkpoint.load(self._stage, report)
             self._stage.pack_weights()
             self.cache = _build_cache(
                 config, architecture, self._partition, self._dtype, self._device
