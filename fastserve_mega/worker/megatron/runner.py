@@ -23,6 +23,7 @@ from fastserve_mega.worker.megatron.attention import (
 from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
 from fastserve_mega.worker.megatron.initialize import (
     join_process_groups,
+    keep_freed_memory,
     select_device,
     select_dtype,
     set_up_cpu,
@@ -75,6 +76,7 @@ class MegatronRunner:
             with show_loading(config.model.name, self._stage.num_bytes, topology) as report:
                 checkpoint.load(self._stage, report)
             self._stage.pack_weights()
+            keep_freed_memory()
             self.cache = _build_cache(
                 config, architecture, self._partition, self._dtype, self._device
             )
