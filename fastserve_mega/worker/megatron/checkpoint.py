@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -61,9 +62,21 @@ class HuggingFaceCheckpoint:
             for piece in weight.pieces:
                 self._find(piece)
 
+    def __enter__(self) -> HuggingFaceCheckpoint:
+        self._files.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.__exit__(kind, error, trace)
+
     def load(self, stage: Stage, report: Report) -> None:
         parameters = dict(stage.model.named_parameters())
-        with self._files:
+        with self:
             for weight in self._weights:
                 parameter = parameters.pop(weight.name)
                 self.fill(weight, parameter.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,14 +96,16 @@ class DistributedCheckpoint:
 
 def read_tensors(directory: Path, tensors: Sequence[Any]) -> None:
     """Fill the data of sharded tensors; all ranks call it together."""
-    dist_checkpointing.load(
-        {str(number): tensor for number, tensor in enumerate(tensors)},
-        str(directory),
-        sharded_strategy=TorchDistLoadShardedStrategy(),
-        common_strategy=_NoCommonState(),
-        # Several ranks may read the same part.
-        validate_access_integrity=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron calls deprecated functions of torch
+        dist_checkpointing.load(
+            {str(number): tensor for number, tensor in enumerate(tensors)},
+            str(directory),
+            sharded_strategy=TorchDistLoadShardedStrategy(),
+            common_strategy=_NoCommonState(),
+            # Several ranks may read the same part.
+            validate_access_integrity=False,
+        )
 
 
 def sharded_tensors(

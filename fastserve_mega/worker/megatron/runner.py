@@ -14,7 +14,7 @@ from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
-from fastserve_mega.worker.loading_progress import show_loading
+from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.megatron.attention import (
     StepAttention,
     rotary_frequencies,
@@ -73,7 +73,8 @@ class MegatronRunner:
             self._stage = build_stage(
                 architecture, self._partition, groups, dtype=self._dtype, device=self._device
             )
-            with show_loading(config.model.name, self._stage.num_bytes, topology) as report:
+            action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
+            with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
                 checkpoint.load(self._stage, report)
             self._stage.pack_weights()
             keep_freed_memory()

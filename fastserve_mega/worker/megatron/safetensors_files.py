@@ -29,6 +29,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 """Of weights; by their name in a file's header."""
+KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 _STAGING_BYTES = 4 * 2**20

@@ -40,11 +40,25 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    extra: bool = False
+    """No parameter of Megatron's model, but a part of a tensor that no parameter holds."""
 
 
 def weights_of(architecture: Architecture, partition: Partition) -> Iterator[Weight]:
     """All parameters of a rank, in the order of the model's layers."""
     return _Source(architecture, partition).weights()
+
+
+def unused_positions(architecture: Architecture) -> Iterator[Weight]:
+    """Rows of the position table before that of position 0, which conversions keep."""
+    positions = architecture.positions
+    if isinstance(positions, LearnedPositions) and positions.first_row:
+        names, hidden = architecture.weights, architecture.hidden_size
+        name = f"{names.position_embedding}.weight"
+        shape = (positions.first_row + architecture.max_context, hidden)
+        rows = range(positions.first_row)
+        piece = Piece(names.prefix + name, name, shape, rows, range(hidden))
+        yield Weight("embedding.unused_positions", (len(rows), hidden), (piece,), extra=True)
 
 
 class _Source:
