@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.worker.megatron.metadata_names import check_names
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.partition import Partition
 
@@ -251,6 +252,10 @@ def _read_metadata(directory: Path) -> Metadata:
     path = directory / TENSORS_FILE
     if not path.is_file():
         raise ValueError(f"the checkpoint {directory} is incomplete: it has no {TENSORS_FILE}")
+    try:
+        check_names(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
     return FileSystemReader(directory).read_metadata()
 
 
