@@ -33,17 +33,15 @@ def write_safetensors(
     directory: Path,
     infos: Mapping[str, TensorInfo],
     tensors: Iterable[tuple[str, Tensor]],
-    shard_bytes: int = _SHARD_BYTES,
 ) -> None:
-    """Write one file, or shards and their index.
+    """Write one file, or shards of up to 5 GB and their index.
 
     Args:
         directory: exists.
         infos: by name, in the order of the tensors.
         tensors: name and values of each.
-        shard_bytes: the most in one file, but for a tensor that is larger.
     """
-    shards = _split(infos, shard_bytes)
+    shards = _split(infos)
     names = [SINGLE_FILE]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -63,11 +61,11 @@ def write_safetensors(
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _split(infos: Mapping[str, TensorInfo], shard_bytes: int) -> list[dict[str, TensorInfo]]:
+def _split(infos: Mapping[str, TensorInfo]) -> list[dict[str, TensorInfo]]:
     shards: list[dict[str, TensorInfo]] = [{}]
     size = 0
     for name, info in infos.items():
-        if shards[-1] and size + info.num_bytes > shard_bytes:
+        if shards[-1] and size + info.num_bytes > _SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = info
