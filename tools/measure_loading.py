@@ -2,28 +2,30 @@
 
     python tools/measure_loading.py                      # 1 GB in bfloat16 at TP=2
     python tools/measure_loading.py --dtype float32 --gigabytes 0.1 --tensor 1
+    python tools/measure_loading.py --format torch_dist  # the same from Megatron's format
 
-For each rank, in MB: what Python with torch and Megatron takes before (`base`), the highest
-resident set (`peak`, VmHWM of /proc/self/status), what of it is the process's own (`anonymous`) and
-what are pages of files such as libtorch (`file`, which ranks on one machine share), and the rank's
-share of the weights.
+For each rank, in MB of 10^6 bytes, from /proc/self/status: its resident set once Python, torch and
+Megatron are imported (`base`); the highest one while it loads (`peak`, VmHWM); afterwards the
+process's own memory (`anonymous`) and pages of files such as libtorch (`file`, which the ranks of a
+machine share); what the weights added at the most (`growth`, peak less base).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 _RANK = "--rank-of"
 _HIDDEN = 1024
 _FFN = 4096
-_VOCAB = 32000
+_VOCAB, _SMALL_VOCAB = 32000, 4000
+_SMALL_BYTES = 500_000_000
 _TIMEOUT_S = 500
 
 
@@ -39,13 +41,14 @@ def write_random_llama(directory: Path, num_bytes: int, dtype_name: str) -> None
         return torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
 
     layer_elements = 4 * _HIDDEN**2 + 3 * _HIDDEN * _FFN + 2 * _HIDDEN
-    fixed = 2 * _VOCAB * _HIDDEN + _HIDDEN
+    vocab = _VOCAB if num_bytes > _SMALL_BYTES else _SMALL_VOCAB
+    fixed = 2 * vocab * _HIDDEN + _HIDDEN
     layers = max(2, (num_bytes // dtype.itemsize - fixed) // layer_elements)
     per_shard = max(1, layers // 4)
     index: dict[str, str] = {}
     ends = {
-        "model.embed_tokens.weight": (_VOCAB, _HIDDEN),
-        "lm_head.weight": (_VOCAB, _HIDDEN),
+        "model.embed_tokens.weight": (vocab, _HIDDEN),
+        "lm_head.weight": (vocab, _HIDDEN),
         "model.norm.weight": (_HIDDEN,),
     }
 
@@ -73,7 +76,7 @@ def write_random_llama(directory: Path, num_bytes: int, dtype_name: str) -> None
         "intermediate_size": _FFN,
         "num_hidden_layers": layers,
         "num_attention_heads": 16,
-        "vocab_size": _VOCAB,
+        "vocab_size": vocab,
         "eos_token_id": 2,
     }
     (directory / "config.json").write_text(json.dumps(config))
@@ -92,6 +95,8 @@ def be_a_rank(directory: Path, dtype: str, tensor: int, results: Path) -> None:
     from fastserve_mega.worker.megatron.runner import MegatronRunner
     from fastserve_mega.worker.topology import read_topology
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastserve_mega").setLevel(logging.INFO)  # says how fast rank 0 loads
     topology = read_topology()
     exchange = make_exchange(topology)
     master = exchange.broadcast(choose_master(topology) if topology.rank == 0 else "")
@@ -101,18 +106,17 @@ def be_a_rank(directory: Path, dtype: str, tensor: int, results: Path) -> None:
         kv_cache=KvCacheConfig(device_blocks=2, host_blocks=0),
     )
     host, _, port = master.rpartition(":")
-    base, begin = memory_mb(), time.monotonic()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set starts anew
+    base = memory_mb()
     runner = MegatronRunner(config, topology, host, int(port))
-    seconds, after = time.monotonic() - begin, memory_mb()
+    after = memory_mb()
     runner.close()
     found = {
         "base": base["VmRSS"],
-        "base_anonymous": base["RssAnon"],
         "peak": after["VmHWM"],
-        "after": after["VmRSS"],
+        "growth": after["VmHWM"] - base["VmRSS"],
         "anonymous": after["RssAnon"],
         "file": after["RssFile"],
-        "seconds": seconds,
     }
     (results / f"{topology.rank}.json").write_text(json.dumps(found))
 
@@ -138,6 +142,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--load-dtype", default=None, help="default: the same")
     parser.add_argument("--tensor", type=int, default=2, help="ranks, each with an equal share")
+    parser.add_argument(
+        "--format",
+        default="huggingface",
+        choices=("huggingface", "torch_dist"),
+        help="of the files",
+    )
     parser.add_argument("--model", type=Path, help="measure this directory instead")
     parser.add_argument(_RANK, type=Path, dest="rank_of", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, help=argparse.SUPPRESS)
@@ -146,16 +156,26 @@ def main() -> None:
         be_a_rank(options.rank_of, options.dtype, options.tensor, options.results)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        directory = options.model or Path(temporary)
+        directory = options.model or Path(temporary) / "huggingface"
         if not options.model:
+            directory.mkdir()
             write_random_llama(directory, int(options.gigabytes * 1e9), options.dtype)
-        size = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 1e6
+            if options.format == "torch_dist":
+                directory = convert_in_a_process(directory, Path(temporary) / "megatron")
+        files = [*directory.glob("*.safetensors"), *directory.glob("*.distcp")]
+        size = sum(file.stat().st_size for file in files) / 1e6
         ranks = measure(directory, options.load_dtype or options.dtype, options.tensor)
     print(f"{size:.0f} MB of weights over {options.tensor} ranks")
     for rank, found in enumerate(ranks):
-        figures = ", ".join(f"{name} {value:.0f}" for name, value in found.items())
-        share = size / options.tensor / 1e3
-        print(f"rank {rank}: {figures} ({share / found['seconds']:.2f} GB/s of its share)")
+        print(f"rank {rank}:", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+
+
+def convert_in_a_process(source: Path, target: Path) -> Path:
+    """So that this one stays small."""
+    command = [sys.executable, "-m", "fastserve_mega", "convert", "--from", str(source)]
+    command += ["--to", str(target), "--format", "torch_dist"]
+    subprocess.run(command, check=True, timeout=_TIMEOUT_S)
+    return target
 
 
 if __name__ == "__main__":
