@@ -6,6 +6,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -95,9 +97,24 @@ class DistributedCheckpoint:
                 )
 
 
+@contextmanager
+def one_sentence(directory: Path) -> Iterator[None]:
+    """Raise ValueError where torch raises an exception of its own, which is not an `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        reasons = [str(reason[0]) or type(reason[0]).__name__ for reason in error.failures.values()]
+        line = reasons[0].splitlines()[0] if reasons else "unknown reason"
+        raise ValueError(f"the checkpoint {directory} fails: {line}") from None
+
+
 def read_tensors(directory: Path, tensors: Sequence[Any]) -> None:
-    """Fill the data of sharded tensors; all ranks call it together."""
-    with warnings.catch_warnings():
+    """Fill the data of sharded tensors; all ranks call it together.
+
+    Raises:
+        ValueError: a file is damaged, on whichever rank it was found.
+    """
+    with one_sentence(directory), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron calls deprecated functions of torch
         dist_checkpointing.load(
             {str(number): tensor for number, tensor in enumerate(tensors)},
@@ -256,7 +273,10 @@ def _read_metadata(directory: Path) -> Metadata:
         check_names(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    return FileSystemReader(directory).read_metadata()
+    try:
+        return FileSystemReader(directory).read_metadata()
+    except Exception as error:
+        raise ValueError(f"{path} is not what torch writes: {error!r}") from None
 
 
 def _check_files(directory: Path, metadata: Metadata) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.worker.megatron.distributed_checkpoint import sharded_tensors
+from fastserve_mega.worker.megatron.distributed_checkpoint import one_sentence, sharded_tensors
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.partition import Partition
 
@@ -34,13 +34,17 @@ def save_tensors(directory: Path, tensors: Sequence[Any], fill: Fill | None = No
         tensors: the parts that this rank has.
         fill: makes the values of parts whose data is on the meta device, one by one as they are
             written, so that no more than one is in memory.
+
+    Raises:
+        ValueError: a file cannot be written, on whichever rank that was.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(
-        {str(number): tensor for number, tensor in enumerate(tensors)},
-        str(directory),
-        sharded_strategy=_SaveInThisProcess(fill),
-    )
+    with one_sentence(directory):
+        dist_checkpointing.save(
+            {str(number): tensor for number, tensor in enumerate(tensors)},
+            str(directory),
+            sharded_strategy=_SaveInThisProcess(fill),
+        )
 
 
 def save_stage(

@@ -151,6 +151,15 @@ def test_an_incomplete_checkpoint_is_refused(damaged):
     assert_refused(damaged, "holds no weights")
 
 
+def test_a_damaged_file_is_one_sentence(damaged):
+    """Torch raises something here that `except Exception` does not catch."""
+    (file,) = damaged.glob("*.distcp")
+    file.write_bytes(bytes(file.stat().st_size))
+    assert_refused(damaged, "megatron fails: ")
+    (damaged / ".metadata").write_bytes(b"\x80\x04].")  # an empty list
+    assert_refused(damaged, r"\.metadata is not what torch writes")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
