@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from fastserve_mega import __version__
-from fastserve_mega.config import PolicyName, load_config
+from fastserve_mega.config import Config, PolicyName, load_config
 
 T = TypeVar("T")
 Command = Callable[[argparse.Namespace], int]
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _add(commands, "plan", _plan, "compute what goes on which rank, and whether it fits")
     plan.add_argument("--json", action="store_true", help="all figures, sizes in bytes")
     _add_simulate(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -106,6 +108,31 @@ def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     )
     simulate.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     simulate.add_argument("--plots", type=Path, metavar="DIRECTORY", help="write plots")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "write a model directory anew in the format of Megatron or of Hugging Face"
+    command = commands.add_parser(
+        "convert",
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}: config.json and tokenizer are copied, the "
+        "weights are the same bit for bit. Runs on one CPU with a layer in memory at a time. A "
+        "directory in either format can be served over any number of ranks.",
+    )
+    command.add_argument(
+        "--from", type=Path, required=True, dest="source", metavar="DIRECTORY",
+        help="a model in the other format: config.json and weights",
+    )  # fmt: skip
+    command.add_argument(
+        "--to", type=Path, required=True, dest="target", metavar="DIRECTORY",
+        help="where to write it; empty, or not there yet",
+    )  # fmt: skip
+    command.add_argument(
+        "--format", choices=("torch_dist", "huggingface"), required=True, dest="output_format",
+        help="torch_dist: Megatron's distributed checkpoint; huggingface: safetensors",
+    )  # fmt: skip
+    command.add_argument("-v", "--verbose", action="store_true", help="log what happens")
+    command.set_defaults(run=_convert)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -161,13 +188,27 @@ def _load(options: argparse.Namespace, load: Callable[[str, Sequence[str]], T]) 
         raise SystemExit(2) from None
 
 
+def _load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Config:
+    """Likewise, with the model found on this machine or fetched to it.
+
+    Whether its directory is usable is seen, and said, by the processes that read it.
+    """
+    from fastserve_mega.models.locate import resolve_model
+
+    def load(path: str, overrides: Sequence[str]) -> Config:
+        config = load_config(path, overrides)
+        return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
+
+    return _load(options, load)
+
+
 # Each command imports its own layer: a coordinator never loads torch, a worker no HTTP server.
 
 
 def _serve(options: argparse.Namespace) -> int:
     from fastserve_mega.launcher import serve
 
-    return serve(_load(options, load_config), _pass_on(options))
+    return serve(_load_deployment(options, weights=True), _pass_on(options))
 
 
 def _worker(options: argparse.Namespace) -> int:
@@ -186,7 +227,7 @@ def _worker(options: argparse.Namespace) -> int:
 def _coordinator(options: argparse.Namespace) -> int:
     from fastserve_mega.coordinator.main import run_coordinator
 
-    config = _load(options, load_config)
+    config = _load_deployment(options)
     return run_coordinator(
         config,
         stop_on_stdin_close=options.stop_on_stdin_close,
@@ -198,7 +239,7 @@ def _coordinator(options: argparse.Namespace) -> int:
 def _api_server(options: argparse.Namespace) -> int:
     from fastserve_mega.server.main import run_server
 
-    return run_server(_load(options, load_config))
+    return run_server(_load_deployment(options))
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -217,7 +258,7 @@ def _top(options: argparse.Namespace) -> int:
 def _profile(options: argparse.Namespace) -> int:
     from fastserve_mega.launcher import profile
 
-    return profile(_load(options, load_config), _pass_on(options), options.output)
+    return profile(_load_deployment(options, weights=True), _pass_on(options), options.output)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -248,3 +289,14 @@ def _simulate(options: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"fastserve-mega simulate: {error}", file=sys.stderr)
         return 2
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from fastserve_mega.worker.megatron.convert import convert
+
+    try:
+        convert(options.source, options.target, options.output_format)
+    except (ValueError, OSError) as error:
+        print(f"fastserve-mega convert: {error}", file=sys.stderr)
+        return 2
+    return 0

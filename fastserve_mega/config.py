@@ -24,7 +24,9 @@ class ModelConfig:
     """Which model, and in which precision."""
 
     path: str
-    """Directory in Hugging Face layout (config.json, *.safetensors, tokenizer); ~ is expanded."""
+    """Directory with config.json, tokenizer and weights, either *.safetensors or a distributed
+    checkpoint of Megatron; ~ is expanded. Or a name on the Hugging Face hub, like
+    Qwen/Qwen2.5-0.5B, if there is no such directory."""
     served_name: str | None = None
     """Name in the API; None takes the directory's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

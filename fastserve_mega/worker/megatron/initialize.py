@@ -29,6 +29,8 @@ _REUSED_BYTES = 2**25
 """Buffers up to this size are reused; the largest value that every glibc accepts."""
 _KEPT_BYTES = 2**30
 """Freed memory that the process keeps."""
+_RETURNED_BYTES = 2**18
+"""Buffers from this size on go back to the kernel when they are freed while weights are loaded."""
 
 
 def select_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
@@ -70,7 +72,7 @@ def _cpu_computes_bfloat16() -> bool:
 
 
 def set_up_cpu(parallel: ParallelConfig, topology: Topology) -> None:
-    """Give each rank its share of the cores, and keep freed memory for the next step.
+    """Give each rank its share of the cores, and return memory that is freed to the kernel.
 
     More threads than cores make the ranks wait for each other inside every operation (decoding
     was measured 16 times slower), so the number is never left to chance.
@@ -78,19 +80,25 @@ def set_up_cpu(parallel: ParallelConfig, topology: Topology) -> None:
     cores = len(os.sched_getaffinity(0))
     threads = parallel.threads_per_rank or max(1, cores // topology.local_size)
     torch.set_num_threads(threads)
-    _keep_freed_memory()
+    # Packing a weight frees the plain one; on the heap, the holes would stay resident.
+    _mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc reuse large buffers instead of returning them to the kernel.
 
-    Otherwise each temporary above 128 KiB is mapped and its pages faulted in anew; that was nine
-    tenths of the time of a norm over 512 tokens. Other C libraries have no mallopt; skip them.
+    Once the weights are loaded. Otherwise each temporary above 128 KiB is mapped and its pages
+    faulted in anew; that was nine tenths of the time of a norm over 512 tokens.
     """
+    _mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
+    _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def _mallopt(option: int, value: int) -> None:
+    """Of glibc; other C libraries have none."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(option, value)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class Stage:
         architecture: Architecture,
     ) -> None:
         self.model = model
-        self._groups = groups
+        self.groups = groups
         self._partition = partition
         self._vocab_size = architecture.vocab_size
         self._embedding_scale = architecture.embedding_scale
@@ -59,14 +59,21 @@ class Stage:
 
         return {separate(name): value for name, value in self.model.named_parameters()}
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters of this rank."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     def pack_weights(self) -> None:
         """Lay the weights out for this machine, once they are loaded."""
         for module in self.model.modules():
             if isinstance(module, Packable):
                 module.pack_weight()
         if self._partition.is_last_stage and can_pack(weight := self._output_weight()):
-            # The plain table stays: it may be the embedding's.
             self._packed_output = pack(weight)
+            own = self.model.output_layer.weight
+            if own is not None:  # else it is the embedding's, which stays
+                own.data = own.new_empty(0)
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[tokens] → [tokens, hidden]; on the first stage."""
@@ -89,7 +96,7 @@ class Stage:
         parts = [local]
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
-            dist.all_gather(parts, local, group=self._groups.tensor)
+            dist.all_gather(parts, local, group=self.groups.tensor)
         logits = torch.cat(parts, dim=-1)[:, : self._vocab_size]
         if (limit := self._logit_softcap) is not None:
             logits = logits.div(limit).tanh_().mul_(limit)

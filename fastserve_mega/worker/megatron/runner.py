@@ -14,10 +14,12 @@ from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.megatron.attention import StepAttention
-from fastserve_mega.worker.megatron.checkpoint import load_weights
+from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
 from fastserve_mega.worker.megatron.initialize import (
     join_process_groups,
+    keep_freed_memory,
     select_device,
     select_dtype,
     set_up_cpu,
@@ -56,6 +58,7 @@ class MegatronRunner:
         self._partition = partition_model(
             architecture, config.parallel, topology.rank, topology.world_size
         )
+        checkpoint = open_checkpoint(config.model.directory, architecture, self._partition)
         self._rank = topology.rank
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
@@ -85,8 +88,11 @@ class MegatronRunner:
                 dtype=self._dtype,
                 device=self._device,
             )
-            load_weights(config.model.directory, self._stage, architecture, self._partition)
+            action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
+            with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
+                checkpoint.load(self._stage, report)
             self._stage.pack_weights()
+            keep_freed_memory()
             self.cache = _build_cache(
                 config, architecture, self._partition, self._dtype, self._device
             )

@@ -13,8 +13,8 @@ from tiny_models import LAYERS, MODELS, SMOLLM2, greedy, make_model, prompts
 
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
-from fastserve_mega.worker.megatron.checkpoint import Checkpoint
 from fastserve_mega.worker.megatron.runner import MegatronRunner
+from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
 from fastserve_mega.worker.runner import SequenceInput
 from fastserve_mega.worker.topology import Topology
 
@@ -99,8 +99,7 @@ def test_all_experts_of_a_layer_may_be_two_tensors(made, tmp_path, family):
     model.save_pretrained(tmp_path, save_original_format=False)
     expected = greedy(model, prompts()[1], MAX_TOKENS)
     with open_runner(tmp_path) as runner:
-        with Checkpoint(tmp_path) as checkpoint:
-            assert "model.layers.1.mlp.experts.gate_up_proj" in checkpoint
+        assert "model.layers.1.mlp.experts.gate_up_proj" in SafetensorsFiles(tmp_path)
         assert generate(runner, prompts()[1:2], GREEDY, block_size=BLOCK_SIZE) == [expected]
 
 
@@ -265,9 +264,9 @@ def assert_refused(directory, message):
 def test_truncated_weights_are_refused(broken):
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert_refused(broken, "model.safetensors: not a whole safetensors file .* cut short")
+    assert_refused(broken, r"model.safetensors is cut short: 100 of its \d+ bytes are missing")
     weights.write_bytes(b"")
-    assert_refused(broken, "not a whole safetensors file")
+    assert_refused(broken, "not a safetensors file")
 
 
 def test_missing_weights_are_refused(broken):
@@ -281,15 +280,12 @@ def test_missing_weights_are_refused(broken):
 
 
 def test_sharded_weights_are_found_through_the_index(made, tmp_path):
-    directory, model = made("llama")
+    _, model = made("llama")
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     expected = greedy(model, prompts()[0], MAX_TOKENS)
     with open_runner(tmp_path) as runner:
         assert generate(runner, prompts()[:1], GREEDY, block_size=BLOCK_SIZE) == [expected]
-    with Checkpoint(directory) as single, Checkpoint(tmp_path) as sharded:
-        name = "model.embed_tokens.weight"
-        assert torch.equal(single.slice(name)[:], sharded.slice(name)[:])
 
 
 @pytest.mark.parametrize(
