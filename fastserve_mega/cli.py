@@ -53,10 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_profile_to(coordinator)
     _add(commands, "api-server", _api_server, "be an OpenAI-compatible HTTP server")
     _add(commands, "chat", _chat, "talk to a running server in the terminal")
+    top = _add(commands, "top", _top, "watch a running server's scheduler in the terminal")
+    top.add_argument("--once", action="store_true", help="print one view and end")
+    top.add_argument(
+        "--interval", type=float, default=0.5, metavar="SECONDS", help="between two views"
+    )
     profile = _add(commands, "profile", _profile, "measure the step times of the ranks")
     profile.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="JSON, for scheduler.profile"
     )
+    plan = _add(commands, "plan", _plan, "compute what goes on which rank, and whether it fits")
+    plan.add_argument("--json", action="store_true", help="all figures, sizes in bytes")
     _add_simulate(commands)
     return parser
 
@@ -200,10 +207,28 @@ def _chat(options: argparse.Namespace) -> int:
     return run_chat(_load(options, load_config))
 
 
+def _top(options: argparse.Namespace) -> int:
+    from fastserve_mega.top import run_top
+
+    config = _load(options, load_config)
+    return run_top(config, interval_s=max(options.interval, 0.05), once=options.once)
+
+
 def _profile(options: argparse.Namespace) -> int:
     from fastserve_mega.launcher import profile
 
     return profile(_load(options, load_config), _pass_on(options), options.output)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from fastserve_mega.planning.report import run_plan
+
+    config = _load(options, load_config)
+    try:
+        return run_plan(config, Path(options.config), as_json=options.json)
+    except ValueError as error:
+        print(f"fastserve-mega plan: {error}", file=sys.stderr)
+        return 2
 
 
 def _simulate(options: argparse.Namespace) -> int:

@@ -53,13 +53,16 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """The mesh of ranks: tensor x pipeline."""
+    """The mesh of ranks: data x pipeline x tensor, the last of them next to each other."""
 
     tensor: int = 1
     pipeline: int = 1
     expert: int = 1
     """Parts into which the tensor ranks of a stage divide its experts; each part's
     tensor / expert ranks share every expert of theirs along the feed-forward columns."""
+    data: int = 1
+    """Replicas: copies of the model, each on tensor x pipeline ranks of its own. A request goes to
+    the one where the least work is expected."""
     layers_per_stage: tuple[int, ...] | None = None
     """Layers of each pipeline stage; None splits as evenly as possible, extra layers first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -71,6 +74,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _require(self.tensor >= 1, f"parallel.tensor must be at least 1, got {self.tensor}")
         _require(self.pipeline >= 1, f"parallel.pipeline must be at least 1, got {self.pipeline}")
+        _require(self.data >= 1, f"parallel.data must be at least 1, got {self.data}")
         _require(
             self.expert >= 1 and self.tensor % self.expert == 0,
             f"parallel.expert must divide parallel.tensor={self.tensor}, got {self.expert}",
@@ -91,8 +95,13 @@ class ParallelConfig:
         _require(self.timeout_s > 0, f"parallel.timeout_s must be positive, got {self.timeout_s}")
 
     @property
-    def world_size(self) -> int:
+    def replica_size(self) -> int:
+        """Ranks of one copy of the model."""
         return self.tensor * self.pipeline
+
+    @property
+    def world_size(self) -> int:
+        return self.data * self.replica_size
 
 
 SwapStrategy = Literal["proactive", "reactive", "recompute", "none"]
@@ -275,10 +284,40 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    live_view: bool = True
+    """Show what the scheduler is doing on a web page at /."""
+    api_key_file: str | None = None
+    """File with one key per line, of which a client must send one as `Authorization: Bearer KEY`;
+    ~ is expanded. None asks for none. Health, metrics and the live view need no key."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may ask from a browser; `*` is all of them."""
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.port <= 65535, f"server.port must be between 0 and 65535, got {self.port}"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareConfig:
+    """The machines a deployment is meant for.
+
+    `fastserve-mega plan` computes with them, on any machine; ranks look at the device they have.
+    """
+
+    device_memory_gb: float | None = None
+    """Memory of a device, GiB. None leaves open what fits."""
+    devices_per_node: int = 8
+    host_memory_gb: float | None = None
+    """Memory of a node, GiB."""
+
+    def __post_init__(self) -> None:
+        for name in ("device_memory_gb", "host_memory_gb"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"hardware.{name} must be positive, got {value}")
+        _require(
+            self.devices_per_node >= 1,
+            f"hardware.devices_per_node must be at least 1, got {self.devices_per_node}",
         )
 
 
@@ -292,6 +331,7 @@ class Config:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

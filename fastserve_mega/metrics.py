@@ -110,9 +110,15 @@ class ServingMetrics:
         self._queue = Gauge(
             "fastserve_level_requests", "Unfinished requests by level", ["level"], registry=registry
         )
+        self._replica = Gauge(
+            "fastserve_replica_requests",
+            "Unfinished requests by replica",
+            ["replica"],
+            registry=registry,
+        )
         self._in_flight = Gauge("fastserve_steps_in_flight", "Steps in flight", registry=registry)
         self._memory = _MemoryMetrics(registry, block_bytes)
-        self._scheduler: ObservedScheduler | None = None
+        self._schedulers: Sequence[ObservedScheduler] = ()
 
     def observe_arrival(self, prompt_tokens: int) -> None:
         self._prompt_tokens.inc(prompt_tokens)
@@ -140,21 +146,24 @@ class ServingMetrics:
         if jct_s is not None:
             self._jct.observe(jct_s)
 
-    def watch_scheduler(self, scheduler: ObservedScheduler) -> None:
-        """Read its queues and pools whenever the metrics are asked for."""
-        self._scheduler = scheduler
+    def watch_schedulers(self, schedulers: Sequence[ObservedScheduler]) -> None:
+        """Read the queues and pools of all replicas whenever the metrics are asked for."""
+        self._schedulers = schedulers
 
     def render(self) -> str:
         """Prometheus exposition text."""
-        if self._scheduler:
-            self._read(self._scheduler)
+        if self._schedulers:
+            self._read()
         return generate_latest(self._registry).decode()
 
-    def _read(self, scheduler: ObservedScheduler) -> None:
-        for level, length in enumerate(scheduler.level_lengths()):
-            self._queue.labels(str(level)).set(length)
-        self._in_flight.set(scheduler.steps_in_flight)
-        self._memory.read(scheduler.memory)
+    def _read(self) -> None:
+        levels = [scheduler.level_lengths() for scheduler in self._schedulers]
+        for level, requests in enumerate(zip(*levels, strict=True)):
+            self._queue.labels(str(level)).set(sum(requests))
+        for replica, lengths in enumerate(levels):
+            self._replica.labels(str(replica)).set(sum(lengths))
+        self._in_flight.set(sum(each.steps_in_flight for each in self._schedulers))
+        self._memory.read([scheduler.memory for scheduler in self._schedulers])
 
 
 class _MemoryMetrics:
@@ -218,18 +227,20 @@ class _MemoryMetrics:
             self.wait.labels(kind)
         self._read_before: dict[Counter, int] = {}
 
-    def read(self, memory: _Memory) -> None:
-        for gauge, pool in ((self._device, memory.device), (self._host, memory.host)):
-            gauge.labels("free").set(pool.free_count - pool.kept_count)
-            gauge.labels("cached").set(pool.kept_count)
-            gauge.labels("owned").set(pool.capacity - pool.free_count)
-        self._advance(self._preemptions, memory.preemptions)
-        self._advance(self._recomputed, memory.recomputed_tokens)
-        self._advance(self._queried, memory.prefix_cache.queried_tokens)
-        self._advance(self._hit, memory.prefix_cache.hit_tokens)
+    def read(self, memories: Sequence[_Memory]) -> None:
+        """Take over the sums of all replicas."""
+        device, host = [each.device for each in memories], [each.host for each in memories]
+        for gauge, pools in ((self._device, device), (self._host, host)):
+            gauge.labels("free").set(sum(pool.free_count - pool.kept_count for pool in pools))
+            gauge.labels("cached").set(sum(pool.kept_count for pool in pools))
+            gauge.labels("owned").set(sum(pool.capacity - pool.free_count for pool in pools))
+        self._advance(self._preemptions, sum(each.preemptions for each in memories))
+        self._advance(self._recomputed, sum(each.recomputed_tokens for each in memories))
+        self._advance(self._queried, sum(each.prefix_cache.queried_tokens for each in memories))
+        self._advance(self._hit, sum(each.prefix_cache.hit_tokens for each in memories))
         for direction, blocks in (
-            ("out", memory.copies.swapped_out_blocks),
-            ("in", memory.copies.swapped_in_blocks),
+            ("out", sum(each.copies.swapped_out_blocks for each in memories)),
+            ("in", sum(each.copies.swapped_in_blocks for each in memories)),
         ):
             self._advance(self._swapped_blocks.labels(direction), blocks)
             self._advance(self._swapped_bytes.labels(direction), blocks * self._block_bytes)

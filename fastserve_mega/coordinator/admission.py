@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastserve_mega.messaging.messages import Submit
@@ -20,7 +21,8 @@ class Admission:
     vocab_size: int
     max_context: int
     max_queued_requests: int
-    scheduler: Scheduler
+    schedulers: Sequence[Scheduler]
+    """Of all replicas: a request must fit into each of them."""
 
     def refusal(self, submit: Submit) -> str | None:
         """What is wrong with a request, as one sentence with the value and the limit."""
@@ -79,4 +81,5 @@ class Admission:
             )
         if len(submit.received) >= limit:
             return f"{len(submit.received)} tokens were received already, max_tokens is {limit}"
-        return self.scheduler.refusal(prompt, limit)
+        refusals = (scheduler.refusal(prompt, limit) for scheduler in self.schedulers)
+        return next((refusal for refusal in refusals if refusal), None)

@@ -32,14 +32,14 @@ class _CopyInFlight:
 class CopiesInFlight:
     """Waits for all ranks: until then a block may still be read on the slowest of them."""
 
-    def __init__(self, world_size: int, timeout_s: float) -> None:
+    def __init__(self, ranks: range, timeout_s: float) -> None:
         """Start empty.
 
         Args:
-            world_size: number of ranks, each of which executes every copy.
+            ranks: each of them executes every copy.
             timeout_s: longest wait for a copy (coordinator.step_timeout_s).
         """
-        self._world_size = world_size
+        self._ranks = ranks
         self._timeout_s = timeout_s
         self._copies: dict[int, _CopyInFlight] = {}
 
@@ -49,7 +49,7 @@ class CopiesInFlight:
     def dispatched(self, copies: Sequence[BlockCopy], now: float) -> None:
         """Take note of copies that all ranks have been told to make."""
         for copy in copies:
-            self._copies[copy.copy_id] = _CopyInFlight(copy, now, set(range(self._world_size)))
+            self._copies[copy.copy_id] = _CopyInFlight(copy, now, set(self._ranks))
 
     def reported(self, result: CopyResult) -> CopyDoneEverywhere | None:
         """Take note of a rank's report; what to make of it when it was the last one.

@@ -25,6 +25,8 @@ class LiveRequest:
     """All output tokens, those the client brought along included."""
     block_hashes: BlockHashChain | None = None
     """Of all its tokens; None without prefix cache."""
+    replica: int = 0
+    """Where it was placed."""
     started: bool = False
     """The workers know its sampling parameters."""
     cached_tokens: int = 0

@@ -16,24 +16,16 @@ import zmq
 
 from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.assembly import make_profiler, make_replicas, open_event_logs
 from fastserve_mega.coordinator.coordinator import Coordinator
-from fastserve_mega.coordinator.event_log import (
-    EventLogWriter,
-    RecordingScheduler,
-    SchedulerSetup,
-)
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.measuring import measure
 from fastserve_mega.coordinator.profile_file import load_profile, save_profile
-from fastserve_mega.coordinator.profile_grid import ProfileLimits
-from fastserve_mega.coordinator.profiler import Profiler
-from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkerGroup
+from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.messaging.messages import STOP_WORD, Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
-from fastserve_mega.scheduling.memory import PoolSizes
-from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import FinishReason
 
 _LAST_WORDS_MS = 1000
@@ -71,9 +63,7 @@ class CoordinatorProcess:
         self._welcome = _describe(config)
         options = config.coordinator
         self._profile = load_profile(config.scheduler.profile) if config.scheduler.profile else None
-        self._event_log = (
-            EventLogWriter(Path(options.event_log).expanduser()) if options.event_log else None
-        )
+        self._event_logs = open_event_logs(options.event_log, config.parallel.data)
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._front_door = FrontDoor(
             self._context,
@@ -81,8 +71,11 @@ class CoordinatorProcess:
             buffer=options.client_buffer_messages,
             timeout_s=options.client_timeout_s,
         )
-        self._workers = ZmqWorkerGroup(
-            self._context, options.worker_endpoint, config.parallel.world_size
+        self._workers = ZmqWorkers(
+            self._context,
+            options.worker_endpoint,
+            replicas=config.parallel.data,
+            ranks_per_replica=config.parallel.replica_size,
         )
         self._supervised = supervised
         self._stop = False
@@ -134,8 +127,9 @@ class CoordinatorProcess:
             self._workers.close()
             self._front_door.close()
             self._context.destroy(linger=_LAST_WORDS_MS)
-            if self._event_log:
-                self._event_log.close()
+            for event_log in self._event_logs:
+                if event_log:
+                    event_log.close()
 
     def _await_ranks(self) -> None:
         limit_s = self._config.coordinator.startup_timeout_s
@@ -149,20 +143,7 @@ class CoordinatorProcess:
                     f"ranks {self._workers.missing_ranks} are not ready after {limit_s:g} s "
                     "(coordinator.startup_timeout_s)"
                 )
-            for _ in self._workers.results():
-                pass  # nothing but WorkerReady can come, which the group keeps
-
-    def _make_profiler(self) -> Profiler:
-        config = self._config
-        limits = ProfileLimits(
-            device_blocks=self._workers.device_blocks,
-            block_size=config.kv_cache.block_size,
-            max_batch_size=config.scheduler.max_batch_size,
-            max_batch_tokens=config.scheduler.max_batch_tokens,
-            max_context=self._welcome.max_context,
-            stages=config.parallel.pipeline,
-        )
-        return Profiler(self._workers, limits, config.coordinator.step_timeout_s)
+            self._workers.receive()
 
     def _measure(self) -> Profile:
         def look_around() -> None:
@@ -170,51 +151,34 @@ class CoordinatorProcess:
             if self._stop:
                 raise StoppedError
 
-        return measure(self._make_profiler(), look_around)
-
-    def _make_scheduler(self) -> tuple[Scheduler, SchedulerSetup]:
-        config, profiler, profile = self._config, self._make_profiler(), self._profile
-        if profile is None:
-            profile = profiler.self_measurement()
-            _log.info("self-measurement: %s", profile)
-        else:
-            profiler.warm_up()
-        setup = SchedulerSetup(
-            scheduler=config.scheduler,
-            swap=config.kv_cache.swap,
-            pools=PoolSizes(
-                device_blocks=self._workers.device_blocks,
-                host_blocks=self._workers.host_blocks,
-                block_size=config.kv_cache.block_size,
-            ),
-            profile=profile,
-            window=config.parallel.pipeline,
-            first_step_id=profiler.steps,
-        )
-        return setup.make_scheduler(), setup
+        profiler = make_profiler(self._config, self._welcome, self._workers.groups[0])
+        return measure(profiler, look_around)
 
     def _make_coordinator(self) -> Coordinator:
         config = self._config
-        scheduler, setup = self._make_scheduler()
-        if self._event_log:
-            self._event_log.begin(setup)
-        metrics = ServingMetrics(block_bytes=self._workers.block_bytes)
-        metrics.watch_scheduler(scheduler)
+        metrics = ServingMetrics(
+            block_bytes=max(group.block_bytes for group in self._workers.groups)
+        )
+        replicas = make_replicas(
+            config,
+            self._welcome,
+            self._workers.groups,
+            profile=self._profile,
+            metrics=metrics,
+            event_logs=self._event_logs,
+        )
+        schedulers = [replica.scheduler for replica in replicas]
+        metrics.watch_schedulers(schedulers)
         admission = Admission(
             vocab_size=self._welcome.vocab_size,
             max_context=self._welcome.max_context,
             max_queued_requests=config.scheduler.max_queued_requests,
-            scheduler=scheduler,
+            schedulers=schedulers,
         )
         return Coordinator(
-            config=config.coordinator,
             welcome=self._welcome,
-            scheduler=(
-                RecordingScheduler(scheduler, self._event_log) if self._event_log else scheduler
-            ),
+            replicas=replicas,
             front_door=self._front_door,
-            workers=self._workers,
-            world_size=config.parallel.world_size,
             metrics=metrics,
             admission=admission,
             prefix_block_size=(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -26,10 +27,14 @@ class WorkersLostError(Exception):
 
 
 class WorkerGroup(Protocol):
-    """Executes steps, in the order of their dispatch."""
+    """The ranks of one replica. They execute steps in the order of their dispatch."""
+
+    @property
+    def ranks(self) -> range:
+        """Their numbers among all ranks."""
 
     def dispatch(self, command: StepCommand) -> None:
-        """Send a step to all ranks."""
+        """Send a step to all of them."""
 
     def results(self) -> Iterator[StepResult | CopyResult]:
         """Results that have arrived, without waiting.
@@ -42,15 +47,30 @@ class WorkerGroup(Protocol):
         """Wait for a result; False when none came in time."""
 
 
-class ZmqWorkerGroup:
-    """Ranks connected by ZeroMQ; each names itself with its rank number as identity."""
+class ZmqWorkers:
+    """The ranks of all replicas, on one socket; each has its rank number in its identity."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, world_size: int
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        *,
+        replicas: int,
+        ranks_per_replica: int,
     ) -> None:
+        """Bind.
+
+        Raises:
+            OSError: the endpoint cannot be bound.
+        """
         self._router = Router(context, endpoint, _BUFFERED_STEPS)
-        self._world_size = world_size
+        self._ranks_per_replica = ranks_per_replica
+        self._world_size = replicas * ranks_per_replica
         self._ready: dict[Identity, WorkerReady] = {}
+        self.groups = tuple(
+            ZmqWorkerGroup(self, range(first, first + ranks_per_replica))
+            for first in range(0, self._world_size, ranks_per_replica)
+        )
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -69,45 +89,41 @@ class ZmqWorkerGroup:
         ready = {worker.rank for worker in self._ready.values()}
         return [rank for rank in range(self._world_size) if rank not in ready]
 
-    @property
-    def device_blocks(self) -> int:
-        """Blocks of the smallest pool: a block has the same id on every rank."""
-        return min(worker.device_blocks for worker in self._ready.values())
+    def members(self, ranks: range) -> list[tuple[Identity, WorkerReady]]:
+        """Those of these ranks that are ready."""
+        return [(peer, worker) for peer, worker in self._ready.items() if worker.rank in ranks]
 
-    @property
-    def host_blocks(self) -> int:
-        """Likewise of the smallest pool in host memory."""
-        return min(worker.host_blocks for worker in self._ready.values())
+    def send(self, peer: Identity, frame: bytes) -> None:
+        """Send to one rank.
 
-    @property
-    def block_bytes(self) -> int:
-        """Memory of a block, on all ranks together."""
-        return sum(worker.block_bytes for worker in self._ready.values())
+        Raises:
+            WorkersLostError: it does not take it.
+        """
+        try:
+            self._router.send_frame(peer, frame)
+        except (PeerGoneError, PeerBusyError):
+            self.receive()  # its last words, which say more, may have come just now
+            raise WorkersLostError(
+                f"rank {self._ready[peer].rank} does not take its steps"
+            ) from None
 
-    def dispatch(self, command: StepCommand) -> None:
-        frame = encode(command)
-        for peer, worker in self._ready.items():
-            try:
-                self._router.send_frame(peer, frame)
-            except (PeerGoneError, PeerBusyError):
-                for _ in self.results():
-                    pass  # its last words, which say more, may have come just now
-                raise WorkersLostError(f"rank {worker.rank} does not take its steps") from None
+    def receive(self) -> None:
+        """Hand what has arrived to the groups, without waiting.
 
-    def results(self) -> Iterator[StepResult | CopyResult]:
+        Raises:
+            WorkersLostError: a rank reported that it failed, or sent nonsense.
+        """
         for peer, frames in self._router.receive():
             match message := decode(b"".join(frames), trusted=True):
                 case StepResult() | CopyResult():
-                    yield message
+                    replica = self._ready[peer].rank // self._ranks_per_replica
+                    self.groups[replica].inbox.append(message)
                 case WorkerReady():
                     self._ready[peer] = message
                 case WorkerFailed():
                     raise WorkersLostError(f"rank {message.rank} failed: {message.message}")
                 case _:
                     raise WorkersLostError(f"a rank sent {type(message).__name__}")
-
-    def wait(self, timeout_s: float) -> bool:
-        return bool(self.socket.poll(int(timeout_s * 1000)))
 
     def shut_down(self) -> None:
         """Tell all ranks to end."""
@@ -119,3 +135,41 @@ class ZmqWorkerGroup:
 
     def close(self) -> None:
         self._router.close()
+
+
+class ZmqWorkerGroup:
+    """The ranks of one replica; see `WorkerGroup`."""
+
+    def __init__(self, workers: ZmqWorkers, ranks: range) -> None:
+        self.ranks = ranks
+        self.inbox: deque[StepResult | CopyResult] = deque()
+        """Results of these ranks that nobody has asked for yet."""
+        self._workers = workers
+
+    @property
+    def device_blocks(self) -> int:
+        """Blocks of the smallest pool: a block has the same id on every rank."""
+        return min(worker.device_blocks for _, worker in self._workers.members(self.ranks))
+
+    @property
+    def host_blocks(self) -> int:
+        """Likewise of the smallest pool in host memory."""
+        return min(worker.host_blocks for _, worker in self._workers.members(self.ranks))
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of a block, on all ranks of the replica together."""
+        return sum(worker.block_bytes for _, worker in self._workers.members(self.ranks))
+
+    def dispatch(self, command: StepCommand) -> None:
+        frame = encode(command)
+        for peer, _ in self._workers.members(self.ranks):
+            self._workers.send(peer, frame)
+
+    def results(self) -> Iterator[StepResult | CopyResult]:
+        self._workers.receive()
+        while self.inbox:
+            yield self.inbox.popleft()
+
+    def wait(self, timeout_s: float) -> bool:
+        return bool(self.inbox) or bool(self._workers.socket.poll(int(timeout_s * 1000)))

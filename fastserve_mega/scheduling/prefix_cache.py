@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastserve_mega.scheduling.kv_blocks import BlockPool
@@ -44,8 +45,12 @@ class PrefixCache:
 
     def known_tokens(self, request: Request) -> int:
         """How many leading tokens of a request would be found now."""
+        return self.tokens_of(request.block_hashes[: self._usable(request)])
+
+    def tokens_of(self, block_hashes: Sequence[BlockHash]) -> int:
+        """How many tokens the leading blocks hold that would be found now."""
         count = 0
-        for block_hash in request.block_hashes[: self._usable(request)]:
+        for block_hash in block_hashes:
             if block_hash not in self._device and block_hash not in self._host:
                 break
             count += 1

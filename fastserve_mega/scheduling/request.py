@@ -55,6 +55,8 @@ class Request:
     """Leading tokens whose KV was found in the prefix cache when it arrived."""
     dropped_tokens: int = 0
     """Computed tokens whose KV was dropped, until it is resident again."""
+    unread_tokens: int = 0
+    """Tokens it arrived with that no step has computed yet; a recomputation does not count."""
     copies: int = 0
     """Copies of its blocks that have not been reported done."""
     moving: bool = False

@@ -20,6 +20,8 @@ from fastserve_mega.scheduling.memory import KvMemory, PoolSizes
 from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.swap_planner import SwapPlanner
+from fastserve_mega.scheduling.view import view_replica
+from fastserve_mega.snapshot import ReplicaView
 from fastserve_mega.types import RequestId
 
 
@@ -63,6 +65,7 @@ class Scheduler:
         self._requests: dict[RequestId, Request] = {}
         self._in_flight: dict[int, list[Request]] = {}
         self._released: list[RequestId] = []
+        self._unread_tokens = 0
         self._arrivals = 0
         self._next_step_id = first_step_id
 
@@ -94,6 +97,30 @@ class Scheduler:
             f"this server has {capacity}"
         )
 
+    def expected_work_s(self, output_tokens: float) -> float:
+        """Time to finish all unfinished requests, roughly.
+
+        Their prompts' prefills, and the decoding of as many tokens more for each of them, in full
+        batches. That is right on average when the output lengths are exponentially distributed,
+        which forget how much there has been; those of conversations nearly are.
+
+        Args:
+            output_tokens: mean length of an answer.
+        """
+        prefill_s = self._cost_model.prefill_s(self._unread_tokens) if self._unread_tokens else 0.0
+        return prefill_s + len(self._requests) * self._decode_s(output_tokens)
+
+    def added_work_s(self, arrived: Arrived, output_tokens: float) -> float:
+        """What a request that has not been added would add; what is cached is not prefilled."""
+        tokens = arrived.prompt_tokens + arrived.received_tokens
+        cached = self._memory.prefix_cache.tokens_of(arrived.block_hashes)
+        return self._cost_model.prefill_s(max(tokens - cached, 1)) + self._decode_s(output_tokens)
+
+    def _decode_s(self, output_tokens: float) -> float:
+        """Of one answer, in full batches."""
+        batch = self._config.max_batch_size
+        return output_tokens * self._cost_model.decode_s(batch, round(output_tokens)) / batch
+
     @property
     def unfinished(self) -> int:
         return len(self._requests)
@@ -110,9 +137,16 @@ class Scheduler:
         """Unfinished requests of each level, the highest first."""
         return self._policy.level_lengths()
 
+    def view(self, now: float, max_requests: int) -> ReplicaView:
+        """What is going on, with at most so many requests."""
+        flying = self._in_flight.values()
+        return view_replica(self._policy, self._memory, flying, now, max_requests)
+
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""
         self._memory.check_integrity()
+        if self._unread_tokens != sum(each.unread_tokens for each in self._requests.values()):
+            raise RuntimeError("the tokens not yet read are miscounted")
         flying = [request for batch in self._in_flight.values() for request in batch]
         if len(set(flying)) != len(flying):
             raise RuntimeError("a request is in two steps at once")
@@ -162,6 +196,8 @@ class Scheduler:
             waiting_since=now,
         )
         request.cached_tokens = self._memory.prefix_cache.known_tokens(request)
+        request.unread_tokens = request.known_tokens - request.cached_tokens
+        self._unread_tokens += request.unread_tokens
         self._requests[request.request_id] = request
         self._policy.add(request, now)
         self._planner.observe_arrival(self._memory.blocks_for(request.known_tokens), now)
@@ -181,6 +217,8 @@ class Scheduler:
                 decodes += 1
             request.computed_tokens += tokens
             request.in_flight_tokens = 0
+            if request.unread_tokens:
+                self._read(request, tokens)
             request.waiting_since = now
             request.unpaid_s -= event.elapsed_s
             if request.ended:  # aborted while the step ran
@@ -200,8 +238,14 @@ class Scheduler:
         self._cost_model.observe(prefill_tokens, decodes, event.elapsed_s)
         self._policy.charge(going_on, event.elapsed_s)
 
+    def _read(self, request: Request, tokens: int) -> None:
+        read = min(tokens, request.unread_tokens)
+        request.unread_tokens -= read
+        self._unread_tokens -= read
+
     def _end(self, request: Request) -> None:
         request.ended = True
+        self._read(request, request.unread_tokens)
         del self._requests[request.request_id]
         self._policy.remove(request)
         self._released.append(request.request_id)

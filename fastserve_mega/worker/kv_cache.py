@@ -54,13 +54,6 @@ class KvCache:
         kinds_and_heads = torch.arange(rows_per_layer, device=device)
         self._kinds_and_heads = kinds_and_heads.view(2, num_kv_heads)
 
-    @staticmethod
-    def bytes_per_block(
-        *, num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
-    ) -> int:
-        """Memory of one block of all layers of the rank."""
-        return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
-
     def write_index(self, slots: Tensor) -> Tensor:
         """Rows to write for `slots` [tokens], where slot = block * block_size + offset.
 

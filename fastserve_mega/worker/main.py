@@ -68,9 +68,9 @@ def _check_agreement(config: Config, topology: Topology, exchange: Exchange) -> 
     wanted = config.parallel.world_size
     if topology.world_size != wanted:
         raise ValueError(
-            f"the configuration wants {wanted} ranks (parallel.tensor {config.parallel.tensor} x "
-            f"parallel.pipeline {config.parallel.pipeline}), the launcher started "
-            f"{topology.world_size}"
+            f"the configuration wants {wanted} ranks (parallel.data {config.parallel.data} x "
+            f"pipeline {config.parallel.pipeline} x tensor {config.parallel.tensor}), the "
+            f"launcher started {topology.world_size}"
         )
     said = f"{fastserve_mega.__version__} {config!r}"
     hashes = exchange.gather(hashlib.sha256(said.encode()).hexdigest())
@@ -101,10 +101,13 @@ class _Rank:
         endpoint = master = ""
         if self._topology.rank == 0:
             self._child = CoordinatorChild(coordinator_arguments)
-            endpoint, master = self._child.worker_endpoint, choose_master(self._topology)
+            endpoint = self._child.worker_endpoint
+        replica_size = self._config.parallel.replica_size
+        if self._topology.rank % replica_size == 0:
+            master = choose_master(self._topology)
         endpoint = self._exchange.broadcast(endpoint)
-        master = self._exchange.broadcast(master)
-        runner = self._make_runner(master)
+        masters = self._exchange.gather(master)[::replica_size]
+        runner = self._make_runner(masters[self._topology.rank // replica_size])
         context = zmq.Context[zmq.Socket[bytes]]()
         try:
             loop = WorkerLoop(
@@ -119,6 +122,7 @@ class _Rank:
 
     def _make_runner(self, master: str) -> ModelRunner:
         config = self._config
+        topology = self._topology.within_replica(config.parallel.replica_size)
         if self._runner_name == "fake":
             settings = config.kv_cache
             host_blocks = settings.host_blocks if settings.host_blocks is not None else _FAKE_BLOCKS
@@ -127,13 +131,13 @@ class _Rank:
                 block_size=settings.block_size,
                 vocab_size=load_architecture(config.model.directory).vocab_size,
                 host_blocks=host_blocks if settings.swap.uses_host else 0,
-                is_sampling_rank=self._topology.rank == self._topology.world_size - 1,
+                is_sampling_rank=topology.rank == topology.world_size - 1,
             )
         # Imported late: torch takes seconds, and fake ranks need none.
         from fastserve_mega.worker.megatron.runner import MegatronRunner
 
         address, _, port = master.rpartition(":")
-        return MegatronRunner(config, self._topology, address, int(port))
+        return MegatronRunner(config, topology, address, int(port))
 
     def _coordinator_alive(self) -> bool:
         # Rank 0 watches its child; the others end with rank 0, and notice when orphaned.

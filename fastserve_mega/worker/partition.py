@@ -76,15 +76,15 @@ def split_layers(num_layers: int, parallel: ParallelConfig) -> tuple[range, ...]
 def partition_model(
     architecture: Architecture, parallel: ParallelConfig, rank: int, world_size: int
 ) -> Partition:
-    """The share of one rank.
+    """The share of one rank among the `world_size` ranks of its replica.
 
     Raises:
         ValueError: the model cannot be split this way; the message names value and limit.
     """
-    if world_size != parallel.world_size:
+    if world_size != parallel.replica_size:
         raise ValueError(
             f"{world_size} ranks were started, but parallel.tensor={parallel.tensor} times "
-            f"parallel.pipeline={parallel.pipeline} needs {parallel.world_size}"
+            f"parallel.pipeline={parallel.pipeline} needs {parallel.replica_size}"
         )
     size = parallel.tensor
     _check_divisible(architecture, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ class Topology:
     world_size: int = 1
     local_rank: int = 0
     local_size: int = 1
+
+    def within_replica(self, replica_size: int) -> Topology:
+        """This rank among the ranks of its replica, which are numbered one after another."""
+        return dataclasses.replace(self, rank=self.rank % replica_size, world_size=replica_size)
 
 
 def read_topology(environment: Mapping[str, str] | None = None) -> Topology:

@@ -102,6 +102,7 @@ def fake_server(
     host_blocks=0,
     block_size=4,
     ranks=1,
+    replicas=1,
     make_runner=GatedRunner,
     swap=None,
     prefix_cache=True,
@@ -112,7 +113,7 @@ def fake_server(
     coordinator = options.pop("coordinator", {})
     config = Config(
         model=ModelConfig(path=str(model_directory)),
-        parallel=ParallelConfig(pipeline=ranks),
+        parallel=ParallelConfig(pipeline=ranks // replicas, data=replicas),
         kv_cache=KvCacheConfig(
             block_size=block_size,
             prefix_cache=prefix_cache,
@@ -130,7 +131,7 @@ def fake_server(
             host_blocks=host_blocks,
             block_size=block_size,
             vocab_size=VOCAB,
-            is_sampling_rank=rank == ranks - 1,
+            is_sampling_rank=(rank + 1) % (ranks // replicas) == 0,
         )
         for rank in range(ranks)
     ]

@@ -156,9 +156,7 @@ def test_blocks_freed_before_copy_done_are_noticed(start_server, monkeypatch):
 
 
 def test_not_waiting_for_the_slowest_rank_is_noticed(start_server, monkeypatch):
-    monkeypatch.setattr(
-        "fastserve_mega.coordinator.coordinator.CopiesInFlight", HastyCopiesInFlight
-    )
+    monkeypatch.setattr("fastserve_mega.coordinator.replica.CopiesInFlight", HastyCopiesInFlight)
     options = {"swap": swap("proactive"), "host_blocks": PLENTY, "ranks": 2, **SCARCE}
     with start_server(**options) as server:
         server.runner.copy_delay_s = SlowCopies.copy_delay_s

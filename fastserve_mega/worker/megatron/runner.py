@@ -26,9 +26,10 @@ from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.partition import Partition, partition_model
-from fastserve_mega.worker.pool_sizes import device_blocks, host_blocks
+from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler
+from fastserve_mega.worker.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.topology import Topology
 
 
@@ -37,8 +38,9 @@ class MegatronRunner:
 
     Args:
         config: the deployment.
-        topology: this rank; rank = pipeline stage * parallel.tensor + tensor rank.
-        master_address: host of rank 0, reachable from all ranks.
+        topology: this rank among those of its replica; rank = pipeline stage * parallel.tensor +
+            tensor rank.
+        master_address: host of the replica's rank 0, reachable from its other ranks.
         master_port: free port there; not used by a lone rank.
 
     Raises:
@@ -208,13 +210,7 @@ def _build_cache(
     device: torch.device,
 ) -> KvCache:
     settings = config.kv_cache
-    bytes_per_block = KvCache.bytes_per_block(
-        num_layers=len(partition.layers),
-        num_kv_heads=len(partition.kv_heads),
-        block_size=settings.block_size,
-        head_dim=architecture.head_dim,
-        dtype=dtype,
-    )
+    bytes_per_block = block_bytes(architecture, partition, settings.block_size, dtype.itemsize)
     return KvCache(
         num_blocks=device_blocks(config, architecture, bytes_per_block, device),
         num_layers=len(partition.layers),

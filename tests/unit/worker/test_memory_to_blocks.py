@@ -8,7 +8,7 @@ import torch
 
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, SwapConfig
 from fastserve_mega.models.architecture import Experts, load_architecture
-from fastserve_mega.worker import pool_sizes
+from fastserve_mega.worker import pool_sizes, sizes
 
 GB = 2**30
 BLOCK_BYTES = 2**20
@@ -32,14 +32,14 @@ def config(directory="x", **settings):
 
 def test_utilization_leaves_what_others_and_activations_take():
     settings = KvCacheConfig(device_memory_utilization=0.75)
-    assert pool_sizes.free_for_blocks(settings, 60 * GB, 80 * GB, 3 * GB) == 37 * GB
-    assert pool_sizes.free_for_blocks(settings, 10 * GB, 80 * GB, 3 * GB) == 0
+    assert sizes.free_for_blocks(settings, 60 * GB, 80 * GB, 3 * GB) == 37 * GB
+    assert sizes.free_for_blocks(settings, 10 * GB, 80 * GB, 3 * GB) == 0
 
 
 def test_cuda_takes_its_share_of_what_the_weights_left(monkeypatch, architecture):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, 80 * GB))
     wanted = config(device_memory_utilization=0.75)
-    activations = pool_sizes.activation_bytes(wanted, architecture)
+    activations = sizes.activation_bytes(wanted, architecture)
     assert 0 < activations < GB
     blocks = pool_sizes.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA)
     assert blocks == (40 * GB - activations) // BLOCK_BYTES
@@ -49,8 +49,8 @@ def test_a_rank_may_hold_all_experts_that_a_step_chooses(architecture):
     experts = Experts(count=4, chosen=2, ffn_hidden_size=12, normalized=True)
     mixture = dataclasses.replace(architecture, experts=experts)
     wanted = config()
-    more = pool_sizes.activation_bytes(wanted, mixture)
-    more -= pool_sizes.activation_bytes(wanted, architecture)
+    more = sizes.activation_bytes(wanted, mixture)
+    more -= sizes.activation_bytes(wanted, architecture)
     rows = wanted.scheduler.max_batch_tokens * experts.chosen
     assert more == 4 * rows * (2 * architecture.hidden_size + 3 * experts.ffn_hidden_size)
 
@@ -87,4 +87,4 @@ def test_only_strategies_that_swap_have_a_host_pool():
         ("none", 0),
     ):
         settings = KvCacheConfig(host_memory_gb=0.5, swap=SwapConfig(strategy=strategy))
-        assert pool_sizes.host_blocks(settings, BLOCK_BYTES) == expected
+        assert sizes.host_blocks(settings, BLOCK_BYTES) == expected

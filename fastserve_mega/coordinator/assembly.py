@@ -1,0 +1,107 @@
+"""Puts replicas together: measures their ranks, makes their schedulers, opens event logs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastserve_mega.config import Config
+from fastserve_mega.coordinator.event_log import (
+    EventLogWriter,
+    RecordingScheduler,
+    SchedulerSetup,
+)
+from fastserve_mega.coordinator.profile_grid import ProfileLimits
+from fastserve_mega.coordinator.profiler import Profiler
+from fastserve_mega.coordinator.replica import Replica
+from fastserve_mega.coordinator.worker_group import ZmqWorkerGroup
+from fastserve_mega.messaging.messages import Welcome
+from fastserve_mega.metrics import ServingMetrics
+from fastserve_mega.scheduling.cost_model import Profile
+from fastserve_mega.scheduling.memory import PoolSizes
+
+_log = logging.getLogger(__name__)
+
+
+def open_event_logs(path: str | None, replicas: int) -> list[EventLogWriter | None]:
+    """A log for each replica: `log.jsonl`, or `log.replica-0.jsonl` and so on for several.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    if path is None:
+        return [None] * replicas
+    whole = Path(path).expanduser()
+    if replicas == 1:
+        return [EventLogWriter(whole)]
+    return [
+        EventLogWriter(whole.with_name(f"{whole.stem}.replica-{replica}{whole.suffix}"))
+        for replica in range(replicas)
+    ]
+
+
+def make_profiler(config: Config, welcome: Welcome, group: ZmqWorkerGroup) -> Profiler:
+    """Measures the ranks of one replica."""
+    limits = ProfileLimits(
+        device_blocks=group.device_blocks,
+        block_size=config.kv_cache.block_size,
+        max_batch_size=config.scheduler.max_batch_size,
+        max_batch_tokens=config.scheduler.max_batch_tokens,
+        max_context=welcome.max_context,
+        stages=config.parallel.pipeline,
+    )
+    return Profiler(group, limits, config.coordinator.step_timeout_s)
+
+
+def make_replicas(
+    config: Config,
+    welcome: Welcome,
+    groups: Sequence[ZmqWorkerGroup],
+    *,
+    profile: Profile | None,
+    metrics: ServingMetrics,
+    event_logs: Sequence[EventLogWriter | None],
+) -> list[Replica]:
+    """Replicas whose ranks are warm. Without a profile the first one is measured shortly.
+
+    All begin with the same expectations, so that chance does not make one look faster; each then
+    learns from its own steps.
+
+    Raises:
+        WorkersLostError: a rank failed meanwhile.
+    """
+    replicas = []
+    for group, event_log in zip(groups, event_logs, strict=True):
+        profiler = make_profiler(config, welcome, group)
+        if profile is None:
+            profile = profiler.self_measurement()
+            _log.info("self-measurement: %s", profile)
+        else:
+            profiler.warm_up()
+        setup = _scheduler_setup(config, group, profile, first_step_id=profiler.steps)
+        scheduler = setup.make_scheduler()
+        step = scheduler.step
+        if event_log:
+            event_log.begin(setup)
+            step = RecordingScheduler(scheduler, event_log).step
+        timeout_s = config.coordinator.step_timeout_s
+        replicas.append(Replica(scheduler, step, group, timeout_s, metrics))
+    return replicas
+
+
+def _scheduler_setup(
+    config: Config, group: ZmqWorkerGroup, profile: Profile, *, first_step_id: int
+) -> SchedulerSetup:
+    return SchedulerSetup(
+        scheduler=config.scheduler,
+        swap=config.kv_cache.swap,
+        pools=PoolSizes(
+            device_blocks=group.device_blocks,
+            host_blocks=group.host_blocks,
+            block_size=config.kv_cache.block_size,
+        ),
+        profile=profile,
+        window=config.parallel.pipeline,
+        first_step_id=first_step_id,
+    )

@@ -1,0 +1,220 @@
+"""What goes where, and whether it fits: arithmetic on sizes, without a device or weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastserve_mega.config import Config, ParallelConfig
+from fastserve_mega.models.architecture import Architecture, load_architecture
+from fastserve_mega.worker.partition import Partition, partition_model
+from fastserve_mega.worker.sizes import (
+    activation_bytes,
+    block_bytes,
+    free_for_blocks,
+    host_blocks,
+    parameter_count,
+)
+
+GIB = 2**30
+CONTEXT_BYTES = GIB // 2
+"""Of a CUDA context with its libraries, before anything is allocated; about so on an A100."""
+_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """What each rank of a pipeline stage holds. Sizes in bytes, of one rank."""
+
+    stage: int
+    ranks: tuple[range, ...]
+    """Of this stage, for each replica."""
+    layers: range
+    query_heads: int
+    kv_heads: int
+    parameters: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    device_blocks: int | None
+    """That its device has room for; None when hardware.device_memory_gb is not given."""
+    host_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentPlan:
+    """A configuration in numbers. Sizes in bytes."""
+
+    model: str
+    architecture: Architecture
+    value_bytes: int
+    """Of a parameter and a KV element."""
+    block_size: int
+    parameters: int
+    """Of the model, each counted once."""
+    weight_bytes: int
+    """Of all ranks of a replica together, with what several of them hold."""
+    kv_bytes_per_token: int
+    """Of all ranks of a replica together."""
+    activation_bytes: int
+    """Of a step on one rank, at most."""
+    max_context: int
+    stages: tuple[StagePlan, ...]
+    replicas: int
+    nodes: int
+    problems: tuple[str, ...]
+    """Why it does not fit, or would be slow; one sentence each."""
+
+    @property
+    def device_blocks(self) -> int | None:
+        """KV blocks of a replica, the null block included: those of its smallest pool."""
+        counts = [stage.device_blocks for stage in self.stages]
+        return None if None in counts else min(count for count in counts if count is not None)
+
+    @property
+    def host_blocks(self) -> int:
+        """Likewise in host memory."""
+        return min(stage.host_blocks for stage in self.stages)
+
+    def requests_of(self, tokens: int, blocks: int) -> int:
+        """How many requests of so many tokens fit into a pool of `blocks`, in one replica."""
+        return max(blocks - 1, 0) // -(-tokens // self.block_size)
+
+
+def find_architecture(config: Config, config_file: Path) -> tuple[Architecture, Path]:
+    """The model's config.json: at model.path, or else beside the configuration file.
+
+    Returns:
+        The architecture, and the directory it was found in: `architectures/NAME` beside the file
+        has it for models that are not on this machine yet.
+
+    Raises:
+        ValueError: it is in neither place, or not usable.
+    """
+    directory = config.model.directory
+    beside = config_file.parent / "architectures" / config.model.name
+    if not (directory / "config.json").is_file() and (beside / "config.json").is_file():
+        directory = beside
+    try:
+        return load_architecture(directory), directory
+    except ValueError as error:
+        if directory.is_dir():
+            raise
+        raise ValueError(f"{error}, and there is no {beside / 'config.json'}") from None
+
+
+def plan_deployment(config: Config, architecture: Architecture) -> DeploymentPlan:
+    """Compute everything.
+
+    Raises:
+        ValueError: the model cannot be split over this mesh, or model.max_context is too much.
+    """
+    value_bytes = _VALUE_BYTES[config.model.dtype]
+    parallel = config.parallel
+    partitions = [
+        partition_model(architecture, parallel, rank, parallel.replica_size)
+        for rank in range(parallel.replica_size)
+    ]
+    activations = activation_bytes(config, architecture)
+    stages = tuple(
+        _plan_stage(config, architecture, partitions[stage * parallel.tensor], activations)
+        for stage in range(parallel.pipeline)
+    )
+    kv_bytes = sum(block_bytes(architecture, partition, 1, value_bytes) for partition in partitions)
+    max_context = config.model.max_context or architecture.max_context
+    return DeploymentPlan(
+        model=config.model.name,
+        architecture=architecture,
+        value_bytes=value_bytes,
+        block_size=config.kv_cache.block_size,
+        parameters=parameter_count(
+            architecture, partition_model(architecture, ParallelConfig(), 0, 1)
+        ),
+        weight_bytes=sum(parameter_count(architecture, each) for each in partitions) * value_bytes,
+        kv_bytes_per_token=kv_bytes,
+        activation_bytes=activations,
+        max_context=max_context,
+        stages=stages,
+        replicas=parallel.data,
+        nodes=-(-parallel.world_size // config.hardware.devices_per_node),
+        problems=tuple(_problems(config, stages, activations, max_context)),
+    )
+
+
+def _plan_stage(
+    config: Config, architecture: Architecture, partition: Partition, activations: int
+) -> StagePlan:
+    parallel, settings = config.parallel, config.kv_cache
+    value_bytes = _VALUE_BYTES[config.model.dtype]
+    parameters = parameter_count(architecture, partition)
+    block = block_bytes(architecture, partition, settings.block_size, value_bytes)
+    first = partition.stage * parallel.tensor
+    return StagePlan(
+        stage=partition.stage,
+        ranks=tuple(
+            range(start + first, start + first + parallel.tensor)
+            for start in range(0, parallel.world_size, parallel.replica_size)
+        ),
+        layers=partition.layers,
+        query_heads=len(partition.query_heads),
+        kv_heads=len(partition.kv_heads),
+        parameters=parameters,
+        weight_bytes=parameters * value_bytes,
+        kv_bytes_per_token=block // settings.block_size,
+        device_blocks=_device_blocks(config, parameters * value_bytes, activations, block),
+        host_blocks=host_blocks(settings, block),
+    )
+
+
+def _device_blocks(config: Config, weights: int, activations: int, block: int) -> int | None:
+    settings, memory_gb = config.kv_cache, config.hardware.device_memory_gb
+    if settings.device_blocks is not None:
+        return settings.device_blocks
+    if settings.device_memory_gb is not None:
+        return int(settings.device_memory_gb * GIB) // block
+    if memory_gb is None:
+        return None
+    total = int(memory_gb * GIB)
+    return free_for_blocks(settings, total - weights - CONTEXT_BYTES, total, activations) // block
+
+
+def _problems(
+    config: Config, stages: tuple[StagePlan, ...], activations: int, max_context: int
+) -> list[str]:
+    problems = []
+    hardware, block_size = config.hardware, config.kv_cache.block_size
+    memory_gb = hardware.device_memory_gb
+    for stage in stages:
+        if memory_gb is None or stage.device_blocks is None:
+            continue
+        pool = stage.device_blocks * block_size * stage.kv_bytes_per_token
+        needed = stage.weight_bytes + CONTEXT_BYTES + activations + pool
+        if needed > memory_gb * GIB:
+            problems.append(
+                f"a rank of stage {stage.stage} needs {needed / GIB:.1f} GiB, its device has "
+                f"{memory_gb:g} (hardware.device_memory_gb)"
+            )
+        if (stage.device_blocks - 1) * block_size < max_context:
+            problems.append(
+                f"stage {stage.stage} has room for {max(stage.device_blocks - 1, 0) * block_size} "
+                f"tokens of KV, so no request can have the {max_context} of the context"
+            )
+    if hardware.host_memory_gb is not None:
+        on_node = min(hardware.devices_per_node, config.parallel.world_size)
+        pools = on_node * max(
+            stage.host_blocks * block_size * stage.kv_bytes_per_token for stage in stages
+        )
+        if pools > hardware.host_memory_gb * GIB:
+            problems.append(
+                f"the host pools of a node take {pools / GIB:.0f} GiB, it has "
+                f"{hardware.host_memory_gb:g} (hardware.host_memory_gb)"
+            )
+    if config.parallel.tensor > 1 and any(
+        ranks.start // hardware.devices_per_node != (ranks.stop - 1) // hardware.devices_per_node
+        for stage in stages
+        for ranks in stage.ranks
+    ):
+        problems.append(
+            f"parallel.tensor={config.parallel.tensor} ranks are on more than one node of "
+            f"{hardware.devices_per_node} devices: every layer waits for the network twice"
+        )
+    return problems

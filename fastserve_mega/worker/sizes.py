@@ -1,0 +1,112 @@
+"""How much memory a rank's share of a model takes. No torch here: nothing needs to be loaded."""
+
+from __future__ import annotations
+
+from fastserve_mega.config import Config, KvCacheConfig
+from fastserve_mega.models.architecture import Architecture, LearnedPositions
+from fastserve_mega.worker.partition import Partition
+
+_HIDDEN_COPIES = 8
+"""Activations of a layer that live at once, in hidden sizes: residual, normed, query, key, value,
+attention output, and two of the allocator's leftovers."""
+_WIDE_COPIES = 3
+"""Likewise in intermediate sizes: gate, up, product."""
+_LOGIT_BYTES = 4 * 2
+"""Logits in float32, and their probabilities."""
+
+
+def parameter_count(architecture: Architecture, partition: Partition) -> int:
+    """Parameters that a rank holds, as Megatron lays them out."""
+    hidden = architecture.hidden_size
+    vocabulary = len(partition.vocab_rows) * hidden
+    count = sum(_layer_parameters(architecture, partition, layer) for layer in partition.layers)
+    if partition.is_first_stage:
+        count += vocabulary
+        if isinstance(architecture.positions, LearnedPositions):
+            count += architecture.max_context * hidden
+    if partition.is_last_stage:
+        count += _norm_parameters(architecture)
+        # A last stage of its own has no embedding to share, and holds a copy.
+        if not (architecture.tied_embeddings and partition.is_first_stage):
+            count += vocabulary
+    return count
+
+
+def block_bytes(
+    architecture: Architecture, partition: Partition, block_size: int, value_bytes: int
+) -> int:
+    """Memory of a rank's share of a KV block.
+
+    Args:
+        architecture: of the model.
+        partition: the rank's share.
+        block_size: tokens.
+        value_bytes: of one element.
+    """
+    heads = 2 * len(partition.kv_heads) * architecture.head_dim
+    return len(partition.layers) * heads * block_size * value_bytes
+
+
+def activation_bytes(config: Config, architecture: Architecture) -> int:
+    """Most that the activations of a step take on a rank, estimated from the sizes."""
+    tensor = config.parallel.tensor
+    per_token = _HIDDEN_COPIES * architecture.hidden_size
+    per_token += _WIDE_COPIES * architecture.ffn_hidden_size // tensor
+    if (experts := architecture.experts) is not None:
+        # A rank may hold all that a token chose: rows in and out, and the widest at a time.
+        wide = experts.ffn_hidden_size * config.parallel.expert // tensor
+        per_token += experts.chosen * (2 * architecture.hidden_size + _WIDE_COPIES * wide)
+    logits = config.scheduler.max_batch_size * architecture.vocab_size * _LOGIT_BYTES
+    # Four bytes: norms and softmax compute in float32.
+    return 4 * per_token * config.scheduler.max_batch_tokens + logits
+
+
+def free_for_blocks(settings: KvCacheConfig, free: int, total: int, activations: int) -> int:
+    """Bytes for KV on a device of `total` bytes of which the weights and others left `free`."""
+    kept_free = round((1 - settings.device_memory_utilization) * total)
+    return max(free - kept_free - activations, 0)
+
+
+def host_blocks(settings: KvCacheConfig, block_bytes: int) -> int:
+    """Blocks of the host pool of a rank; none for strategies that do not swap."""
+    if not settings.swap.uses_host:
+        return 0
+    if settings.host_blocks is not None:
+        return settings.host_blocks
+    return int(settings.host_memory_gb * 2**30) // block_bytes
+
+
+def _layer_parameters(architecture: Architecture, partition: Partition, layer: int) -> int:
+    hidden, head_dim = architecture.hidden_size, architecture.head_dim
+    query_size = len(partition.query_heads) * head_dim
+    qkv_size = query_size + 2 * len(partition.kv_heads) * head_dim
+    count = (4 if architecture.post_norms else 2) * _norm_parameters(architecture)
+    count += hidden * (qkv_size + query_size)
+    if architecture.qkv_bias or architecture.linear_bias:
+        count += qkv_size
+    if architecture.linear_bias:
+        count += hidden
+    if architecture.qk_norm:
+        count += 2 * head_dim
+    if architecture.has_experts(layer):
+        return count + _mixture_parameters(architecture, partition)
+    wide = len(partition.ffn_columns)
+    inner = (2 if architecture.gated else 1) * wide
+    count += hidden * (inner + wide)
+    return count + inner + hidden if architecture.linear_bias else count
+
+
+def _mixture_parameters(architecture: Architecture, partition: Partition) -> int:
+    """Router, this rank's part of the experts, and the shared one with its gate."""
+    hidden, experts = architecture.hidden_size, architecture.experts
+    if experts is None:
+        return 0
+    count = hidden * experts.count
+    count += len(partition.experts) * 3 * hidden * len(partition.expert_columns)
+    if experts.shared_ffn_hidden_size is not None:
+        count += hidden + 3 * hidden * len(partition.shared_expert_columns)
+    return count
+
+
+def _norm_parameters(architecture: Architecture) -> int:
+    return architecture.hidden_size * (2 if architecture.norm == "layer" else 1)
