@@ -60,7 +60,7 @@ def run_job(job: dict) -> list[list[int]] | None:
         params,
         block_size=job["block_size"],
         chunk=job["chunk"],
-        concurrent=job["concurrent"],
+        concurrent=job.get("concurrent", 4),
         share_tokens=share_tokens,
     )
     runner.close()
