@@ -35,8 +35,8 @@ so all must have the same number."""
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 _HEAD = "output_layer.weight"
-_FIRST_LAYER = "decoder.layers.0."
-_STACKED_LAYERS = "decoder.layers."
+_LAYERS = "decoder.layers."
+_FIRST_LAYER = f"{_LAYERS}0."
 
 
 def find_distributed_checkpoint(directory: Path) -> Path | None:
@@ -171,12 +171,13 @@ def _make_global(tensor: Any, architecture: Architecture, partition: Partition) 
     first = partition.layers.start
     key, shape, offset = tensor.key, tensor.global_shape, tensor.global_offset
     data, replica = tensor.data.detach(), tensor.replica_id
-    if tensor.prepend_axis_num:
+    # Axes of the whole tensor that the parameter lacks: its layer, its expert.
+    data = data.view((1,) * tensor.prepend_axis_num + tuple(data.shape))
+    number, _, rest = key.removeprefix(_LAYERS).partition(".")
+    if key.startswith(_LAYERS) and number.isdecimal():
+        key = f"{_LAYERS}{int(number) + first}.{rest}"
+    elif key.startswith(_LAYERS):
         shape, offset = (architecture.num_layers, *shape[1:]), (offset[0] + first, *offset[1:])
-        data = data[None]
-    elif key.startswith(_STACKED_LAYERS):
-        number, _, rest = key.removeprefix(_STACKED_LAYERS).partition(".")
-        key = f"{_STACKED_LAYERS}{int(number) + first}.{rest}"
     elif key == _HEAD and architecture.tied_embeddings:
         key, replica = _EMBEDDING, (1, *replica[1:])  # the last stage's copy
     return dataclasses.replace(
