@@ -26,7 +26,6 @@ from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
     FORMAT_FILE,
     DistributedCheckpoint,
-    check_has_no_experts,
     find_distributed_checkpoint,
     read_tensors,
     sharded_tensors,
@@ -62,7 +61,6 @@ def convert(source: Path, target: Path, output_format: Format) -> None:
         OSError: a file cannot be read or written.
     """
     architecture = load_architecture(source)
-    check_has_no_experts(architecture)
     found = None if has_safetensors(source) else find_distributed_checkpoint(source)
     if (found is not None) == (output_format == "torch_dist"):
         raise ValueError(f"{source} has the format {output_format} already")

@@ -56,7 +56,6 @@ class DistributedCheckpoint:
     """
 
     def __init__(self, directory: Path, architecture: Architecture, partition: Partition) -> None:
-        check_has_no_experts(architecture)
         _check_format(directory)
         self._directory = directory
         self._architecture = architecture
@@ -255,19 +254,6 @@ class _NoCommonState(LoadCommonStrategy):  # type: ignore[misc] # megatron is un
     @property
     def can_handle_sharded_objects(self) -> bool:
         return True
-
-
-def check_has_no_experts(architecture: Architecture) -> None:
-    """Refuse what Megatron lays out in a way of its own: the experts of a layer as one tensor.
-
-    Raises:
-        ValueError: the model has experts.
-    """
-    if architecture.experts is not None:
-        raise ValueError(
-            f"{architecture.name} has experts, whose distributed checkpoints are not supported; "
-            "serve it from its Hugging Face directory"
-        )
 
 
 def _check_format(directory: Path) -> None:

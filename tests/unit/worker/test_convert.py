@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import MIXTURES, MODELS, make_model
+from tiny_models import MODELS, make_model
 
 from fastserve_mega.cli import main
 from fastserve_mega.worker.megatron.convert import convert
@@ -38,7 +38,7 @@ def converted(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in MIXTURES])
+@pytest.mark.parametrize("name", list(MODELS))
 def test_there_and_back_is_bit_equal(converted, name):
     original, _, back = converted(name)
     before, after = tensors_of(original), tensors_of(back)
@@ -46,16 +46,6 @@ def test_there_and_back_is_bit_equal(converted, name):
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype
         assert torch.equal(tensor, after[key]), key
-
-
-def test_experts_are_refused(tmp_path, capsys):
-    make_model("mixtral", tmp_path / "original")
-    arguments = ["--from", str(tmp_path / "original"), "--to", str(tmp_path / "new")]
-    assert main(["convert", *arguments, "--format", "torch_dist"]) == 2
-    assert "MixtralForCausalLM has experts, whose distributed checkpoints are not supported" in (
-        capsys.readouterr().err
-    )
-    assert not (tmp_path / "new").exists()
 
 
 def test_config_and_tokenizer_come_along(converted):
