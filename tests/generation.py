@@ -71,7 +71,7 @@ def generate(
         if waiting and len(running) < concurrent:
             running.append(waiting.pop(0))
         batch = [generation.next_input(chunk, block_size, free) for generation in running]
-        sampled = iter(share_tokens(runner.execute(batch)))
+        sampled = iter(share_tokens(runner.execute(batch).token_ids))
         for generation, sequence in zip(list(running), batch, strict=True):
             generation.cached = sequence.context
             if sequence.samples:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastserve_mega.text.token_bytes import TokenBytes
+
 _ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _NO_LIMIT = 10**30
 """In place of the tokenizer's own model_max_length: the context is checked by the server, and the
@@ -33,6 +35,7 @@ class Tokenizer:
         if not self.directory.is_dir():
             raise FileNotFoundError(f"the tokenizer directory {self.directory} does not exist")
         self._tokenizer = _load(self.directory)
+        self._token_bytes = TokenBytes(self._tokenizer)
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
         self.vocab_size: int = len(self._tokenizer)
         """Number of ids with a meaning; a model's own vocabulary may be padded beyond it."""
@@ -77,6 +80,10 @@ class Tokenizer:
         """Text of token ids; special and unknown ones are skipped."""
         text: str = self._tokenizer.decode(self.visible(token_ids), skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a single token stands for; a character may be spread over several tokens."""
+        return self._token_bytes(token_id)
 
     def visible(self, token_ids: Sequence[int]) -> list[int]:
         """Those of the ids that stand for text: neither special nor out of the vocabulary."""

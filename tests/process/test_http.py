@@ -13,6 +13,7 @@ from fake_server import WAIT_MS, GatedRunner, expected_tokens
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.server.app import create_app
 from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.worker.runner import StepOutput
 
 WAIT_S = WAIT_MS / 1000
 TEXT = "naïve 日本語 🙂🙃 fox 🙂"
@@ -67,7 +68,7 @@ class Reciter(GatedRunner):
         super().execute(batch)
         sampling = [sequence for sequence in batch if sequence.samples]
         said = [sequence.context - sequence.prompt_tokens for sequence in sampling]
-        return [self.token_ids[n % len(self.token_ids)] for n in said]
+        return StepOutput([self.token_ids[n % len(self.token_ids)] for n in said])
 
 
 def streamed_texts(server, tokenizer, body):

@@ -29,7 +29,7 @@ from fastserve_mega.worker.megatron.initialize import (
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.pool_sizes import device_blocks, host_blocks
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.runner import SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
 
@@ -107,28 +107,25 @@ class MegatronRunner:
         return self._partition.is_last_stage and self._partition.tensor_rank == 0
 
     @torch.inference_mode()
-    def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
+    def execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         """Run one step; all ranks are called with the same batches in the same order.
-
-        Returns:
-            One token for each sequence with `samples`, in order; empty on other ranks.
 
         Raises:
             ValueError: a sequence without tokens, or with too few blocks.
         """
         if not batch:
-            return []
+            return StepOutput()
         step = build_step(batch, self.cache.block_size, self._device)
         self.cache.clear(step.fresh_blocks)
         hidden = self._stage.run_layers(self._receive(step), self._attention(step))
         if not self._partition.is_last_stage:
             self._send(hidden)
-            return []
+            return StepOutput()
         sampled = [sequence for sequence in batch if sequence.samples]
         if not sampled:
-            return []
+            return StepOutput()
         logits = self._stage.logits(hidden.index_select(0, step.sample_rows))
-        return self._sampler(logits, sampled) if self.is_sampling_rank else []
+        return self._sampler(logits, sampled) if self.is_sampling_rank else StepOutput()
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""
