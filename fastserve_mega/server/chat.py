@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from fastapi import APIRouter, Request, Response
 
+from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json
+from fastserve_mega.server.logprobs import chat_logprobs
 from fastserve_mega.server.protocol import ChatRequest
-from fastserve_mega.server.service import Service
+from fastserve_mega.server.service import Endpoint, Service
+
+ENDPOINT = Endpoint("chatcmpl", "chat.completion", "chat.completion.chunk")
 
 
-class ChatShape:
+@dataclass(frozen=True, slots=True)
+class ChatChoice:
     """How OpenAI writes chat completions."""
 
-    id_prefix = "chatcmpl"
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
+    index: int
+    logprobs: Callable[[Chunk], Json | None]
 
-    def choice(self, index: int, text: str, reason: str) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    def whole(self, text: str, chunk: Chunk, reason: str) -> Json:
+        return {
+            "index": self.index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self.logprobs(chunk),
+            "finish_reason": reason,
+        }
 
-    def opening(self, index: int) -> Json | None:
-        return self._piece(index, {"role": "assistant", "content": ""}, None)
+    def opening(self) -> list[Json]:
+        return [self._piece({"role": "assistant", "content": ""})]
 
-    def delta(self, index: int, text: str) -> Json:
-        return self._piece(index, {"content": text}, None)
+    def delta(self, chunk: Chunk) -> list[Json]:
+        return [self._piece({"content": chunk.text}, self.logprobs(chunk))]
 
-    def closing(self, index: int, reason: str) -> Json:
-        return self._piece(index, {}, reason)
+    def closing(self, reason: str) -> list[Json]:
+        return [self._piece({}, None, reason)]
 
-    @staticmethod
-    def _piece(index: int, delta: Json, reason: str | None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _piece(self, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
 def chat_router(service: Service) -> APIRouter:
@@ -42,6 +52,14 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(http: Request, body: ChatRequest) -> Response:
         tokens = await service.encode_chat([message.plain() for message in body.messages])
         budget = await service.token_budget(tokens, body.token_limit)
-        return await service.answer(http, body, [(tokens, budget)], ChatShape())
+        ends = await service.end_token_ids(body)
+
+        def logprobs(chunk: Chunk) -> Json | None:
+            return chat_logprobs(chunk, service.tokenizer.token_bytes, ends)
+
+        def choice(index: int) -> ChatChoice:
+            return ChatChoice(index, logprobs)
+
+        return await service.answer(http, body, [(tokens, budget)], ENDPOINT, choice)
 
     return router

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastserve_mega.types import SamplingParams
+from fastserve_mega.types import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
 
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""
 
 _UNSUPPORTED: Neutral = {
-    "n": (1,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
 _UNSUPPORTED_COMPLETION: Neutral = _UNSUPPORTED | {
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (),
 }
 _UNSUPPORTED_CHAT: Neutral = _UNSUPPORTED | {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -91,9 +81,15 @@ class GenerationRequest(_Strict):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=128)
+    """Answers to each prompt."""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    """Token id, as a string, to what is added to its logit."""
     seed: int | None = None
     stop: str | list[str] | None = None
     # About who asks, not about the answer.
@@ -103,6 +99,8 @@ class GenerationRequest(_Strict):
     metadata: dict[str, str] | None = None
     # Extensions, named as in vLLM.
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
@@ -119,6 +117,15 @@ class GenerationRequest(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def answers_per_prompt(self) -> int:
+        return self.n or 1
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """How many of the most probable tokens are told; None tells no log probabilities."""
+        raise NotImplementedError
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -129,8 +136,8 @@ class GenerationRequest(_Strict):
             raise ValueError("a stop string must not be empty")
         return stop
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
-        """How to sample at most `max_tokens` tokens.
+    def sampling_params(self, max_tokens: int, number: int = 0) -> SamplingParams:
+        """How to sample at most `max_tokens` tokens of answer `number` to a prompt.
 
         Raises:
             ValueError: a value is outside its range.
@@ -141,7 +148,13 @@ class GenerationRequest(_Strict):
             top_p=1.0 if self.top_p is None else self.top_p,
             # vLLM's clients say -1 for all tokens.
             top_k=0 if self.top_k in (None, -1) else self.top_k,
-            seed=self.seed,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=_by_token_id(self.logit_bias or {}),
+            logprobs=self.top_logprobs_asked,
+            seed=None if self.seed is None else _derived_seed(self.seed, number),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
@@ -154,6 +167,28 @@ class CompletionRequest(GenerationRequest):
     unsupported = _UNSUPPORTED_COMPLETION
     prompt: str | list[str] | list[int] | list[list[int]]
     """Text or token ids, or several of one kind."""
+    echo: bool | None = None
+    """Begin each answer with its prompt."""
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "echo=True together with logprobs is not supported: log probabilities of the "
+                "prompt are not computed"
+            )
+        if self.best_of not in (None, self.answers_per_prompt):
+            raise ValueError(
+                f"best_of={self.best_of} is not supported unless it is n "
+                f"({self.answers_per_prompt})"
+            )
+        return self
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -199,6 +234,18 @@ class ChatRequest(GenerationRequest):
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = None
     """The newer name of max_tokens."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _logprobs_for_top(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
+        return self
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
@@ -216,6 +263,21 @@ class ChatRequest(GenerationRequest):
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens
         return self.max_tokens
+
+
+def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
+    for token in bias:
+        if not token.isdecimal():
+            raise ValueError(f"logit_bias must be for token ids, got {_short(token)}")
+    return {int(token): value for token, value in bias.items()}
+
+
+def _derived_seed(seed: int, number: int) -> int:
+    """The seed of answer `number`; that of answer 0 is the seed itself."""
+    if number == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & MAX_SEED
 
 
 def _short(value: Any) -> str:
