@@ -17,6 +17,7 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
+MAX_STRUCTURE_LENGTH = 65_536
 _MAX_PENALTY = 2.0
 _MAX_REPETITION_PENALTY = 100.0
 
@@ -36,6 +37,37 @@ class FinishReason(str, Enum):
     """The server failed; nothing was wrong with the request."""
     REJECTED = "rejected"
     """Not accepted because the server is full; try again later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """A form that the output is held to; exactly one of the fields says which.
+
+    Raises:
+        ValueError: none or several are given, or they are too long. Whether a schema or an
+            expression is valid is found out by `fastserve_mega.text.structured`.
+    """
+
+    json_schema: str | None = None
+    """A JSON schema, as JSON text."""
+    regex: str | None = None
+    """A regular expression in Rust's syntax, for the whole output."""
+    choice: tuple[str, ...] | None = None
+    """Texts of which the output is one."""
+
+    def __post_init__(self) -> None:
+        given = [text for text in (self.json_schema, self.regex, self.choice) if text is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "structured output takes one of json_schema, regex and choice, "
+                f"got {len(given)} of them"
+            )
+        length = sum(map(len, given[0]))
+        if not 1 <= length <= MAX_STRUCTURE_LENGTH:
+            raise ValueError(
+                f"a schema, expression or choice must have 1 to {MAX_STRUCTURE_LENGTH} "
+                f"characters, got {length}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +106,8 @@ class SamplingParams:
     logprobs: int | None = None
     """Report the log probability of each output token, and of so many of the most probable
     tokens. They are the model's own: before bias, penalties and temperature."""
+    structured: StructuredOutput | None = None
+    """Hold the output to a form; the end of sequence then comes where the form allows it."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -99,7 +133,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """Whether the rank that samples must know the output so far."""
-        return self.counts_tokens
+        return self.counts_tokens or self.structured is not None
 
     def _check_filters(self) -> None:
         _check_range("temperature", self.temperature, 0, 100)
@@ -137,6 +171,11 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), "
                 f"got {self.min_tokens}"
+            )
+        if self.structured is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError(
+                "structured output ends where its form does; ignore_eos and min_tokens cannot be "
+                "combined with it"
             )
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError(f"stop_token_ids must not be negative, got {self.stop_token_ids}")

@@ -7,7 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastserve_mega.types import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams
+from fastserve_mega.server.structured import (
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    only_one,
+)
+from fastserve_mega.types import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams, StructuredOutput
 
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
@@ -28,7 +34,6 @@ _UNSUPPORTED_CHAT: Neutral = _UNSUPPORTED | {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -109,6 +114,11 @@ class GenerationRequest(_Strict):
     """KV is shared among requests with the same salt only."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the answer ends with finish reason `timeout`."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -124,6 +134,18 @@ class GenerationRequest(_Strict):
     def top_logprobs_asked(self) -> int | None:
         """How many of the most probable tokens are told; None tells no log probabilities."""
         raise NotImplementedError
+
+    def structured_output(self) -> StructuredOutput | None:
+        """The form that the output is held to.
+
+        Raises:
+            ValueError: several are asked for, or one that is too long.
+        """
+        guided = StructuredOutputs(
+            json=self.guided_json, regex=self.guided_regex, choice=self.guided_choice
+        )
+        asked = (self.response_format, self.structured_outputs, guided)
+        return only_one([s for each in asked if each and (s := each.structured()) is not None])
 
     @property
     def include_usage(self) -> bool:
@@ -154,6 +176,7 @@ class GenerationRequest(_Strict):
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             logit_bias=_by_token_id(self.logit_bias or {}),
             logprobs=self.top_logprobs_asked,
+            structured=self.structured_output(),
             seed=None if self.seed is None else _derived_seed(self.seed, number),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),

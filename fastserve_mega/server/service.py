@@ -15,6 +15,7 @@ from fastserve_mega.client import AsyncClient, AsyncGeneration
 from fastserve_mega.server.answers import Answer, Choice, respond
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.protocol import GenerationRequest
+from fastserve_mega.text.structured import GrammarUnavailableError, check_structured
 from fastserve_mega.text.tokenizer import Tokenizer
 
 MAX_ANSWERS = 1024
@@ -156,7 +157,9 @@ class Service:
                 for prompt, max_tokens in prompts
                 for number in range(count)
             ]
-        except ValueError as error:
+            if (structured := submissions[0][1].structured) is not None:
+                await asyncio.to_thread(check_structured, structured)
+        except (ValueError, GrammarUnavailableError) as error:
             raise ApiError(400, str(error)) from None
         return [
             await self.client.submit(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fastserve_mega.worker.grammar import GrammarMatcher
 
 _FIRST_CAPACITY = 64
 
@@ -62,6 +66,8 @@ class TokenHistory:
     ) -> None:
         self._prompt_tokens = prompt_tokens
         self.output = list(output)
+        self.matcher: GrammarMatcher | None = None
+        """Where the output stands in its grammar; the sampler's."""
         self.counts = TokenCounts(prompt)
         self.counts.add(output)
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastserve_mega.messaging.messages import SamplingFailure
+from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.logprobs import ModelDistribution
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
 from fastserve_mega.worker.runner import SequenceInput, StepOutput
@@ -42,20 +44,38 @@ class Sampler:
 
     Args:
         eos_token_ids: end-of-sequence tokens of the model, held back by `min_tokens`.
+        grammars: what structured output is held to; None refuses it.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], grammars: Grammars | None = None) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._grammars = grammars
 
     def __call__(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
         """One token for each row of `logits` [sequences, vocabulary], which may be changed."""
         logits = logits.float()
         distribution = ModelDistribution(logits, sequences)
+        failures = self._hold_to_grammars(logits, sequences)
         self._hold_back_stop_tokens(logits, sequences)
         add_logit_bias(logits, sequences)
         penalize(logits, sequences)
         tokens = _choose(logits, sequences)
-        return StepOutput(tokens, distribution.of(tokens))
+        return StepOutput(tokens, distribution.of(tokens), failures)
+
+    def _hold_to_grammars(
+        self, logits: Tensor, sequences: Sequence[SequenceInput]
+    ) -> tuple[SamplingFailure, ...]:
+        failures = []
+        for row, sequence in enumerate(sequences):
+            if sequence.params.structured is None or sequence.history is None:
+                continue
+            try:
+                if self._grammars is None:
+                    raise GrammarError("this rank has no structured output")
+                self._grammars.hold(logits[row], sequence.params.structured, sequence.history)
+            except GrammarError as error:
+                failures.append(SamplingFailure(row, str(error)))
+        return tuple(failures)
 
     def _hold_back_stop_tokens(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
         vocabulary = logits.shape[-1]

@@ -9,7 +9,8 @@ import torch
 from fake_server import VOCAB, GatedRunner
 
 from fastserve_mega.client import Client
-from fastserve_mega.types import FinishReason, SamplingParams
+from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput
+from fastserve_mega.worker.grammar import Grammars
 from fastserve_mega.worker.runner import StepOutput
 from fastserve_mega.worker.sampler import Sampler
 
@@ -23,13 +24,15 @@ BASE = {"max_tokens": 10, "temperature": 1.0, "seed": 7, "ignore_eos": True}
 class SamplingRunner(GatedRunner):
     """Logits that depend on the whole context, and the real sampler."""
 
+    grammars: Grammars | None = None
+
     def execute(self, batch):
         seeds = super().execute(batch).token_ids
         sampling = [sequence for sequence in batch if sequence.samples]
         rows = [torch.randn(VOCAB, generator=torch.Generator().manual_seed(s)) for s in seeds]
         for row, sequence in zip(rows, sampling, strict=True):
             row[EOS] = 50.0 if sequence.context - sequence.prompt_tokens >= EOS_AFTER else -50.0
-        return Sampler((EOS,))(torch.stack(rows), sampling) if rows else StepOutput()
+        return Sampler((EOS,), self.grammars)(torch.stack(rows), sampling) if rows else StepOutput()
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,7 @@ def generate(model_directory):
         fake_server(model_directory, make_runner=SamplingRunner) as server,
         Client(server.endpoint) as client,
     ):
+        server.runner.grammars = Grammars(model_directory, VOCAB, (EOS,))
 
         def generate(**change):
             return client.submit(PROMPT, SamplingParams(**{**BASE, **change})).wait()
@@ -61,6 +65,10 @@ EFFECTS = {
     "frequency_penalty": ({"frequency_penalty": -2.0}, says_other_things),
     "repetition_penalty": ({"repetition_penalty": 0.1}, says_other_things),
     "logit_bias": ({"logit_bias": {9: 100.0}}, lambda _, done: done.token_ids[:5] == (9,) * 5),
+    "structured": (
+        {"structured": StructuredOutput(choice=("fox", "dog")), "ignore_eos": False},
+        lambda _, done: done.text in ("fox", "dog") and done.token_ids[-1] == EOS,
+    ),
     "logprobs": (
         {"logprobs": 2},
         lambda base, done: (

@@ -5,7 +5,13 @@ from hypothesis import strategies as st
 from fastserve_mega.messaging import messages
 from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, BadFrameError, decode, encode
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
-from fastserve_mega.types import FinishReason, SamplingParams, TokenLogprobs, Usage
+from fastserve_mega.types import (
+    FinishReason,
+    SamplingParams,
+    StructuredOutput,
+    TokenLogprobs,
+    Usage,
+)
 
 counts = st.integers(0, 2**40)
 names = st.text(min_size=1, max_size=20)
@@ -18,7 +24,7 @@ params = st.builds(
     top_k=st.integers(0, 1000),
     seed=st.none() | st.integers(0, 2**63 - 1),
     stop_token_ids=ids,
-    ignore_eos=st.booleans(),
+    ignore_eos=st.just(False),
     min_tokens=st.just(0),
     min_p=st.floats(0, 1),
     presence_penalty=st.floats(-2, 2),
@@ -26,6 +32,9 @@ params = st.builds(
     repetition_penalty=st.floats(0.1, 10),
     logit_bias=st.dictionaries(st.integers(0, 2**31), st.floats(-100, 100), max_size=3),
     logprobs=st.none() | st.integers(0, 20),
+    structured=st.none()
+    | st.builds(StructuredOutput, regex=names)
+    | st.builds(StructuredOutput, choice=st.tuples(names, names)),
 )
 logprobs = st.lists(
     st.none()

@@ -25,6 +25,9 @@ ANSWERED = {
     "best_of",
 }
 """By the server itself; test_server.py has their effects."""
+STRUCTURED = {
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+}  # fmt: skip
 LOGPROBS = {"logprobs", "top_logprobs"}
 LIMITS = {"max_tokens": 3, "max_completion_tokens": 3}
 SAMPLING = {
@@ -62,7 +65,7 @@ def test_flaw_13_what_the_official_client_offers_is_honoured_or_refused_by_name(
 
 @pytest.mark.parametrize(("kind", "body", "module"), KINDS)
 def test_flaw_13_each_accepted_field_is_one_with_an_effect(kind, body, module):
-    known = ABOUT_WHO_ASKS | ANSWERED | LOGPROBS | {"logit_bias"}
+    known = ABOUT_WHO_ASKS | ANSWERED | LOGPROBS | STRUCTURED | {"logit_bias"}
     known |= set(LIMITS) | set(SAMPLING) | set(SCHEDULING)
     assert set(kind.model_fields) <= known
     plain = kind.model_validate(body).sampling_params(10)

@@ -294,7 +294,6 @@ def test_a_wrong_completion_request_gets_one_sentence(http, fake_coordinator, bo
         ({"messages": []}, "messages: list should have at least 1 item"),
         ({"messages": hi(), "tools": [{"type": "function"}]}, "tools=[{'type': 'function'}] is"),
         ({"messages": hi(), "top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
-        ({"messages": hi(), "response_format": {"type": "json_object"}}, "response_format="),
         ({"messages": hi("tool")}, "messages.0.role: input should be 'system'"),
         ({"messages": hi(content=[{"type": "image_url", "image_url": {}}])}, "messages.0.content"),
         ({"messages": hi(), "max_tokens": 1, "max_completion_tokens": 2}, "are the same thing"),

@@ -12,6 +12,7 @@ from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture, Rope, load_architecture
 from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
+from fastserve_mega.worker.grammar import Grammars
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.attention import (
@@ -61,7 +62,10 @@ class MegatronRunner:
         self._dtype = select_dtype(config.model, self._device)
         set_up_cpu(config.parallel, topology)
         self._frequencies = _frequencies(architecture, self._device)
-        self._sampler = Sampler(architecture.eos_token_ids)
+        grammars = Grammars(
+            config.model.directory, architecture.vocab_size, architecture.eos_token_ids
+        )
+        self._sampler = Sampler(architecture.eos_token_ids, grammars)
         self._sending: tuple[dist.Work, Tensor] | None = None
         groups = join_process_groups(
             config.parallel, topology, self._device, master_address, master_port
