@@ -259,12 +259,17 @@ class CoordinatorConfig:
             _require(value > 0, f"coordinator.{name} must be positive, got {value}")
 
 
+ToolParserName = Literal["auto", "hermes", "llama3_json", "none"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The OpenAI-compatible HTTP server."""
 
     host: str = "127.0.0.1"
     port: int = 8000
+    tool_parser: ToolParserName = "auto"
+    """How the model writes calls of tools; auto goes by its chat template, none refuses tools."""
 
     def __post_init__(self) -> None:
         _require(

@@ -12,11 +12,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
+from fastserve_mega.config import ToolParserName
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.service import Service
+from fastserve_mega.server.tools.formats import choose_parser
 from fastserve_mega.text.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -25,7 +27,11 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(
-    client: AsyncClient, tokenizer: Tokenizer, *, health_timeout_s: float = 2.0
+    client: AsyncClient,
+    tokenizer: Tokenizer,
+    *,
+    health_timeout_s: float = 2.0,
+    tool_parser: ToolParserName = "auto",
 ) -> FastAPI:
     """The OpenAI-compatible API in front of a coordinator.
 
@@ -33,6 +39,7 @@ def create_app(
         client: closed by the app when it shuts down.
         tokenizer: the served model's; give the client the same one.
         health_timeout_s: longest wait of GET /health for the coordinator.
+        tool_parser: how the model writes calls of tools.
     """
 
     @asynccontextmanager
@@ -47,7 +54,8 @@ def create_app(
     add_error_handlers(app)
     service = Service(client, tokenizer)
     app.include_router(completions_router(service))
-    app.include_router(chat_router(service))
+    new_tool_parser = choose_parser(tool_parser, tokenizer.tools_template)
+    app.include_router(chat_router(service, new_tool_parser))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)
     return app

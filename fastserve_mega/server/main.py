@@ -30,7 +30,7 @@ def run_server(config: Config) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     uvicorn.run(
-        create_app(client, tokenizer),
+        create_app(client, tokenizer, tool_parser=config.server.tool_parser),
         host=config.server.host,
         port=config.server.port,
         access_log=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -19,42 +19,18 @@ Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""
 
-_UNSUPPORTED: Neutral = {
+UNSUPPORTED: Neutral = {
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
-_UNSUPPORTED_COMPLETION: Neutral = _UNSUPPORTED | {
+_UNSUPPORTED_COMPLETION: Neutral = UNSUPPORTED | {
     "suffix": ("",),
 }
-_UNSUPPORTED_CHAT: Neutral = _UNSUPPORTED | {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "add_generation_prompt": (True,),
-}
-_UNSUPPORTED_MESSAGE: Neutral = {
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-}
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Refuses unknown fields, wrong types, and what we do not support."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -69,18 +45,18 @@ class _Strict(BaseModel):
             if name not in cls.unsupported or value is None:
                 continue
             if value not in cls.unsupported[name]:
-                raise ValueError(f"{name}={_short(value)} is not supported")
+                raise ValueError(f"{name}={short(value)} is not supported")
         return {name: value for name, value in data.items() if name not in cls.unsupported}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream tells besides text."""
 
     unsupported = {"include_obfuscation": (False,)}
     include_usage: bool = False
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """What completions and chat completions have in common. null stands for the default."""
 
     model: str | None = None
@@ -222,76 +198,10 @@ class CompletionRequest(GenerationRequest):
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
-class TextPart(_Strict):
-    """A part of a message in OpenAI's list form; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Strict):
-    """One turn of a conversation."""
-
-    unsupported = _UNSUPPORTED_MESSAGE
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """The message as chat templates know it."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        # OpenAI's newer name of the system role, which the templates of open models lack.
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": content}
-        if self.name is not None:
-            message["name"] = self.name
-        return message
-
-
-class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
-
-    unsupported = _UNSUPPORTED_CHAT
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = None
-    """The newer name of max_tokens."""
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-
-    @model_validator(mode="after")
-    def _logprobs_for_top(self) -> ChatRequest:
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
-        return self
-
-    @property
-    def top_logprobs_asked(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise ValueError(
-                f"max_tokens ({self.max_tokens}) and max_completion_tokens "
-                f"({self.max_completion_tokens}) are the same thing; send one of them"
-            )
-        return self
-
-    @property
-    def token_limit(self) -> int | None:
-        """Longest answer in tokens; None is the rest of the context."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return self.max_tokens
-
-
 def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
     for token in bias:
         if not token.isdecimal():
-            raise ValueError(f"logit_bias must be for token ids, got {_short(token)}")
+            raise ValueError(f"logit_bias must be for token ids, got {short(token)}")
     return {int(token): value for token, value in bias.items()}
 
 
@@ -303,6 +213,6 @@ def _derived_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest, "big") & MAX_SEED
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

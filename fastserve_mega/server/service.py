@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -42,20 +43,19 @@ class Service:
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, without holding up other requests."""
-        return await self._tokenize(self.tokenizer.encode, text, len(text))
+        return await self._tokenize(partial(self.tokenizer.encode, text), len(text))
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a conversation, without holding up other requests."""
         length = sum(len(message["content"]) for message in messages)
-        return await self._tokenize(self.tokenizer.apply_chat_template, messages, length)
+        encode = partial(self.tokenizer.apply_chat_template, messages, tools)
+        return await self._tokenize(encode, _LONG_TEXT if tools else length)
 
-    async def _tokenize(
-        self, function: Callable[..., list[int]], arg: Any, length: int
-    ) -> list[int]:
+    async def _tokenize(self, encode: Callable[[], list[int]], length: int) -> list[int]:
         try:
-            if length < _LONG_TEXT:
-                return function(arg)
-            return await asyncio.to_thread(function, arg)
+            return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from fastserve_mega.text.token_bytes import TokenBytes
 
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks of transformers' own, which Jinja does not know."""
 _ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _NO_LIMIT = 10**30
 """In place of the tokenizer's own model_max_length: the context is checked by the server, and the
@@ -57,8 +60,35 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._tokenizer.chat_template is not None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @property
+    def tools_template(self) -> str | None:
+        """The chat template for conversations with tools; None when it knows nothing of tools."""
+        templates = self._tokenizer.chat_template
+        if isinstance(templates, dict):
+            templates = templates.get("tool_use", templates.get("default"))
+        if templates is None:
+            return None
+        from jinja2 import Environment, TemplateError, meta
+
+        try:
+            # Templates of Hugging Face use these two extensions of Jinja.
+            parsed = Environment(
+                autoescape=False, extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]
+            ).parse(_GENERATION.sub("", templates))
+        except TemplateError:
+            return None
+        return str(templates) if "tools" in meta.find_undeclared_variables(parsed) else None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            messages: with `role` and `content`, and `tool_calls` and `tool_call_id`.
+            tools: that may be called, as OpenAI describes them.
 
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
@@ -69,7 +99,10 @@ class Tokenizer:
 
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except TemplateError as error:
             raise ValueError(f"the model's chat template refuses the messages: {error}") from None

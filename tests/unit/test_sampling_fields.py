@@ -7,7 +7,8 @@ import openai.types.completion_create_params as completion_params
 import pytest
 from pydantic import ValidationError
 
-from fastserve_mega.server.protocol import ChatRequest, CompletionRequest
+from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.protocol import CompletionRequest
 from fastserve_mega.types import SamplingParams
 
 COMPLETION = {"prompt": "x"}
@@ -23,6 +24,9 @@ ANSWERED = {
     "n",
     "echo",
     "best_of",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
 }
 """By the server itself; test_server.py has their effects."""
 STRUCTURED = {

@@ -292,9 +292,12 @@ def test_a_wrong_completion_request_gets_one_sentence(http, fake_coordinator, bo
     ("body", "sentence"),
     [
         ({"messages": []}, "messages: list should have at least 1 item"),
-        ({"messages": hi(), "tools": [{"type": "function"}]}, "tools=[{'type': 'function'}] is"),
         ({"messages": hi(), "top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
-        ({"messages": hi("tool")}, "messages.0.role: input should be 'system'"),
+        ({"messages": hi("nobody")}, "messages.0.role: input should be 'system'"),
+        (
+            {"messages": hi("user"), "audio": {"voice": "x"}},
+            "audio={'voice': 'x'} is not supported",
+        ),
         ({"messages": hi(content=[{"type": "image_url", "image_url": {}}])}, "messages.0.content"),
         ({"messages": hi(), "max_tokens": 1, "max_completion_tokens": 2}, "are the same thing"),
         ({"messages": hi(content="fox " * 300)}, "the context is 256 tokens"),

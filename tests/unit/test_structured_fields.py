@@ -11,7 +11,8 @@ from fake_coordinator import WAIT_S, FakeCoordinator
 from http_server import serving
 
 from fastserve_mega.messaging.messages import Submit
-from fastserve_mega.server.protocol import ChatRequest, CompletionRequest
+from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.protocol import CompletionRequest
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import StructuredOutput
 
