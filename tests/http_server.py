@@ -16,10 +16,16 @@ from fastserve_mega.text.tokenizer import Tokenizer
 
 
 @contextmanager
-def serving(coordinator, tokenizer: Tokenizer, **options) -> Iterator[str]:
+def serving(
+    coordinator, tokenizer: Tokenizer, *, patience_s: float = 0.6, **options
+) -> Iterator[str]:
     """Address of a real HTTP server in front of a coordinator; options are `create_app`'s."""
     client = AsyncClient(
-        coordinator.endpoint, tokenizer, timeout_s=0.5, heartbeat_s=0.2, silence_timeout_s=0.6
+        coordinator.endpoint,
+        tokenizer,
+        timeout_s=max(0.5, patience_s),
+        heartbeat_s=0.2,
+        silence_timeout_s=patience_s,
     )
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
