@@ -113,6 +113,8 @@ class Session:
             raise InvalidRequestError(str(error)) from None
         except OverflowError:
             raise InvalidRequestError("a number in the request has more than 64 bits") from None
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"a text is not valid Unicode: {error.reason}") from None
         self._requests[state.request_id] = state
         self._connection.send(frame)
         self._busy.set()

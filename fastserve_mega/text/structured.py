@@ -71,7 +71,11 @@ def check_structured(structured: StructuredOutput) -> None:
     kind = "JSON schema" if structured.json_schema is not None else "regular expression"
     kind = "choice" if structured.choice is not None else kind
     try:
+        for text in (structured.json_schema, structured.regex, *(structured.choice or ())):
+            (text or "").encode()
         grammar = grammar_of(structured)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {kind} is not valid Unicode: {error.reason}") from None
     except RecursionError:
         raise ValueError(f"the {kind} is nested too deeply") from None
     if complaint := load_llguidance().LLMatcher.validate_grammar(grammar):

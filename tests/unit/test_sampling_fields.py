@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import openai.types.chat.completion_create_params as chat_params
 import openai.types.completion_create_params as completion_params
 import pytest
@@ -141,3 +143,10 @@ def test_logit_bias_is_bounded():
         SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         SamplingParams(logit_bias={-1: 1.0})
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_the_documentation_lists_each_field(kind):
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in {*kind.model_fields, *kind.unsupported}:
+        assert f"`{name}`" in text, name

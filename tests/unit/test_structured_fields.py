@@ -67,6 +67,8 @@ REFUSED = [
     ({"guided_json": {"type": "banana"}}, "the JSON schema cannot be used: Invalid type: banana"),
     ({"guided_json": {"not": {}}}, "the JSON schema cannot be used: "),
     ({"guided_json": "[" * 30_000}, "the JSON schema is nested too deeply"),
+    ({"guided_choice": ["\ud800"]}, "not valid Unicode"),
+    ({"guided_regex": "\ud800"}, "not valid Unicode"),
     ({"guided_choice": []}, "must have 1 to 65536 characters, got 0"),
     ({"guided_regex": "a" * 70_000}, "must have 1 to 65536 characters, got 70000"),
     ({"guided_regex": "a", "guided_choice": ["b"]}, "ask for one structure of the output, got 2"),
@@ -85,7 +87,8 @@ def test_what_cannot_be_followed_is_refused_with_one_sentence(shared, fields, se
         ("/v1/chat/completions", {"messages": HI}),
         ("/v1/completions", {"prompt": "x"}),
     ):
-        response = http.post(path, json={**body, **fields})
+        content = json.dumps({**body, **fields})
+        response = http.post(path, content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == 400, response.text
         message = response.json()["error"]["message"]
         assert sentence in message
