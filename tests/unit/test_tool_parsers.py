@@ -38,6 +38,11 @@ HERMES = {
     f"<tool_call>{WEATHER}</tool_call>\n<tool_call>{TIME}</tool_call>": ("", CALLED),
     f"Let me see.\n<tool_call>\n{TIME}\n</tool_call>\n": ("Let me see.", CALLED[1:]),
     f"<tool_call>\n{WEATHER}": ("", CALLED[:1]),  # the end of sequence instead of the tag
+    '<tool_call>{"arguments": {"a": 1}, "name": "time"}</tool_call>': ("", [("time", {"a": 1})]),
+    '<tool_call>{"name": "q\\"\\u00e9", "arguments": {"a": "}{\\"\\\\"}}</tool_call>': (
+        "",
+        [('q"é', {"a": '}{"\\'})],
+    ),
     "no call < here <tool": ("no call < here <tool", []),
     "<tool_call>nonsense</tool_call>": ("<tool_call>nonsense</tool_call>", []),
     '<tool_call>{"name": 3}</tool_call>': ('<tool_call>{"name": 3}</tool_call>', []),
@@ -57,7 +62,7 @@ LLAMA = {
 }
 REQUIRED = {
     f"[{WEATHER}, {TIME}]": ("", CALLED),
-    f"[{WEATHER}, {TIME[:-5]}": ("", CALLED[:1]),  # max_tokens
+    f'[{WEATHER}, {{"name": "ti': ("", CALLED[:1]),  # max_tokens
 }
 CASES = [
     *((HermesParser, text, expected) for text, expected in HERMES.items()),
@@ -85,9 +90,12 @@ def test_text_is_told_before_the_end():
     parser = HermesParser()
     assert parser.push("Let me ") == ["Let me"]
     assert parser.push("see <") == [" see"]
-    assert parser.push("tool_call>" + TIME) == []
-    (call,) = parser.push("</tool_call>")
-    assert call.name == "time"
+    assert parser.push("tool_call>" + WEATHER[:20]) == []
+    name, arguments = parser.push(WEATHER[20:40])
+    assert (name.name, name.arguments) == ("weather", "")
+    assert (arguments.name, arguments.arguments) == (None, '{"city"')
+    (arguments,) = parser.push(WEATHER[40:] + "</tool_call>")
+    assert arguments.arguments == ': "Paris", "days": 2}'
 
 
 def test_a_named_call_is_its_arguments():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastserve_mega.server.tools.pieces import CallPiece, Piece, parse_call
+from fastserve_mega.server.tools.call_reader import CallReader
+from fastserve_mega.server.tools.pieces import CallPiece, Piece
 
 _ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 Functions = Mapping[str, dict[str, Any] | None]
@@ -32,32 +32,33 @@ class NamedCall:
 
 
 class RequiredCalls:
-    """The whole answer is an array of {"name": …, "arguments": …}; each is told when complete."""
+    """The whole answer is an array of {"name": …, "arguments": …}."""
 
     is_forced = False
 
     def __init__(self) -> None:
-        self._text = ""
         self._calls = 0
-        self._decoder = json.JSONDecoder()
+        self._call = CallReader(0)
+        self._between = True
 
     def push(self, text: str) -> Sequence[Piece]:
-        self._text += text
-        return list(self._complete_calls()) if "}" in text else []
+        pieces: list[Piece] = []
+        # The output is held to its form, so a call begins at each brace between two calls.
+        while text:
+            if self._between:
+                text = text[text.find("{") :] if "{" in text else ""
+                self._between = not text
+                continue
+            pieces += self._call.push(text)
+            if not self._call.complete:
+                break
+            text = self._call.rest
+            self._calls += 1
+            self._call, self._between = CallReader(self._calls), True
+        return pieces
 
     def finish(self) -> Sequence[Piece]:
         return []
-
-    def _complete_calls(self) -> Iterator[Piece]:
-        while rest := self._text.lstrip("[, \n\t\r"):
-            try:
-                value, end = self._decoder.raw_decode(rest)
-            except (ValueError, RecursionError):
-                return
-            self._text = rest[end:]
-            if (call := parse_call(value, self._calls)) is not None:
-                self._calls += 1
-                yield call
 
 
 def named_schema(functions: Functions, name: str) -> dict[str, Any]:

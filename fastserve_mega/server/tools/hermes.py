@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-from fastserve_mega.server.tools.pieces import Piece, held_back, parse_call
+from fastserve_mega.server.tools.call_reader import CallReader
+from fastserve_mega.server.tools.pieces import Piece, held_back
 
 _BEGIN = "<tool_call>"
 _END = "</tool_call>"
@@ -18,47 +18,57 @@ class HermesParser:
 
     def __init__(self) -> None:
         self._text = ""
-        """Not told yet: inside a call, or it may be the beginning of one."""
-        self._in_call = False
+        """Not told yet: it may be the beginning of a mark, or space before a call."""
+        self._call: CallReader | None = None
+        self._body = ""
+        """Of the call that is being read, in case it is none."""
         self._calls = 0
 
     def push(self, text: str) -> Sequence[Piece]:
         self._text += text
         pieces: list[Piece] = []
         while True:
-            marker = _END if self._in_call else _BEGIN
+            marker = _BEGIN if self._call is None else _END
             before, found, after = self._text.partition(marker)
             if not found:
                 break
-            pieces += self._call(before) if self._in_call else self._content(before, at_call=True)
-            self._text, self._in_call = after, not self._in_call
-        if not self._in_call:
-            certain = len(self._text) - held_back(self._text, _BEGIN)
+            self._text = after
+            if self._call is None:
+                pieces += self._content(before.rstrip())
+                self._call, self._body = CallReader(self._calls), ""
+            else:
+                pieces += [*self._read(self._call, before), *self._end_call(self._call, _END)]
+        certain = len(self._text) - held_back(self._text, marker)
+        if self._call is None:
             certain = len(self._text[:certain].rstrip())
-            pieces += self._content(self._text[:certain])
-            self._text = self._text[certain:]
-        return pieces
+        new, self._text = self._text[:certain], self._text[certain:]
+        return [
+            *pieces,
+            *(self._content(new) if self._call is None else self._read(self._call, new)),
+        ]
 
     def finish(self) -> Sequence[Piece]:
         text, self._text = self._text, ""
+        if self._call is None:
+            return self._content(text)
         # Some models end their answer instead of the call.
-        return self._call(text, end="") if self._in_call else self._content(text)
+        return [*self._read(self._call, text), *self._end_call(self._call, "")]
 
-    def _content(self, text: str, *, at_call: bool = False) -> list[Piece]:
-        """Text around calls; the space that sets it apart from them is no part of it."""
-        if at_call:
-            text = text.rstrip()
-        if self._calls and not text.strip():
+    def _content(self, text: str) -> list[Piece]:
+        """Text around calls; the space that sets them apart is no part of it."""
+        return [text] if text and not (self._calls and text.isspace()) else []
+
+    def _read(self, call: CallReader, body: str) -> Sequence[Piece]:
+        self._body += body
+        return call.push(body)
+
+    def _end_call(self, call: CallReader, end: str) -> list[Piece]:
+        self._call = None
+        if call.begun:
+            self._calls += 1
             return []
-        return [text] if text else []
-
-    def _call(self, body: str, end: str = _END) -> list[Piece]:
-        try:
-            call = parse_call(json.loads(body), self._calls)
-        except (ValueError, RecursionError):
-            call = None
-        if call is None:
+        if (whole := call.finish()) is None:
             # What is not a call is content, as the model wrote it.
-            return [f"{_BEGIN}{body}{end}"]
+            return [f"{_BEGIN}{self._body}{end}"]
         self._calls += 1
-        return [call]
+        return [whole]
