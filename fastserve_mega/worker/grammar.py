@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,6 @@ from fastserve_mega.types import StructuredOutput
 from fastserve_mega.worker.history import TokenHistory
 
 _LONGEST_MESSAGE = 300
-_BITS = 8
 
 
 class GrammarError(Exception):
@@ -85,7 +85,8 @@ class Grammars:
         if history.matcher is None:
             history.matcher = self._matcher(structured)
         history.matcher.follow(history.output)
-        logits.masked_fill_(~_unpack(history.matcher.allowed(), logits), -torch.inf)
+        forbidden = _forbidden(history.matcher.allowed(), logits.shape[0])
+        logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
 
     def _matcher(self, structured: StructuredOutput) -> GrammarMatcher:
         try:
@@ -109,11 +110,10 @@ class Grammars:
             raise GrammarError(f"structured output cannot use {path.name}: {error}") from None
 
 
-def _unpack(mask: bytes, logits: Tensor) -> Tensor:
-    """Bits to booleans, [vocabulary] like `logits`; what is beyond the mask is not allowed."""
-    packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8).to(logits.device)
-    bits = (packed[:, None] >> torch.arange(_BITS, device=logits.device)) & 1
-    allowed = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    known = min(bits.numel(), logits.shape[0])
-    allowed[:known] = bits.flatten()[:known].bool()
-    return allowed
+def _forbidden(allowed: bytes, vocabulary: int) -> Tensor:
+    """Bits to booleans, [vocabulary], and the other way round."""
+    bits = np.unpackbits(np.frombuffer(allowed, dtype=np.uint8), bitorder="little")
+    forbidden = np.ones(vocabulary, dtype=np.bool_)
+    known = min(len(bits), vocabulary)
+    np.equal(bits[:known], 0, out=forbidden[:known])
+    return torch.from_numpy(forbidden)
