@@ -54,8 +54,7 @@ def create_app(
     add_error_handlers(app)
     service = Service(client, tokenizer)
     app.include_router(completions_router(service))
-    new_tool_parser = choose_parser(tool_parser, tokenizer.tools_template)
-    app.include_router(chat_router(service, new_tool_parser))
+    app.include_router(chat_router(service, choose_parser(tool_parser, tokenizer.tools_template)))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)
     return app

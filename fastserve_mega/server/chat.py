@@ -112,12 +112,12 @@ def chat_router(
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(http: Request, body: ChatRequest) -> Response:
-        if body.offered_tools and new_tool_parser is None:
+        if body.is_about_tools and new_tool_parser is None:
             raise ApiError(
                 400,
                 "tools are not supported: the model's chat template has none, or "
                 "server.tool_parser does not say how it writes calls",
-                param="tools",
+                param="tools" if body.offered_tools else "messages",
             )
         try:
             messages = [message.plain() for message in body.messages]

@@ -129,6 +129,12 @@ class Function(Strict):
     strict: bool | None = None
     """Calls that tool_choice forces are always kept to the schema, others never."""
 
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it."""
+        known = {"description": self.description, "parameters": self.parameters}
+        given = {name: value for name, value in known.items() if value is not None}
+        return {"name": self.name, **given}
+
 
 class Tool(Strict):
     """A tool as OpenAI describes it."""
@@ -201,7 +207,14 @@ class ChatRequest(GenerationRequest):
         """The tools as chat templates know them; none when the model is not to call any."""
         if self.tool_choice == "none":
             return []
-        return [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        return [{"type": tool.type, "function": tool.function.plain()} for tool in self.tools or ()]
+
+    @property
+    def is_about_tools(self) -> bool:
+        """Whether the chat template has to know of tools."""
+        return bool(self.offered_tools) or any(
+            message.tool_calls or message.role == "tool" for message in self.messages
+        )
 
     def tool_parser(self, of_model: Callable[[], ToolParser] | None) -> ToolParser:
         """What reads the answer."""

@@ -59,8 +59,7 @@ def completions_router(service: Service) -> APIRouter:
             if body.max_tokens is None:
                 budget = min(budget, DEFAULT_MAX_TOKENS)
             prompts.append((tokens, budget))
-            text = prompt if isinstance(prompt, str) else service.tokenizer.decode(prompt)
-            echoes.append(text if body.echo else "")
+            echoes.append(service.text_of(prompt) if body.echo else "")
         ends = await service.end_token_ids(body)
 
         def choice(index: int) -> CompletionChoice:

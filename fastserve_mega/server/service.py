@@ -45,6 +45,10 @@ class Service:
         """Token ids of a text, without holding up other requests."""
         return await self._tokenize(partial(self.tokenizer.encode, text), len(text))
 
+    def text_of(self, prompt: str | Sequence[int]) -> str:
+        """A prompt as text."""
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+
     async def encode_chat(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
     ) -> list[int]:

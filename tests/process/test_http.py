@@ -100,3 +100,21 @@ def test_flaw_14_nor_for_any_bytes(start_server, tokenizer):
         body = {"prompt": [5, 6, 7], "max_tokens": 100, "temperature": 0.0}
         texts = streamed_texts(server, tokenizer, body)
     assert "".join(texts) == tokenizer.decode(expected_tokens((5, 6, 7), 100))
+
+
+def test_several_answers_share_the_prompt(start_server, tokenizer):
+    """The first computes it; the others find it in the prefix cache."""
+
+    async def main(server):
+        async with open_api(server, tokenizer) as http:
+            body = {"prompt": list(range(5, 46)), "max_tokens": 3, "n": 4, "temperature": 0.0}
+            answer = (await http.post("/v1/completions", json=body)).json()
+            return answer, (await http.get("/metrics")).text
+
+    with start_server(block_size=4) as server:
+        answer, metrics = asyncio.run(asyncio.wait_for(main(server), WAIT_S))
+    text = tokenizer.decode(expected_tokens(range(5, 46), 3))
+    assert [choice["text"] for choice in answer["choices"]] == [text] * 4
+    assert answer["usage"]["prompt_tokens"] == 41
+    found = metrics.split("\nfastserve_prefix_cache_hit_tokens_total ")[1].split()[0]
+    assert float(found) == 3 * 40

@@ -113,7 +113,8 @@ def test_a_named_call_is_its_arguments():
         ("auto", None, None),
         ("none", "{{ tools }} <tool_call>", None),
         ("llama3_json", "{{ tools }} <tool_call>", Llama3JsonParser),
-        ("hermes", None, HermesParser),
+        ("hermes", "{{ tools }}", HermesParser),
+        ("hermes", None, None),
     ],
 )
 def test_which_parser_a_model_has(name, template, expected):

@@ -109,7 +109,8 @@ def put_together(chunks):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call(api, says, stream, tokenizer):
     coordinator = says(f"Let me see.\n{CALL}\n{CALL}")
-    content, calls, reason = ask(api, stream=stream)
+    strict = [{**each, "function": {**each["function"], "strict": True}} for each in TOOLS]
+    content, calls, reason = ask(api, stream=stream, tools=strict)
     assert content == "Let me see."
     assert [(name, json.loads(arguments)) for name, arguments in calls] == [
         ("look", json.loads(ARGUMENTS))
@@ -233,6 +234,8 @@ def test_models_without_tools_refuse_them(tiny_tokenizer_dir, parser):
     ):
         with pytest.raises(openai.BadRequestError, match="tools are not supported"):
             ask(api)
+        with pytest.raises(openai.BadRequestError, match="tools are not supported"):
+            ask(api, tools=[], messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
         assert ask(api, tools=[], max_tokens=50)[2] == "stop"
         assert ask(api, tool_choice="none", max_tokens=50)[2] == "stop"
     coordinator.close()

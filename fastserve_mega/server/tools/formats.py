@@ -25,11 +25,13 @@ def choose_parser(name: ToolParserName, template: str | None) -> Callable[[], To
 
     Args:
         name: as configured; `auto` goes by the template.
-        template: the chat template; None without one.
+        template: the chat template; None when it knows nothing of tools.
     """
+    if template is None:
+        return None
     if name != "auto":
         return PARSERS.get(name)
     for family, signs in _SIGNS.items():
-        if any(sign in (template or "") for sign in signs):
+        if any(sign in template for sign in signs):
             return PARSERS[family]
     return None
