@@ -7,6 +7,7 @@ import torch
 
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.history import TokenHistory
+from fastserve_mega.worker.penalties import add_logit_bias, penalize
 from fastserve_mega.worker.runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler, uniform
 
@@ -159,7 +160,7 @@ SAID = (3, 7, 7, 9)
 PROMPTED = (1, 2, 3)
 
 
-def expected_distribution(logits, params):
+def changed_logits(logits, params):
     """By the definitions, token by token, in double precision."""
     logits = logits.double().clone()
     for token, bias in params.logit_bias.items():
@@ -171,7 +172,12 @@ def expected_distribution(logits, params):
         for token in set(SAID):
             logits[token] -= params.presence_penalty
             logits[token] -= params.frequency_penalty * SAID.count(token)
-    weights = torch.softmax(logits / params.temperature, dim=-1)
+    return logits
+
+
+def expected_distribution(logits, params):
+    """Of the changed logits, what the filters leave."""
+    weights = torch.softmax(changed_logits(logits, params) / params.temperature, dim=-1)
     if params.top_k:
         weights[weights < weights.topk(params.top_k).values[-1]] = 0
     weights[weights < params.min_p * weights.max()] = 0
@@ -228,6 +234,27 @@ def test_the_test_of_the_distribution_notices_an_ignored_option(name, logits):
     observed, expected = draw(logits, SamplingParams()), expected_distribution(logits, params)
     impossible = observed[expected == 0].sum() > 0
     assert impossible or chi_square_deviation(observed, expected) > 5 * CHI_SQUARE_LIMIT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.5},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.5, "presence_penalty": -1.0, "frequency_penalty": 2.0},
+        {"logit_bias": {0: 4.0, 49: -100.0}, "presence_penalty": 1.0},
+    ],
+)
+def test_logits_are_changed_as_defined_and_in_their_rows_only(change, logits):
+    logits[[1, 3, 7]], logits[[2, 9]] = -1.0, 1.0  # said or prompted, of both signs
+    params = SamplingParams(**change)
+    rows = logits.expand(3, -1).clone()
+    sequences = [sequence(), sequence(params, prompt=PROMPTED, output=SAID), sequence()]
+    add_logit_bias(rows, sequences)
+    penalize(rows, sequences)
+    assert torch.equal(rows[[0, 2]], logits.expand(2, -1))
+    assert torch.allclose(rows[1], changed_logits(logits, params).float(), atol=1e-6)
 
 
 # --- log probabilities -------------------------------------------------------------------------
