@@ -120,7 +120,7 @@ def chat_router(
                 param="tools" if body.offered_tools else "messages",
             )
         try:
-            messages = [message.plain() for message in body.messages]
+            messages = body.plain_messages()
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
         tokens = await service.encode_chat(messages, body.offered_tools)

@@ -202,6 +202,23 @@ class ChatRequest(GenerationRequest):
             raise ValueError("tool_choice='required' needs tools")
         return self
 
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """The conversation as chat templates know it.
+
+        Some want the name of the function with its result, which OpenAI's clients do not send.
+
+        Raises:
+            ValueError: the arguments of a call are not JSON.
+        """
+        names: dict[str | None, str] = {}
+        plain = []
+        for message in self.messages:
+            names |= {call.id: call.function.name for call in message.tool_calls or ()}
+            plain.append(message.plain())
+            if message.role == "tool" and message.name is None and message.tool_call_id in names:
+                plain[-1]["name"] = names[message.tool_call_id]
+        return plain
+
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
         """The tools as chat templates know them; none when the model is not to call any."""

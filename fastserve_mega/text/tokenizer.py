@@ -104,7 +104,8 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=True,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, AttributeError, LookupError) as error:
+            # Not all templates check what they are given before they use it.
             raise ValueError(f"the model's chat template refuses the messages: {error}") from None
         # The template has written the special tokens already.
         return self.encode(text, add_special_tokens=False)

@@ -19,7 +19,7 @@ TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
     "Answer with <tool_call></tool_call>.<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.tool_call_id %}[{{ m.tool_call_id }}] {% endif %}{{ m.content }}"
+    "{% if m.tool_call_id %}[{{ m.name }} {{ m.tool_call_id }}] {% endif %}{{ m.content }}"
     "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
     "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
@@ -174,7 +174,7 @@ def test_a_conversation_with_calls_and_results(api, says, tokenizer):
     assert ask(api, messages=messages)[0] == "It rains."
     (submit,) = coordinator.received(Submit)
     prompt = tokenizer.decode(submit.prompt)
-    assert "[call_1] rain" in prompt
+    assert "[look call_1] rain" in prompt
     # The template writes the arguments, so they are not quoted twice.
     assert f'<tool_call>{{"name": "look", "arguments": {ARGUMENTS}}}</tool_call>' in prompt
 
