@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 TWO_RANKS = ("tensor-2", "pipeline-2-uneven")
 FAMILIES = ("llama", "llama-one-kv-head", "qwen3", "opt", "gpt2", "qwen2-moe")
-"""One of each kind: plain, heads replicated and tied, more norms, positions, transposed, experts."""
+"""One of each kind: plain, heads shared and tied, more norms, positions, transposed, experts."""
 
 
 @pytest.fixture(scope="module")
