@@ -1,0 +1,117 @@
+"""The command line teaches: its help is complete and its examples are true."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from fastserve_mega import cli
+from fastserve_mega.config import load_config
+from fastserve_mega.logs import JsonFormatter, launched_rank
+from fastserve_mega.simulator.config import load_simulation_config
+
+COMMANDS = [command for group in cli.GROUPS for command in group.commands]
+EXAMPLES = [(command, example) for command in COMMANDS for example in command.examples]
+
+
+def help_of(capsys, *words):
+    with pytest.raises(SystemExit) as end:
+        cli.main([*words, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_first_page_lists_every_command_in_its_group(capsys):
+    page = help_of(capsys)
+    for group in cli.GROUPS:
+        section = page.partition(f"\n{group.title}:\n")[2].partition("\n\n")[0]
+        for command in group.commands:
+            assert f"  {command.name} " in section
+            assert command.summary in section
+    assert max(map(len, page.splitlines())) < 80
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_says_what_it_does_and_how(command, capsys):
+    page = " ".join(help_of(capsys, command.name).split())
+    assert command.description in page
+    assert command.description.count(". ") >= 1
+    assert command.description.endswith(".")
+    for example in command.examples:
+        assert f"fastserve-mega {command.name} {example}".strip() in page
+
+
+@pytest.mark.parametrize(("command", "example"), EXAMPLES, ids=lambda value: str(value)[:60])
+def test_the_examples_are_true(command, example):
+    options = cli.make_parser().parse_args([command.name, *shlex.split(example)])
+    if getattr(options, "config", None) is not None:
+        load = load_simulation_config if command.name == "simulate" else load_config
+        load(options.config, options.overrides)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_a_wrong_override_is_one_sentence(command, capsys):
+    if command.config is not True:
+        return
+    words = ["--config", "configs/smollm2-135m-cpu.yaml", "--set", "model.colour=red"]
+    if command.name == "profile":
+        words += ["--output", "nowhere.json"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([command.name, *words])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "unknown field 'model.colour'" in error or command.name == "simulate"
+    assert error.count("\n") == 1
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from fastserve_mega import cli; cli.make_parser().format_help();"
+        "heavy = {'torch', 'zmq', 'transformers', 'fastapi', 'rich', 'mpi4py'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- logs ----------------------------------------------------------------------------------------
+
+
+def log_line(tmp_path, *words):
+    """What a coordinator that cannot start says."""
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {path: /nowhere}")
+    command = [sys.executable, "-m", "fastserve_mega", "coordinator", "--config", str(path), *words]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 2
+    return run.stderr
+
+
+def test_log_lines_of_a_process(tmp_path):
+    line = json.loads(log_line(tmp_path, "--log-format", "json"))
+    assert line["level"] == "error"
+    assert line["process"] == "coordinator"
+    assert "/nowhere" in line["message"]
+    assert line["time"].endswith("+00:00")
+    assert " ERROR coordinator: " in log_line(tmp_path)
+
+
+def test_a_line_of_json_names_the_rank_and_the_exception(monkeypatch):
+    for name in ("RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    formatter = JsonFormatter("worker", launched_rank())
+    try:
+        raise ValueError("no\nroom")
+    except ValueError:
+        exception = sys.exc_info()
+    record = logging.LogRecord("a.b", logging.ERROR, __file__, 1, "it %s", ("broke",), exception)
+    text = formatter.format(record)
+    assert "\n" not in text
+    line = json.loads(text)
+    assert (line["rank"], line["message"], line["logger"]) == (3, "it broke", "a.b")
+    assert "ValueError: no\nroom" in line["exception"]
