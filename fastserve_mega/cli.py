@@ -14,6 +14,7 @@ from fastserve_mega.logs import set_up_logging
 GROUPS: tuple[Group, ...] = (serving.GROUP, preparing.GROUP, measuring.GROUP, processes.GROUP)
 _FIRST_STEPS = """\
 first steps:
+  fastserve-mega doctor --config YAML     is everything there?
   fastserve-mega plan --config YAML       does it fit?
   fastserve-mega serve --config YAML      start it
   fastserve-mega chat --config YAML       talk to it

@@ -183,8 +183,15 @@ def http_url(config: Config) -> str:
 def _ranks_prefix(config: Config) -> list[str]:
     """What starts the ranks: nothing for a single one, mpirun for more."""
     ranks = config.parallel.world_size
-    if ranks == 1:
-        return []
+    return [] if ranks == 1 else mpirun_command(ranks)
+
+
+def mpirun_command(ranks: int) -> list[str]:
+    """The start of a command line that runs the rest of it on so many ranks.
+
+    Raises:
+        LaunchError: there is no mpirun beside this Python or on the PATH.
+    """
     beside_python = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:

@@ -1,4 +1,4 @@
-"""plan, profile: before a deployment."""
+"""doctor, plan, profile: before a deployment."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fastserve_mega.config import load_config
 
 
 def _plan(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
     from fastserve_mega.planning.report import run_plan
 
-    config = load(options, load_config)
     try:
         return run_plan(config, Path(options.config), as_json=options.json)
     except ValueError as error:
@@ -20,9 +20,22 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
     from fastserve_mega.launcher import profile
 
-    return profile(load(options, load_config), pass_on(options), options.output)
+    return profile(config, pass_on(options), options.output)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if options.overrides and options.config is None:
+        return fail(options, "--set overrides a configuration: give --config too")
+    from fastserve_mega.doctor.report import run_doctor
+
+    return run_doctor(options.config, options.overrides, as_json=options.json)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="a list of findings")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +52,17 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
 GROUP = Group(
     "prepare a deployment",
     (
+        Command(
+            name="doctor",
+            summary="check this machine, and say what to install or change",
+            description="Checks Python, torch, devices, MPI and the libraries, each in a process "
+            "of its own; with --config also ports, model files, disk and memory for it. Ends with "
+            "status 1 when something is broken.",
+            examples=("", "--config configs/smollm2-135m-cpu.yaml"),
+            run=_doctor,
+            add_arguments=_add_doctor,
+            config=None,
+        ),
         Command(
             name="plan",
             summary="compute what goes on which rank, and whether it fits",

@@ -10,6 +10,7 @@ from fastserve_mega.config import load_config
 
 
 def _worker(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
     from fastserve_mega.worker.main import run_worker
 
     arguments = pass_on(options)
@@ -17,16 +18,15 @@ def _worker(options: argparse.Namespace) -> int:
         arguments.append("--supervised")
     if options.profile_to:
         arguments += ["--profile-to", str(options.profile_to)]
-    return run_worker(
-        load(options, load_config), arguments, options.runner, supervised=options.supervised
-    )
+    return run_worker(config, arguments, options.runner, supervised=options.supervised)
 
 
 def _coordinator(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
     from fastserve_mega.coordinator.main import run_coordinator
 
     return run_coordinator(
-        load(options, load_config),
+        config,
         stop_on_stdin_close=options.stop_on_stdin_close,
         supervised=options.supervised,
         profile_to=options.profile_to,

@@ -9,21 +9,24 @@ from fastserve_mega.config import load_config
 
 
 def _serve(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
     from fastserve_mega.launcher import serve
 
-    return serve(load(options, load_config), pass_on(options))
+    return serve(config, pass_on(options))
 
 
 def _api_server(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
     from fastserve_mega.server.main import run_server
 
-    return run_server(load(options, load_config))
+    return run_server(config)
 
 
 def _chat(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
     from fastserve_mega.chat import run_chat
 
-    return run_chat(load(options, load_config))
+    return run_chat(config)
 
 
 GROUP = Group(
