@@ -1,4 +1,4 @@
-"""simulate: how fast it is."""
+"""bench, simulate: how fast it is, or would be."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from fastserve_mega.commands.benchmarking import BENCH
 from fastserve_mega.commands.command import DIRECTORY, FILE, Command, Group, fail, load
 from fastserve_mega.config import PolicyName
 
@@ -70,6 +71,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
 GROUP = Group(
     "measure and compare",
     (
+        BENCH,
         Command(
             name="simulate",
             summary="run the scheduler on a virtual clock",
