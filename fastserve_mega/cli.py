@@ -8,10 +8,37 @@ from collections.abc import Sequence
 
 from fastserve_mega import __version__
 from fastserve_mega.commands import measuring, preparing, processes, serving
-from fastserve_mega.commands.command import Group, add_command
+from fastserve_mega.commands.command import Command, Group, add_command, fail
 from fastserve_mega.logs import set_up_logging
 
-GROUPS: tuple[Group, ...] = (serving.GROUP, preparing.GROUP, measuring.GROUP, processes.GROUP)
+
+def _complete(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        return fail(options, "it needs shtab: pip install 'fastserve_mega[completion]'")
+    print(shtab.complete(make_parser(), shell=options.shell))
+    return 0
+
+
+_COMPLETION = Command(
+    name="completion",
+    summary="print a script that completes commands, options and files",
+    description="Prints a script with which the shell completes commands, options and files. "
+    "For bash: `source <(fastserve-mega completion bash)` in ~/.bashrc; for zsh, save it as "
+    "_fastserve-mega in a directory of fpath.",
+    examples=("bash", "zsh"),
+    run=_complete,
+    add_arguments=lambda parser: parser.add_argument("shell", choices=("bash", "zsh")),
+    config=False,
+)
+GROUPS: tuple[Group, ...] = (
+    serving.GROUP,
+    preparing.GROUP,
+    measuring.GROUP,
+    processes.GROUP,
+    Group("the shell", (_COMPLETION,)),
+)
 _FIRST_STEPS = """\
 first steps:
   fastserve-mega doctor --config YAML     is everything there?

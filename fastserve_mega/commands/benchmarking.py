@@ -25,7 +25,7 @@ def _bench(options: argparse.Namespace) -> int:
     from fastserve_mega.bench.workload import Lengths, parse_mix, read_lengths
 
     try:
-        lengths = (Lengths(options.input_len, options.output_len),)
+        lengths: tuple[Lengths, ...] = (Lengths(options.input_len, options.output_len),)
         if options.mix is not None:
             lengths = parse_mix(options.mix)
         elif options.lengths is not None:

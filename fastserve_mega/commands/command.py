@@ -30,7 +30,7 @@ class Command:
     """Command lines that work, without `fastserve-mega NAME`."""
     run: Callable[[argparse.Namespace], int]
     """Returns the exit status."""
-    add_arguments: Callable[[argparse.ArgumentParser], None] = _no_arguments
+    add_arguments: Callable[[argparse.ArgumentParser], object] = _no_arguments
     config: bool | None = True
     """Whether it takes --config: True if it must be given, None if it may, False if not."""
 

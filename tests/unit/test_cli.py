@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
+import shtab
 
 from fastserve_mega import cli
 from fastserve_mega.config import load_config
@@ -76,6 +78,57 @@ def test_help_imports_nothing_heavy():
         "sys.exit(str(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# --- completion ----------------------------------------------------------------------------------
+
+BASH = """
+source "$1"
+shift
+COMP_WORDS=("$@")
+COMP_CWORD=$(($# - 1))
+_shtab_fastserve_mega
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("completion") / "completion.bash"
+    path.write_text(shtab.complete(cli.make_parser(), shell="bash"))
+    return path
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("fastserve-mega be", {"bench"}),
+        ("fastserve-mega ", {command.name for command in COMMANDS}),
+        ("fastserve-mega bench --r", {"--requests", "--rate"}),
+        ("fastserve-mega worker --runner ", {"megatron", "fake"}),
+        ("fastserve-mega plan --config configs/smol", {"configs/smollm2-135m-cpu.yaml"}),
+    ],
+)
+def test_bash_completes(script, line, completions):
+    words = ["bash", "-c", BASH, "bash", str(script), *line.split(" ")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    assert set(done.stdout.split()) == completions
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_prints_a_script(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "fastserve-mega" in script
+    assert all(command.name in script for command in COMMANDS)
+
+
+def test_completion_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "pip install 'fastserve_mega[completion]'" in capsys.readouterr().err
 
 
 # --- logs ----------------------------------------------------------------------------------------
