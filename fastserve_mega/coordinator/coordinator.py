@@ -126,8 +126,9 @@ class Coordinator:
             if self._requests.get(live.request_id) is not live:
                 continue  # ended while the step ran
             reason = live.accept(token, self._eos_token_ids)
-            self._metrics.observe_token(live.arrived, live.first_token_at, now)
+            self._metrics.observe_token(live.arrived, live.last_token_at, now)
             live.first_token_at = live.first_token_at or now
+            live.last_token_at = now
             if live.block_hashes:
                 filled += [(live.request_id, each) for each in live.block_hashes.extend((token,))]
             offset = len(live.output) - 1
@@ -169,7 +170,7 @@ class Coordinator:
             usage = Usage(len(submit.prompt), len(submit.received))
             finished = Finished(request_id, FinishReason.REJECTED, usage, busy)
             self._replies.append((client, finished))
-            self._metrics.observe_finish(FinishReason.REJECTED, None)
+            self._metrics.observe_finish(FinishReason.REJECTED, None, usage)
             return
         deadline = None if submit.timeout_s is None else now + submit.timeout_s
         live = LiveRequest(submit, client, now, deadline, list(submit.received))
@@ -237,6 +238,6 @@ class Coordinator:
         requests.discard(live.request_id)
         if not requests:
             del self._by_client[live.client]
-        self._metrics.observe_finish(reason, self._clock() - live.arrived)
+        self._metrics.observe_finish(reason, live.times(self._clock()), live.usage)
         finished = Finished(live.request_id, reason, live.usage, message)
         self._replies.append((live.client, finished))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastserve_mega.coordinator.block_hashes import BlockHashChain
 from fastserve_mega.messaging.messages import SequenceStart, Submit
 from fastserve_mega.messaging.router import Identity
+from fastserve_mega.metrics import RequestTimes
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
 
@@ -31,7 +32,10 @@ class LiveRequest:
     """The workers know its sampling parameters."""
     cached_tokens: int = 0
     """Prompt tokens whose KV existed when it first ran."""
+    started_at: float | None = None
+    """Its first step was dispatched."""
     first_token_at: float | None = None
+    last_token_at: float | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,9 +59,16 @@ class LiveRequest:
     def sequence_start(self) -> SequenceStart:
         return SequenceStart(self.request_id, self.params, self.seed, len(self.submit.prompt))
 
-    def begin(self, computed_tokens: int) -> None:
+    def times(self, ended: float) -> RequestTimes:
+        """For the metrics, at its end."""
+        return RequestTimes(
+            self.arrived, self.started_at, self.first_token_at, self.last_token_at, ended
+        )
+
+    def begin(self, computed_tokens: int, now: float) -> None:
         """It takes part in its first step, with this many tokens computed already."""
         self.started = True
+        self.started_at = now
         self.cached_tokens = min(computed_tokens, len(self.submit.prompt))
 
     def input_tokens(self, piece: SequenceSlice) -> tuple[int, ...]:

@@ -135,6 +135,11 @@ class Scheduler:
         """Unfinished requests of each level, the highest first."""
         return self._policy.level_lengths()
 
+    def place_lengths(self) -> tuple[int, int, int]:
+        """Unfinished requests by where their KV is: waiting, resident, hosted."""
+        count = self._policy.count
+        return count(Place.WAITING), count(Place.RESIDENT), count(Place.HOSTED)
+
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""
         self._memory.check_integrity()
