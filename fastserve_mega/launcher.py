@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import shutil
 import signal
@@ -29,6 +30,8 @@ _HTTP_START_S = 60.0
 _RANKS = "ranks"
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 600.0
+
+_log = logging.getLogger(__name__)
 
 
 class LaunchError(Exception):
@@ -226,10 +229,10 @@ def serve(config: Config, arguments: Sequence[str]) -> int:
             print(_how_to_use(config, arguments), flush=True)
             _supervise(deployment)
         except KeyboardInterrupt:
-            print("stopping", file=sys.stderr, flush=True)
+            _log.warning("stopping")
             return 0
         except LaunchError as error:
-            print(f"fastserve-mega serve: {error}", file=sys.stderr, flush=True)
+            _log.error("%s", error)
             return 1
 
 
@@ -248,9 +251,9 @@ def _supervise(deployment: Deployment) -> NoReturn:
                     f"{error}, after {_MAX_RESTARTS} restarts within {_RESTART_WINDOW_S:g} s"
                 ) from None
             restarts.append(now)
-            print(f"fastserve-mega serve: {error}; starting again", file=sys.stderr, flush=True)
+            _log.warning("%s; starting again", error)
         deployment.restart_ranks()
-        print("fastserve-mega serve: serving again", file=sys.stderr, flush=True)
+        _log.warning("serving again")
 
 
 def profile(config: Config, arguments: Sequence[str], output: Path) -> int:

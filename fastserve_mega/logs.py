@@ -8,10 +8,13 @@ import os
 import socket
 import sys
 from datetime import datetime, timezone
+from types import TracebackType
 from typing import Literal, get_args
 
 LogFormat = Literal["auto", "text", "json", "rich"]
 LOG_FORMATS: tuple[LogFormat, ...] = get_args(LogFormat)
+
+_log = logging.getLogger(__name__)
 _RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
@@ -30,6 +33,19 @@ def set_up_logging(process: str, *, verbose: bool, log_format: LogFormat = "auto
         level=logging.INFO if verbose else logging.WARNING,
         handlers=[_handler(log_format, process, rank)],
     )
+    if log_format == "json":  # and nothing else may reach stderr
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """What Python would print as a traceback of many lines."""
+    if issubclass(kind, Exception):
+        _log.critical("uncaught: %s", error, exc_info=(kind, error, traceback))
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 def launched_rank() -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastserve_mega.bench.report import (
+    COMPARISON_WIDTH,
     cpu_seconds,
     environment,
     plain_record,
@@ -25,6 +27,8 @@ from fastserve_mega.bench.runner import run_jobs
 from fastserve_mega.bench.statistics import Record, summarize
 from fastserve_mega.bench.targets import HttpTarget, Target, TargetError, ZmqTarget
 from fastserve_mega.bench.workload import Lengths, make_jobs
+
+_WARMUP_RUN = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +64,7 @@ def run_bench(options: BenchOptions) -> int:
         print("fastserve-mega bench: interrupted", file=sys.stderr)
         return 130
     if len(runs) > 1:
-        show_comparison(runs, Console())
+        show_comparison(runs, Console(width=max(Console().width, COMPARISON_WIDTH)))
     if options.json_path is not None:
         result = {
             "config": {**_plain(options), "model": model},
@@ -82,19 +86,25 @@ async def _measure_all(options: BenchOptions) -> tuple[str, list[dict[str, Any]]
     async with target:
         if options.warmup:
             warmup = make_jobs(
-                options.lengths, options.token_ids, options.warmup, None, options.seed + 1
+                options.lengths, options.token_ids, options.warmup, None, options.seed, _WARMUP_RUN
             )
             await run_jobs(target, warmup, concurrency=1)
-        for rate in options.rates:
-            for concurrency in options.concurrencies:
-                runs.append(await _measure(options, target, rate, concurrency))
+        loads = itertools.product(options.rates, options.concurrencies)
+        for number, (rate, concurrency) in enumerate(loads):
+            runs.append(await _measure(options, target, number, rate, concurrency))
         return target.model, runs
 
 
 async def _measure(
-    options: BenchOptions, target: Target, rate: float | None, concurrency: int | None
+    options: BenchOptions,
+    target: Target,
+    number: int,
+    rate: float | None,
+    concurrency: int | None,
 ) -> dict[str, Any]:
-    jobs = make_jobs(options.lengths, options.token_ids, options.requests, rate, options.seed)
+    jobs = make_jobs(
+        options.lengths, options.token_ids, options.requests, rate, options.seed, number
+    )
     name = "all at once" if rate is None else f"{rate:g} requests/s"
     name += f", {concurrency} at most" if concurrency else ""
     busy_before, start = cpu_seconds(), time.perf_counter()

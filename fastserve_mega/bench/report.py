@@ -19,6 +19,8 @@ from fastserve_mega import __version__
 from fastserve_mega.bench.statistics import PERCENTILES, Record
 
 Summary = dict[str, Any]
+COMPARISON_WIDTH = 118
+"""Columns of a terminal in which nothing of the comparison is cut."""
 
 
 def show_run(summary: Summary, console: Console) -> None:
@@ -64,7 +66,7 @@ def show_comparison(runs: Sequence[Summary], console: Console) -> None:
             latency = summary["latency"]["all"]
             cells += [f"{summary[f'{name}_per_s']:.2f}" for name in ("requests", "output_tokens")]
             cells += [
-                f"{latency[metric][value]:.4f}" if latency[metric] else ""
+                f"{latency[metric][value]:.3f}" if latency[metric] else ""
                 for metric, value in (
                     ("ttft_s", "mean"), ("ttft_s", "p95"), ("tpot_s", "mean"), ("tpot_s", "p95"),
                     ("jct_s", "mean"), ("jct_s", "p95"), ("jct_s", "p99"),

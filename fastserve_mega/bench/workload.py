@@ -71,7 +71,12 @@ def _positive(lengths: Sequence[Lengths], where: str) -> tuple[Lengths, ...]:
 
 
 def make_jobs(
-    lengths: Sequence[Lengths], token_ids: range, requests: int, rate: float | None, seed: int
+    lengths: Sequence[Lengths],
+    token_ids: range,
+    requests: int,
+    rate: float | None,
+    seed: int,
+    run: int = 0,
 ) -> list[Job]:
     """Draw the requests of a run.
 
@@ -81,12 +86,15 @@ def make_jobs(
         requests: how many.
         rate: per second, Poisson arrivals; None sends all at once.
         seed: the same one draws the same requests.
+        run: number of the run: the same lengths and arrivals with other tokens, else the prefix
+            cache of the server would know them from the run before.
     """
     rng = random.Random(seed)
+    contents = random.Random(f"{seed} {run}")
     shares = [each.share for each in lengths]
     jobs, at_s = [], 0.0
     for index, each in enumerate(rng.choices(lengths, shares, k=requests)):
-        prompt = tuple(rng.choices(token_ids, k=each.prompt))
+        prompt = tuple(contents.choices(token_ids, k=each.prompt))
         jobs.append(Job(index, prompt, each.output, at_s))
         if rate is not None:
             at_s += rng.expovariate(rate)

@@ -98,7 +98,12 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="longest time without any data; default: 600",
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same one sends the same requests")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same one sends the same requests, which a prefix cache may still know; default: 0",
+    )
     json = parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     json.complete = FILE  # type: ignore[attr-defined]
 

@@ -85,6 +85,14 @@ def test_the_workload_is_a_function_of_the_seed():
     assert {job.at_s for job in jobs(rate=None)} == {0.0}
 
 
+def test_runs_differ_in_their_tokens_only():
+    one, other = (make_jobs(MIX, range(1000, 30000), 50, 2.0, 0, run) for run in (0, 1))
+    assert [(len(job.prompt), job.output_tokens, job.at_s) for job in one] == [
+        (len(job.prompt), job.output_tokens, job.at_s) for job in other
+    ]
+    assert not {job.prompt for job in one} & {job.prompt for job in other}
+
+
 def test_lengths_are_read(tmp_path):
     assert parse_mix("0.8:64/16,0.2:512/256") == MIX
     file = tmp_path / "lengths.csv"
@@ -195,6 +203,7 @@ def test_several_rates_are_several_runs(url, tmp_path, capsys):
     assert loads == [(500, 1), (500, 3), (1000, 1), (1000, 3)]
     said = capsys.readouterr().out
     assert "all runs, latencies in seconds" in said
+    assert all(name in said for name in ("concurrency", "tokens/s", "TPOT mean", "JCT P99"))
     assert said.count("4 of 4 requests completed") == 4
 
 

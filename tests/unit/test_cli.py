@@ -153,6 +153,23 @@ def test_log_lines_of_a_process(tmp_path):
     assert " ERROR coordinator: " in log_line(tmp_path)
 
 
+def test_nothing_but_json_is_said_of_a_crash_or_a_warning():
+    code = (
+        "from fastserve_mega.logs import set_up_logging; import warnings;"
+        "set_up_logging('worker', verbose=False, log_format='json');"
+        "warnings.warn('old'); raise ValueError('broken')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    warning, crash = map(json.loads, done.stderr.splitlines())
+    assert "UserWarning: old" in warning["message"]
+    assert crash["message"] == "uncaught: broken"
+    assert "Traceback" in crash["exception"]
+
+
 def test_a_line_of_json_names_the_rank_and_the_exception(monkeypatch):
     for name in ("RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
