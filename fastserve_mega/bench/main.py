@@ -86,7 +86,12 @@ async def _measure_all(options: BenchOptions) -> tuple[str, list[dict[str, Any]]
     async with target:
         if options.warmup:
             warmup = make_jobs(
-                options.lengths, options.token_ids, options.warmup, None, options.seed, _WARMUP_RUN
+                options.lengths,
+                options.token_ids,
+                options.warmup,
+                rate=None,
+                seed=options.seed,
+                run=_WARMUP_RUN,
             )
             await run_jobs(target, warmup, concurrency=1)
         loads = itertools.product(options.rates, options.concurrencies)
@@ -103,7 +108,12 @@ async def _measure(
     concurrency: int | None,
 ) -> dict[str, Any]:
     jobs = make_jobs(
-        options.lengths, options.token_ids, options.requests, rate, options.seed, number
+        options.lengths,
+        options.token_ids,
+        options.requests,
+        rate,
+        seed=options.seed,
+        run=number,
     )
     name = "all at once" if rate is None else f"{rate:g} requests/s"
     name += f", {concurrency} at most" if concurrency else ""

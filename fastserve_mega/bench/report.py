@@ -19,7 +19,7 @@ from fastserve_mega import __version__
 from fastserve_mega.bench.statistics import PERCENTILES, Record
 
 Summary = dict[str, Any]
-COMPARISON_WIDTH = 118
+COMPARISON_WIDTH = 140
 """Columns of a terminal in which nothing of the comparison is cut."""
 
 

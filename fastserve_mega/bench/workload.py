@@ -75,6 +75,7 @@ def make_jobs(
     token_ids: range,
     requests: int,
     rate: float | None,
+    *,
     seed: int,
     run: int = 0,
 ) -> list[Job]:

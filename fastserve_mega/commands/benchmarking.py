@@ -102,7 +102,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         default=0,
-        help="the same one sends the same requests, which a prefix cache may still know; default: 0",
+        help="the same one sends the same requests, which a prefix cache may know; default: 0",
     )
     json = parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     json.complete = FILE  # type: ignore[attr-defined]

@@ -71,7 +71,7 @@ MIX = (Lengths(64, 16, 0.8), Lengths(512, 256, 0.2))
 
 
 def jobs(rate=2.0, seed=0):
-    return make_jobs(MIX, range(1000, 30000), 400, rate, seed)
+    return make_jobs(MIX, range(1000, 30000), 400, rate, seed=seed)
 
 
 def test_the_workload_is_a_function_of_the_seed():
@@ -86,7 +86,7 @@ def test_the_workload_is_a_function_of_the_seed():
 
 
 def test_runs_differ_in_their_tokens_only():
-    one, other = (make_jobs(MIX, range(1000, 30000), 50, 2.0, 0, run) for run in (0, 1))
+    one, other = (make_jobs(MIX, range(1000, 30000), 50, 2.0, seed=0, run=run) for run in (0, 1))
     assert [(len(job.prompt), job.output_tokens, job.at_s) for job in one] == [
         (len(job.prompt), job.output_tokens, job.at_s) for job in other
     ]
