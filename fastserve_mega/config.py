@@ -24,13 +24,18 @@ class ModelConfig:
     """Which model, and in which precision."""
 
     path: str
-    """Directory in Hugging Face layout (config.json, *.safetensors, tokenizer); ~ is expanded."""
+    """Directory with config.json, tokenizer and weights, either *.safetensors or a distributed
+    checkpoint of Megatron; ~ is expanded. Or a name on the Hugging Face hub, like
+    Qwen/Qwen2.5-0.5B, if there is no such directory."""
     served_name: str | None = None
     """Name in the API; None takes the directory's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the hardware computes in it, else float32."""
     max_context: int | None = None
     """Tokens of prompt and answer together; None takes the model's own limit."""
+    layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers: Megatron's own (with NVIDIA Apex's fused LayerNorm where it is installed and
+    there is a CUDA device) or Transformer Engine's; auto takes Transformer Engine's if it can."""
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path must not be empty")
@@ -59,6 +64,9 @@ class ParallelConfig:
     data: int = 1
     """Replicas: copies of the model, each on tensor x pipeline ranks of its own. A request goes to
     the one where the least work is expected."""
+    expert: int = 1
+    """Parts into which the tensor ranks of a stage divide its experts; each part's
+    tensor / expert ranks share every expert of theirs along the feed-forward columns."""
     layers_per_stage: tuple[int, ...] | None = None
     """Layers of each pipeline stage; None splits as evenly as possible, extra layers first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -72,6 +80,10 @@ class ParallelConfig:
         _require(self.tensor >= 1, f"parallel.tensor must be at least 1, got {self.tensor}")
         _require(self.pipeline >= 1, f"parallel.pipeline must be at least 1, got {self.pipeline}")
         _require(self.data >= 1, f"parallel.data must be at least 1, got {self.data}")
+        _require(
+            self.expert >= 1 and self.tensor % self.expert == 0,
+            f"parallel.expert must divide parallel.tensor={self.tensor}, got {self.expert}",
+        )
         _require(
             self.layers_per_stage is None or len(self.layers_per_stage) == self.pipeline,
             f"parallel.layers_per_stage must name {self.pipeline} stages (parallel.pipeline), "
@@ -282,6 +294,13 @@ class ServerConfig:
     """Address to listen on; 0.0.0.0 is all of them."""
     port: int = 8000
     """TCP port to listen on."""
+    live_view: bool = True
+    """Show what the scheduler is doing on a web page at /."""
+    api_key_file: str | None = None
+    """File with one key per line, of which a client must send one as `Authorization: Bearer KEY`;
+    ~ is expanded. None asks for none. Health, metrics and the live view need no key."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may ask from a browser; `*` is all of them."""
 
     def __post_init__(self) -> None:
         _require(

@@ -120,10 +120,15 @@ class Deployment:
         return [sys.executable, "-m", "fastserve_mega", name, *self._arguments]
 
     def _spawn(self, name: str, command: list[str]) -> None:
+        environment = dict(os.environ)
+        if sys.stderr.isatty():
+            # mpirun puts a pipe in between; without this there would be no bar that moves.
+            environment["FORCE_COLOR"] = "1"
         # Its own session: a terminal's Ctrl-C reaches this process only, which ends the others
         # in order.
         process = subprocess.Popen(
             command,
+            env=environment,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock

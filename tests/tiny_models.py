@@ -39,6 +39,19 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+_YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_QWEN_MOE = {
+    **_LLAMA,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
+
 MODELS = {
     "llama": ("LlamaConfig", _LLAMA),
     "llama-scaled": (
@@ -52,6 +65,48 @@ MODELS = {
     "mistral": ("MistralConfig", {**_LLAMA, "sliding_window": 9, "head_dim": 16}),
     "qwen2": ("Qwen2Config", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 16}),
+    "qwen3-yarn": ("Qwen3Config", {**_LLAMA, "head_dim": 16, "rope_parameters": _YARN_ROPE}),
+    "mixtral": (
+        "MixtralConfig",
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
+    ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {**_QWEN_MOE, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {**_QWEN_MOE, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "smollm3": ("SmolLM3Config", {**_LLAMA, "pad_token_id": 0, "no_rope_layer_interval": 2}),
+    "gemma": ("GemmaConfig", {**_LLAMA, "head_dim": 16, "num_key_value_heads": 1}),
+    "gemma2": (
+        "Gemma2Config",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            # With tied embeddings a small model repeats the last token, whatever it attends to.
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 4,
+            "sliding_window": 9,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **_LLAMA,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 4,
+            "sliding_window": 9,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "opt": (
         "OPTConfig",
         {
@@ -81,9 +136,12 @@ MODELS = {
     ),
 }
 
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe")
+"""Those with experts."""
+
 
 def make_model(name: str, directory: Path) -> torch.nn.Module:
-    """Write a model with fixed random weights (biases included) and return it."""
+    """Write a model with fixed random weights (biases and norms included) and return it."""
     kind, settings = MODELS[name]
     transformers.utils.logging.disable_progress_bar()
     config = getattr(transformers, kind)(**settings)
@@ -94,6 +152,8 @@ def make_model(name: str, directory: Path) -> torch.nn.Module:
         for key, parameter in model.named_parameters():
             if key.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
+            elif "norm" in key or ".ln_" in key:
+                parameter.data += 0.1 * torch.randn_like(parameter)
         model.save_pretrained(directory)
     return model
 
@@ -106,6 +166,16 @@ def greedy(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[i
             logits = model(torch.tensor([tokens]), use_cache=False).logits
             tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(prompt) :]
+
+
+def greedy_after_each(model: torch.nn.Module, prompt: list[int], output: list[int]) -> list[int]:
+    """The greedy token after each prefix of an output: the output itself if that is greedy.
+
+    One pass over the sequence, where `greedy` takes one for each token.
+    """
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output[:-1]]), use_cache=False).logits
+    return logits[0, len(prompt) - 1 :].argmax(dim=-1).tolist()
 
 
 def prompts() -> list[list[int]]:

@@ -23,10 +23,12 @@ from fastserve_mega.client.request import RequestState
 from fastserve_mega.client.session import Session
 from fastserve_mega.messaging.messages import (
     GetMetrics,
+    GetSnapshot,
     Hello,
     Metrics,
     Ping,
     Pong,
+    Snapshot,
     Submit,
     Welcome,
 )
@@ -115,6 +117,10 @@ class AsyncClient:
     async def metrics(self) -> str:
         """The server's metrics in Prometheus' text format."""
         return (await self._started().ask(GetMetrics(), Metrics, self._timeout_s)).text
+
+    async def snapshot(self, max_requests: int = 200) -> Snapshot:
+        """What the server is doing, with at most so many requests of each replica."""
+        return await self._started().ask(GetSnapshot(max_requests), Snapshot, self._timeout_s)
 
     async def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in use, loaded at the first call; None when there is none here.

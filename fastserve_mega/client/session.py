@@ -26,6 +26,7 @@ from fastserve_mega.messaging.messages import (
     Pong,
     Refused,
     Restarting,
+    Snapshot,
     Submit,
     Tokens,
     Welcome,
@@ -33,7 +34,7 @@ from fastserve_mega.messaging.messages import (
 from fastserve_mega.types import FinishReason, RequestId
 
 _log = logging.getLogger(__name__)
-Answer = TypeVar("Answer", Welcome, Pong, Metrics)
+Answer = TypeVar("Answer", Welcome, Pong, Metrics, Snapshot)
 
 
 class Session:

@@ -16,7 +16,7 @@ from fastserve_mega.client.async_client import DEFAULT_ENDPOINT, AsyncClient
 from fastserve_mega.client.errors import ServerUnavailableError
 from fastserve_mega.client.generation import AsyncGeneration
 from fastserve_mega.client.request import Chunk
-from fastserve_mega.messaging.messages import Welcome
+from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
 
@@ -80,6 +80,10 @@ class Client:
     def metrics(self) -> str:
         """The server's metrics in Prometheus' text format."""
         return self._loop.run(self._async_client.metrics())
+
+    def snapshot(self, max_requests: int = 200) -> Snapshot:
+        """What the server is doing, with at most so many requests of each replica."""
+        return self._loop.run(self._async_client.snapshot(max_requests))
 
     def generate(
         self,

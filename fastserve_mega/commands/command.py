@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from fastserve_mega.config import Config, load_config
 from fastserve_mega.logs import LOG_FORMATS
 
 T = TypeVar("T")
@@ -118,6 +120,20 @@ def load(options: argparse.Namespace, read: Callable[[str, Sequence[str]], T]) -
         return read(options.config, options.overrides)
     except (ValueError, OSError) as error:
         raise SystemExit(fail(options, error)) from None
+
+
+def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Config:
+    """Likewise, with the model found on this machine or fetched to it.
+
+    Whether its directory is usable is seen, and said, by the processes that read it.
+    """
+    from fastserve_mega.models.locate import resolve_model
+
+    def read(path: str, overrides: Sequence[str]) -> Config:
+        config = load_config(path, overrides)
+        return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
+
+    return load(options, read)
 
 
 def fail(options: argparse.Namespace, error: object) -> int:

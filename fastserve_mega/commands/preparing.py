@@ -1,11 +1,20 @@
-"""doctor, plan, profile: before a deployment."""
+"""doctor, plan, profile, convert: before a deployment."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from fastserve_mega.commands.command import FILE, Command, Group, fail, load, pass_on
+from fastserve_mega.commands.command import (
+    DIRECTORY,
+    FILE,
+    Command,
+    Group,
+    fail,
+    load,
+    load_deployment,
+    pass_on,
+)
 from fastserve_mega.config import load_config
 
 
@@ -20,7 +29,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace) -> int:
-    config = load(options, load_config)
+    config = load_deployment(options, weights=True)
     from fastserve_mega.launcher import profile
 
     return profile(config, pass_on(options), options.output)
@@ -40,6 +49,32 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="all figures, sizes in bytes")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from fastserve_mega.worker.megatron.convert import convert
+
+    try:
+        convert(options.source, options.target, options.output_format)
+    except (ValueError, OSError) as error:
+        return fail(options, error)
+    return 0
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument(
+        "--from", type=Path, required=True, dest="source", metavar="DIRECTORY",
+        help="a model in the other format: config.json and weights",
+    )  # fmt: skip
+    target = parser.add_argument(
+        "--to", type=Path, required=True, dest="target", metavar="DIRECTORY",
+        help="where to write it; empty, or not there yet",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", choices=("torch_dist", "huggingface"), required=True, dest="output_format",
+        help="torch_dist: Megatron's distributed checkpoint; huggingface: safetensors",
+    )  # fmt: skip
+    source.complete = target.complete = DIRECTORY  # type: ignore[attr-defined]
 
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +125,20 @@ GROUP = Group(
             ),
             run=_profile,
             add_arguments=_add_profile,
+        ),
+        Command(
+            name="convert",
+            summary="write a model in the format of Megatron or of Hugging Face",
+            description="Writes a model directory in the other format: config.json and tokenizer "
+            "are copied, the weights are the same bit for bit. Runs on one CPU with a layer in "
+            "memory at a time; either format can be served over any number of ranks.",
+            examples=(
+                "--from llama-3-8b --to llama-3-8b-megatron --format torch_dist",
+                "--from llama-3-8b-megatron --to llama-3-8b-again --format huggingface",
+            ),
+            run=_convert,
+            add_arguments=_add_convert,
+            config=False,
         ),
     ),
 )

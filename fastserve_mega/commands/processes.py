@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastserve_mega.commands.command import Command, Group, load, pass_on
+from fastserve_mega.commands.command import Command, Group, load, load_deployment, pass_on
 from fastserve_mega.config import load_config
 
 
@@ -22,7 +22,7 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _coordinator(options: argparse.Namespace) -> int:
-    config = load(options, load_config)
+    config = load_deployment(options)
     from fastserve_mega.coordinator.main import run_coordinator
 
     return run_coordinator(

@@ -10,10 +10,12 @@ from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.coordinator.replica import DispatchedStep, Replica
 from fastserve_mega.coordinator.timeouts import Timeouts
+from fastserve_mega.coordinator.traffic import Traffic
 from fastserve_mega.messaging.messages import (
     Cancel,
     Finished,
     GetMetrics,
+    GetSnapshot,
     Hello,
     Message,
     Metrics,
@@ -31,6 +33,9 @@ from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.events import Aborted, Arrived, StepDone
 from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.types import BlockHash, FinishReason, RequestId, Usage
+
+_MAX_VIEWS = 1_000
+"""Requests of each replica that a snapshot shows, whatever is asked for."""
 
 
 class Coordinator:
@@ -62,6 +67,7 @@ class Coordinator:
         self._timeouts = Timeouts()
         self._replies: list[tuple[Identity, Message]] = []
         self._draining = False
+        self._traffic = Traffic()
 
     @property
     def unfinished(self) -> int:
@@ -126,6 +132,7 @@ class Coordinator:
             if self._requests.get(live.request_id) is not live:
                 continue  # ended while the step ran
             reason = live.accept(token, self._eos_token_ids)
+            self._traffic.generated(now - live.arrived, is_first=live.last_token_at is None)
             self._metrics.observe_token(live.arrived, live.last_token_at, now)
             live.first_token_at = live.first_token_at or now
             live.last_token_at = now
@@ -154,6 +161,10 @@ class Coordinator:
                     self._replies.append((client, Pong(self._welcome.epoch)))
                 case GetMetrics():
                     self._replies.append((client, Metrics(self._metrics.render())))
+                case GetSnapshot():
+                    limit = min(message.max_requests, _MAX_VIEWS)
+                    views = [each.scheduler.view(now, limit) for each in self._replicas]
+                    self._replies.append((client, self._traffic.snapshot(now, views)))
         for client, reason in self._front_door.take_lost(now):
             for request_id in list(self._by_client.get(client, ())):
                 self._abort(self._requests[request_id], FinishReason.ABORT, reason)
@@ -180,6 +191,7 @@ class Coordinator:
         self._by_client.setdefault(client, set()).add(request_id)
         if deadline is not None:
             self._timeouts.add(request_id, deadline)
+        self._traffic.arrived(len(submit.prompt))
         self._metrics.observe_arrival(len(submit.prompt))
         arrived = Arrived(
             request_id,
@@ -238,6 +250,8 @@ class Coordinator:
         requests.discard(live.request_id)
         if not requests:
             del self._by_client[live.client]
-        self._metrics.observe_finish(reason, live.times(self._clock()), live.usage)
+        times = live.times(self._clock())
+        self._traffic.finished(times.ended - times.arrived)
+        self._metrics.observe_finish(reason, times, live.usage)
         finished = Finished(live.request_id, reason, live.usage, message)
         self._replies.append((live.client, finished))

@@ -12,6 +12,7 @@ from fastserve_mega.messaging.messages import (
     Cancel,
     Finished,
     GetMetrics,
+    GetSnapshot,
     Hello,
     Message,
     Ping,
@@ -20,7 +21,7 @@ from fastserve_mega.messaging.messages import (
 )
 from fastserve_mega.messaging.router import Identity, PeerBusyError, PeerGoneError, Router
 
-ClientMessage = Hello | Submit | Cancel | Ping | GetMetrics
+ClientMessage = Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
 
 _SWEEP_INTERVAL_S = 1.0
 

@@ -16,11 +16,13 @@ from fastserve_mega.config import Config
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.machine import GIB, memory_bytes
 from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.models.locate import resolve_model
 from fastserve_mega.planning.deployment import DeploymentPlan, find_architecture, plan_deployment
 
 _CPU_POOL_BYTES = GIB
 """What a rank on a CPU takes for KV when nothing is configured."""
-_WEIGHT_FILES = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt")
+_WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DEVICE_BYTES = """
 import json, torch
@@ -68,12 +70,17 @@ def _check_port(setting: str, host: str, port: int) -> Finding:
 
 def check_model(config: Config, config_file: Path) -> Iterator[Finding]:
     """That the model is there, complete, and can be read."""
-    directory = config.model.directory
+    directory, named = _find(config)
+    if named and not directory.is_dir():
+        said = f"{directory} is not on this machine: it is fetched from the hub at the start"
+        remedy = f"see that it can be, {_download_size(config, config_file)}"
+        yield warning("model", said, remedy)
+        return
     if not directory.is_dir():
         said = f"there is no directory {directory}"
         yield problem("model", said, f"fetch the model, {_download_size(config, config_file)}")
         return
-    find_architecture(config, config_file)
+    load_architecture(directory)
     weights = [path for pattern in _WEIGHT_FILES for path in directory.glob(pattern)]
     missing = _missing_shards(directory)
     unreadable = [path.name for path in weights if not os.access(path, os.R_OK)]
@@ -90,6 +97,23 @@ def check_model(config: Config, config_file: Path) -> Iterator[Finding]:
     if not any((directory / name).exists() for name in _TOKENIZER_FILES):
         remedy = f"put {_TOKENIZER_FILES[0]} there: clients and the HTTP server need it"
         yield warning("model", f"{directory} has no tokenizer", remedy)
+
+
+def _find(config: Config) -> tuple[Path, bool]:
+    """The model's directory, without the network; and whether it is a name on the hub."""
+    from huggingface_hub import snapshot_download
+
+    asked = []
+
+    def look_in_cache(name: str, **_: object) -> str:
+        asked.append(name)
+        return snapshot_download(name, local_files_only=True)
+
+    try:
+        model = resolve_model(config.model, weights=True, download=look_in_cache)
+    except ValueError:
+        model = config.model
+    return model.directory, bool(asked)
 
 
 def _download_size(config: Config, config_file: Path) -> str:

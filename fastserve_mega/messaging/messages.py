@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from fastserve_mega.plan import Plan
+from fastserve_mega.snapshot import Percentiles, ReplicaView
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
 
 STOP_WORD = b"stop"
@@ -21,6 +22,7 @@ class Kind(IntEnum):
     CANCEL = 3
     PING = 4
     GET_METRICS = 5
+    GET_SNAPSHOT = 6
 
     WELCOME = 32
     TOKENS = 33
@@ -29,6 +31,7 @@ class Kind(IntEnum):
     PONG = 36
     METRICS = 37
     RESTARTING = 38
+    SNAPSHOT = 39
 
     WORKER_READY = 64
     STEP_COMMAND = 65
@@ -78,6 +81,18 @@ class Ping:
 @dataclass(frozen=True, slots=True)
 class GetMetrics:
     """Answered by Metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class GetSnapshot:
+    """Answered by Snapshot."""
+
+    max_requests: int = 200
+    """Views of requests of each replica, at most."""
+
+    def __post_init__(self) -> None:
+        if self.max_requests < 0:
+            raise ValueError(f"max_requests must not be negative, got {self.max_requests}")
 
 
 # --- coordinator to client ---------------------------------------------------------------------
@@ -149,6 +164,20 @@ class Metrics:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the server is doing. Counters count from its start."""
+
+    clock_s: float
+    """Of the coordinator, for rates between two snapshots."""
+    replicas: tuple[ReplicaView, ...]
+    prompt_tokens: int
+    generation_tokens: int
+    finished_requests: int
+    ttft_s: Percentiles
+    jct_s: Percentiles
+
+
 # --- coordinator and workers -------------------------------------------------------------------
 
 
@@ -218,8 +247,8 @@ class Shutdown:
 
 
 Message = (
-    Hello | Submit | Cancel | Ping | GetMetrics
-    | Welcome | Tokens | Finished | Refused | Pong | Metrics | Restarting
+    Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
+    | Welcome | Tokens | Finished | Refused | Pong | Metrics | Snapshot | Restarting
     | WorkerReady | StepCommand | StepResult | CopyResult | WorkerFailed | Shutdown
 )  # fmt: skip
 
@@ -229,12 +258,14 @@ KIND_OF: dict[type, Kind] = {
     Cancel: Kind.CANCEL,
     Ping: Kind.PING,
     GetMetrics: Kind.GET_METRICS,
+    GetSnapshot: Kind.GET_SNAPSHOT,
     Welcome: Kind.WELCOME,
     Tokens: Kind.TOKENS,
     Finished: Kind.FINISHED,
     Refused: Kind.REFUSED,
     Pong: Kind.PONG,
     Metrics: Kind.METRICS,
+    Snapshot: Kind.SNAPSHOT,
     Restarting: Kind.RESTARTING,
     WorkerReady: Kind.WORKER_READY,
     StepCommand: Kind.STEP_COMMAND,

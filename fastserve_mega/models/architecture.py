@@ -14,8 +14,15 @@ from fastserve_mega.models.weight_names import WeightNames
 _FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "SmolLM3ForCausalLM": "smollm3",
+    "GemmaForCausalLM": "gemma",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
     "OPTForCausalLM": "opt",
     "GPT2LMHeadModel": "gpt2",
 }
@@ -28,12 +35,18 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class RopeScaling:
     """How the rotary frequencies of a model are stretched beyond its training context."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
+    """Turns within the original context up to which a frequency is slowed down by the factor."""
     high_freq_factor: float = 1.0
+    """Turns from which on it is kept; in between, llama3 blends by turns and yarn by pairs."""
     original_max_context: int = 0
-    """Tokens; used by llama3 only, as are the two frequency factors."""
+    """Tokens; not used by linear, and neither are the two frequency factors."""
+    whole_pairs: bool = True
+    """The range in which yarn blends is rounded outwards to whole pairs of dimensions."""
+    attention_factor: float = 1.0
+    """What yarn multiplies the rotated queries and keys by."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +66,44 @@ class LearnedPositions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionKind:
+    """How the attention of a layer treats positions."""
+
+    rope: Rope | None
+    """None where nothing is rotated: learned positions, or a layer without any."""
+    window: int | None
+    """A token attends to this many tokens at most, itself included; None is no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The mixture of experts in place of the feed-forward layer; each is gated, without biases.
+
+    A router's softmax over all experts weighs the `chosen` best for each token.
+
+    Raises:
+        ValueError: more experts are chosen than there are.
+    """
+
+    count: int
+    chosen: int
+    ffn_hidden_size: int
+    """Of one expert."""
+    normalized: bool
+    """The weights of a token's chosen experts are scaled to a sum of 1."""
+    shared_ffn_hidden_size: int | None = None
+    """Of one more expert, for all tokens, weighed by the sigmoid of a gate; None without one."""
+    dense_layers: frozenset[int] = frozenset()
+    """Layers that have the plain feed-forward layer."""
+
+    def __post_init__(self) -> None:
+        if self.chosen > self.count:
+            raise ValueError(f"a token cannot choose {self.chosen} of {self.count} experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A pre-norm decoder-only transformer.
+    """A decoder-only transformer with norms before attention and feed-forward layers.
 
     Raises:
         ValueError: sizes contradict each other; the message names values and limits.
@@ -86,6 +135,21 @@ class Architecture:
     qk_norm: bool = False
     sliding_window: int | None = None
     """A token attends to this many tokens at most, itself included; None is no limit."""
+    layer_attention: tuple[AttentionKind, ...] = ()
+    """Of each layer, where they differ; empty when `positions` and `sliding_window` say it all."""
+    experts: Experts | None = None
+    zero_centered_norm: bool = False
+    """The weights of the norms are kept as their difference from 1."""
+    post_norms: bool = False
+    """What attention and feed-forward layer add to the residual is normalized as well."""
+    attention_scale: float | None = None
+    """Scores are multiplied by this; None is 1 / sqrt(head_dim)."""
+    attention_softcap: float | None = None
+    """Scores are squeezed into (-softcap, softcap) by a tanh; None leaves them."""
+    logit_softcap: float | None = None
+    """Likewise the logits."""
+    embedding_scale: float = 1.0
+    """Embeddings are multiplied by this, rounded to the model's precision."""
     eos_token_ids: tuple[int, ...] = ()
     """From generation_config.json and config.json together."""
     weights: WeightNames
@@ -98,6 +162,21 @@ class Architecture:
             )
         if isinstance(self.positions, Rope) and self.head_dim % 2 != 0:
             raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+        if self.layer_attention and len(self.layer_attention) != self.num_layers:
+            raise ValueError(
+                f"{self.num_layers} layers, but {len(self.layer_attention)} kinds of attention"
+            )
+
+    def attention_kind(self, layer: int) -> AttentionKind:
+        """How a layer, by its number in the whole model, treats positions."""
+        if self.layer_attention:
+            return self.layer_attention[layer]
+        rope = self.positions if isinstance(self.positions, Rope) else None
+        return AttentionKind(rope=rope, window=self.sliding_window)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of the plain feed-forward layer."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
 
 def load_architecture(directory: Path) -> Architecture:

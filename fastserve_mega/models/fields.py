@@ -55,6 +55,24 @@ class Fields:
             raise ValueError(f"{name} must be a string, got {value!r}")
         return value
 
+    def whole_numbers(self, name: str) -> tuple[int, ...] | None:
+        """A list of whole numbers that are not negative, None when absent."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+            raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
+        return tuple(value)
+
+    def texts(self, name: str) -> tuple[str, ...] | None:
+        """A list of strings, None when absent."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{name} must be a list of strings, got {value!r}")
+        return tuple(value)
+
     def section(self, name: str) -> Fields | None:
         """A nested object, None when absent."""
         value = self.raw(name)

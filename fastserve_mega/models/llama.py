@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 from fastserve_mega.models.architecture import Activation, Architecture, Rope, RopeScaling
@@ -44,30 +46,75 @@ def read_activation(fields: Fields, name: str, default: str) -> Activation:
     return _ACTIVATIONS[value]
 
 
-def read_rope(fields: Fields, default_theta: float = 10000.0) -> Rope:
+def read_rope(fields: Fields, default_theta: float) -> Rope:
     """Rotary settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
     section = fields.section("rope_parameters") or fields.section("rope_scaling")
     theta = fields.number("rope_theta", default_theta)
-    if section is None:
-        return Rope(theta=theta)
+    return Rope(theta=theta) if section is None else rope_of(section, fields, theta)
+
+
+def rope_of(section: Fields, fields: Fields, theta: float) -> Rope:
+    """Rotary settings in one section of config.json; `fields` is all of it."""
     theta = section.number("rope_theta", theta)
     section.require("partial_rotary_factor", 1.0, 1.0)
     kind = section.text("rope_type", section.text("type", "default"))
     if kind == "default":
         return Rope(theta=theta)
-    factor = section.number("factor")
-    if kind == "linear":
-        return Rope(theta=theta, scaling=RopeScaling(kind="linear", factor=factor))
-    if kind == "llama3":
-        scaling = RopeScaling(
-            kind="llama3",
-            factor=factor,
-            low_freq_factor=section.number("low_freq_factor"),
-            high_freq_factor=section.number("high_freq_factor"),
-            original_max_context=section.integer("original_max_position_embeddings"),
+    if kind not in _SCALINGS:
+        raise ValueError(
+            f"rope_type={kind!r} is not supported; supported are default, {', '.join(_SCALINGS)}"
         )
-        return Rope(theta=theta, scaling=scaling)
-    raise ValueError(f"rope_type={kind!r} is not supported; supported are default, linear, llama3")
+    return Rope(theta=theta, scaling=_SCALINGS[kind](section, fields))
+
+
+def _linear(section: Fields, fields: Fields) -> RopeScaling:
+    del fields
+    return RopeScaling(kind="linear", factor=section.number("factor"))
+
+
+def _llama3(section: Fields, fields: Fields) -> RopeScaling:
+    del fields
+    return RopeScaling(
+        kind="llama3",
+        factor=section.number("factor"),
+        low_freq_factor=section.number("low_freq_factor"),
+        high_freq_factor=section.number("high_freq_factor"),
+        original_max_context=section.integer("original_max_position_embeddings"),
+    )
+
+
+def _yarn(section: Fields, fields: Fields) -> RopeScaling:
+    longest = fields.integer("max_position_embeddings", 2048)
+    original = section.integer("original_max_position_embeddings", longest)
+    factor = section.number("factor", longest / original)
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        low_freq_factor=section.number("beta_slow", 1.0),
+        high_freq_factor=section.number("beta_fast", 32.0),
+        original_max_context=original,
+        whole_pairs=section.flag("truncate", True),
+        attention_factor=section.number("attention_factor", _yarn_attention(section, factor)),
+    )
+
+
+def _yarn_attention(section: Fields, factor: float) -> float:
+    """How much sharper attention must be over a longer context, by the paper's formula."""
+
+    def grow(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if section.raw("mscale") and section.raw("mscale_all_dim"):
+        return grow(section.number("mscale")) / grow(section.number("mscale_all_dim"))
+    return grow(1.0)
+
+
+_SCALINGS: dict[str, Callable[[Fields, Fields], RopeScaling]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+"""By rope_type; each reads the section of that name, and the whole config.json beside it."""
 
 
 def read_architecture(fields: Fields) -> Architecture:
@@ -80,10 +127,17 @@ def read_architecture(fields: Fields) -> Architecture:
     )
 
 
-def llama_like(fields: Fields, **changes: Any) -> Architecture:
-    """Architecture of a family that differs from Llama only in `changes`."""
+def llama_like(fields: Fields, *, default_theta: float = 10000.0, **changes: Any) -> Architecture:
+    """Architecture of a family that differs from Llama only in `changes`.
+
+    Args:
+        fields: config.json.
+        default_theta: of the rotation, where config.json names none.
+        **changes: fields of Architecture.
+    """
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
+    rope = read_rope(fields, default_theta)
     llama = Architecture(
         name=fields.architecture,
         num_layers=fields.integer("num_hidden_layers"),
@@ -93,14 +147,22 @@ def llama_like(fields: Fields, **changes: Any) -> Architecture:
         head_dim=fields.integer("head_dim", max(1, hidden_size // num_heads)),
         ffn_hidden_size=fields.integer("intermediate_size"),
         vocab_size=fields.integer("vocab_size"),
-        max_context=fields.integer("max_position_embeddings", 2048),
+        max_context=_max_context(fields, rope),
         norm="rms",
         norm_epsilon=fields.number("rms_norm_eps", 1e-6),
         activation=read_activation(fields, "hidden_act", "silu"),
         gated=True,
-        positions=read_rope(fields),
+        positions=rope,
         tied_embeddings=fields.flag("tie_word_embeddings", False),
         eos_token_ids=fields.eos_token_ids,
         weights=WEIGHTS,
     )
     return dataclasses.replace(llama, **changes)
+
+
+def _max_context(fields: Fields, rope: Rope) -> int:
+    """Adding yarn to a config.json, as Qwen's model cards say, leaves the old limit in place."""
+    longest = fields.integer("max_position_embeddings", 2048)
+    if rope.scaling is not None and rope.scaling.kind == "yarn":
+        return max(longest, int(rope.scaling.factor * rope.scaling.original_max_context))
+    return longest

@@ -6,6 +6,25 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """Names of the modules of a mixture of experts; those of one expert contain `{expert}`."""
+
+    router: str
+    gate: str
+    up: str
+    down: str
+    fused: str
+    """Module of the whole mixture where all experts are in two tensors, as transformers 5 has them
+    in memory: `.experts.gate_up_proj` [experts, gate and up rows, hidden],
+    `.experts.down_proj` [experts, hidden, ffn]. Its router is `.gate`."""
+    shared_gate: str | None = None
+    shared_up: str | None = None
+    shared_down: str | None = None
+    shared_router: str | None = None
+    """One row: its sigmoid weighs the shared expert."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightNames:
     """Names of modules; `.weight` and `.bias` are appended to them.
 
@@ -32,5 +51,9 @@ class WeightNames:
     gate: str | None = None
     query_norm: str | None = None
     key_norm: str | None = None
+    post_attention_norm: str | None = None
+    """Of what attention adds to the residual; likewise the next."""
+    post_feed_forward_norm: str | None = None
+    experts: ExpertNames | None = None
     transposed: bool = False
     """Linear weights of the layers are stored as [input, output]."""

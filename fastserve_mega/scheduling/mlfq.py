@@ -142,6 +142,9 @@ class Mlfq:
     def level_lengths(self) -> tuple[int, ...]:
         return self._queues.lengths
 
+    def level_quanta_s(self) -> tuple[float, ...]:
+        return tuple(self.quanta_s)
+
     def _enst(self, now: float) -> Callable[[Request], tuple[float, int, int]]:
         """Sort by ENST (paper section 4.2): the sooner of promotion and execution.
 

@@ -66,6 +66,9 @@ class Policy(Protocol):
     def level_lengths(self) -> tuple[int, ...]:
         """Unfinished requests of each level, highest first; one number for policies without."""
 
+    def level_quanta_s(self) -> tuple[float, ...]:
+        """The quantum of each level; none for policies without."""
+
 
 class SortedPolicy:
     """A policy whose order is a key of the request."""
@@ -107,3 +110,6 @@ class SortedPolicy:
 
     def level_lengths(self) -> tuple[int, ...]:
         return (len(self._queues),)
+
+    def level_quanta_s(self) -> tuple[float, ...]:
+        return ()

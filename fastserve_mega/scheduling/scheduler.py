@@ -20,6 +20,8 @@ from fastserve_mega.scheduling.memory import KvMemory, PoolSizes
 from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.swap_planner import SwapPlanner
+from fastserve_mega.scheduling.view import view_replica
+from fastserve_mega.snapshot import ReplicaView
 from fastserve_mega.types import RequestId
 
 
@@ -139,6 +141,11 @@ class Scheduler:
         """Unfinished requests by where their KV is: waiting, resident, hosted."""
         count = self._policy.count
         return count(Place.WAITING), count(Place.RESIDENT), count(Place.HOSTED)
+
+    def view(self, now: float, max_requests: int) -> ReplicaView:
+        """What is going on, with at most so many requests."""
+        flying = self._in_flight.values()
+        return view_replica(self._policy, self._memory, flying, now, max_requests)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""

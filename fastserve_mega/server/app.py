@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Response
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
+from fastserve_mega.server.access import NameRequests, RequireKey
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
+from fastserve_mega.server.live import live_router
 from fastserve_mega.server.service import Service
+from fastserve_mega.server.tokens import tokens_router
 from fastserve_mega.text.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -25,7 +29,14 @@ _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def create_app(
-    client: AsyncClient, tokenizer: Tokenizer, *, health_timeout_s: float = 2.0
+    client: AsyncClient,
+    tokenizer: Tokenizer,
+    *,
+    health_timeout_s: float = 2.0,
+    live_view: bool = True,
+    api_keys: Sequence[str] = (),
+    cors_origins: Sequence[str] = (),
+    stopping: Callable[[], bool] = lambda: False,
 ) -> FastAPI:
     """The OpenAI-compatible API in front of a coordinator.
 
@@ -33,6 +44,10 @@ def create_app(
         client: closed by the app when it shuts down.
         tokenizer: the served model's; give the client the same one.
         health_timeout_s: longest wait of GET /health for the coordinator.
+        live_view: serve the page that shows what the scheduler is doing.
+        api_keys: a client must have one of them; none are needed when there are none.
+        cors_origins: web pages of these origins may ask from a browser.
+        stopping: whether the server is about to end.
     """
 
     @asynccontextmanager
@@ -44,12 +59,22 @@ def create_app(
 
     app = FastAPI(title="fastserve_mega", version=__version__, lifespan=lifespan)
     app.add_middleware(_BodyLimit)
+    if api_keys:
+        app.add_middleware(RequireKey, keys=api_keys)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(NameRequests)  # the last one is the outermost
     add_error_handlers(app)
     service = Service(client, tokenizer)
     app.include_router(completions_router(service))
     app.include_router(chat_router(service))
+    app.include_router(tokens_router(service))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)
+    if live_view:
+        app.include_router(live_router(client, stopping))
     return app
 
 
@@ -86,6 +111,10 @@ def _add_operator_routes(app: FastAPI, service: Service, health_timeout_s: float
                 503, str(error), kind="service_unavailable_error", code="unavailable"
             ) from None
         return {"status": "ok"}
+
+    @app.get("/version")
+    async def version() -> Json:
+        return {"version": __version__}
 
     @app.get("/metrics")
     async def metrics() -> Response:

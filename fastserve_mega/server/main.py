@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import uvicorn
 
@@ -22,6 +23,7 @@ def run_server(config: Config) -> int:
 
     Raises:
         FileNotFoundError, ValueError: the model's directory has no tokenizer.
+        OSError, ValueError: the file of keys cannot be read, or has none.
         SystemExit: the address is taken; uvicorn has logged why.
     """
     tokenizer = Tokenizer(config.model.directory)
@@ -29,13 +31,34 @@ def run_server(config: Config) -> int:
     # uvicorn takes these signals, drains, and raises them once more for the handlers before it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.run(
-        create_app(client, tokenizer),
-        host=config.server.host,
-        port=config.server.port,
-        access_log=False,
-        log_config=None,  # as the command line has set it up
-        ws="none",
-        timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
+    app = create_app(
+        client,
+        tokenizer,
+        live_view=config.server.live_view,
+        api_keys=_read_keys(config.server.api_key_file),
+        cors_origins=config.server.cors_origins,
+        stopping=lambda: server.should_exit,
     )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=config.server.host,
+            port=config.server.port,
+            access_log=False,
+            log_config=None,  # as the command line has set it up
+            ws="none",
+            timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
+        )
+    )
+    server.run()
     return 0
+
+
+def _read_keys(path: str | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise ValueError(f"{path} has no key (server.api_key_file)")
+    return keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ import zmq
 import fastserve_mega
 from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.models.locate import resolve_model
 from fastserve_mega.worker.coordinator_child import CoordinatorChild
 from fastserve_mega.worker.exchange import Exchange, choose_master, make_exchange
 from fastserve_mega.worker.fake_runner import FakeModelRunner
@@ -52,6 +54,7 @@ def run_worker(
         return 2
     try:
         _check_agreement(config, topology, exchange)
+        config = _resolve_model(config, topology, exchange, weights=runner == "megatron")
         rank = _Rank(config, topology, exchange, runner)
         rank.handle_signals(supervised=supervised)
         return rank.run(coordinator_arguments)
@@ -77,6 +80,20 @@ def _check_agreement(config: Config, topology: Topology, exchange: Exchange) -> 
     different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
     if different:
         raise ValueError(f"ranks {different} have a configuration or version unlike rank 0's")
+
+
+def _resolve_model(
+    config: Config, topology: Topology, exchange: Exchange, *, weights: bool
+) -> Config:
+    """One rank per host downloads the model if need be; then the others find it there."""
+    if topology.local_rank == 0:
+        config = _with_local_model(config, weights=weights)
+    exchange.gather("")  # the others wait here
+    return _with_local_model(config, weights=weights)
+
+
+def _with_local_model(config: Config, *, weights: bool) -> Config:
+    return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
 
 
 class _Rank:

@@ -13,13 +13,17 @@ from fastserve_mega.models.architecture import Architecture
 class Partition:
     """The share of one rank: a range of layers, and of each layer a range of heads.
 
-    Ranks are numbered stage by stage: rank = stage * tensor_size + tensor_rank.
+    Ranks are numbered stage by stage: rank = stage * tensor_size + tensor_rank. The tensor ranks
+    of a stage also divide its experts: tensor_rank = expert_rank * (tensor_size / expert_size) +
+    rank among those that hold the same experts.
     """
 
     stage: int
     num_stages: int
     tensor_rank: int
     tensor_size: int
+    expert_size: int
+    """Parts into which the tensor ranks divide the experts."""
     layers: range
     """Layers of this rank's pipeline stage, by their number in the whole model."""
     query_heads: range
@@ -27,6 +31,11 @@ class Partition:
     """Key-value heads this rank holds; when there are fewer of them than tensor ranks, several
     ranks hold the same one."""
     ffn_columns: range
+    experts: range
+    """The experts of each layer that this rank has a part in; empty in a model without experts."""
+    expert_columns: range
+    """Its part of each of them."""
+    shared_expert_columns: range
     vocab_rows: range
     """Rows of the embedding and of the output layer, padding included."""
     padded_vocab_size: int
@@ -79,17 +88,32 @@ def partition_model(
         )
     size = parallel.tensor
     _check_divisible(architecture, size)
+    _check_experts(architecture, parallel)
     stage, tensor_rank = divmod(rank, size)
+    expert_rank, rank_in_part = divmod(tensor_rank, size // parallel.expert)
+    experts = architecture.experts
     padded_vocab_size = math.ceil(architecture.vocab_size / size) * size
     return Partition(
         stage=stage,
         num_stages=parallel.pipeline,
         tensor_rank=tensor_rank,
         tensor_size=size,
+        expert_size=parallel.expert,
         layers=split_layers(architecture.num_layers, parallel)[stage],
         query_heads=_share(architecture.num_heads, tensor_rank, size),
         kv_heads=_share(architecture.num_kv_heads, tensor_rank, size),
         ffn_columns=_share(architecture.ffn_hidden_size, tensor_rank, size),
+        experts=_share(experts.count, expert_rank, parallel.expert) if experts else range(0),
+        expert_columns=(
+            _share(experts.ffn_hidden_size, rank_in_part, size // parallel.expert)
+            if experts
+            else range(0)
+        ),
+        shared_expert_columns=(
+            _share(experts.shared_ffn_hidden_size, tensor_rank, size)
+            if experts and experts.shared_ffn_hidden_size
+            else range(0)
+        ),
         vocab_rows=_share(padded_vocab_size, tensor_rank, size),
         padded_vocab_size=padded_vocab_size,
     )
@@ -102,10 +126,13 @@ def _share(total: int, tensor_rank: int, size: int) -> range:
 
 
 def _check_divisible(architecture: Architecture, size: int) -> None:
-    for what, count in (
-        ("attention heads", architecture.num_heads),
-        ("feed-forward columns", architecture.ffn_hidden_size),
-    ):
+    divided = [("attention heads", architecture.num_heads)]
+    experts = architecture.experts
+    if experts is None or experts.dense_layers:
+        divided.append(("feed-forward columns", architecture.ffn_hidden_size))
+    if experts and experts.shared_ffn_hidden_size:
+        divided.append(("columns of the shared expert", experts.shared_ffn_hidden_size))
+    for what, count in divided:
         if count % size != 0:
             raise ValueError(f"{count} {what} cannot be divided among parallel.tensor={size} ranks")
     kv_heads = architecture.num_kv_heads
@@ -113,4 +140,20 @@ def _check_divisible(architecture: Architecture, size: int) -> None:
         raise ValueError(
             f"{kv_heads} key-value heads can neither be divided among nor replicated over "
             f"parallel.tensor={size} ranks"
+        )
+
+
+def _check_experts(architecture: Architecture, parallel: ParallelConfig) -> None:
+    experts, parts = architecture.experts, parallel.expert
+    if experts is None:
+        if parts > 1:
+            raise ValueError(f"parallel.expert={parts}, but {architecture.name} has no experts")
+        return
+    if experts.count % parts != 0:
+        raise ValueError(f"{experts.count} experts cannot be divided by parallel.expert={parts}")
+    sharing = parallel.tensor // parts
+    if experts.ffn_hidden_size % sharing != 0:
+        raise ValueError(
+            f"{experts.ffn_hidden_size} columns of an expert cannot be divided among the {sharing} "
+            f"ranks that parallel.tensor={parallel.tensor} / parallel.expert={parts} leaves it"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastserve_mega.config import Config, KvCacheConfig
-from fastserve_mega.models.architecture import Architecture, LearnedPositions
+from fastserve_mega.models.architecture import Architecture, Experts, LearnedPositions
 from fastserve_mega.worker.partition import Partition
 
 _HIDDEN_COPIES = 8
@@ -19,7 +19,13 @@ def parameter_count(architecture: Architecture, partition: Partition) -> int:
     """Parameters that a rank holds, as Megatron lays them out."""
     hidden = architecture.hidden_size
     vocabulary = len(partition.vocab_rows) * hidden
-    count = len(partition.layers) * _layer_parameters(architecture, partition)
+    attention = len(partition.layers) * _attention_parameters(architecture, partition)
+    count = attention + sum(
+        _expert_parameters(architecture.experts, architecture.hidden_size, partition)
+        if architecture.experts is not None and architecture.has_experts(layer)
+        else _feed_forward_parameters(architecture, partition)
+        for layer in partition.layers
+    )
     if partition.is_first_stage:
         count += vocabulary
         if isinstance(architecture.positions, LearnedPositions):
@@ -52,6 +58,10 @@ def activation_bytes(config: Config, architecture: Architecture) -> int:
     tensor = config.parallel.tensor
     per_token = _HIDDEN_COPIES * architecture.hidden_size
     per_token += _WIDE_COPIES * architecture.ffn_hidden_size // tensor
+    if (experts := architecture.experts) is not None:
+        # A rank may hold all that a token chose: rows in and out, and the widest at a time.
+        wide = experts.ffn_hidden_size * config.parallel.expert // tensor
+        per_token += experts.chosen * (2 * architecture.hidden_size + _WIDE_COPIES * wide)
     logits = config.scheduler.max_batch_size * architecture.vocab_size * _LOGIT_BYTES
     # Four bytes: norms and softmax compute in float32.
     return 4 * per_token * config.scheduler.max_batch_tokens + logits
@@ -72,20 +82,34 @@ def host_blocks(settings: KvCacheConfig, block_bytes: int) -> int:
     return int(settings.host_memory_gb * 2**30) // block_bytes
 
 
-def _layer_parameters(architecture: Architecture, partition: Partition) -> int:
+def _attention_parameters(architecture: Architecture, partition: Partition) -> int:
+    """Of a layer, all its norms included."""
     hidden, head_dim = architecture.hidden_size, architecture.head_dim
     query_size = len(partition.query_heads) * head_dim
     qkv_size = query_size + 2 * len(partition.kv_heads) * head_dim
-    wide = len(partition.ffn_columns)
-    inner = (2 if architecture.gated else 1) * wide
-    count = 2 * _norm_parameters(architecture)
-    count += hidden * (qkv_size + query_size + inner + wide)
+    count = (4 if architecture.post_norms else 2) * _norm_parameters(architecture)
+    count += hidden * (qkv_size + query_size)
     if architecture.qkv_bias or architecture.linear_bias:
         count += qkv_size
     if architecture.linear_bias:
-        count += hidden + inner + hidden
+        count += hidden
     if architecture.qk_norm:
         count += 2 * head_dim
+    return count
+
+
+def _feed_forward_parameters(architecture: Architecture, partition: Partition) -> int:
+    hidden, wide = architecture.hidden_size, len(partition.ffn_columns)
+    inner = (2 if architecture.gated else 1) * wide
+    biases = inner + hidden if architecture.linear_bias else 0
+    return hidden * (inner + wide) + biases
+
+
+def _expert_parameters(experts: Experts, hidden: int, partition: Partition) -> int:
+    columns = len(partition.experts) * len(partition.expert_columns)
+    count = hidden * experts.count + 3 * hidden * columns  # the router, and the experts
+    if experts.shared_ffn_hidden_size is not None:
+        count += 3 * hidden * len(partition.shared_expert_columns) + hidden
     return count
 
 

@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
+from fastserve_mega.worker.megatron.distributed_saving import save_stage
 from fastserve_mega.worker.megatron.runner import MegatronRunner
 from fastserve_mega.worker.topology import read_topology
 
@@ -31,6 +32,7 @@ def run_job(job: dict) -> list[list[int]] | None:
     parallel = ParallelConfig(
         tensor=job["tensor"],
         pipeline=job["pipeline"],
+        expert=job.get("expert", 1),
         layers_per_stage=tuple(job["layers_per_stage"]) if job.get("layers_per_stage") else None,
         device="cpu",
         threads_per_rank=1,
@@ -43,6 +45,8 @@ def run_job(job: dict) -> list[list[int]] | None:
     )
     port = WORLD.bcast(free_port())
     runner = MegatronRunner(config, read_topology(), "127.0.0.1", port)
+    if job.get("save_to"):
+        save_stage(Path(job["save_to"]), runner._stage, runner.architecture, runner._partition)
     sampling_rank = parallel.world_size - parallel.tensor
     assert runner.is_sampling_rank == (WORLD.rank == sampling_rank)
 
@@ -56,6 +60,7 @@ def run_job(job: dict) -> list[list[int]] | None:
         params,
         block_size=job["block_size"],
         chunk=job["chunk"],
+        concurrent=job.get("concurrent", 4),
         share_tokens=share_tokens,
     )
     runner.close()

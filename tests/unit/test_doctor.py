@@ -233,6 +233,14 @@ def test_a_model_that_is_not_there(model):
     assert "are free in" in finding.remedy
 
 
+def test_a_name_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = Config(model=ModelConfig(path="some-body/some-model"))
+    (finding,) = deployment.check_model(config, tmp_path / "deployment.yaml")
+    assert finding.status == "warning"
+    assert "some-body/some-model is not on this machine" in finding.found
+
+
 def test_a_model_without_all_its_files(model):
     (model / "tokenizer.json").unlink()
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}

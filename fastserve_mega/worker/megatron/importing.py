@@ -8,6 +8,9 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 _STASH_KERNELS = "megatron.core.transformer.moe.ops.paged_stash"
 """Triton kernels for training mixtures of experts, imported by everything from 0.18 on."""
@@ -51,7 +54,7 @@ def import_megatron() -> None:
     """
     if importlib.util.find_spec("triton") is None:
         sys.modules.setdefault(_STASH_KERNELS, _stand_in_for_stash_kernels())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_compiler():
         # At import it warns that Transformer Engine and Apex are absent, which is fine here, and
         # of its own deprecated imports, which is nothing its users could change.
         warnings.simplefilter("ignore")
@@ -60,6 +63,26 @@ def import_megatron() -> None:
             "megatron.core.models.gpt.gpt_layer_specs",
         ):
             importlib.import_module(name)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Leave functions as they are where `torch.compile` decorates them.
+
+    Megatron has it for its fused functions, of which none is called here. To decorate them at
+    import loads the whole compiler: 70 MB and seconds on each rank.
+    """
+    import torch
+
+    def leave(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        return function if function is not None else lambda function: function
+
+    torch_compile = torch.compile
+    torch.compile = leave  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = torch_compile
 
 
 def _stand_in_for_stash_kernels() -> types.ModuleType:

@@ -29,6 +29,8 @@ _REUSED_BYTES = 2**25
 """Buffers up to this size are reused; the largest value that every glibc accepts."""
 _KEPT_BYTES = 2**30
 """Freed memory that the process keeps."""
+_RETURNED_BYTES = 2**18
+"""Buffers from this size on go back to the kernel when they are freed while weights are loaded."""
 
 
 def select_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
@@ -70,7 +72,7 @@ def _cpu_computes_bfloat16() -> bool:
 
 
 def set_up_cpu(parallel: ParallelConfig, topology: Topology) -> None:
-    """Give each rank its share of the cores, and keep freed memory for the next step.
+    """Give each rank its share of the cores, and return memory that is freed to the kernel.
 
     More threads than cores make the ranks wait for each other inside every operation (decoding
     was measured 16 times slower), so the number is never left to chance.
@@ -78,19 +80,25 @@ def set_up_cpu(parallel: ParallelConfig, topology: Topology) -> None:
     cores = len(os.sched_getaffinity(0))
     threads = parallel.threads_per_rank or max(1, cores // topology.local_size)
     torch.set_num_threads(threads)
-    _keep_freed_memory()
+    # Packing a weight frees the plain one; on the heap, the holes would stay resident.
+    _mallopt(_M_MMAP_THRESHOLD, _RETURNED_BYTES)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc reuse large buffers instead of returning them to the kernel.
 
-    Otherwise each temporary above 128 KiB is mapped and its pages faulted in anew; that was nine
-    tenths of the time of a norm over 512 tokens. Other C libraries have no mallopt; skip them.
+    Once the weights are loaded. Otherwise each temporary above 128 KiB is mapped and its pages
+    faulted in anew; that was nine tenths of the time of a norm over 512 tokens.
     """
+    _mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
+    _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def _mallopt(option: int, value: int) -> None:
+    """Of glibc; other C libraries have none."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _REUSED_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(option, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +140,9 @@ def join_process_groups(
     if parallel.tensor > 1:
         first = topology.rank - topology.rank % parallel.tensor
         tensor = _new_group(list(range(first, first + parallel.tensor)))
-    return ProcessGroups(tensor=tensor, megatron=_collect(tensor, alone))
+    return ProcessGroups(
+        tensor=tensor, megatron=_collect(parallel, topology.rank, tensor=tensor, alone=alone)
+    )
 
 
 def _new_group(ranks: list[int]) -> dist.ProcessGroup:
@@ -140,11 +150,36 @@ def _new_group(ranks: list[int]) -> dist.ProcessGroup:
     return dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-any-return]
 
 
-def _collect(tensor: dist.ProcessGroup, alone: dist.ProcessGroup) -> ProcessGroupCollection:
-    """Megatron's view: each stage is to it a model of its own, so all else is this rank alone."""
+def _collect(
+    parallel: ParallelConfig, rank: int, *, tensor: dist.ProcessGroup, alone: dist.ProcessGroup
+) -> ProcessGroupCollection:
+    """Megatron's view: each stage is to it a model of its own, so all else is this rank alone.
+
+    Except that the tensor ranks of the stage are also those that divide its experts.
+    """
     groups = ProcessGroupCollection()
-    groups.tp = tensor
-    for name in ("pp", "cp", "dp", "ep", "expt_tp"):
+    groups.tp = groups.tp_ep = groups.tp_cp = groups.tp_dp_cp = tensor
+    for name in ("pp", "cp", "dp", "expt_dp"):
         setattr(groups, name, alone)
     groups.embd = None
+    groups.ep, groups.expt_tp = _expert_groups(parallel, rank, tensor, alone)
     return groups
+
+
+def _expert_groups(
+    parallel: ParallelConfig, rank: int, tensor: dist.ProcessGroup, alone: dist.ProcessGroup
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """The ranks with the other experts, and the ranks with the other columns of these experts.
+
+    The order is that of Partition: ranks that share an expert are neighbours.
+    """
+    if parallel.expert == 1:
+        return alone, tensor
+    if parallel.expert == parallel.tensor:
+        return tensor, alone
+    sharing = parallel.tensor // parallel.expert
+    first = rank - rank % parallel.tensor
+    neighbours = range(rank - rank % sharing, rank - rank % sharing + sharing)
+    others = range(first + rank % sharing, first + parallel.tensor, sharing)
+    sharing_group = _new_group(list(neighbours))
+    return _new_group(list(others)), sharing_group

@@ -8,16 +8,18 @@ batch dimension, which would be 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.experts import ExpertMixture
 from fastserve_mega.worker.megatron.packing import Packable
 
 
@@ -46,10 +48,19 @@ class RowLinear(Packable, RowParallelLinear):  # type: ignore[misc] # megatron i
 
 
 class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is untyped
-    """Pre-norm attention and feed-forward, each added to the residual."""
+    """Pre-norm attention and feed-forward, each added to the residual.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        *args: Megatron's.
+        post_norm: class of the norms of what is added, for models that have them.
+        **kwargs: Megatron's.
+    """
+
+    def __init__(self, *args: Any, post_norm: Any = nn.Identity, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        sizes = {"hidden_size": self.config.hidden_size, "eps": self.config.layernorm_epsilon}
+        self.post_attention_layernorm = post_norm(config=self.config, **sizes)
+        self.post_mlp_layernorm = post_norm(config=self.config, **sizes)
         attention = self.self_attention
         group_size = attention.core_attention.group_size
         kv_heads = attention.num_query_groups_per_partition
@@ -57,30 +68,70 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
         self._has_qk_norm = bool(self.config.qk_layernorm)
         self._activation = self.config.activation_func
         self._gated = bool(self.config.gated_linear_unit)
+        self._mixture: ExpertMixture | None = None
+
+    def use_experts(self, mixture: ExpertMixture) -> None:
+        """Compute the feed-forward pass with experts."""
+        self._mixture = mixture
 
     def forward(self, hidden: Tensor, step: StepAttention) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
-        hidden = self._attend(self.input_layernorm(hidden), step).add_(hidden)
-        return self._feed_forward(self.pre_mlp_layernorm(hidden)).add_(hidden)
+        attended = self._attend(self.input_layernorm(hidden), step)
+        hidden = self.post_attention_layernorm(attended).add_(hidden)
+        fed = self._feed_forward(self.pre_mlp_layernorm(hidden))
+        return cast(Tensor, self.post_mlp_layernorm(fed).add_(hidden))
 
     def _attend(self, x: Tensor, step: StepAttention) -> Tensor:
         attention = self.self_attention
         # Per key-value head: its query heads, the key, the value.
-        qkv = attention.linear_qkv(x).view(self._qkv_shape)
+        qkv = _output(attention.linear_qkv(x)).view(self._qkv_shape)
         if self._has_qk_norm:
             group_size = attention.core_attention.group_size
             qkv[:, :, :group_size] = attention.q_layernorm(qkv[:, :, :group_size])
             qkv[:, :, group_size] = attention.k_layernorm(qkv[:, :, group_size])
-        return cast(Tensor, attention.linear_proj(attention.core_attention(qkv, step)))
+        return _output(attention.linear_proj(attention.core_attention(qkv, step)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        y = self.mlp.linear_fc1(x)
+        if self._mixture is not None:
+            return self._mixture(x)
+        y = _output(self.mlp.linear_fc1(x))
         if self._gated:
             gate, up = y.chunk(2, dim=-1)
             y = self._activation(gate).mul_(up)
         else:
             y = self._activation(y)
-        return cast(Tensor, self.mlp.linear_fc2(y))
+        return _output(self.mlp.linear_fc2(y))
+
+
+def _output(y: Any) -> Tensor:
+    """Transformer Engine's linears return their output and, apart from it, a bias or None."""
+    if isinstance(y, tuple):
+        y, bias = y
+        y = y if bias is None else y + bias
+    return cast(Tensor, y)
+
+
+class ZeroCenteredRMSNorm(nn.Module):
+    """RMSNorm whose weight is kept as its difference from 1; the sum is taken in float32.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        hidden_size: of the last dimension.
+        eps: added to the mean square.
+        **unused: what Megatron gives its own norms.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__()
+        del config, unused
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] → [..., hidden]."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
+        return (wide * (1.0 + self.weight.float())).to(x.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -88,7 +139,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return functional.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": gelu_tanh,

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastserve_mega.models.architecture import Architecture, LearnedPositions
-from fastserve_mega.worker.megatron.attention import PagedAttention, StepAttention
+from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.experts import ExpertMixture
 from fastserve_mega.worker.megatron.initialize import ProcessGroups
-from fastserve_mega.worker.megatron.layers import (
-    ACTIVATIONS,
-    ColumnLinear,
-    InferenceLayer,
-    RowLinear,
-)
+from fastserve_mega.worker.megatron.layer_spec import LayerChoice, block_spec
+from fastserve_mega.worker.megatron.layers import ACTIVATIONS, InferenceLayer
 from fastserve_mega.worker.megatron.packing import Packable, can_pack, pack, packed_linear
 from fastserve_mega.worker.partition import Partition
 
@@ -31,14 +27,42 @@ class Stage:
     """The layers of one rank, with the embedding on the first stage and the logits on the last."""
 
     def __init__(
-        self, model: GPTModel, groups: ProcessGroups, partition: Partition, vocab_size: int
+        self,
+        model: GPTModel,
+        groups: ProcessGroups,
+        partition: Partition,
+        architecture: Architecture,
     ) -> None:
         self.model = model
-        self._groups = groups
+        self.groups = groups
         self._partition = partition
-        self._vocab_size = vocab_size
+        self._vocab_size = architecture.vocab_size
+        self._embedding_scale = architecture.embedding_scale
+        self._logit_softcap = architecture.logit_softcap
         self._layers: list[InferenceLayer] = list(model.decoder.layers)
         self._packed_output: Tensor | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters, by the names of Megatron's own layers.
+
+        Transformer Engine's linears hold the norm before them.
+        """
+        renamed = {
+            "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+            "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+        }
+
+        def separate(name: str) -> str:
+            for fused, alone in renamed.items():
+                name = name.replace(fused, alone)
+            return name
+
+        return {separate(name): value for name, value in self.model.named_parameters()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters of this rank."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def pack_weights(self) -> None:
         """Lay the weights out for this machine, once they are loaded."""
@@ -46,18 +70,23 @@ class Stage:
             if isinstance(module, Packable):
                 module.pack_weight()
         if self._partition.is_last_stage and can_pack(weight := self._output_weight()):
-            # The plain table stays: it may be the embedding's.
             self._packed_output = pack(weight)
+            own = self.model.output_layer.weight
+            if own is not None:  # else it is the embedding's, which stays
+                own.data = own.new_empty(0)
 
     def embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         """[tokens] → [tokens, hidden]; on the first stage."""
         embedded = self.model.embedding(input_ids=token_ids[None], position_ids=positions[None])
         # Megatron's batch dimension leaves an odd stride behind that slows down the first linear.
-        return cast(Tensor, embedded).reshape(token_ids.shape[0], -1).contiguous()
+        hidden = cast(Tensor, embedded).reshape(token_ids.shape[0], -1).contiguous()
+        if self._embedding_scale != 1.0:
+            hidden = hidden * hidden.new_tensor(self._embedding_scale)
+        return hidden
 
-    def run_layers(self, hidden: Tensor, step: StepAttention) -> Tensor:
-        """[tokens, hidden] → [tokens, hidden]."""
-        for layer in self._layers:
+    def run_layers(self, hidden: Tensor, attention: Sequence[StepAttention]) -> Tensor:
+        """[tokens, hidden] → [tokens, hidden], with what each layer needs to know of the step."""
+        for layer, step in zip(self._layers, attention, strict=True):
             hidden = layer(hidden, step)
         return hidden
 
@@ -67,8 +96,11 @@ class Stage:
         parts = [local]
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
-            dist.all_gather(parts, local, group=self._groups.tensor)
-        return torch.cat(parts, dim=-1)[:, : self._vocab_size]
+            dist.all_gather(parts, local, group=self.groups.tensor)
+        logits = torch.cat(parts, dim=-1)[:, : self._vocab_size]
+        if (limit := self._logit_softcap) is not None:
+            logits = logits.div(limit).tanh_().mul_(limit)
+        return logits
 
     def _multiply_output(self, hidden: Tensor) -> Tensor:
         if self._packed_output is None:
@@ -86,6 +118,7 @@ def build_stage(
     partition: Partition,
     groups: ProcessGroups,
     *,
+    choice: LayerChoice,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Stage:
@@ -99,8 +132,8 @@ def build_stage(
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = GPTModel(
-            config=_transformer_config(architecture, partition, dtype),
-            transformer_layer_spec=_layer_spec(architecture),
+            config=_transformer_config(architecture, partition, choice, dtype),
+            transformer_layer_spec=block_spec(architecture, partition, choice),
             vocab_size=partition.padded_vocab_size,
             max_sequence_length=architecture.max_context,
             pre_process=partition.is_first_stage,
@@ -115,11 +148,17 @@ def build_stage(
         )
     # torch's norms and the position table do not follow params_dtype.
     model = model.requires_grad_(False).to(dtype).eval()
-    return Stage(model, groups, partition, architecture.vocab_size)
+    if architecture.experts is not None:
+        activation = ACTIVATIONS[architecture.activation]
+        for layer in model.decoder.layers:
+            if layer.is_moe_layer:
+                mixture = ExpertMixture(layer.mlp, architecture.experts, activation, groups.tensor)
+                layer.use_experts(mixture)
+    return Stage(model, groups, partition, architecture)
 
 
 def _transformer_config(
-    architecture: Architecture, partition: Partition, dtype: torch.dtype
+    architecture: Architecture, partition: Partition, choice: LayerChoice, dtype: torch.dtype
 ) -> TransformerConfig:
     return TransformerConfig(
         num_layers=len(partition.layers),
@@ -131,16 +170,20 @@ def _transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         normalization="RMSNorm" if architecture.norm == "rms" else "LayerNorm",
         layernorm_epsilon=architecture.norm_epsilon,
+        softmax_scale=architecture.attention_scale,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norm,
         activation_func=ACTIVATIONS[architecture.activation],
         gated_linear_unit=architecture.gated,
         add_bias_linear=architecture.linear_bias,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
         tensor_model_parallel_size=partition.tensor_size,
+        **_expert_settings(architecture, partition),
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu_initialization=True,
+        # Transformer Engine would draw random weights on the CPU first.
+        use_cpu_initialization=choice.linears == "local",
         perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -153,20 +196,18 @@ def _transformer_config(
     )
 
 
-def _layer_spec(architecture: Architecture) -> Any:
-    """Megatron's specification of a layer, with our forward passes and our attention."""
-    spec = get_gpt_layer_local_spec(
-        qk_layernorm=architecture.qk_norm,
-        normalization="RMSNorm" if architecture.norm == "rms" else "LayerNorm",
-    )
-    spec.module = InferenceLayer
-    attention = spec.submodules.self_attention.submodules
-    attention.core_attention = PagedAttention
-    attention.linear_qkv = ColumnLinear
-    attention.linear_proj = RowLinear
-    mlp = spec.submodules.mlp
-    # A functools.partial from Megatron-Core 0.19 on, a ModuleSpec before.
-    parts = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
-    parts.linear_fc1 = ColumnLinear
-    parts.linear_fc2 = RowLinear
-    return spec
+def _expert_settings(architecture: Architecture, partition: Partition) -> dict[str, Any]:
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        "moe_router_topk": experts.chosen,
+        "moe_router_pre_softmax": True,
+        "moe_router_load_balancing_type": "none",
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.shared_ffn_hidden_size is not None,
+        "expert_model_parallel_size": partition.expert_size,
+        "expert_tensor_parallel_size": partition.tensor_size // partition.expert_size,
+    }

@@ -9,24 +9,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastserve_mega.config import Config
-from fastserve_mega.models.architecture import Architecture, Rope, load_architecture
+from fastserve_mega.models.architecture import Architecture, AttentionKind, load_architecture
 from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
-from fastserve_mega.worker.megatron.attention import (
-    StepAttention,
-    rotary_frequencies,
-    rotation,
-)
-from fastserve_mega.worker.megatron.checkpoint import load_weights
+from fastserve_mega.worker.loading_progress import show_progress
+from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
 from fastserve_mega.worker.megatron.initialize import (
     join_process_groups,
+    keep_freed_memory,
     select_device,
     select_dtype,
     set_up_cpu,
 )
+from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import build_stage
+from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.runner import SequenceInput
@@ -58,11 +58,22 @@ class MegatronRunner:
         self._partition = partition_model(
             architecture, config.parallel, topology.rank, topology.world_size
         )
+        checkpoint = open_checkpoint(config.model.directory, architecture, self._partition)
         self._rank = topology.rank
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
         set_up_cpu(config.parallel, topology)
-        self._frequencies = _frequencies(architecture, self._device)
+        choice = choose_layers(config.model.layer_spec, architecture, self._device)
+        if topology.rank == 0:
+            log_choice(choice)
+        kinds = [architecture.attention_kind(layer) for layer in self._partition.layers]
+        self._kinds = list(dict.fromkeys(kinds))
+        self._kind_of_layer = [self._kinds.index(kind) for kind in kinds]
+        self._rotations = {
+            kind.rope: Rotation(kind.rope, architecture.head_dim, self._device)
+            for kind in self._kinds
+            if kind.rope is not None
+        }
         self._sampler = Sampler(architecture.eos_token_ids)
         self._sending: tuple[dist.Work, Tensor] | None = None
         groups = join_process_groups(
@@ -70,10 +81,18 @@ class MegatronRunner:
         )
         try:
             self._stage = build_stage(
-                architecture, self._partition, groups, dtype=self._dtype, device=self._device
+                architecture,
+                self._partition,
+                groups,
+                choice=choice,
+                dtype=self._dtype,
+                device=self._device,
             )
-            load_weights(config.model.directory, self._stage, architecture, self._partition)
+            action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
+            with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
+                checkpoint.load(self._stage, report)
             self._stage.pack_weights()
+            keep_freed_memory()
             self.cache = _build_cache(
                 config, architecture, self._partition, self._dtype, self._device
             )
@@ -122,7 +141,9 @@ class MegatronRunner:
             return []
         step = build_step(batch, self.cache.block_size, self._device)
         self.cache.clear(step.fresh_blocks)
-        hidden = self._stage.run_layers(self._receive(step), self._attention(step))
+        attention = [self._attention(step, kind) for kind in self._kinds]
+        of_layers = [attention[kind] for kind in self._kind_of_layer]
+        hidden = self._stage.run_layers(self._receive(step), of_layers)
         if not self._partition.is_last_stage:
             self._send(hidden)
             return []
@@ -140,10 +161,11 @@ class MegatronRunner:
         dist.destroy_process_group()
         del self._stage, self.cache, self._host, self._copies
 
-    def _attention(self, step: StepBatch) -> StepAttention:
+    def _attention(self, step: StepBatch, kind: AttentionKind) -> StepAttention:
+        """For all layers of a kind."""
         turned = None
-        if self._frequencies is not None:
-            turned = rotation(step.positions, self._frequencies, self._dtype)
+        if kind.rope is not None:
+            turned = self._rotations[kind.rope].at(step.positions, self._dtype)
         partition = self._partition
         return StepAttention(
             step,
@@ -151,7 +173,8 @@ class MegatronRunner:
             rotation=turned,
             group_size=len(partition.query_heads) // len(partition.kv_heads),
             num_kv_heads=len(partition.kv_heads),
-            window=self.architecture.sliding_window,
+            window=kind.window,
+            softcap=self.architecture.attention_softcap,
         )
 
     def _receive(self, step: StepBatch) -> Tensor:
@@ -203,9 +226,3 @@ def _build_cache(
         dtype=dtype,
         device=device,
     )
-
-
-def _frequencies(architecture: Architecture, device: torch.device) -> Tensor | None:
-    if not isinstance(architecture.positions, Rope):
-        return None
-    return rotary_frequencies(architecture.positions, architecture.head_dim).to(device)

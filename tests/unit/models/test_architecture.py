@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from fastserve_mega.models.architecture import LearnedPositions, Rope, load_architecture
+from fastserve_mega.models.architecture import (
+    AttentionKind,
+    Experts,
+    LearnedPositions,
+    Rope,
+    RopeScaling,
+    load_architecture,
+)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -95,6 +102,108 @@ def test_qwen_biases_and_norms(load):
     assert not qwen3.qkv_bias
 
 
+def mixture(name, **fields):
+    return {**QWEN, "architectures": [f"{name}ForCausalLM"], "num_experts_per_tok": 2, **fields}
+
+
+def test_mixtures_by_their_own_names(load):
+    mixtral = load({**mixture("Mixtral"), "num_local_experts": 4, "sliding_window": None})
+    assert mixtral.experts == Experts(count=4, chosen=2, ffn_hidden_size=96, normalized=True)
+    assert mixtral.sliding_window is None
+    assert mixtral.positions == Rope(theta=1_000_000.0)
+    sizes = {"num_experts": 6, "moe_intermediate_size": 40}
+    qwen2 = load(mixture("Qwen2Moe", shared_expert_intermediate_size=48, **sizes))
+    assert qwen2.experts == Experts(
+        count=6, chosen=2, ffn_hidden_size=40, normalized=False, shared_ffn_hidden_size=48
+    )
+    assert qwen2.qkv_bias
+    qwen3 = load(mixture("Qwen3Moe", norm_topk_prob=True, **sizes))
+    assert qwen3.experts == Experts(count=6, chosen=2, ffn_hidden_size=40, normalized=True)
+    assert qwen3.qk_norm
+    assert qwen3.head_dim == 16
+    renamed = load(mixture("Qwen3Moe", num_local_experts=6, moe_intermediate_size=40))
+    assert renamed.experts is not None
+    assert renamed.experts.count == 6
+
+
+def test_which_layers_of_a_mixture_are_dense(load):
+    sparse = load(mixture("Qwen3Moe", num_hidden_layers=6, decoder_sparse_step=2))
+    assert [sparse.has_experts(layer) for layer in range(6)] == [False, True] * 3
+    some = load(mixture("Qwen3Moe", num_hidden_layers=3, mlp_only_layers=[0, 2]))
+    assert [some.has_experts(layer) for layer in range(3)] == [False, True, False]
+    with pytest.raises(ValueError, match=r"mlp_only_layers must be a list of whole numbers, got"):
+        load(mixture("Qwen3Moe", mlp_only_layers="0"))
+    assert not load(LLAMA).has_experts(0)
+
+
+def test_smollm3_has_layers_without_positions(load):
+    smollm3 = {**LLAMA, "architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 5}
+    model = load(smollm3)
+    assert [model.attention_kind(layer).rope is None for layer in range(5)] == [
+        False, False, False, True, False,
+    ]  # fmt: skip
+    assert model.attention_kind(0).rope == Rope(theta=2_000_000.0)
+    named = load({**smollm3, "no_rope_layers": [1, 0, 1, 1, 0, 1, 1]})
+    assert [named.attention_kind(layer).rope is None for layer in range(5)] == [
+        False, True, False, False, True,
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no_rope_layers names 2 layers of 5"):
+        load({**smollm3, "no_rope_layers": [1, 0]})
+
+
+def test_gemma_means_the_approximation_when_it_says_gelu(load):
+    gemma = {**LLAMA, "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"}
+    model = load(gemma)
+    assert (model.activation, model.head_dim, model.embedding_scale) == ("gelu_tanh", 256, 8.0)
+    assert model.zero_centered_norm
+    assert model.tied_embeddings
+    with pytest.raises(ValueError, match="use_bidirectional_attention=True is not supported"):
+        load({**gemma, "use_bidirectional_attention": True})
+
+
+GEMMA2 = {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "sliding_window": 32}
+GEMMA3 = {**GEMMA2, "architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 4}
+
+
+def test_gemma2_limits_and_windows(load):
+    gemma = load(GEMMA2)
+    assert (gemma.attention_softcap, gemma.logit_softcap) == (50.0, 30.0)
+    assert gemma.attention_scale == 1 / 16
+    assert [gemma.attention_kind(layer).window for layer in range(2)] == [32, None]
+    without = load({**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None})
+    assert (without.attention_softcap, without.logit_softcap) == (None, None)
+    with pytest.raises(ValueError, match=r"layer_types must name .* for 2 layers, got"):
+        load({**GEMMA2, "layer_types": ["full_attention", "chunked_attention"]})
+
+
+def test_gemma3_rotates_by_kind_of_layer_in_both_notations(load):
+    linear = {"rope_type": "linear", "factor": 8.0}
+    old = load(
+        {
+            **GEMMA3,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 2e4,
+            "rope_scaling": linear,
+            "sliding_window_pattern": 2,
+        }
+    )
+    new = load(
+        {
+            **GEMMA3,
+            "rope_parameters": {
+                "full_attention": {**linear, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            },
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        }
+    )
+    assert old.layer_attention == new.layer_attention
+    scaled = Rope(theta=5e5, scaling=RopeScaling(kind="linear", factor=8.0))
+    assert old.attention_kind(1) == AttentionKind(rope=scaled, window=None)
+    assert old.attention_kind(2) == AttentionKind(rope=Rope(theta=2e4), window=32)
+    assert (old.attention_softcap, old.logit_softcap, old.qk_norm) == (None, None, True)
+
+
 def test_opt_skips_the_unused_positions(load):
     opt = load(OPT)
     assert opt.positions == LearnedPositions(first_row=2)
@@ -113,7 +222,8 @@ def test_opt_skips_the_unused_positions(load):
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
         ({"head_dim": 15}, "rotary embedding needs an even head_dim, got 15"),
         ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         ({"rope_scaling": [4.0]}, "rope_scaling must be an object"),
         ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number, got -1"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),

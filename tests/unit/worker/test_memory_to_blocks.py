@@ -1,12 +1,13 @@
 """Memory to blocks, without a device."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, SwapConfig
-from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.models.architecture import Experts, load_architecture
 from fastserve_mega.worker import pool_sizes, sizes
 
 GB = 2**30
@@ -42,6 +43,16 @@ def test_cuda_takes_its_share_of_what_the_weights_left(monkeypatch, architecture
     assert 0 < activations < GB
     blocks = pool_sizes.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA)
     assert blocks == (40 * GB - activations) // BLOCK_BYTES
+
+
+def test_a_rank_may_hold_all_experts_that_a_step_chooses(architecture):
+    experts = Experts(count=4, chosen=2, ffn_hidden_size=12, normalized=True)
+    mixture = dataclasses.replace(architecture, experts=experts)
+    wanted = config()
+    more = sizes.activation_bytes(wanted, mixture)
+    more -= sizes.activation_bytes(wanted, architecture)
+    rows = wanted.scheduler.max_batch_tokens * experts.chosen
+    assert more == 4 * rows * (2 * architecture.hidden_size + 3 * experts.ffn_hidden_size)
 
 
 def test_a_device_full_of_weights_is_refused_with_numbers(monkeypatch, architecture):

@@ -67,6 +67,7 @@ def test_key_value_heads_are_replicated_when_there_are_too_few():
     ("parallel", "world_size", "message"),
     [
         (ParallelConfig(tensor=2), 1, "1 ranks were started, .*needs 2"),
+        (ParallelConfig(tensor=2, expert=2), 2, "expert=2, but LlamaForCausalLM has no experts"),
         (ParallelConfig(tensor=3), 3, "8 attention heads cannot be divided among .*=3 ranks"),
         (ParallelConfig(pipeline=8), 8, "pipeline=8 stages are too many for a model of 7 layers"),
         (

@@ -1,0 +1,67 @@
+"""Who may ask, and under which id: plain ASGI layers around the application."""
+
+from __future__ import annotations
+
+import hmac
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastserve_mega.server.errors import ApiError
+
+_GUARDED = ("/v1/", "/tokenize", "/detokenize")
+"""What computes or tells about texts. Health, metrics and the live view stay open."""
+_REQUEST_ID = "X-Request-Id"
+_MAX_ID_LENGTH = 128
+
+
+class RequireKey:
+    """Answers with 401 what comes without one of the keys as `Authorization: Bearer KEY`."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        guarded = scope["type"] == "http" and scope["path"].startswith(_GUARDED)
+        # A browser asks with OPTIONS, without a key, whether it may send one.
+        if not guarded or scope["method"] == "OPTIONS" or self._is_allowed(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            401,
+            "an API key is required, as the header Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        await error.response()(scope, receive, send)
+
+    def _is_allowed(self, headers: Headers) -> bool:
+        kind, _, given = headers.get("Authorization", "").partition(" ")
+        # All keys are compared, each in constant time.
+        equal = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
+        return kind.lower() == "bearer" and any(equal)
+
+
+class NameRequests:
+    """Gives every answer an X-Request-Id: the client's own, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(_REQUEST_ID, "")
+        usable = 0 < len(given) <= _MAX_ID_LENGTH and given.isascii() and given.isprintable()
+        request_id = given if usable else uuid.uuid4().hex
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+            await send(message)
+
+        await self._app(scope, receive, named)

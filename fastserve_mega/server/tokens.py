@@ -1,0 +1,61 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict, Field
+
+from fastserve_mega.server.answers import Json
+from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.protocol import ChatMessage
+from fastserve_mega.server.service import Service
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TokenizeRequest(_Body):
+    """Body of POST /tokenize: a text, or a conversation that the chat template turns into one."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+
+
+class DetokenizeRequest(_Body):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+def tokens_router(service: Service) -> APIRouter:
+    """Both endpoints, with their service."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> Json:
+        await service.check_model(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "send either prompt or messages", param="prompt")
+        if body.prompt is not None:
+            tokens = await service.encode(body.prompt)
+        else:
+            tokens = await service.encode_chat([each.plain() for each in body.messages or ()])
+        welcome = await service.client.info()
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": welcome.max_context}
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> Json:
+        await service.check_model(body.model)
+        vocab_size = (await service.client.info()).vocab_size
+        for token in (min(body.tokens, default=0), max(body.tokens, default=0)):
+            if not 0 <= token < vocab_size:
+                raise ApiError(
+                    400, f"token id {token} is not in the vocabulary of {vocab_size}",
+                    param="tokens",
+                )  # fmt: skip
+        return {"prompt": service.tokenizer.decode(body.tokens)}
+
+    return router

@@ -1,0 +1,139 @@
+"""`fastserve-mega top`: what the scheduler is doing, in a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastserve_mega.client import Client, ServerUnavailableError
+from fastserve_mega.config import Config
+from fastserve_mega.messaging.messages import Snapshot
+from fastserve_mega.snapshot import PoolView, ReplicaView, RequestView
+
+_STYLES = {"running": "green", "resident": "blue", "hosted": "yellow", "waiting": "bright_black"}
+_MARK = "■"
+_ANSWER_S = 3.0
+
+
+def run_top(config: Config, *, interval_s: float, once: bool) -> int:
+    """Show snapshots until Ctrl-C; returns the exit status.
+
+    Args:
+        config: of the deployment, whose coordinator is asked.
+        interval_s: between two snapshots.
+        once: print one and end; also what happens when the output is not a terminal.
+    """
+    console = Console()
+    endpoint = config.coordinator.client_endpoint
+    try:
+        with Client(endpoint, timeout_s=_ANSWER_S) as client:
+            before = client.snapshot()
+            if once or not console.is_terminal:
+                console.print(render(before, before))
+            else:
+                _watch(client, console, before, interval_s)
+    except ServerUnavailableError as error:
+        print(f"fastserve-mega top: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _watch(client: Client, console: Console, before: Snapshot, interval_s: float) -> None:
+    with Live(render(before, before), console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval_s)
+            snapshot = client.snapshot()
+            live.update(render(snapshot, before), refresh=True)
+            before = snapshot
+
+
+def render(snapshot: Snapshot, before: Snapshot) -> RenderableType:
+    """The whole screen; rates are those since `before`."""
+    elapsed_s = snapshot.clock_s - before.clock_s
+    parts: list[RenderableType] = [_figures(snapshot, before, elapsed_s)]
+    several = len(snapshot.replicas) > 1
+    for number, replica in enumerate(snapshot.replicas):
+        if several:
+            parts.append(Text(f"replica {number}", style="bold"))
+        same = number < len(before.replicas)
+        parts += [_levels(replica), _pools(replica, before.replicas[number] if same else replica,
+                                           elapsed_s)]  # fmt: skip
+    legend = Text("  ".join(f"{_MARK} {name}" for name in _STYLES))
+    for name, style in _STYLES.items():
+        legend.highlight_words([f"{_MARK} {name}"], style)
+    return Group(*parts, legend)
+
+
+def _figures(snapshot: Snapshot, before: Snapshot, elapsed_s: float) -> Table:
+    table = Table(expand=True)
+    generated = snapshot.generation_tokens - before.generation_tokens
+    unfinished = sum(sum(replica.levels) for replica in snapshot.replicas)
+    figures = {
+        "output tokens/s": f"{generated / elapsed_s:.1f}" if elapsed_s > 0 else "-",
+        "TTFT P50, P95": f"{_seconds(snapshot.ttft_s.p50)}, {_seconds(snapshot.ttft_s.p95)}",
+        "JCT P50, P95": f"{_seconds(snapshot.jct_s.p50)}, {_seconds(snapshot.jct_s.p95)}",
+        "unfinished": f"{unfinished:,}",
+        "finished": f"{snapshot.finished_requests:,}",
+        "preemptions": f"{sum(replica.preemptions for replica in snapshot.replicas):,}",
+    }
+    for name in figures:
+        table.add_column(name, justify="right")
+    table.add_row(*figures.values())
+    return table
+
+
+def _levels(replica: ReplicaView) -> Table:
+    table = Table(expand=True, show_edge=False)
+    table.add_column("level")
+    table.add_column("quantum", justify="right")
+    table.add_column("requests", justify="right")
+    table.add_column("the first ones by priority", ratio=1, no_wrap=True)
+    for level, count in enumerate(replica.levels):
+        quantum = _seconds(replica.quanta_s[level]) if replica.quanta_s else ""
+        shown = [view for view in replica.requests if view.level == level]
+        table.add_row(f"Q{level + 1}", quantum, f"{count:,}" if count else "", _marks(shown))
+    return table
+
+
+def _marks(requests: list[RequestView]) -> Text:
+    marks = Text()
+    counts = Counter("running" if view.running else view.place for view in requests)
+    for name, style in _STYLES.items():
+        marks.append(_MARK * counts[name], style)
+    return marks
+
+
+def _pools(replica: ReplicaView, before: ReplicaView, elapsed_s: float) -> Table:
+    table = Table(expand=True, show_edge=False)
+    for name in ("KV blocks", "in use", "cached", "of", "swapped to it, blocks/s"):
+        table.add_column(name, justify="left" if name == "KV blocks" else "right")
+    table.add_column("", ratio=1)
+    for name, pool, now, then in (
+        ("device", replica.device, replica.swapped_in_blocks, before.swapped_in_blocks),
+        ("host", replica.host, replica.swapped_out_blocks, before.swapped_out_blocks),
+    ):
+        rate = f"{(now - then) / elapsed_s:.0f}" if elapsed_s > 0 else "-"
+        counts = (f"{pool.owned:,}", f"{pool.cached:,}", f"{pool.capacity:,}")
+        table.add_row(name, *counts, rate, _bar(pool))
+    return table
+
+
+def _bar(pool: PoolView) -> RenderableType:
+    if not pool.capacity:
+        return Text("no pool", style="bright_black")
+    return ProgressBar(total=pool.capacity, completed=pool.owned)
+
+
+def _seconds(seconds: float) -> str:
+    if seconds == 0:
+        return "-"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

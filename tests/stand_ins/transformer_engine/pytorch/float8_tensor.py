@@ -1,0 +1,5 @@
+"""FP8, which nothing here uses."""
+
+
+class Float8Tensor:
+    pass
