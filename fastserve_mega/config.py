@@ -58,7 +58,9 @@ class ParallelConfig:
     """The mesh of ranks: data x pipeline x tensor, the last of them next to each other."""
 
     tensor: int = 1
+    """Ranks that share each layer."""
     pipeline: int = 1
+    """Stages: ranks with some of the layers each."""
     data: int = 1
     """Replicas: copies of the model, each on tensor x pipeline ranks of its own. A request goes to
     the one where the least work is expected."""
@@ -68,6 +70,7 @@ class ParallelConfig:
     layers_per_stage: tuple[int, ...] | None = None
     """Layers of each pipeline stage; None splits as evenly as possible, extra layers first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is such a device, else cpu."""
     threads_per_rank: int | None = None
     """CPU threads of a rank; None divides the cores of the machine among its ranks."""
     timeout_s: float = 120.0
@@ -144,6 +147,7 @@ class KvCacheConfig:
     """The paged KV pools. A block holds `block_size` tokens of all layers of a rank."""
 
     block_size: int = 16
+    """Tokens in a block."""
     device_blocks: int | None = None
     """Blocks on the device, the null block included; None sizes the pool by memory."""
     device_memory_gb: float | None = None
@@ -196,6 +200,7 @@ class MlfqConfig:
     """The multi-level feedback queue (paper section 4.1)."""
 
     levels: int = 10
+    """Number of levels."""
     base_quantum_s: float | None = None
     """Quantum of the highest level, seconds; None takes the decode time at batch 1."""
     quantum_ratio: float = 2.0
@@ -224,6 +229,7 @@ class SchedulerConfig:
     """Who runs in the next step, and how much of it."""
 
     policy: PolicyName = "skip_join_mlfq"
+    """Who comes first; docs/scheduling.md. srpt knows the future: for the simulator only."""
     max_batch_size: int = 16
     """Requests in one step."""
     max_batch_tokens: int = 512
@@ -288,7 +294,9 @@ class ServerConfig:
     """The OpenAI-compatible HTTP server."""
 
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 is all of them."""
     port: int = 8000
+    """TCP port to listen on."""
     live_view: bool = True
     """Show what the scheduler is doing on a web page at /."""
     api_key_file: str | None = None
@@ -315,6 +323,7 @@ class HardwareConfig:
     device_memory_gb: float | None = None
     """Memory of a device, GiB. None leaves open what fits."""
     devices_per_node: int = 8
+    """GPUs of a node, one per rank."""
     host_memory_gb: float | None = None
     """Memory of a node, GiB."""
 

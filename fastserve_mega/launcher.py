@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import shutil
 import signal
@@ -29,6 +30,8 @@ _HTTP_START_S = 60.0
 _RANKS = "ranks"
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 600.0
+
+_log = logging.getLogger(__name__)
 
 
 class LaunchError(Exception):
@@ -188,8 +191,15 @@ def http_url(config: Config) -> str:
 def _ranks_prefix(config: Config) -> list[str]:
     """What starts the ranks: nothing for a single one, mpirun for more."""
     ranks = config.parallel.world_size
-    if ranks == 1:
-        return []
+    return [] if ranks == 1 else mpirun_command(ranks)
+
+
+def mpirun_command(ranks: int) -> list[str]:
+    """The start of a command line that runs the rest of it on so many ranks.
+
+    Raises:
+        LaunchError: there is no mpirun beside this Python or on the PATH.
+    """
     beside_python = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
@@ -224,10 +234,10 @@ def serve(config: Config, arguments: Sequence[str]) -> int:
             print(_how_to_use(config, arguments), flush=True)
             _supervise(deployment)
         except KeyboardInterrupt:
-            print("stopping", file=sys.stderr, flush=True)
+            _log.warning("stopping")
             return 0
         except LaunchError as error:
-            print(f"fastserve-mega serve: {error}", file=sys.stderr, flush=True)
+            _log.error("%s", error)
             return 1
 
 
@@ -246,9 +256,9 @@ def _supervise(deployment: Deployment) -> NoReturn:
                     f"{error}, after {_MAX_RESTARTS} restarts within {_RESTART_WINDOW_S:g} s"
                 ) from None
             restarts.append(now)
-            print(f"fastserve-mega serve: {error}; starting again", file=sys.stderr, flush=True)
+            _log.warning("%s; starting again", error)
         deployment.restart_ranks()
-        print("fastserve-mega serve: serving again", file=sys.stderr, flush=True)
+        _log.warning("serving again")
 
 
 def profile(config: Config, arguments: Sequence[str], output: Path) -> int:

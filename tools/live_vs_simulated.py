@@ -23,9 +23,9 @@ from live_run import arguments_of, run_live
 from replay_events import replay
 from rich.console import Console
 from rich.table import Table
-from serving_statistics import percentile
 
 from fastserve_mega import launcher
+from fastserve_mega.bench.statistics import percentile
 from fastserve_mega.config import Config, load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.coordinator.profile_file import load_profile

@@ -137,9 +137,10 @@ class Coordinator:
                 self._finish(live, FinishReason.ERROR, failures[index])
                 continue
             reason = live.accept(token, logprobs[index], self._eos_token_ids)
-            self._traffic.generated(now - live.arrived, is_first=live.first_token_at is None)
-            self._metrics.observe_token(live.arrived, live.first_token_at, now)
+            self._traffic.generated(now - live.arrived, is_first=live.last_token_at is None)
+            self._metrics.observe_token(live.arrived, live.last_token_at, now)
             live.first_token_at = live.first_token_at or now
+            live.last_token_at = now
             if live.block_hashes:
                 filled += [(live.request_id, each) for each in live.block_hashes.extend((token,))]
             self._replies.append((live.client, live.tokens_from(len(live.output) - 1)))
@@ -184,7 +185,7 @@ class Coordinator:
             usage = Usage(len(submit.prompt), len(submit.received))
             finished = Finished(request_id, FinishReason.REJECTED, usage, busy)
             self._replies.append((client, finished))
-            self._metrics.observe_finish(FinishReason.REJECTED, None)
+            self._metrics.observe_finish(FinishReason.REJECTED, None, usage)
             return
         deadline = None if submit.timeout_s is None else now + submit.timeout_s
         live = LiveRequest(submit, client, now, deadline, list(submit.received))
@@ -253,8 +254,8 @@ class Coordinator:
         requests.discard(live.request_id)
         if not requests:
             del self._by_client[live.client]
-        jct_s = self._clock() - live.arrived
-        self._traffic.finished(jct_s)
-        self._metrics.observe_finish(reason, jct_s)
+        times = live.times(self._clock())
+        self._traffic.finished(times.ended - times.arrived)
+        self._metrics.observe_finish(reason, times, live.usage)
         finished = Finished(live.request_id, reason, live.usage, message)
         self._replies.append((live.client, finished))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fastserve_mega.coordinator.block_hashes import BlockHashChain
 from fastserve_mega.messaging.messages import SequenceStart, Submit, Tokens
 from fastserve_mega.messaging.router import Identity
+from fastserve_mega.metrics import RequestTimes
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.types import (
     FinishReason,
@@ -37,9 +38,12 @@ class LiveRequest:
     """The workers know its sampling parameters."""
     cached_tokens: int = 0
     """Prompt tokens whose KV existed when it first ran."""
+    started_at: float | None = None
+    """Its first step was dispatched."""
     first_token_at: float | None = None
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of the output, None for what the client brought along; empty when not asked for."""
+    last_token_at: float | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,9 +77,16 @@ class LiveRequest:
             tuple(self.output) if params.needs_history else (),
         )
 
-    def begin(self, computed_tokens: int) -> None:
+    def times(self, ended: float) -> RequestTimes:
+        """For the metrics, at its end."""
+        return RequestTimes(
+            self.arrived, self.started_at, self.first_token_at, self.last_token_at, ended
+        )
+
+    def begin(self, computed_tokens: int, now: float) -> None:
         """It takes part in its first step, with this many tokens computed already."""
         self.started = True
+        self.started_at = now
         self.cached_tokens = min(computed_tokens, len(self.submit.prompt))
 
     def input_tokens(self, piece: SequenceSlice) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import zmq
 
+from fastserve_mega import __version__
 from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.assembly import make_profiler, make_replicas, open_event_logs
@@ -157,7 +158,12 @@ class CoordinatorProcess:
     def _make_coordinator(self) -> Coordinator:
         config = self._config
         metrics = ServingMetrics(
-            block_bytes=max(group.block_bytes for group in self._workers.groups)
+            block_bytes=max(group.block_bytes for group in self._workers.groups),
+            info={
+                "model_name": config.model.name,
+                "policy": config.scheduler.policy,
+                "version": __version__,
+            },
         )
         replicas = make_replicas(
             config,

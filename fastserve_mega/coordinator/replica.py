@@ -133,7 +133,8 @@ class Replica:
         started = tuple(live.sequence_start for live in batch if not live.started)
         for live, piece in zip(batch, plan.batch, strict=True):
             if not live.started:
-                live.begin(piece.start)
+                live.begin(piece.start, now)
+                self._metrics.observe_start(now - live.arrived)
         if plan.batch:
             self._steps.append(DispatchedStep(plan, now, batch))
         self._copies.dispatched(plan.copies, now)

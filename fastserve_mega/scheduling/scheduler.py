@@ -137,6 +137,11 @@ class Scheduler:
         """Unfinished requests of each level, the highest first."""
         return self._policy.level_lengths()
 
+    def place_lengths(self) -> tuple[int, int, int]:
+        """Unfinished requests by where their KV is: waiting, resident, hosted."""
+        count = self._policy.count
+        return count(Place.WAITING), count(Place.RESIDENT), count(Place.HOSTED)
+
     def view(self, now: float, max_requests: int) -> ReplicaView:
         """What is going on, with at most so many requests."""
         flying = self._in_flight.values()

@@ -46,6 +46,7 @@ def run_server(config: Config) -> int:
             host=config.server.host,
             port=config.server.port,
             access_log=False,
+            log_config=None,  # as the command line has set it up
             ws="none",
             timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
         )

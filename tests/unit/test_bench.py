@@ -1,17 +1,17 @@
+"""`fastserve-mega bench`: statistics by hand, the workload, and runs against a scripted server."""
+
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import bench_serving
-from serving_statistics import Record, percentile, summarize
+from fastserve_mega import cli
+from fastserve_mega.bench.statistics import Record, percentile, summarize
+from fastserve_mega.bench.workload import Lengths, make_jobs, parse_mix, read_lengths
+from fastserve_mega.messaging.messages import Refused
 
 
 def record(index, prompt, output, *, sent, ttft, jct):
@@ -67,37 +67,64 @@ def test_equal_lengths_have_no_long_class_and_no_answers_no_latency():
 
 # --- the workload --------------------------------------------------------------------------------
 
+MIX = (Lengths(64, 16, 0.8), Lengths(512, 256, 0.2))
 
-def jobs(*options, seed=0):
-    return bench_serving.make_jobs(bench_serving.parse_arguments([*options]), seed)
+
+def jobs(rate=2.0, seed=0):
+    return make_jobs(MIX, range(1000, 30000), 400, rate, seed=seed)
 
 
 def test_the_workload_is_a_function_of_the_seed():
-    options = ("--rate", "2", "--requests", "400", "--mix", "0.8:64/16,0.2:512/256")
-    first, again, other = jobs(*options), jobs(*options), jobs(*options, seed=1)
+    first, again, other = jobs(), jobs(), jobs(seed=1)
     assert first == again
     assert first != other
     assert {(len(j.prompt), j.output_tokens) for j in first} == {(64, 16), (512, 256)}
     assert 0.7 < sum(j.output_tokens == 16 for j in first) / 400 < 0.9
     assert first[-1].at_s / 400 == pytest.approx(0.5, rel=0.2)
     assert all(1000 <= token < 30000 for job in first for token in job.prompt)
+    assert {job.at_s for job in jobs(rate=None)} == {0.0}
 
 
-def test_lengths_come_from_a_file(tmp_path):
+def test_runs_differ_in_their_tokens_only():
+    one, other = (make_jobs(MIX, range(1000, 30000), 50, 2.0, seed=0, run=run) for run in (0, 1))
+    assert [(len(job.prompt), job.output_tokens, job.at_s) for job in one] == [
+        (len(job.prompt), job.output_tokens, job.at_s) for job in other
+    ]
+    assert not {job.prompt for job in one} & {job.prompt for job in other}
+
+
+def test_lengths_are_read(tmp_path):
+    assert parse_mix("0.8:64/16,0.2:512/256") == MIX
     file = tmp_path / "lengths.csv"
     file.write_text("prompt_tokens,output_tokens\n3,4\n")
-    (job,) = jobs("--burst", "--requests", "1", "--lengths", str(file))
-    assert (len(job.prompt), job.output_tokens, job.at_s) == (3, 4, 0.0)
+    assert read_lengths(file) == (Lengths(3, 4),)
+    file.write_text("prompt,output\n3,4\n")
+    with pytest.raises(ValueError, match="no column 'prompt_tokens'"):
+        read_lengths(file)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [("--rate", "0"), ("--burst", "--mix", "0.8-64"), ("--burst", "--lengths", "nowhere.csv")],
+    ("options", "message"),
+    [
+        (["--rate", "0"], "must be a positive number, got '0'"),
+        (["--rate", "1,nan"], "must be a positive number, got 'nan'"),
+        (["--burst", "--concurrency", "1.5"], "must be a positive number, got '1.5'"),
+        (["--burst", "--mix", "0.8-64"], "not of the form SHARE:PROMPT/OUTPUT: '0.8-64'"),
+        (["--burst", "--mix", "1:64/0"], "must be positive: 1:64/0"),
+        (["--burst", "--lengths", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
+        (["--burst", "--token-ids", "7:7"], "not of the form LOW:HIGH: '7:7'"),
+        (["--burst", "--rate", "1"], "not allowed with argument"),
+        (["--burst", "--url", "x", "--config", "y"], "not both"),
+        (["--burst", "--set", "model.path=/m"], "give --config too"),
+    ],
 )
-def test_wrong_options_end_with_a_sentence(options, capsys):
-    with pytest.raises(SystemExit):
-        bench_serving.parse_arguments(options)
-    assert "error: " in capsys.readouterr().err
+def test_wrong_options_end_with_a_sentence(options, message, capsys):
+    try:
+        status = cli.main(["bench", *options])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 # --- a run ---------------------------------------------------------------------------------------
@@ -149,29 +176,72 @@ def url():
 
 def test_a_run_against_a_scripted_server(url, tmp_path, capsys):
     file = tmp_path / "result.json"
-    status = bench_serving.main(
-        ["--url", url, "--burst", "--requests", "12", "--concurrency", "4", "--warmup", "1",
-         "--mix", "0.5:4/2,0.5:20/8", "--json", str(file)]
+    status = cli.main(
+        ["bench", "--url", url, "--burst", "--requests", "12", "--concurrency", "4", "--warmup",
+         "1", "--mix", "0.5:4/2,0.5:20/8", "--json", str(file)]
     )  # fmt: skip
     assert status == 0
     result = json.loads(file.read_text())
     assert result["config"]["model"] == "tiny"
     assert result["config"]["seed"] == 0
     assert result["environment"]["cores"] >= 1
-    assert result["summary"]["completed"] == 12
-    tokens = [record["output_tokens"] for record in result["records"]]
-    assert result["summary"]["output_tokens"] == sum(tokens)
+    (run,) = result["runs"]
+    assert (run["rate"], run["concurrency"], run["summary"]["completed"]) == (None, 4, 12)
+    tokens = [record["output_tokens"] for record in run["records"]]
+    assert run["summary"]["output_tokens"] == sum(tokens)
     assert set(tokens) == {2, 8}
-    assert all(0 < record["ttft_s"] <= record["jct_s"] for record in result["records"])
+    assert all(0 < record["ttft_s"] <= record["jct_s"] for record in run["records"])
     assert "12 of 12 requests completed" in capsys.readouterr().out
+
+
+def test_several_rates_are_several_runs(url, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    options = ["--rate", "500,1000", "--concurrency", "1,3", "--requests", "4"]
+    assert cli.main(["bench", "--url", f"{url}/v1", *options, "--json", str(file)]) == 0
+    runs = json.loads(file.read_text())["runs"]
+    loads = [(run["rate"], run["concurrency"]) for run in runs]
+    assert loads == [(500, 1), (500, 3), (1000, 1), (1000, 3)]
+    said = capsys.readouterr().out
+    assert "all runs, latencies in seconds" in said
+    assert all(name in said for name in ("concurrency", "tokens/s", "TPOT mean", "JCT P99"))
+    assert said.count("4 of 4 requests completed") == 4
 
 
 def test_errors_are_counted_and_shown(url, capsys):
     options = ["--url", url, "--burst", "--requests", "3", "--token-ids", "666:667"]
-    assert bench_serving.main(options) == 1
-    assert "3 x RuntimeError: 429" in capsys.readouterr().out
+    assert cli.main(["bench", *options]) == 1
+    assert "3 x 429" in capsys.readouterr().out
 
 
 def test_nobody_there_is_one_sentence(capsys):
-    assert bench_serving.main(["--url", "http://127.0.0.1:1", "--burst"]) == 1
-    assert capsys.readouterr().err.startswith("http://127.0.0.1:1 does not answer: ")
+    assert cli.main(["bench", "--url", "http://127.0.0.1:1", "--burst"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastserve-mega bench: http://127.0.0.1:1 does not answer: ")
+    assert error.count("\n") == 1
+
+
+# --- over ZeroMQ ---------------------------------------------------------------------------------
+
+
+def zmq_options(endpoint):
+    config = ["--config", "configs/smollm2-135m-cpu.yaml"]
+    return [*config, "--set", f"coordinator.client_endpoint={endpoint}", "--burst"]
+
+
+def test_a_run_against_a_coordinator(fake_coordinator, tmp_path):
+    file = tmp_path / "result.json"
+    options = ["--requests", "5", "--output-len", "4", "--json", str(file)]
+    assert cli.main(["bench", *zmq_options(fake_coordinator.endpoint), *options]) == 0
+    result = json.loads(file.read_text())
+    (run,) = result["runs"]
+    assert result["config"]["url"] is None
+    assert result["config"]["model"] == "tiny"
+    assert run["summary"]["completed"] == 5
+    assert run["summary"]["output_tokens"] == 20
+    assert all(0 < record["ttft_s"] <= record["jct_s"] for record in run["records"])
+
+
+def test_a_coordinator_that_refuses(fake_coordinator, capsys):
+    fake_coordinator.behaviour = lambda submit: [Refused("no", submit.request_id)]
+    assert cli.main(["bench", *zmq_options(fake_coordinator.endpoint), "--requests", "2"]) == 1
+    assert "2 x InvalidRequestError: no" in capsys.readouterr().out

@@ -1,0 +1,172 @@
+"""bench: how fast a running server is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from fastserve_mega.commands.command import FILE, Command, fail, load
+from fastserve_mega.config import CoordinatorConfig, load_config
+
+Number = TypeVar("Number", int, float)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.url is not None and options.config is not None:
+        return fail(options, "give --url for HTTP or --config for ZeroMQ, not both")
+    if options.overrides and options.config is None:
+        return fail(options, "--set overrides a configuration: give --config too")
+    endpoint = CoordinatorConfig().client_endpoint
+    if options.config is not None:
+        endpoint = load(options, load_config).coordinator.client_endpoint
+    from fastserve_mega.bench.main import BenchOptions, run_bench
+    from fastserve_mega.bench.workload import Lengths, parse_mix, read_lengths
+
+    try:
+        lengths: tuple[Lengths, ...] = (Lengths(options.input_len, options.output_len),)
+        if options.mix is not None:
+            lengths = parse_mix(options.mix)
+        elif options.lengths is not None:
+            lengths = read_lengths(options.lengths)
+    except (ValueError, OSError) as error:
+        return fail(options, error)
+    return run_bench(
+        BenchOptions(
+            url=options.url,
+            endpoint=endpoint,
+            model=options.model,
+            requests=options.requests,
+            rates=options.rate or (None,),
+            concurrencies=options.concurrency or (None,),
+            lengths=lengths,
+            token_ids=options.token_ids,
+            warmup=options.warmup,
+            timeout_s=options.timeout,
+            seed=options.seed,
+            json_path=options.json,
+        )
+    )
+
+
+def _positive(kind: type[Number]) -> Callable[[str], Number]:
+    def parse(text: str) -> Number:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+        return value
+
+    return parse
+
+
+def _list_of(kind: type[Number]) -> Callable[[str], tuple[Number, ...]]:
+    one = _positive(kind)
+    return lambda text: tuple(one(word) for word in text.split(","))
+
+
+def _range(text: str) -> range:
+    low, _, high = text.partition(":")
+    if not (low.isdigit() and high.isdigit()) or int(low) >= int(high):
+        raise argparse.ArgumentTypeError(f"not of the form LOW:HIGH: {text!r}")
+    return range(int(low), int(high))
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url",
+        help="measure this OpenAI-compatible server, for example http://127.0.0.1:8000; without, "
+        "the coordinator of --config over ZeroMQ",
+    )
+    parser.add_argument("--model", help="with --url; default: the first one the server lists")
+    _add_load(parser)
+    _add_lengths(parser)
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="requests before the run, one after another, not counted",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_positive(float),
+        default=600.0,
+        metavar="SECONDS",
+        help="longest time without any data; default: 600",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the same one sends the same requests, which a prefix cache may know; default: 0",
+    )
+    json = parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    json.complete = FILE  # type: ignore[attr-defined]
+
+
+def _add_load(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--requests", type=_positive(int), default=100, metavar="N", help="of a run; default: 100"
+    )
+    load = parser.add_mutually_exclusive_group(required=True)
+    load.add_argument(
+        "--rate",
+        type=_list_of(float),
+        metavar="X,Y,…",
+        help="requests per second, Poisson arrivals; one run for each",
+    )
+    load.add_argument("--burst", action="store_true", help="all at once")
+    parser.add_argument(
+        "--concurrency",
+        type=_list_of(int),
+        metavar="N,M,…",
+        help="most requests at the server at once; one run for each; default: no limit",
+    )
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--mix", metavar="SHARE:PROMPT/OUTPUT,…", help="lengths in tokens, drawn by their shares"
+    )
+    file = lengths.add_argument(
+        "--lengths", type=Path, metavar="CSV", help="drawn from columns prompt_tokens,output_tokens"
+    )
+    file.complete = FILE  # type: ignore[attr-defined]
+    for name, default in (("input", 128), ("output", 64)):
+        parser.add_argument(
+            f"--{name}-len",
+            type=_positive(int),
+            default=default,
+            metavar="TOKENS",
+            help=f"without --mix and --lengths; default: {default}",
+        )
+    parser.add_argument(
+        "--token-ids",
+        type=_range,
+        default=range(1000, 30000),
+        metavar="LOW:HIGH",
+        help="range the prompts are drawn from, HIGH excluded; default: 1000:30000",
+    )
+
+
+BENCH = Command(
+    name="bench",
+    summary="measure a running server: latencies and throughput",
+    description="Sends random prompts of given lengths to a running server, over HTTP (any "
+    "OpenAI-compatible one) or ZeroMQ, and reports TTFT, TPOT, JCT and throughput. Several rates "
+    "or concurrencies make several runs, compared at the end.",
+    examples=(
+        "--url http://127.0.0.1:8000 --rate 2",
+        "--url http://127.0.0.1:8000 --burst --concurrency 1,4,16 --input-len 128 --output-len 64",
+        "--config configs/smollm2-135m-cpu.yaml --rate 1,2,4 --mix 0.8:64/16,0.2:512/256 "
+        "--json result.json",
+    ),
+    run=_bench,
+    add_arguments=_add_bench,
+    config=None,
+)

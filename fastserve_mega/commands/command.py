@@ -1,0 +1,142 @@
+"""What a command is to the command line, and what all commands share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastserve_mega.config import Config, load_config
+from fastserve_mega.logs import LOG_FORMATS
+
+T = TypeVar("T")
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    """Most commands take a configuration and nothing else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One word after `fastserve-mega`."""
+
+    name: str
+    summary: str
+    """For the list of all commands."""
+    description: str
+    """What it does and when to use it, for its own help."""
+    examples: tuple[str, ...]
+    """Command lines that work, without `fastserve-mega NAME`."""
+    run: Callable[[argparse.Namespace], int]
+    """Returns the exit status."""
+    add_arguments: Callable[[argparse.ArgumentParser], object] = _no_arguments
+    config: bool | None = True
+    """Whether it takes --config: True if it must be given, None if it may, False if not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Commands that are listed together."""
+
+    title: str
+    commands: tuple[Command, ...]
+
+
+def add_command(
+    parsers: argparse._SubParsersAction[argparse.ArgumentParser], command: Command
+) -> None:
+    """Give a command its parser."""
+    lines = "\n".join(
+        f"  fastserve-mega {command.name} {line}".rstrip() for line in command.examples
+    )
+    parser = parsers.add_parser(
+        command.name,
+        help=command.summary,
+        description=command.description,
+        epilog=f"examples:\n{lines}",
+        formatter_class=HelpFormatter,
+    )
+    if command.config is not False:
+        _add_config(parser, required=command.config is True)
+    command.add_arguments(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
+    parser.add_argument(
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="auto",
+        help="of the log on stderr: one JSON object per line, plain text, or colours; "
+        "auto (default): colours on a terminal, else text",
+    )
+    parser.set_defaults(run=command.run)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps descriptions, and leaves examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("examples:"):
+            return text
+        return super()._fill_text(text, width, indent)
+
+
+def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    config = parser.add_argument(
+        "--config", required=required, metavar="YAML", help="the deployment; docs/configuration.md"
+    )
+    config.complete = FILE  # type: ignore[attr-defined]
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.FIELD=VALUE",
+        help="override one value of the configuration; may be given several times",
+    )
+
+
+FILE = {"bash": "_shtab_compgen_files", "zsh": "_files"}
+DIRECTORY = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
+"""For the attribute `complete` of an argument: what shtab completes it with."""
+
+
+def pass_on(options: argparse.Namespace) -> list[str]:
+    """The arguments that give a child process the same configuration and log."""
+    arguments = ["--config", options.config]
+    for override in options.overrides:
+        arguments += ["--set", override]
+    if options.verbose:
+        arguments.append("--verbose")
+    if options.log_format != "auto":
+        arguments += ["--log-format", options.log_format]
+    return arguments
+
+
+def load(options: argparse.Namespace, read: Callable[[str, Sequence[str]], T]) -> T:
+    """The configuration, or one sentence on stderr and exit status 2."""
+    try:
+        return read(options.config, options.overrides)
+    except (ValueError, OSError) as error:
+        raise SystemExit(fail(options, error)) from None
+
+
+def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Config:
+    """Likewise, with the model found on this machine or fetched to it.
+
+    Whether its directory is usable is seen, and said, by the processes that read it.
+    """
+    from fastserve_mega.models.locate import resolve_model
+
+    def read(path: str, overrides: Sequence[str]) -> Config:
+        config = load_config(path, overrides)
+        return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
+
+    return load(options, read)
+
+
+def fail(options: argparse.Namespace, error: object) -> int:
+    """Say on stderr what is wrong with the input; returns exit status 2."""
+    print(f"fastserve-mega {options.command}: {error}", file=sys.stderr)
+    return 2

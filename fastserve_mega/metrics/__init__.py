@@ -1,0 +1,9 @@
+"""Prometheus metrics, fed from events and plans; docs/metrics.md lists them.
+
+What vLLM measures too has vLLM's name, with `fastserve_` for `vllm:`.
+"""
+
+from fastserve_mega.metrics.requests import RequestTimes
+from fastserve_mega.metrics.serving import ServingMetrics
+
+__all__ = ["RequestTimes", "ServingMetrics"]

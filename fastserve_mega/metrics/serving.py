@@ -1,0 +1,132 @@
+"""All metrics of a coordinator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+
+from fastserve_mega.metrics.memory import COPY_DIRECTIONS, MemoryMetrics, ObservedMemory
+from fastserve_mega.metrics.requests import SECONDS, TOKENS, RequestMetrics, RequestTimes
+from fastserve_mega.plan import CopyDirection, Plan
+from fastserve_mega.types import FinishReason, Usage
+
+_BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class ObservedScheduler(Protocol):
+    """What is read from the scheduler after each loop."""
+
+    @property
+    def memory(self) -> ObservedMemory: ...
+    @property
+    def steps_in_flight(self) -> int: ...
+    def level_lengths(self) -> Sequence[int]: ...
+    def place_lengths(self) -> tuple[int, int, int]: ...
+
+
+class ServingMetrics:
+    """One registry of its own, so that several can live in one process (tests)."""
+
+    def __init__(self, *, block_bytes: int, info: Mapping[str, str] | None = None) -> None:
+        """Start at zero.
+
+        Args:
+            block_bytes: memory of a KV block, on all ranks together.
+            info: labels of fastserve_info, by which dashboards know what is served.
+        """
+        registry = self._registry = CollectorRegistry()
+        self._requests = RequestMetrics(registry)
+        labels = dict(info or {})
+        served = Gauge("fastserve_info", "1; its labels say what is served", list(labels),
+                       registry=registry)  # fmt: skip
+        (served.labels(**labels) if labels else served).set(1)
+        self._step = Histogram(
+            "fastserve_step_seconds",
+            "From dispatch of a step to its result",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._batch = Histogram(
+            "fastserve_batch_size", "Requests in a step", buckets=_BATCH, registry=registry
+        )
+        self._step_tokens = Histogram(
+            "fastserve_iteration_tokens_total", "Tokens in a step", buckets=TOKENS,
+            registry=registry,
+        )  # fmt: skip
+        self._queue = Gauge(
+            "fastserve_level_requests", "Unfinished requests by level", ["level"], registry=registry
+        )
+        self._replica = Gauge(
+            "fastserve_replica_requests",
+            "Unfinished requests by replica",
+            ["replica"],
+            registry=registry,
+        )
+        self._places = tuple(
+            Gauge(f"fastserve_num_requests_{name}", text, registry=registry)
+            for name, text in (
+                ("waiting", "Requests without KV: not begun, or to be computed again"),
+                ("running", "Requests with their KV on the device"),
+                ("swapped", "Requests with their KV in host memory only"),
+            )
+        )
+        self._in_flight = Gauge("fastserve_steps_in_flight", "Steps in flight", registry=registry)
+        self._memory = MemoryMetrics(registry, block_bytes)
+        self._schedulers: Sequence[ObservedScheduler] = ()
+
+    def observe_arrival(self, prompt_tokens: int) -> None:
+        self._requests.observe_arrival(prompt_tokens)
+
+    def observe_start(self, queue_s: float) -> None:
+        """The first step of a request is dispatched, `queue_s` after it arrived."""
+        self._requests.observe_start(queue_s)
+
+    def observe_token(self, arrived: float, last_token: float | None, now: float) -> None:
+        """A request has a token, and had its last one at `last_token`."""
+        self._requests.observe_token(arrived, last_token, now)
+
+    def observe_step(self, plan: Plan, elapsed_s: float, copy_wait_s: float) -> None:
+        """A step has returned, and all its tokens have been observed."""
+        self._requests.end_step()
+        self._step.observe(elapsed_s)
+        self._batch.observe(len(plan.batch))
+        self._step_tokens.observe(plan.num_tokens)
+        self._memory.wait.labels("step").inc(copy_wait_s)
+
+    def observe_copy(self, direction: CopyDirection, copy_s: float) -> None:
+        """All ranks have finished a copy, the slowest in `copy_s`."""
+        self._memory.copy.labels(COPY_DIRECTIONS[direction]).observe(copy_s)
+
+    def observe_stall(self, stall_s: float) -> None:
+        """Nothing was computed for `stall_s`, since copies were under way."""
+        self._memory.wait.labels("idle").inc(stall_s)
+
+    def observe_finish(
+        self, reason: FinishReason, times: RequestTimes | None, usage: Usage
+    ) -> None:
+        """A request ended; `times` is None for one that was never accepted."""
+        self._requests.observe_finish(reason, times, usage)
+
+    def watch_schedulers(self, schedulers: Sequence[ObservedScheduler]) -> None:
+        """Read the queues and pools of all replicas whenever the metrics are asked for."""
+        self._schedulers = schedulers
+
+    def render(self) -> str:
+        """Prometheus exposition text."""
+        if self._schedulers:
+            self._read()
+        return generate_latest(self._registry).decode()
+
+    def _read(self) -> None:
+        levels = [scheduler.level_lengths() for scheduler in self._schedulers]
+        for level, requests in enumerate(zip(*levels, strict=True)):
+            self._queue.labels(str(level)).set(sum(requests))
+        for replica, lengths in enumerate(levels):
+            self._replica.labels(str(replica)).set(sum(lengths))
+        places = [scheduler.place_lengths() for scheduler in self._schedulers]
+        for gauge, counts in zip(self._places, zip(*places, strict=True), strict=True):
+            gauge.set(sum(counts))
+        self._in_flight.set(sum(each.steps_in_flight for each in self._schedulers))
+        self._memory.read([scheduler.memory for scheduler in self._schedulers])

@@ -1,0 +1,308 @@
+"""What doctor says of machines with something wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+import pytest
+
+from fastserve_mega import cli
+from fastserve_mega.config import (
+    Config,
+    CoordinatorConfig,
+    HardwareConfig,
+    KvCacheConfig,
+    ModelConfig,
+    ParallelConfig,
+    ServerConfig,
+)
+from fastserve_mega.doctor import deployment, installation, machine, mpi, report
+from fastserve_mega.doctor.finding import Check, ok, problem
+from fastserve_mega.doctor.probe import ProbeError, python_probe
+
+CONFIG = Config(model=ModelConfig(path="/nowhere/model"))
+
+
+def statuses(findings):
+    return [finding.status for finding in findings]
+
+
+# --- isolation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
+        ("import signal; signal.pause()", "no answer after 0.5 s"),
+        ("import nothing_of_this_name", "No module named 'nothing_of_this_name'"),
+        ("print('no json')", "said nothing of use"),
+    ],
+)
+def test_a_probe_that_dies_is_an_error_here(code, message):
+    limit_s = 0.5 if "pause" in code else 60
+    with pytest.raises(ProbeError, match=message):
+        python_probe(code, limit_s)
+
+
+def test_a_check_that_fails_is_a_finding():
+    def broken():
+        yield ok("x", "fine so far")
+        raise KeyError("oops")
+
+    (finding,) = Check("x", broken).findings()
+    assert finding.status == "problem"
+    assert "KeyError: 'oops'" in finding.found
+
+
+# --- the installation ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_packages(tmp_path, monkeypatch):
+    """A directory whose packages this process and its probes find first."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+
+    def add(name, source, version=None):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(source)
+        if version:
+            info = tmp_path / f"{name}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+    return add
+
+
+def test_the_apex_of_pypi_is_not_nvidias(fake_packages):
+    fake_packages("apex", "", "0.9.10")
+    (finding,) = installation.check_apex()
+    assert finding.status == "warning"
+    assert "0.9.10 of PyPI" in finding.found
+    assert "pip uninstall apex" in finding.remedy
+
+
+def test_nvidias_apex_is_found(fake_packages, tmp_path):
+    fake_packages("apex", "", "0.1")
+    (tmp_path / "apex" / "normalization").mkdir()
+    (finding,) = installation.check_apex()
+    assert (finding.status, finding.found) == ("ok", "NVIDIA's, without fused kernels")
+
+
+def test_a_torch_that_cannot_be_loaded(fake_packages):
+    fake_packages("torch", "raise OSError('libcudart.so.12: cannot open shared object file')")
+    (finding,) = installation.check_torch(None)
+    assert finding.status == "problem"
+    assert "libcudart.so.12" in finding.found
+    assert "pip install torch" in finding.remedy
+
+
+def fake_torch(devices, cuda):
+    answer = {"version": "2.6", "cuda": cuda, "devices": [{"name": d} for d in devices]}
+    return f"print({json.dumps(json.dumps(answer))})\nraise SystemExit(0)"
+
+
+@pytest.mark.parametrize(
+    ("parallel", "torch", "status", "found"),
+    [
+        ({"device": "cuda"}, ([], None), "problem", "parallel.device is cuda"),
+        ({}, ([], "12.4"), "warning", "ranks will compute on the CPU"),
+        ({"tensor": 4}, (["H100"] * 2, "12.4"), "problem", "2 x H100; 4 ranks"),
+        ({"tensor": 4}, (["H100"] * 4, "12.4"), "ok", "4 x H100"),
+    ],
+)
+def test_too_few_devices(fake_packages, parallel, torch, status, found):
+    fake_packages("torch", fake_torch(*torch))
+    config = Config(model=CONFIG.model, parallel=ParallelConfig(**parallel))
+    version, finding = installation.check_torch(config)
+    assert version.status == "ok"
+    assert finding.status == status
+    assert found in finding.found
+
+
+def test_libraries_that_are_missing_or_too_old(monkeypatch):
+    lines = ["msgspec>=999", "no-such-library>=2", "rich", 'also-not-there; extra == "speed"']
+    monkeypatch.setattr(installation.metadata, "requires", lambda _: lines)
+    monkeypatch.setattr(
+        installation.metadata,
+        "metadata",
+        lambda _: type("M", (), {"get_all": lambda *_: ["speed"]}),
+    )
+    old, missing, extra = installation.check_libraries()
+    assert "msgspec>=999 is needed" in old.found
+    assert missing.remedy == "pip install 'no-such-library>=2'"
+    assert statuses([old, missing, extra]) == ["problem", "problem", "ok"]
+    assert "also-not-there; optional: pip install 'fastserve_mega[speed]'" in extra.found
+
+
+def test_this_mpi():
+    findings = list(mpi.check_mpi(None))
+    assert statuses(findings) == ["ok", "ok"], findings
+
+
+def test_an_mpirun_of_another_kind(monkeypatch, tmp_path):
+    script = tmp_path / "mpirun"
+    script.write_text('#!/bin/sh\n"$@"\n"$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(mpi, "mpirun_command", lambda _: [str(script)])
+    *_, finding = mpi.check_mpi(Config(model=CONFIG.model, parallel=ParallelConfig(pipeline=2)))
+    assert finding.status == "problem"
+    assert "two ranks were each alone" in finding.found
+    *_, finding = mpi.check_mpi(CONFIG)
+    assert finding.status == "warning"  # one rank needs no MPI
+
+
+def test_an_mpi_that_crashes(fake_packages):
+    fake_packages("mpi4py", "import os; os.abort()")
+    (finding,) = mpi.check_mpi(None)
+    assert finding.status == "problem"
+    assert "SIGABRT" in finding.found
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def test_a_host_name_that_others_cannot_use(monkeypatch):
+    monkeypatch.setattr(machine, "python_probe", lambda *_: "127.0.1.1")
+    config = Config(model=CONFIG.model, parallel=ParallelConfig(tensor=8, pipeline=2))
+    (finding,) = machine.check_host_name(config)
+    assert finding.status == "problem"
+    assert "the other 1 hosts cannot reach" in finding.found
+    assert statuses(machine.check_host_name(CONFIG)) == ["ok"]
+
+
+def test_more_threads_than_cores():
+    config = Config(model=CONFIG.model, parallel=ParallelConfig(threads_per_rank=10_000))
+    (finding,) = machine.check_cores(config)
+    assert finding.status == "warning"
+
+
+def test_space_is_where_it_says():
+    assert any("/dev/shm" in finding.found for finding in machine.check_space())
+
+
+# --- the deployment ------------------------------------------------------------------------------
+
+
+def test_ports_in_use_and_of_others():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = Config(
+            model=CONFIG.model,
+            coordinator=CoordinatorConfig(client_endpoint="tcp://203.0.113.7:5570"),
+            server=ServerConfig(port=taken.getsockname()[1]),
+        )
+        client, worker, server = deployment.check_ports(config)
+    assert (client.status, worker.status, server.status) == ("warning", "ok", "problem")
+    assert "in use" in server.found
+    assert "--set server.port=" in server.remedy
+    assert "203.0.113.7:5570 is not an address of this machine" in client.found
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A small model's directory; its weights are not read."""
+    sizes = {
+        "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
+        "intermediate_size": 128, "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 0, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model-1.safetensors").write_bytes(b"x")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return tmp_path
+
+
+def check_model(directory):
+    config = Config(model=ModelConfig(path=str(directory)))
+    return list(deployment.check_model(config, directory / "deployment.yaml"))
+
+
+def test_a_model_that_is_there(model):
+    assert statuses(check_model(model)) == ["ok"]
+
+
+def test_a_model_that_is_not_there(model):
+    (finding,) = check_model(model / "deeper")
+    assert finding.status == "problem"
+    assert "there is no directory" in finding.found
+    assert "are free in" in finding.remedy
+
+
+def test_a_name_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = Config(model=ModelConfig(path="some-body/some-model"))
+    (finding,) = deployment.check_model(config, tmp_path / "deployment.yaml")
+    assert finding.status == "warning"
+    assert "some-body/some-model is not on this machine" in finding.found
+
+
+def test_a_model_without_all_its_files(model):
+    (model / "tokenizer.json").unlink()
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    weights, tokenizer = check_model(model)
+    assert "model-2.safetensors not there, 1 in all" in weights.found
+    assert (weights.status, tokenizer.status) == ("problem", "warning")
+    (model / "model.safetensors.index.json").unlink()
+    (model / "model-1.safetensors").unlink()
+    assert "has no *.safetensors" in check_model(model)[0].found
+
+
+@pytest.mark.parametrize(
+    ("host_gb", "available_gb", "status"), [(1, 50, "ok"), (30, 10, "warning"), (99, 50, "problem")]
+)
+def test_memory_against_the_plan(model, monkeypatch, host_gb, available_gb, status):
+    memory = (64 * machine.GIB, available_gb * machine.GIB)
+    monkeypatch.setattr(deployment, "memory_bytes", lambda: memory)
+    config = Config(
+        model=ModelConfig(path=str(model)),
+        parallel=ParallelConfig(device="cpu"),
+        kv_cache=KvCacheConfig(host_memory_gb=host_gb),
+    )
+    (finding,) = deployment.check_memory(config, model / "deployment.yaml")
+    assert finding.status == status
+    assert f"take {host_gb + 1}.0 GiB" in finding.found  # and 1 GiB of KV, as on every CPU
+
+
+def test_memory_of_devices_is_what_plan_says(model, monkeypatch):
+    monkeypatch.setattr(deployment, "_smallest_device", lambda: machine.GIB)
+    config = Config(
+        model=ModelConfig(path=str(model)),
+        kv_cache=KvCacheConfig(device_memory_gb=4),
+        hardware=HardwareConfig(devices_per_node=1),
+    )
+    finding, _ = deployment.check_memory(config, model / "deployment.yaml")
+    assert finding.status == "problem"
+    assert "its device has 1 (hardware.device_memory_gb)" in finding.found
+
+
+# --- the report ----------------------------------------------------------------------------------
+
+
+def test_the_exit_status_and_the_table(monkeypatch, capsys):
+    bad = [problem("the [thing]", "it is broken", "mend it")]
+    checks = [Check("a", lambda: [ok("a", "fine")]), Check("b", lambda: bad)]
+    monkeypatch.setattr(report, "_checks", lambda *_: checks[:1])
+    assert cli.main(["doctor"]) == 0
+    assert "all is well" in capsys.readouterr().out
+    monkeypatch.setattr(report, "_checks", lambda *_: checks)
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "the [thing]" in said
+    assert "mend it" in said
+    assert cli.main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [each["status"] for each in found] == ["ok", "problem"]
+
+
+def test_a_broken_configuration_is_a_finding(monkeypatch, capsys):
+    monkeypatch.setattr(report, "_checks", lambda *_: [])
+    words = ["--config", "configs/smollm2-135m-cpu.yaml", "--set", "model.colour=red", "--json"]
+    assert cli.main(["doctor", *words]) == 1
+    assert "unknown field 'model.colour'" in json.loads(capsys.readouterr().out)[0]["found"]
+    assert cli.main(["doctor", "--set", "model.path=/m"]) == 2

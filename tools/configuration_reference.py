@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Write docs/configuration.md from the dataclasses of fastserve_mega/config.py.
+
+configuration_reference.py            # write it
+configuration_reference.py --check    # exit status 1 when it is not current
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "fastserve_mega" / "config.py"
+TARGET = ROOT / "docs" / "configuration.md"
+HEAD = """\
+<!-- Written by tools/configuration_reference.py from fastserve_mega/config.py; edit that. -->
+# Configuration
+
+A deployment is one YAML file of the sections below, given with `--config`. Only `model.path` must
+be there. `--set section.field=value` overrides one value and may be given several times; the value
+is YAML. A name or a value that is not allowed ends the program with one sentence.
+[`configs/smollm2-135m-cpu.yaml`](../configs/smollm2-135m-cpu.yaml) has all of them as an example.
+`fastserve-mega doctor --config YAML` checks a machine against the file, `fastserve-mega plan` says
+what it means in memory.
+"""
+NAMES = {
+    "None": "null", "True": "true", "False": "false", "str": "string", "int": "integer",
+    "float": "number", "bool": "true or false",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of a configuration dataclass; `type` and `default` as in YAML."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+    section: str | None = None
+    """The dataclass, when the field is a section of its own."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A configuration dataclass."""
+
+    meaning: str
+    settings: tuple[Setting, ...]
+
+
+def read_sections(source: str) -> dict[str, Section]:
+    """All dataclasses of a module, by name."""
+    module = ast.parse(source)
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    aliases = {
+        target.id: node.value
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    known = {node.name for node in classes}
+    return {
+        node.name: Section(plain(ast.get_docstring(node)), tuple(settings(node, known, aliases)))
+        for node in classes
+    }
+
+
+def settings(node: ast.ClassDef, known: set[str], aliases: dict[str, ast.expr]) -> list[Setting]:
+    """The fields of a dataclass, each with the string literal after it as its meaning."""
+    found = []
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+            continue
+        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        name, kind = field.target.id, ast.unparse(field.annotation)
+        found.append(
+            Setting(
+                name,
+                type_text(field.annotation, aliases),
+                "required" if field.value is None else yaml_text(field.value),
+                plain(after.value.value) if documented else "",
+                section=kind if kind in known else None,
+            )
+        )
+    return found
+
+
+def type_text(node: ast.expr, aliases: dict[str, ast.expr]) -> str:
+    """A type as users of YAML would call it."""
+    match node:
+        case ast.Name(id=name) if name in aliases:
+            return type_text(aliases[name], aliases)
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return f"{type_text(left, aliases)} or {type_text(right, aliases)}"
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=words):
+            values = words.elts if isinstance(words, ast.Tuple) else [words]
+            return ", ".join(f"`{yaml_text(value)}`" for value in values)
+        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[item, _])):
+            return f"list of {type_text(item, aliases)}"
+    text = ast.unparse(node)
+    return NAMES.get(text, text)
+
+
+def yaml_text(node: ast.expr) -> str:
+    """A default value as it is written in YAML."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    text = ast.unparse(node)
+    return NAMES.get(text, text)
+
+
+def plain(docstring: str | None) -> str:
+    """On one line, in the words of YAML."""
+    words = " ".join((docstring or "").split())
+    return re.sub(r"\bNone\b", "null", words).replace("|", "\\|")
+
+
+def reference(sections: dict[str, Section]) -> str:
+    """The whole page."""
+    parts = [HEAD]
+
+    def add(name: str, section: Section) -> None:
+        own = [each for each in section.settings if each.section is None]
+        if own:
+            parts.append(f"## {name}\n\n{section.meaning}\n")
+            parts.append("| name | type | default | meaning |\n|---|---|---|---|")
+            parts.extend(
+                f"| `{name}.{each.name}` | {each.type} | `{each.default}` | {each.meaning} |"
+                for each in own
+            )
+            parts.append("")
+        for each in section.settings:
+            if each.section is not None:
+                add(f"{name}.{each.name}".lstrip("."), sections[each.section])
+
+    add("", sections["Config"])
+    return "\n".join(parts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    page = reference(read_sections(SOURCE.read_text(encoding="utf-8")))
+    if not options.check:
+        TARGET.write_text(page, encoding="utf-8")
+    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:
+        print(f"{TARGET.name} is not current: run tools/configuration_reference.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
