@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -10,15 +11,19 @@ import zmq
 from fastserve_mega.messaging.codec import decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
+    KeepAlive,
     Shutdown,
     StepCommand,
     StepResult,
     WorkerFailed,
     WorkerReady,
+    worker_identity,
 )
 from fastserve_mega.messaging.router import Identity, PeerBusyError, PeerGoneError, Router
 
 _BUFFERED_STEPS = 10_000
+_KEEP_ALIVE_S = 2.0
+"""A rank that dies is noticed within this time, also when there is nothing to do."""
 
 
 class WorkersLostError(Exception):
@@ -46,11 +51,30 @@ class ZmqWorkerGroup:
     """Ranks connected by ZeroMQ; each names itself with its rank number as identity."""
 
     def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, world_size: int
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        world_size: int,
+        *,
+        silence_limit_s: float = 120.0,
     ) -> None:
-        self._router = Router(context, endpoint, _BUFFERED_STEPS)
+        """Bind.
+
+        Args:
+            context: of this process.
+            endpoint: for the ranks.
+            world_size: how many there are.
+            silence_limit_s: a rank whose host does not answer for so long is lost.
+
+        Raises:
+            OSError: the endpoint cannot be bound.
+        """
+        self._keep_alive_s = min(_KEEP_ALIVE_S, silence_limit_s / 4)
+        self._router = Router(context, endpoint, _BUFFERED_STEPS, silence_limit_s=silence_limit_s)
         self._world_size = world_size
         self._ready: dict[Identity, WorkerReady] = {}
+        self._connected: set[int] = set()
+        self._next_keep_alive = 0.0
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -107,13 +131,41 @@ class ZmqWorkerGroup:
                     raise WorkersLostError(f"a rank sent {type(message).__name__}")
 
     def wait(self, timeout_s: float) -> bool:
-        return bool(self.socket.poll(int(timeout_s * 1000)))
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            self.keep_alive()
+            if self.socket.poll(int(min(left_s, self._keep_alive_s) * 1000) + 1):
+                return True
+        return False
 
-    def shut_down(self) -> None:
-        """Tell all ranks to end."""
-        for peer in self._ready:
+    def keep_alive(self) -> None:
+        """Call this more often than the ranks' patience allows; it sends only now and then.
+
+        Raises:
+            WorkersLostError: a rank that was connected is not so any more.
+        """
+        now = time.monotonic()
+        if now < self._next_keep_alive:
+            return
+        self._next_keep_alive = now + self._keep_alive_s
+        frame = encode(KeepAlive())
+        for rank in range(self._world_size):
             try:
-                self._router.send(peer, Shutdown())
+                self._router.send_frame(worker_identity(rank), frame)
+                self._connected.add(rank)
+            except PeerBusyError:
+                continue  # a step that it does not take says so
+            except PeerGoneError:
+                if rank in self._connected:
+                    for _ in self.results():
+                        pass  # its last words
+                    raise WorkersLostError(f"rank {rank} has gone") from None
+
+    def shut_down(self, *, failed: bool = False) -> None:
+        """Tell all ranks to end; `failed` when one of them was lost."""
+        for rank in range(self._world_size):
+            try:
+                self._router.send(worker_identity(rank), Shutdown(failed))
             except (PeerGoneError, PeerBusyError):
                 continue
 

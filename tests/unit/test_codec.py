@@ -36,7 +36,8 @@ starts = st.builds(messages.SequenceStart, names, params, st.integers(0, 2**63 -
 all_messages = st.one_of(
     st.just(messages.Hello()),
     st.just(messages.Ping()),
-    st.just(messages.Shutdown()),
+    st.builds(messages.Shutdown, st.booleans()),
+    st.just(messages.KeepAlive()),
     st.just(messages.GetMetrics()),
     st.builds(
         messages.Submit, names, ids, params, ids, st.integers(-9, 9), st.none() | st.floats(0, 99)

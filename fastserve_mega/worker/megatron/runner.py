@@ -12,6 +12,7 @@ from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture, Rope, load_architecture
 from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
+from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.attention import (
@@ -26,7 +27,7 @@ from fastserve_mega.worker.megatron.initialize import (
     select_dtype,
     set_up_cpu,
 )
-from fastserve_mega.worker.megatron.model import build_stage
+from fastserve_mega.worker.megatron.model import Stage, build_stage
 from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.pool_sizes import device_blocks, host_blocks
 from fastserve_mega.worker.runner import SequenceInput
@@ -63,6 +64,8 @@ class MegatronRunner:
         self._frequencies = _frequencies(architecture, self._device)
         self._sampler = Sampler(architecture.eos_token_ids)
         self._sending: tuple[dist.Work, Tensor] | None = None
+        # Before any rank of this host allocates: they leave the next line together.
+        available = available_bytes()
         groups = join_process_groups(
             config.parallel, topology, self._device, master_address, master_port
         )
@@ -70,6 +73,9 @@ class MegatronRunner:
             self._stage = build_stage(
                 architecture, self._partition, groups, dtype=self._dtype, device=self._device
             )
+            block_bytes = _bytes_per_block(config, architecture, self._partition, self._dtype)
+            needs = _host_memory(config, architecture, self._stage, block_bytes, self._device)
+            check_host_memory(needs, topology.local_size, available)
             load_weights(config.model.directory, self._stage, architecture, self._partition)
             self._stage.pack_weights()
             self.cache = _build_cache(
@@ -115,9 +121,18 @@ class MegatronRunner:
 
         Raises:
             ValueError: a sequence without tokens, or with too few blocks.
+            ConnectionError: another rank does not take part.
         """
         if not batch:
             return []
+        try:
+            return self._execute(batch)
+        except RuntimeError as error:
+            if not _is_lost_connection(error):
+                raise
+            raise ConnectionError(f"another rank is lost: {str(error).splitlines()[0]}") from None
+
+    def _execute(self, batch: Sequence[SequenceInput]) -> list[int]:
         step = build_step(batch, self.cache.block_size, self._device)
         self.cache.clear(step.fresh_blocks)
         hidden = self._stage.run_layers(self._receive(step), self._attention(step))
@@ -183,6 +198,43 @@ def _check_context(config: Config, architecture: Architecture) -> None:
         )
 
 
+def _bytes_per_block(
+    config: Config, architecture: Architecture, partition: Partition, dtype: torch.dtype
+) -> int:
+    return KvCache.bytes_per_block(
+        num_layers=len(partition.layers),
+        num_kv_heads=len(partition.kv_heads),
+        block_size=config.kv_cache.block_size,
+        head_dim=architecture.head_dim,
+        dtype=dtype,
+    )
+
+
+def _host_memory(
+    config: Config,
+    architecture: Architecture,
+    stage: Stage,
+    block_bytes: int,
+    device: torch.device,
+) -> dict[str, int]:
+    """What this rank will take of its host's memory, by purpose.
+
+    Called when the weights are allocated, which takes no memory until they are loaded.
+    """
+    needs = {}
+    if device.type == "cpu":
+        needs["weights"] = sum(p.nbytes for p in stage.model.parameters())
+        blocks = device_blocks(config, architecture, block_bytes, device)
+        needs["KV (kv_cache.device_blocks or device_memory_gb)"] = blocks * block_bytes
+    in_host = host_blocks(config.kv_cache, block_bytes) * block_bytes
+    needs["swapped KV (kv_cache.host_blocks or host_memory_gb)"] = in_host
+    return needs
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def _build_cache(
     config: Config,
     architecture: Architecture,
@@ -190,19 +242,12 @@ def _build_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KvCache:
-    settings = config.kv_cache
-    bytes_per_block = KvCache.bytes_per_block(
-        num_layers=len(partition.layers),
-        num_kv_heads=len(partition.kv_heads),
-        block_size=settings.block_size,
-        head_dim=architecture.head_dim,
-        dtype=dtype,
-    )
+    block_bytes = _bytes_per_block(config, architecture, partition, dtype)
     return KvCache(
-        num_blocks=device_blocks(config, architecture, bytes_per_block, device),
+        num_blocks=device_blocks(config, architecture, block_bytes, device),
         num_layers=len(partition.layers),
         num_kv_heads=len(partition.kv_heads),
-        block_size=settings.block_size,
+        block_size=config.kv_cache.block_size,
         head_dim=architecture.head_dim,
         dtype=dtype,
         device=device,
