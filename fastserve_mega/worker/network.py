@@ -8,7 +8,7 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fastserve_mega.worker.topology import Topology
 
@@ -71,11 +71,15 @@ def interface_of_address(address: str) -> str | None:
     return None
 
 
-def choose_own_address(environment: Mapping[str, str] | None = None) -> str:
+def choose_own_address(others: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """The address of this host at which the ranks of other hosts can reach it.
 
-    In this order: MASTER_ADDR when it is this host, the address of GLOO_SOCKET_IFNAME, that of the
-    host's name, that of the default route.
+    In this order: MASTER_ADDR when it is this host, the address of GLOO_SOCKET_IFNAME, that on the
+    way to another host, that of this host's name, that of the default route.
+
+    Args:
+        others: names of the other hosts.
+        environment: stands in for os.environ.
 
     Raises:
         ValueError: there is none but loopback.
@@ -88,7 +92,8 @@ def choose_own_address(environment: Mapping[str, str] | None = None) -> str:
     if interface := environment.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
         return address_of_interface(interface)
     name = socket.gethostname()
-    candidates = [_resolve(name), own_address_towards(_FAR_AWAY)]
+    candidates = [own_address_towards(other) for other in others[:1]]
+    candidates += [_resolve(name), own_address_towards(_FAR_AWAY)]
     for address in candidates:
         if address is not None and not is_loopback(address):
             return address
@@ -147,7 +152,9 @@ def choose_master(topology: Topology, *, port_is_free: bool) -> str:
         ValueError: no address of this host can be reached from the others.
         OSError: MASTER_PORT is in use.
     """
-    address = choose_own_address() if topology.has_several_hosts else "127.0.0.1"
+    own = topology.hosts[topology.rank]
+    others = [host for host in topology.hosts if host != own]
+    address = choose_own_address(others) if others else "127.0.0.1"
     wanted = os.environ.get("MASTER_PORT") if port_is_free else None
     with socket.socket() as probe:
         try:
