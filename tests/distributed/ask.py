@@ -1,6 +1,6 @@
-"""A client as a process: prints the tokens of each prompt as JSON, or the error it was told.
+"""A client as a process: answers each line of prompts on stdin (JSON) with a line of tokens.
 
-Usage: python ask.py ENDPOINT PROMPTS MAX_TOKENS PATIENCE_S
+Usage: python ask.py ENDPOINT MAX_TOKENS PATIENCE_S
 """
 
 import json
@@ -12,17 +12,20 @@ from fastserve_mega.types import SamplingParams
 
 
 def main() -> None:
-    endpoint, prompts, max_tokens, patience_s = sys.argv[1:]
+    endpoint, max_tokens, patience_s = sys.argv[1:]
     params = SamplingParams(max_tokens=int(max_tokens), temperature=0.0)
     await_server(endpoint, float(patience_s))
     with Client(endpoint, timeout_s=30) as client:
-        generations = [client.submit(prompt, params) for prompt in json.loads(prompts)]
-        try:
-            answers = [list(generation.wait().token_ids) for generation in generations]
-        except ServerError as error:
-            print(json.dumps({"error": str(error)}))
-            return
-    print(json.dumps({"tokens": answers}))
+        for line in sys.stdin:
+            print(json.dumps(answer(client, json.loads(line), params)), flush=True)
+
+
+def answer(client: Client, prompts: list[list[int]], params: SamplingParams) -> dict:
+    try:
+        generations = [client.submit(prompt, params) for prompt in prompts]
+        return {"tokens": [list(generation.wait().token_ids) for generation in generations]}
+    except (ServerError, ServerUnavailableError) as error:
+        return {"error": str(error)}
 
 
 def await_server(endpoint: str, patience_s: float) -> None:

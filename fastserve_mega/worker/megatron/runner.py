@@ -130,7 +130,8 @@ class MegatronRunner:
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
-            raise ConnectionError(f"another rank is lost: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0].rpartition("] ")[2]
+            raise ConnectionError(f"another rank is out of reach: {reason}") from None
 
     def _execute(self, batch: Sequence[SequenceInput]) -> list[int]:
         step = build_step(batch, self.cache.block_size, self._device)
