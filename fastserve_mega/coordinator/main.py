@@ -38,7 +38,7 @@ from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import FinishReason
 
 _LAST_WORDS_MS = 1000
-_RANKS_END_S = 1.5
+_RANKS_END_S = 5.0
 """When one rank fails while loading, the others end within this time."""
 _LOOK_AROUND_MS = 500
 """Signals and a closed stdin are noticed within this time at the latest."""

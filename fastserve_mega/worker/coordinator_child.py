@@ -88,6 +88,11 @@ class CoordinatorChild:
                 self._process.stdin.write(last_word)
                 self._process.stdin.close()
 
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.kill()
+        self._process.wait()
+
     def join(self) -> int:
         """Wait for its end and return its exit status; kill it when it takes too long."""
         self.request_stop()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from array import array
 from itertools import accumulate
 from typing import Any, Protocol
 
-from fastserve_mega.worker.topology import Topology
+from fastserve_mega.worker.topology import Launcher, Topology
 
 _LONGEST_NAP_S = 0.02
 _ABORT_LIMIT_S = 5
@@ -17,6 +18,10 @@ _ABORT_LIMIT_S = 5
 
 class MissingRanksError(Exception):
     """Not all ranks have come in time; str() says which, where that is known."""
+
+
+class ForeignMpiError(Exception):
+    """The MPI library is not that of the launcher; str() is its name."""
 
 
 class Exchange(Protocol):
@@ -59,26 +64,32 @@ class MpiExchange:
 
     uses_master_port = False
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Launcher) -> None:
         """Initialize MPI.
 
         Raises:
             ImportError: there is no mpi4py, or no MPI library.
+            ForeignMpiError: the library is not the launcher's.
         """
-        from mpi4py import MPI
+        import mpi4py
 
+        # Another launcher's library would end the process when it is initialized, or be alone.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mpi4py's own of the same trouble
+            from mpi4py import MPI
+
+        self.library = " ".join(MPI.Get_library_version().split()[:2]).removesuffix(" Version:")
+        if not launcher.can_use(self.library):
+            raise ForeignMpiError(self.library)
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
         self._world = MPI.COMM_WORLD
         self._byte = MPI.BYTE
-        self._library = " ".join(MPI.Get_library_version().split()[:2]).rstrip(",")
 
     @property
     def world_size(self) -> int:
         return int(self._world.Get_size())
-
-    @property
-    def library(self) -> str:
-        """Its name, for messages."""
-        return self._library
 
     def gather(self, value: str, limit_s: float) -> list[str]:
         deadline = time.monotonic() + limit_s
@@ -129,13 +140,17 @@ def make_exchange(topology: Topology, limit_s: float) -> Exchange:
     has_store = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
     alone = ""
     if launcher.has_mpi:
-        mpi = MpiExchange()
-        if mpi.world_size == topology.world_size:
-            return mpi
+        try:
+            mpi = MpiExchange(launcher)
+            if mpi.world_size == topology.world_size:
+                return mpi
+            library = mpi.library
+        except ForeignMpiError as error:
+            library = str(error)
         alone = (
-            f"this is {launcher.name} with {topology.world_size} ranks, but mpi4py has loaded "
-            f"{mpi.library}, in which each rank is alone: use the mpirun of the same MPI, or name "
-            "the launcher's libmpi in MPI4PY_LIBMPI"
+            f"the ranks were started by {launcher.name}, but mpi4py has loaded {library}, in which "
+            "each of them is alone: use the launcher of that MPI, or set MPI4PY_LIBMPI to the "
+            "libmpi of the launcher's"
         )
     if not has_store:
         raise ValueError(

@@ -27,7 +27,7 @@ from fastserve_mega.worker.topology import Topology, find_launcher, read_topolog
 RunnerName = Literal["megatron", "fake"]
 _FAKE_BLOCKS = 1024
 _LAST_WORDS_MS = 1000
-_LET_OTHERS_SPEAK_S = 1.0
+_LET_OTHERS_SPEAK_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -58,8 +58,10 @@ def run_worker(
     try:
         rank.prepare(coordinator_arguments, supervised=supervised)
     except OthersFailedError:
+        rank.drop_coordinator()
         return 1
     except Exception as error:
+        rank.drop_coordinator()
         if not is_expected(error) and not isinstance(error, SaidError):
             _log.exception("rank %d cannot start", topology.rank)
         ranks.fail(error)
@@ -75,7 +77,9 @@ def _fail_alone(error: Exception) -> int:
     launcher = find_launcher(os.environ)
     if launcher and os.environ.get(launcher.local_rank, "0") != "0":
         time.sleep(_LET_OTHERS_SPEAK_S)
-    _log.error("%s", error)
+        _log.info("%s", error)
+    else:
+        _log.error("%s", error)
     return 2
 
 
@@ -166,6 +170,11 @@ class _Rank:
         status = self._child.join() if self._child else 0
         self._ranks.close()
         return status
+
+    def drop_coordinator(self) -> None:
+        """The ranks give up and say why; it has nothing to add."""
+        if self._child:
+            self._child.kill()
 
     def _start_coordinator(self, arguments: Sequence[str]) -> tuple[str, str]:
         """Its address for the ranks, and where torch.distributed meets."""

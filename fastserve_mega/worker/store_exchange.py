@@ -24,7 +24,7 @@ _ABORTED = "aborted"
 _LEFT = "left"
 _ABORT_LIMIT_S = 5
 _LAST_GOODBYE_S = 5.0
-_WATCH_S = 600.0
+_WATCH_INTERVAL_S = 0.5
 _NAP_S = 0.02
 
 
@@ -53,7 +53,8 @@ class StoreExchange:
         self._leaving = threading.Event()
         # A connection of its own: calls on the same one wait for each other.
         watched = self._connect(is_host=False)
-        threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, args=(watched,), daemon=True)
+        self._watcher.start()
 
     def gather(self, value: str, limit_s: float) -> list[str]:
         keys = [f"{self._calls}/{rank}" for rank in range(self._world_size)]
@@ -82,6 +83,7 @@ class StoreExchange:
 
     def close(self) -> None:
         self._leaving.set()
+        self._watcher.join()
         left = self._store.add(_LEFT, 1)
         deadline = time.monotonic() + _LAST_GOODBYE_S
         # The store ends with its host, which the others would take for the loss of rank 0.
@@ -110,16 +112,14 @@ class StoreExchange:
 
     def _watch(self, store: Any) -> None:
         """End this process when a rank aborts or the store is lost."""
-        while True:
-            begin = time.monotonic()
+        while not self._leaving.wait(_WATCH_INTERVAL_S):
             try:
-                store.wait([_ABORTED], timedelta(seconds=_WATCH_S))
-                break
+                if not store.check([_ABORTED]):
+                    continue
             except DistError:
-                if time.monotonic() - begin < _WATCH_S:
-                    break
-        if not self._leaving.is_set():
-            os._exit(1)
+                pass
+            if not self._leaving.is_set():
+                os._exit(1)
 
 
 def _port(text: str) -> int:

@@ -22,6 +22,14 @@ class Launcher:
     sign: str = ""
     """A variable that must be there as well; empty: none."""
 
+    def can_use(self, mpi_library: str) -> bool:
+        """Whether ranks with this MPI library, by its name, find each other."""
+        is_open_mpi = mpi_library.startswith("Open MPI")
+        if self.rank.startswith("OMPI_"):
+            return is_open_mpi
+        # MPICH, and what descends from it.
+        return not is_open_mpi or not self.rank.startswith("PMI_")
+
 
 # The innermost launcher counts: mpirun may run inside a Slurm job, and torchrun under mpirun. So
 # the order is that of nesting, and a launcher's variables are taken together or not at all.
