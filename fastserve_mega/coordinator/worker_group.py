@@ -125,6 +125,7 @@ class ZmqWorkerGroup:
                     yield message
                 case WorkerReady():
                     self._ready[peer] = message
+                    self._connected.add(message.rank)
                 case WorkerFailed():
                     raise WorkersLostError(f"rank {message.rank} failed: {message.message}")
                 case _:

@@ -55,7 +55,14 @@ stop() {
   scancel --user=root --quiet 2>/dev/null || true
   local name
   for name in slurmd slurmctld munged; do
-    [[ ! -s $directory/$name.pid ]] || kill "$(cat "$directory/$name.pid")" 2>/dev/null || true
+    [[ -s $directory/$name.pid ]] || continue
+    local pid
+    pid=$(cat "$directory/$name.pid")
+    kill "$pid" 2>/dev/null || true
+    for _ in $(seq 50); do
+      kill -0 "$pid" 2>/dev/null || break  # the ports are free only then
+      sleep 0.2
+    done
   done
 }
 
