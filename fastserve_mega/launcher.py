@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -215,6 +216,22 @@ def mpirun_command(ranks: int) -> list[str]:
     return [mpirun, *options, "-n", str(ranks)]
 
 
+def _check_free(host: str, port: int) -> None:
+    """Refuse a taken port now, and not when the model is loaded.
+
+    Raises:
+        LaunchError: it cannot be listened on.
+    """
+    try:
+        # As the HTTP server does: a port whose last connections are still closing is free.
+        socket.create_server((host, port), reuse_port=False).close()
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise LaunchError(
+            f"cannot listen on {host}:{port} (server.host, server.port): {reason}"
+        ) from None
+
+
 def serve(config: Config, arguments: Sequence[str]) -> int:
     """`fastserve-mega serve`: run until Ctrl-C or SIGTERM; returns the exit status."""
     stopping = False
@@ -230,6 +247,8 @@ def serve(config: Config, arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, stop)
     with Deployment(config, arguments, http=True, restarts=True) as deployment:
         try:
+            if config.server.port:
+                _check_free(config.server.host, config.server.port)
             deployment.start()
             print(_how_to_use(config, arguments), flush=True)
             _supervise(deployment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -30,6 +31,8 @@ from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.types import FinishReason
 
 _LAST_WORDS_MS = 1000
+_RANKS_END_S = 5.0
+"""When one rank fails while loading, the others end within this time."""
 _LOOK_AROUND_MS = 500
 """Signals and a closed stdin are noticed within this time at the latest."""
 
@@ -38,6 +41,10 @@ _log = logging.getLogger(__name__)
 
 class StoppedError(Exception):
     """Told to stop."""
+
+
+class RanksGaveUpError(WorkersLostError):
+    """The ranks ended while they were loading; one of them has said why."""
 
 
 class CoordinatorProcess:
@@ -77,11 +84,13 @@ class CoordinatorProcess:
             options.worker_endpoint,
             replicas=config.parallel.data,
             ranks_per_replica=config.parallel.replica_size,
+            silence_limit_s=config.parallel.timeout_s,
         )
         self._supervised = supervised
         self._stop = False
         self._poller = zmq.Poller()
         self._poller.register(self._workers.socket, zmq.POLLIN)
+        self._stop_on_stdin_close = stop_on_stdin_close
         self._stdin = sys.stdin.fileno() if stop_on_stdin_close else None
         if self._stdin is not None:
             self._poller.register(self._stdin, zmq.POLLIN)
@@ -117,14 +126,17 @@ class CoordinatorProcess:
 
     def _with_ranks(self, work: Callable[[], None]) -> bool:
         """Wait for the ranks, work, and end them; False when told to stop before it was done."""
+        failed = True
         try:
             self._await_ranks()
             work()
+            failed = False
             return True
         except StoppedError:
+            failed = False
             return False
         finally:
-            self._workers.shut_down()
+            self._workers.shut_down(failed=failed)
             self._workers.close()
             self._front_door.close()
             self._context.destroy(linger=_LAST_WORDS_MS)
@@ -133,6 +145,20 @@ class CoordinatorProcess:
                     event_log.close()
 
     def _await_ranks(self) -> None:
+        try:
+            self._await_ready()
+        except WorkersLostError as error:
+            if self._rank_0_ends():
+                raise RanksGaveUpError(str(error)) from None
+            raise
+
+    def _rank_0_ends(self) -> bool:
+        """Whether it has ended, or does so in a moment."""
+        if self._stdin is None:
+            return self._stop_on_stdin_close
+        return bool(select.select([self._stdin], [], [], _RANKS_END_S)[0])
+
+    def _await_ready(self) -> None:
         limit_s = self._config.coordinator.startup_timeout_s
         deadline = time.monotonic() + limit_s
         while not self._workers.all_ready:
@@ -223,6 +249,7 @@ class CoordinatorProcess:
 
     def _poll(self, wait_ms: int) -> None:
         ready = dict(self._poller.poll(wait_ms))
+        self._workers.keep_alive()
         if self._stdin is not None and self._stdin in ready:
             asked = os.read(self._stdin, len(STOP_WORD)) == STOP_WORD
             self._poller.unregister(self._stdin)
@@ -276,6 +303,9 @@ def run_coordinator(
         if profile_to is not None:
             return 0 if process.write_profile(profile_to) else 1
         process.run()
+    except RanksGaveUpError as error:
+        _log.info("not started: %s", error)
+        return 1
     except WorkersLostError as error:
         _log.error("workers lost: %s", error)
         return 1

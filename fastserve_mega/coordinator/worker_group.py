@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
@@ -11,15 +12,19 @@ import zmq
 from fastserve_mega.messaging.codec import decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
+    KeepAlive,
     Shutdown,
     StepCommand,
     StepResult,
     WorkerFailed,
     WorkerReady,
+    worker_identity,
 )
 from fastserve_mega.messaging.router import Identity, PeerBusyError, PeerGoneError, Router
 
 _BUFFERED_STEPS = 10_000
+_KEEP_ALIVE_S = 2.0
+"""A rank that dies is noticed within this time, also when there is nothing to do."""
 
 
 class WorkersLostError(Exception):
@@ -57,16 +62,27 @@ class ZmqWorkers:
         *,
         replicas: int,
         ranks_per_replica: int,
+        silence_limit_s: float = 120.0,
     ) -> None:
         """Bind.
+
+        Args:
+            context: of this process.
+            endpoint: for the ranks.
+            replicas: copies of the model.
+            ranks_per_replica: of each of them.
+            silence_limit_s: a rank whose host does not answer for so long is lost.
 
         Raises:
             OSError: the endpoint cannot be bound.
         """
-        self._router = Router(context, endpoint, _BUFFERED_STEPS)
+        self._keep_alive_s = min(_KEEP_ALIVE_S, silence_limit_s / 4)
+        self._router = Router(context, endpoint, _BUFFERED_STEPS, silence_limit_s=silence_limit_s)
         self._ranks_per_replica = ranks_per_replica
         self._world_size = replicas * ranks_per_replica
         self._ready: dict[Identity, WorkerReady] = {}
+        self._connected: set[int] = set()
+        self._next_keep_alive = 0.0
         self.groups = tuple(
             ZmqWorkerGroup(self, range(first, first + ranks_per_replica))
             for first in range(0, self._world_size, ranks_per_replica)
@@ -120,16 +136,48 @@ class ZmqWorkers:
                     self.groups[replica].inbox.append(message)
                 case WorkerReady():
                     self._ready[peer] = message
+                    self._connected.add(message.rank)
                 case WorkerFailed():
                     raise WorkersLostError(f"rank {message.rank} failed: {message.message}")
                 case _:
                     raise WorkersLostError(f"a rank sent {type(message).__name__}")
 
-    def shut_down(self) -> None:
-        """Tell all ranks to end."""
-        for peer in self._ready:
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for any rank's message; False when none came in time."""
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            self.keep_alive()
+            if self.socket.poll(int(min(left_s, self._keep_alive_s) * 1000) + 1):
+                return True
+        return False
+
+    def keep_alive(self) -> None:
+        """Call this more often than the ranks' patience allows; it sends only now and then.
+
+        Raises:
+            WorkersLostError: a rank that was connected is not so any more.
+        """
+        now = time.monotonic()
+        if now < self._next_keep_alive:
+            return
+        self._next_keep_alive = now + self._keep_alive_s
+        frame = encode(KeepAlive())
+        for rank in range(self._world_size):
             try:
-                self._router.send(peer, Shutdown())
+                self._router.send_frame(worker_identity(rank), frame)
+                self._connected.add(rank)
+            except PeerBusyError:
+                continue  # a step that it does not take says so
+            except PeerGoneError:
+                if rank in self._connected:
+                    self.receive()  # its last words
+                    raise WorkersLostError(f"rank {rank} has gone") from None
+
+    def shut_down(self, *, failed: bool = False) -> None:
+        """Tell all ranks to end; `failed` when one of them was lost."""
+        for rank in range(self._world_size):
+            try:
+                self._router.send(worker_identity(rank), Shutdown(failed))
             except (PeerGoneError, PeerBusyError):
                 continue
 
@@ -172,4 +220,4 @@ class ZmqWorkerGroup:
             yield self.inbox.popleft()
 
     def wait(self, timeout_s: float) -> bool:
-        return bool(self.inbox) or bool(self._workers.socket.poll(int(timeout_s * 1000)))
+        return bool(self.inbox) or self._workers.wait(timeout_s)

@@ -14,6 +14,11 @@ STOP_WORD = b"stop"
 that rank 0 has died."""
 
 
+def worker_identity(rank: int) -> bytes:
+    """ZeroMQ's name of a rank's connection: so the coordinator knows it before it says anything."""
+    return f"rank-{rank}".encode()
+
+
 class Kind(IntEnum):
     """Second byte of each frame. Numbers are never reused."""
 
@@ -39,6 +44,7 @@ class Kind(IntEnum):
     WORKER_FAILED = 67
     SHUTDOWN = 68
     COPY_RESULT = 69
+    KEEP_ALIVE = 70
 
 
 # --- client to coordinator ---------------------------------------------------------------------
@@ -264,13 +270,24 @@ class WorkerFailed:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """The worker ends its loop and exits 0."""
+    """The worker ends its loop."""
+
+    failed: bool = False
+    """Another rank was lost: exit with a non-zero status, without waiting for anybody."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAlive:
+    """Sent to every rank every few seconds: an idle coordinator is not a lost one.
+
+    A rank that it cannot be sent to is lost.
+    """
 
 
 Message = (
     Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
     | Welcome | Tokens | Finished | Refused | Pong | Metrics | Snapshot | Restarting
-    | WorkerReady | StepCommand | StepResult | CopyResult | WorkerFailed | Shutdown
+    | WorkerReady | StepCommand | StepResult | CopyResult | WorkerFailed | Shutdown | KeepAlive
 )  # fmt: skip
 
 KIND_OF: dict[type, Kind] = {
@@ -294,4 +311,5 @@ KIND_OF: dict[type, Kind] = {
     WorkerFailed: Kind.WORKER_FAILED,
     Shutdown: Kind.SHUTDOWN,
     CopyResult: Kind.COPY_RESULT,
+    KeepAlive: Kind.KEEP_ALIVE,
 }

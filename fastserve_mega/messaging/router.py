@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import zmq
@@ -24,13 +25,22 @@ class PeerBusyError(Exception):
 class Router:
     """A bound ROUTER socket."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, buffer: int) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        buffer: int,
+        *,
+        silence_limit_s: float | None = None,
+    ) -> None:
         """Bind.
 
         Args:
             context: of this process.
             endpoint: for example tcp://127.0.0.1:5570; port 0 picks a free one.
             buffer: messages held for a peer that does not read.
+            silence_limit_s: a peer whose ZeroMQ does not answer for so long counts as gone, as
+                when its host is cut off; None: only a closed connection does.
 
         Raises:
             OSError: the endpoint cannot be bound; the message names it and says why.
@@ -41,11 +51,15 @@ class Router:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if silence_limit_s is not None:
+            self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(silence_limit_s * 1000 / 4))
+            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000))
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.socket.close(linger=0)
-            raise OSError(f"cannot listen on {endpoint}: {error.strerror}") from None
+            reason = os.strerror(error.errno or 0)
+            raise OSError(f"cannot listen on {endpoint}: {reason}") from None
 
     @property
     def endpoint(self) -> str:

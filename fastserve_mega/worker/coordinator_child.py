@@ -6,11 +6,15 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from fastserve_mega.messaging.messages import STOP_WORD
+from fastserve_mega.worker.loop import CoordinatorLostError
+from fastserve_mega.worker.ranks import SaidError
 
 _END_TIMEOUT_S = 30.0
+_WATCH_INTERVAL_S = 0.2
 
 
 class CoordinatorChild:
@@ -23,7 +27,7 @@ class CoordinatorChild:
             arguments: of `fastserve-mega coordinator`.
 
         Raises:
-            ValueError: it ended at once; it has said why on stderr.
+            SaidError: it ended at once; it has said why on stderr.
         """
         command = [sys.executable, "-m", "fastserve_mega", "coordinator", *arguments]
         self._process = subprocess.Popen(
@@ -36,11 +40,39 @@ class CoordinatorChild:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            raise ValueError(f"the coordinator did not start (exit status {status}), see above")
+            raise SaidError(f"the coordinator did not start (exit status {status})")
         self.worker_endpoint: str = json.loads(line)["worker"]
 
     def is_alive(self) -> bool:
-        return self._process.poll() is None
+        """Whether it runs.
+
+        Raises:
+            CoordinatorLostError: it failed; without a text when it has said why on stderr.
+        """
+        status = self._process.poll()
+        if status is None or status == 0:
+            return status is None
+        killed = f"the coordinator process was killed by signal {-status}"
+        raise CoordinatorLostError(killed if status < 0 else "")
+
+    @contextlib.contextmanager
+    def watched(self, on_end: Callable[[], None]) -> Iterator[None]:
+        """Call `on_end`, in a thread, should it end before the context is left."""
+        left = threading.Event()
+
+        def watch() -> None:
+            while not left.wait(_WATCH_INTERVAL_S):
+                if self._process.poll() is not None:
+                    on_end()
+                    return
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            left.set()
+            thread.join()
 
     def request_stop(self) -> None:
         """Let it drain; it then tells all ranks to end."""
@@ -55,6 +87,11 @@ class CoordinatorChild:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(last_word)
                 self._process.stdin.close()
+
+    def kill(self) -> None:
+        """End it without a word."""
+        self._process.kill()
+        self._process.wait()
 
     def join(self) -> int:
         """Wait for its end and return its exit status; kill it when it takes too long."""

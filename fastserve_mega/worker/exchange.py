@@ -1,67 +1,104 @@
-"""Talk among the ranks before anything is loaded: addresses, and giving up together."""
+"""Talk among the ranks before anything is loaded, and giving up together. No torch here."""
 
 from __future__ import annotations
 
 import os
-import socket
+import signal
+import time
+import warnings
 from array import array
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
-from fastserve_mega.worker.topology import Topology
+from fastserve_mega.worker.topology import Launcher, Topology
+
+_LONGEST_NAP_S = 0.02
+_ABORT_LIMIT_S = 5
+
+
+class MissingRanksError(Exception):
+    """Not all ranks have come in time; str() says which, where that is known."""
+
+
+class ForeignMpiError(Exception):
+    """The MPI library is not that of the launcher; str() is its name."""
 
 
 class Exchange(Protocol):
     """Collective calls: every rank makes them in the same order."""
 
-    def broadcast(self, value: str) -> str:
-        """Rank 0's value, on every rank."""
+    uses_master_port: bool
+    """Whether MASTER_PORT is taken by it."""
 
-    def gather(self, value: str) -> list[str]:
-        """The values of all ranks in rank order, on every rank."""
+    def gather(self, value: str, limit_s: float) -> list[str]:
+        """The values of all ranks in rank order, on every rank.
+
+        Raises:
+            MissingRanksError: a rank did not take part within `limit_s`; only `abort` may follow.
+        """
 
     def abort(self) -> None:
-        """End all ranks now, with a non-zero status."""
+        """End this rank and all others now, with a non-zero status."""
+
+    def close(self) -> None:
+        """No rank needs the others any more."""
 
 
 class SingleExchange:
     """For a lone rank, which then needs no MPI."""
 
-    def broadcast(self, value: str) -> str:
-        return value
+    uses_master_port = False
 
-    def gather(self, value: str) -> list[str]:
+    def gather(self, value: str, limit_s: float) -> list[str]:
         return [value]
 
     def abort(self) -> None:
         os._exit(1)
 
+    def close(self) -> None:
+        pass
+
 
 class MpiExchange:
     """MPI_COMM_WORLD. Bytes travel, not objects: those mpi4py would pickle."""
 
-    def __init__(self) -> None:
+    uses_master_port = False
+
+    def __init__(self, launcher: Launcher) -> None:
         """Initialize MPI.
 
         Raises:
-            ImportError: there is no MPI library.
+            ImportError: there is no mpi4py, or no MPI library.
+            ForeignMpiError: the library is not the launcher's.
         """
-        from mpi4py import MPI
+        import mpi4py
 
+        # Another launcher's library would end the process when it is initialized, or be alone.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # mpi4py's own of the same trouble
+            from mpi4py import MPI
+
+        self.library = " ".join(MPI.Get_library_version().split()[:2]).removesuffix(" Version:")
+        if not launcher.can_use(self.library):
+            raise ForeignMpiError(self.library)
+        if not MPI.Is_initialized():
+            MPI.Init_thread()
         self._world = MPI.COMM_WORLD
         self._byte = MPI.BYTE
 
-    def broadcast(self, value: str) -> str:
-        return self.gather(value)[0]
+    @property
+    def world_size(self) -> int:
+        return int(self._world.Get_size())
 
-    def gather(self, value: str) -> list[str]:
+    def gather(self, value: str, limit_s: float) -> list[str]:
+        deadline = time.monotonic() + limit_s
         data = value.encode()
-        lengths = array("q", [0]) * self._world.Get_size()
-        self._world.Allgather(array("q", [len(data)]), lengths)
+        lengths = array("q", [0]) * self.world_size
+        self._finish(self._world.Iallgather(array("q", [len(data)]), lengths), deadline)
         everything = bytearray(sum(lengths))
-        self._world.Allgatherv(
-            [data, self._byte], [everything, (lengths.tolist(), None), self._byte]
-        )
+        parts = [everything, (lengths.tolist(), None), self._byte]
+        self._finish(self._world.Iallgatherv([data, self._byte], parts), deadline)
         ends = list(accumulate(lengths))
         return [
             everything[end - length : end].decode()
@@ -69,21 +106,59 @@ class MpiExchange:
         ]
 
     def abort(self) -> None:
+        # Out of reach of the other hosts, MPI may wait for them: then the kernel ends this rank.
+        signal.alarm(_ABORT_LIMIT_S)
         self._world.Abort(1)
 
+    def close(self) -> None:
+        pass  # mpi4py finalizes MPI when the interpreter ends
 
-def make_exchange(topology: Topology) -> Exchange:
-    """MPI when there is anybody to talk to."""
-    return MpiExchange() if topology.world_size > 1 else SingleExchange()
+    @staticmethod
+    def _finish(request: Any, deadline: float) -> None:
+        nap_s = 0.0005
+        while not request.Test():
+            if time.monotonic() > deadline:
+                raise MissingRanksError("a rank does not answer over MPI")
+            time.sleep(nap_s)
+            nap_s = min(2 * nap_s, _LONGEST_NAP_S)
 
 
-def choose_master(topology: Topology) -> str:
-    """A host:port on this host for torch.distributed to meet at."""
-    address = os.environ.get("MASTER_ADDR")
-    if address is None:
-        alone = topology.local_size == topology.world_size
-        address = "127.0.0.1" if alone else socket.gethostbyname(socket.gethostname())
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        port = os.environ.get("MASTER_PORT") or probe.getsockname()[1]
-    return f"{address}:{port}"
+def make_exchange(topology: Topology, limit_s: float) -> Exchange:
+    """MPI where the launcher has it, else a store at MASTER_ADDR:MASTER_PORT.
+
+    Args:
+        topology: as the launcher tells it.
+        limit_s: longest wait for the store.
+
+    Raises:
+        ValueError: the ranks cannot find each other; the message says what to set.
+        ImportError: there is no MPI library.
+    """
+    launcher = topology.launcher
+    if launcher is None or topology.world_size == 1:
+        return SingleExchange()
+    has_store = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
+    alone = ""
+    if launcher.has_mpi:
+        try:
+            mpi = MpiExchange(launcher)
+            if mpi.world_size == topology.world_size:
+                return mpi
+            library = mpi.library
+        except ForeignMpiError as error:
+            library = str(error)
+        alone = (
+            f"the ranks were started by {launcher.name}, but mpi4py has loaded {library}, in which "
+            "each of them is alone: use the launcher of that MPI, or set MPI4PY_LIBMPI to the "
+            "libmpi of the launcher's"
+        )
+    if not has_store:
+        raise ValueError(
+            alone
+            or f"ranks started by {launcher.name} meet at MASTER_ADDR and MASTER_PORT, which "
+            "must be set to rank 0's host and a free port there"
+        )
+    # Imported late: it loads torch, which takes seconds.
+    from fastserve_mega.worker.store_exchange import StoreExchange
+
+    return StoreExchange(topology, limit_s)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import signal
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import zmq
 
-import fastserve_mega
 from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.models.locate import resolve_model
 from fastserve_mega.worker.coordinator_child import CoordinatorChild
-from fastserve_mega.worker.exchange import Exchange, choose_master, make_exchange
+from fastserve_mega.worker.exchange import MissingRanksError, make_exchange
 from fastserve_mega.worker.fake_runner import FakeModelRunner
-from fastserve_mega.worker.loop import WorkerLoop
+from fastserve_mega.worker.loop import CoordinatorLostError, WorkerLoop, connect_to_coordinator
+from fastserve_mega.worker.network import choose_master, endpoint_for_other_hosts, lead_gloo
+from fastserve_mega.worker.partition import partition_model
+from fastserve_mega.worker.ranks import OthersFailedError, Ranks, SaidError, is_expected
 from fastserve_mega.worker.runner import ModelRunner
-from fastserve_mega.worker.topology import Topology, read_topology
+from fastserve_mega.worker.topology import Topology, find_launcher, read_topology
 
 RunnerName = Literal["megatron", "fake"]
 _FAKE_BLOCKS = 1024
 _LAST_WORDS_MS = 1000
+_LET_OTHERS_SPEAK_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -48,26 +52,45 @@ def run_worker(
     """
     try:
         topology = read_topology()
-        exchange = make_exchange(topology)
-    except (ValueError, ImportError) as error:
-        _log.error("%s", error)
-        return 2
+        exchange = make_exchange(topology, config.parallel.timeout_s)
+    except (ValueError, ImportError, OSError, MissingRanksError) as error:
+        return _fail_alone(error)
+    ranks = Ranks(topology, exchange, config.parallel.timeout_s)
+    rank = _Rank(config, ranks, runner)
     try:
-        _check_agreement(config, topology, exchange)
-        config = _resolve_model(config, topology, exchange, weights=runner == "megatron")
-        rank = _Rank(config, topology, exchange, runner)
-        rank.handle_signals(supervised=supervised)
-        return rank.run(coordinator_arguments)
+        rank.prepare(coordinator_arguments, supervised=supervised)
+    except OthersFailedError:
+        rank.drop_coordinator()
+        return 1
     except Exception as error:
-        # One sentence from the rank that knows; the others are ended with it.
-        expected = isinstance(error, (ValueError, OSError))
-        _log.error("rank %d: %s", topology.rank, error, exc_info=not expected)
-        exchange.abort()
-        raise
+        rank.drop_coordinator()
+        if not is_expected(error) and not isinstance(error, SaidError):
+            _log.exception("rank %d cannot start", topology.rank)
+        ranks.fail(error)
+        return 1
+    return rank.serve()
 
 
-def _check_agreement(config: Config, topology: Topology, exchange: Exchange) -> None:
-    """All ranks must have been given the same configuration, code and number of ranks."""
+def _fail_alone(error: Exception) -> int:
+    """Give up where the other ranks cannot be told: the first of each host speaks.
+
+    When it ends, the launcher ends the rest.
+    """
+    launcher = find_launcher(os.environ)
+    if launcher and os.environ.get(launcher.local_rank, "0") != "0":
+        time.sleep(_LET_OTHERS_SPEAK_S)
+        _log.info("%s", error)
+    else:
+        _log.error("%s", error)
+    return 2
+
+
+def _check(config: Config, topology: Topology) -> None:
+    """What can be known to be wrong before anything is loaded.
+
+    Raises:
+        ValueError, OSError: the message names the value and the limit.
+    """
     wanted = config.parallel.world_size
     if topology.world_size != wanted:
         raise ValueError(
@@ -75,67 +98,128 @@ def _check_agreement(config: Config, topology: Topology, exchange: Exchange) -> 
             f"pipeline {config.parallel.pipeline} x tensor {config.parallel.tensor}), the "
             f"launcher started {topology.world_size}"
         )
-    said = f"{fastserve_mega.__version__} {config!r}"
-    hashes = exchange.gather(hashlib.sha256(said.encode()).hexdigest())
-    different = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
-    if different:
-        raise ValueError(f"ranks {different} have a configuration or version unlike rank 0's")
-
-
-def _resolve_model(
-    config: Config, topology: Topology, exchange: Exchange, *, weights: bool
-) -> Config:
-    """One rank per host downloads the model if need be; then the others find it there."""
-    if topology.local_rank == 0:
-        config = _with_local_model(config, weights=weights)
-    exchange.gather("")  # the others wait here
-    return _with_local_model(config, weights=weights)
-
-
-def _with_local_model(config: Config, *, weights: bool) -> Config:
-    return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
+    architecture = load_architecture(config.model.directory)
+    replica_size = config.parallel.replica_size
+    partition_model(architecture, config.parallel, topology.rank % replica_size, replica_size)
 
 
 class _Rank:
     """The parts of one rank and the order of their start and end."""
 
-    def __init__(
-        self, config: Config, topology: Topology, exchange: Exchange, runner: RunnerName
-    ) -> None:
+    def __init__(self, config: Config, ranks: Ranks, runner: RunnerName) -> None:
         self._config = config
-        self._topology = topology
-        self._exchange = exchange
+        self._ranks = ranks
         self._runner_name = runner
         self._child: CoordinatorChild | None = None
+        self._parent = os.getppid()
+        self._stop_requested = False
+        self._context = zmq.Context[zmq.Socket[bytes]]()
 
-    def handle_signals(self, *, supervised: bool) -> None:
+    @property
+    def _topology(self) -> Topology:
+        return self._ranks.topology
+
+    def prepare(self, coordinator_arguments: Sequence[str], *, supervised: bool) -> None:
+        """All up to the first step. An exception means that no rank can go on.
+
+        Raises:
+            OthersFailedError: other ranks failed.
+            Exception: this one did.
+        """
+        ranks = self._ranks
+        ranks.agree(self._config)
+        self._resolve_model()
+        _check(self._config, self._topology)
+        ranks.gather()  # all are fine: nothing was started in vain
+        self._handle_signals(supervised=supervised)
+        replica_size = self._config.parallel.replica_size
+        endpoint = master = ""
+        if self._topology.rank % replica_size == 0:
+            master = self._choose_master()
+        if self._topology.rank == 0:
+            endpoint = self._start_coordinator(coordinator_arguments, master)
+        endpoint = ranks.broadcast(endpoint)
+        master = ranks.gather(master)[self._topology.rank // replica_size * replica_size]
+        if self._topology.has_several_hosts:
+            lead_gloo(master.rpartition(":")[0])
+        # Connected before the model is loaded: so the coordinator sees who dies meanwhile.
+        socket = connect_to_coordinator(self._context, endpoint, self._topology.rank)
+        with self._child.watched(self._give_up_loading) if self._child else nullcontext():
+            self._runner = self._make_runner(master)
+        self._loop = WorkerLoop(
+            socket,
+            self._topology.rank,
+            self._runner,
+            self._coordinator_alive,
+            patience_s=self._config.parallel.timeout_s,
+        )
+
+    def serve(self) -> int:
+        """Execute steps until told to end; returns the exit status."""
+        try:
+            is_normal_end = self._loop.run()
+        except CoordinatorLostError as error:
+            # All ranks of a host find out at once.
+            self._ranks.speak_and_abort("" if self._topology.local_rank else str(error))
+            return 1
+        except Exception as error:
+            if not is_expected(error):
+                _log.exception("rank %d failed", self._topology.rank)
+            self._context.destroy(linger=_LAST_WORDS_MS)
+            self._ranks.speak_and_abort(str(error) if is_expected(error) else "")
+            return 1
+        # Not term(), which would wait for ever for a socket left open by an exception.
+        self._context.destroy(linger=_LAST_WORDS_MS)
+        if not is_normal_end:
+            if self._child:
+                self._child.join()  # it says why
+            self._ranks.abort()
+        self._runner.close()
+        status = self._child.join() if self._child else 0
+        self._ranks.close()
+        return status
+
+    def drop_coordinator(self) -> None:
+        """The ranks give up and say why; it has nothing to add."""
+        if self._child:
+            self._child.kill()
+
+    def _resolve_model(self) -> None:
+        """One rank per host downloads the model if need be; then the others find it there."""
+        model, weights = self._config.model, self._runner_name == "megatron"
+        if self._topology.local_rank == 0:
+            resolve_model(model, weights=weights)
+        self._ranks.gather()  # the others wait here
+        self._config = dataclasses.replace(
+            self._config, model=resolve_model(model, weights=weights)
+        )
+
+    def _choose_master(self) -> str:
+        """Where the ranks of this replica meet; MASTER_PORT is for the first one."""
+        free = self._topology.rank == 0 and not self._ranks.uses_master_port
+        return choose_master(self._topology, port_is_free=free)
+
+    def _start_coordinator(self, arguments: Sequence[str], master: str) -> str:
+        """Returns its address for the ranks."""
+        arguments = list(arguments)
+        if self._topology.has_several_hosts:
+            own, wanted = master.rpartition(":")[0], self._config.coordinator.worker_endpoint
+            endpoint = endpoint_for_other_hosts(wanted, own)
+            arguments += ["--set", f"coordinator.worker_endpoint={endpoint}"]
+        self._child = CoordinatorChild(arguments)
+        if self._stop_requested:
+            self._child.request_stop()
+        return self._child.worker_endpoint
+
+    def _handle_signals(self, *, supervised: bool) -> None:
         # Signals reach all ranks; rank 0 lets the coordinator drain, which then ends them all.
         signal.signal(signal.SIGINT, self._request_stop)
         signal.signal(signal.SIGUSR1, self._request_stop)
         signal.signal(signal.SIGTERM, self._report_loss if supervised else self._request_stop)
 
-    def run(self, coordinator_arguments: Sequence[str]) -> int:
-        endpoint = master = ""
-        if self._topology.rank == 0:
-            self._child = CoordinatorChild(coordinator_arguments)
-            endpoint = self._child.worker_endpoint
-        replica_size = self._config.parallel.replica_size
-        if self._topology.rank % replica_size == 0:
-            master = choose_master(self._topology)
-        endpoint = self._exchange.broadcast(endpoint)
-        masters = self._exchange.gather(master)[::replica_size]
-        runner = self._make_runner(masters[self._topology.rank // replica_size])
-        context = zmq.Context[zmq.Socket[bytes]]()
-        try:
-            loop = WorkerLoop(
-                context, endpoint, self._topology.rank, runner, self._coordinator_alive
-            )
-            loop.run()
-        finally:
-            # Not term(), which would wait for ever for a socket left open by an exception.
-            context.destroy(linger=_LAST_WORDS_MS)
-        runner.close()
-        return self._child.join() if self._child else 0
+    def _give_up_loading(self) -> None:
+        """The coordinator ended, with a word or because it was told to: no use to go on loading."""
+        self._ranks.abort()
 
     def _make_runner(self, master: str) -> ModelRunner:
         config = self._config
@@ -158,9 +242,10 @@ class _Rank:
 
     def _coordinator_alive(self) -> bool:
         # Rank 0 watches its child; the others end with rank 0, and notice when orphaned.
-        return self._child.is_alive() if self._child else os.getppid() != 1
+        return self._child.is_alive() if self._child else os.getppid() == self._parent
 
     def _request_stop(self, *_: object) -> None:
+        self._stop_requested = True
         if self._child:
             self._child.request_stop()
 

@@ -27,7 +27,7 @@ from fastserve_mega.coordinator.worker_group import WorkersLostError
 from fastserve_mega.messaging.codec import decode, encode
 from fastserve_mega.messaging.messages import Hello, Message, Welcome
 from fastserve_mega.worker.fake_runner import FakeModelRunner, fake_token
-from fastserve_mega.worker.loop import WorkerLoop
+from fastserve_mega.worker.loop import WorkerLoop, connect_to_coordinator
 
 VOCAB = 350
 MAX_CONTEXT = 512
@@ -138,7 +138,12 @@ def fake_server(
     server = FakeServer(process._front_door.endpoint, runners, process)
     context = zmq.Context()
     loops = [
-        WorkerLoop(context, process._workers.endpoint, rank, runner, lambda: True)
+        WorkerLoop(
+            connect_to_coordinator(context, process._workers.endpoint, rank),
+            rank,
+            runner,
+            lambda: True,
+        )
         for rank, runner in enumerate(runners)
     ]
     threads = [threading.Thread(target=_run, args=(server, process.run), name="coordinator")]

@@ -26,7 +26,7 @@ from fastserve_mega.scheduling.swapping import Swapper
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.fake_runner import fake_token
-from fastserve_mega.worker.loop import WorkerLoop
+from fastserve_mega.worker.loop import WorkerLoop, connect_to_coordinator
 
 DEVICE_BLOCKS = 32
 PLENTY = 200
@@ -221,7 +221,9 @@ def worker():
     router.setsockopt(zmq.LINGER, 0)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     runner = GatedRunner(device_blocks=8, host_blocks=8, block_size=4, vocab_size=VOCAB)
-    loop = WorkerLoop(context, f"tcp://127.0.0.1:{port}", 0, runner, lambda: True)
+    loop = WorkerLoop(
+        connect_to_coordinator(context, f"tcp://127.0.0.1:{port}", 0), 0, runner, lambda: True
+    )
     thread = threading.Thread(target=loop.run)
     thread.start()
     peer, ready = router.recv_multipart()

@@ -59,7 +59,8 @@ failures = st.lists(st.builds(messages.SamplingFailure, counts, names), max_size
 all_messages = st.one_of(
     st.just(messages.Hello()),
     st.just(messages.Ping()),
-    st.just(messages.Shutdown()),
+    st.builds(messages.Shutdown, st.booleans()),
+    st.just(messages.KeepAlive()),
     st.just(messages.GetMetrics()),
     st.builds(
         messages.Submit, names, ids, params, ids, st.integers(-9, 9), st.none() | st.floats(0, 99)

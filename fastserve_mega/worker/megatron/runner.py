@@ -13,6 +13,7 @@ from fastserve_mega.models.architecture import Architecture, AttentionKind, load
 from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.grammar import Grammars
+from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
@@ -26,7 +27,7 @@ from fastserve_mega.worker.megatron.initialize import (
     set_up_cpu,
 )
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
-from fastserve_mega.worker.megatron.model import build_stage
+from fastserve_mega.worker.megatron.model import Stage, build_stage
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.pool_sizes import device_blocks
@@ -80,6 +81,8 @@ class MegatronRunner:
         )
         self._sampler = Sampler(architecture.eos_token_ids, grammars)
         self._sending: tuple[dist.Work, Tensor] | None = None
+        # Before any rank of this host allocates: they leave the next line together.
+        available = available_bytes()
         groups = join_process_groups(
             config.parallel, topology, self._device, master_address, master_port
         )
@@ -91,6 +94,11 @@ class MegatronRunner:
                 choice=choice,
                 dtype=self._dtype,
                 device=self._device,
+            )
+            check_host_memory(
+                _host_memory(config, architecture, self._partition, self._stage),
+                topology.local_size,
+                available,
             )
             action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
             with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
@@ -137,9 +145,19 @@ class MegatronRunner:
 
         Raises:
             ValueError: a sequence without tokens, or with too few blocks.
+            ConnectionError: another rank does not take part.
         """
         if not batch:
             return StepOutput()
+        try:
+            return self._execute(batch)
+        except RuntimeError as error:
+            if not _is_lost_connection(error):
+                raise
+            reason = str(error).splitlines()[0].rpartition("] ")[2]
+            raise ConnectionError(f"another rank is out of reach: {reason}") from None
+
+    def _execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         step = build_step(batch, self.cache.block_size, self._device)
         self.cache.clear(step.fresh_blocks)
         attention = [self._attention(step, kind) for kind in self._kinds]
@@ -209,6 +227,29 @@ def _check_context(config: Config, architecture: Architecture) -> None:
         )
 
 
+def _host_memory(
+    config: Config, architecture: Architecture, partition: Partition, stage: Stage
+) -> dict[str, int]:
+    """What this rank will take of its host's memory, by purpose.
+
+    Called when the weights are allocated, which takes no memory until they are loaded.
+    """
+    needs = {}
+    block_size, parameter = config.kv_cache.block_size, next(stage.model.parameters())
+    bytes_per_block = block_bytes(architecture, partition, block_size, parameter.itemsize)
+    if parameter.is_cpu:
+        needs["weights"] = stage.num_bytes
+        blocks = device_blocks(config, architecture, bytes_per_block, parameter.device)
+        needs["KV (kv_cache.device_blocks or device_memory_gb)"] = blocks * bytes_per_block
+    in_host = host_blocks(config.kv_cache, bytes_per_block) * bytes_per_block
+    needs["swapped KV (kv_cache.host_blocks or host_memory_gb)"] = in_host
+    return needs
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def _build_cache(
     config: Config,
     architecture: Architecture,
@@ -222,7 +263,7 @@ def _build_cache(
         num_blocks=device_blocks(config, architecture, bytes_per_block, device),
         num_layers=len(partition.layers),
         num_kv_heads=len(partition.kv_heads),
-        block_size=settings.block_size,
+        block_size=config.kv_cache.block_size,
         head_dim=architecture.head_dim,
         dtype=dtype,
         device=device,

@@ -241,6 +241,17 @@ def test_a_pool_that_holds_no_block_is_refused(made):
     assert not torch.distributed.is_initialized()
 
 
+def test_more_memory_than_the_host_has_is_refused_before_it_is_taken(made):
+    config = Config(
+        model=ModelConfig(path=str(made("llama")[0])),
+        parallel=ParallelConfig(device="cpu"),
+        kv_cache=KvCacheConfig(device_memory_gb=100_000.0, host_blocks=0),
+    )
+    with pytest.raises(ValueError, match=r"GB of memory left, but 1000\d\d\.\d\d GB are needed"):
+        MegatronRunner(config, Topology(), "", 0)
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_context_beyond_the_models_is_refused(made):
     config = Config(model=ModelConfig(path=str(made("llama")[0]), max_context=129))
     with pytest.raises(ValueError, match="max_context=129 exceeds the 128 tokens"):

@@ -65,7 +65,36 @@ def test_a_gap_or_an_unknown_request_is_refused():
             (1, 2, 0, 1),
         ),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (1, 2, 1, 2)),
-        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1, 8)),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"},
+            (5, 8, 1, 8),
+        ),
+        # A batch script, before srun.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, (0, 1, 0, 1)),
+        # mpirun inside a task of Slurm.
+        (
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_ID": "0",
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+            },
+            (1, 2, 1, 2),
+        ),
+        # torchrun started by mpirun, once per host.
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "TORCHELASTIC_RUN_ID": "none",
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": "1",
+                "LOCAL_WORLD_SIZE": "2",
+            },
+            (3, 4, 1, 2),
+        ),
     ],
 )
 def test_every_launcher_tells_the_rank(environment, expected):
@@ -82,4 +111,4 @@ def test_contradicting_ranks_are_refused():
     with pytest.raises(ValueError, match="rank 2 of 2"):
         read_topology({"RANK": "2", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="RANK must be a number, got 'x'"):
-        read_topology({"RANK": "x"})
+        read_topology({"RANK": "x", "WORLD_SIZE": "2"})
