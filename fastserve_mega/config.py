@@ -286,6 +286,9 @@ class CoordinatorConfig:
             _require(value > 0, f"coordinator.{name} must be positive, got {value}")
 
 
+ToolParserName = Literal["auto", "hermes", "llama3_json", "none"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The OpenAI-compatible HTTP server."""
@@ -301,6 +304,8 @@ class ServerConfig:
     ~ is expanded. None asks for none. Health, metrics and the live view need no key."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may ask from a browser; `*` is all of them."""
+    tool_parser: ToolParserName = "auto"
+    """How the model writes calls of tools; auto goes by its chat template, none refuses tools."""
 
     def __post_init__(self) -> None:
         _require(

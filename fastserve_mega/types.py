@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
@@ -14,6 +14,12 @@ BlockHash = NewType("BlockHash", str)
 """Names the content of a full KV block: its tokens, all tokens before them, and a salt."""
 
 MAX_SEED = 2**63 - 1
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+MAX_BIASED_TOKENS = 1024
+MAX_STRUCTURE_LENGTH = 65_536
+_MAX_PENALTY = 2.0
+_MAX_REPETITION_PENALTY = 100.0
 
 
 class FinishReason(str, Enum):
@@ -31,6 +37,37 @@ class FinishReason(str, Enum):
     """The server failed; nothing was wrong with the request."""
     REJECTED = "rejected"
     """Not accepted because the server is full; try again later."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutput:
+    """A form that the output is held to; exactly one of the fields says which.
+
+    Raises:
+        ValueError: none or several are given, or they are too long. Whether a schema or an
+            expression is valid is found out by `fastserve_mega.text.structured`.
+    """
+
+    json_schema: str | None = None
+    """A JSON schema, as JSON text."""
+    regex: str | None = None
+    """A regular expression in Rust's syntax, for the whole output."""
+    choice: tuple[str, ...] | None = None
+    """Texts of which the output is one."""
+
+    def __post_init__(self) -> None:
+        given = [text for text in (self.json_schema, self.regex, self.choice) if text is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "structured output takes one of json_schema, regex and choice, "
+                f"got {len(given)} of them"
+            )
+        length = sum(map(len, given[0]))
+        if not 1 <= length <= MAX_STRUCTURE_LENGTH:
+            raise ValueError(
+                f"a schema, expression or choice must have 1 to {MAX_STRUCTURE_LENGTH} "
+                f"characters, got {length}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,25 +93,109 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     """End-of-sequence and stop tokens are not sampled before this many output tokens."""
+    min_p: float = 0.0
+    """Tokens less probable than this share of the most probable one's are dropped."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens that the output has."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens as often as the output has them."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens that prompt or output have, multiplies the others."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Token id to what is added to its logit, -100 to 100."""
+    logprobs: int | None = None
+    """Report the log probability of each output token, and of so many of the most probable
+    tokens. They are the model's own: before bias, penalties and temperature."""
+    structured: StructuredOutput | None = None
+    """Hold the output to a form; the end of sequence then comes where the form allows it."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0):
-            raise ValueError(f"temperature must be between 0 and 100, got {self.temperature}")
+        self._check_filters()
+        self._check_penalties()
+        self._check_logit_bias()
+        self._check_ends()
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
+            raise ValueError(
+                f"logprobs must be between 0 and {MAX_TOP_LOGPROBS}, got {self.logprobs}"
+            )
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the tokens so far change what is sampled next."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether the rank that samples must know the output so far."""
+        return self.counts_tokens or self.structured is not None
+
+    def _check_filters(self) -> None:
+        _check_range("temperature", self.temperature, 0, 100)
+        _check_range("min_p", self.min_p, 0, 1)
         if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}")
         if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}")
+
+    def _check_penalties(self) -> None:
+        _check_range("presence_penalty", self.presence_penalty, -_MAX_PENALTY, _MAX_PENALTY)
+        _check_range("frequency_penalty", self.frequency_penalty, -_MAX_PENALTY, _MAX_PENALTY)
+        factor = self.repetition_penalty
+        if not (math.isfinite(factor) and 0.0 < factor <= _MAX_REPETITION_PENALTY):
+            raise ValueError(
+                f"repetition_penalty must be above 0 and at most {_MAX_REPETITION_PENALTY:g}, "
+                f"got {factor}"
+            )
+
+    def _check_logit_bias(self) -> None:
+        if len(self.logit_bias) > MAX_BIASED_TOKENS:
+            raise ValueError(
+                f"logit_bias must name at most {MAX_BIASED_TOKENS} tokens, "
+                f"got {len(self.logit_bias)}"
+            )
+        for token, bias in self.logit_bias.items():
+            if token < 0:
+                raise ValueError(f"logit_bias token ids must not be negative, got {token}")
+            _check_range(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+
+    def _check_ends(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
                 f"min_tokens must be between 0 and max_tokens ({self.max_tokens}), "
                 f"got {self.min_tokens}"
             )
+        if self.structured is not None and (self.ignore_eos or self.min_tokens):
+            raise ValueError(
+                "structured output ends where its form does; ignore_eos and min_tokens cannot be "
+                "combined with it"
+            )
         if any(token < 0 for token in self.stop_token_ids):
             raise ValueError(f"stop_token_ids must not be negative, got {self.stop_token_ids}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How probable the model itself found a token, and which ones it found most probable."""
+
+    logprob: float
+    """Of the token that was sampled; natural logarithm."""
+    top_ids: tuple[int, ...] = ()
+    """The most probable tokens, most probable first; as many as were asked for."""
+    top_logprobs: tuple[float, ...] = ()
+    """Theirs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.history import TokenHistory
 from fastserve_mega.worker.runner import ModelRunner, SequenceInput
 
 ShareTokens = Callable[[list[int]], list[int]]
@@ -32,6 +33,12 @@ class Generation:
     def finished(self) -> bool:
         return len(self.output) >= self.params.max_tokens
 
+    @property
+    def history(self) -> TokenHistory | None:
+        if not self.params.needs_history:
+            return None
+        return TokenHistory(self.prompt_tokens, self.tokens[: self.prompt_tokens], self.output)
+
     def next_input(self, chunk: int, block_size: int, free: list[int]) -> SequenceInput:
         start = self.cached
         token_ids = self.tokens[start : start + chunk]
@@ -47,6 +54,7 @@ class Generation:
             params=self.params,
             seed=self.seed,
             prompt_tokens=self.prompt_tokens,
+            history=self.history,
         )
 
 
@@ -71,7 +79,7 @@ def generate(
         if waiting and len(running) < concurrent:
             running.append(waiting.pop(0))
         batch = [generation.next_input(chunk, block_size, free) for generation in running]
-        sampled = iter(share_tokens(runner.execute(batch)))
+        sampled = iter(share_tokens(runner.execute(batch).token_ids))
         for generation, sequence in zip(list(running), batch, strict=True):
             generation.cached = sequence.context
             if sequence.samples:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from fastserve_mega.client.request import Chunk, RequestState
-from fastserve_mega.types import FinishReason, RequestId, Usage
+from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
 
 __all__ = ["AsyncGeneration", "Chunk"]
 
@@ -48,6 +48,11 @@ class AsyncGeneration:
     def token_ids(self) -> tuple[int, ...]:
         """All output tokens that arrived so far."""
         return tuple(self._state.received)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """One for each of `token_ids` when asked for, else empty."""
+        return tuple(self._state.logprobs)
 
     def __aiter__(self) -> AsyncGeneration:
         return self

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastserve_mega.client.errors import ClientError, ServerBusyError, ServerError
 from fastserve_mega.messaging.messages import Finished, Submit, Tokens
 from fastserve_mega.text.output import OutputText
-from fastserve_mega.types import FinishReason, RequestId, Usage
+from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
 
 _SHORTEST_TIMEOUT_S = 0.001
 
@@ -22,6 +22,8 @@ class Chunk:
     text: str
     """Empty without a tokenizer, inside a character, or while it may begin a stop string."""
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One for each token when `SamplingParams.logprobs` asks for them, else empty."""
 
 
 class RequestState:
@@ -47,6 +49,8 @@ class RequestState:
         self._submitted_at = submitted_at
         self._texts: list[str] = []
         self.received: list[int] = []
+        self.logprobs: list[TokenLogprobs | None] = []
+        """One for each token received, when the request asks for them."""
         self.chunks: deque[Chunk] = deque()
         """Not taken by the consumer yet."""
         self.changed = asyncio.Event()
@@ -82,8 +86,10 @@ class RequestState:
         new = message.token_ids[known:]
         if not new:
             return
+        logprobs = message.logprobs[known:]
         self.received.extend(new)
-        self._add(Chunk(self._output.push(new) if self._output else "", new))
+        self.logprobs.extend(logprobs)
+        self._add(Chunk(self._output.push(new) if self._output else "", new, logprobs))
         if self._output and self._output.stopped:
             self.finish(FinishReason.STOP)
 

@@ -106,12 +106,16 @@ class Session:
         """
         if state.request_id in self._requests:
             raise InvalidRequestError(f"request {state.request_id!r} is not finished yet")
-        frame = codec.encode(submit)
         try:
+            frame = codec.encode(submit)
             # The coordinator could not say to which request a frame it cannot read belongs.
             codec.decode(frame, trusted=True)
         except codec.BadFrameError as error:
             raise InvalidRequestError(str(error)) from None
+        except OverflowError:
+            raise InvalidRequestError("a number in the request has more than 64 bits") from None
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(f"a text is not valid Unicode: {error.reason}") from None
         self._requests[state.request_id] = state
         self._connection.send(frame)
         self._busy.set()

@@ -18,7 +18,7 @@ from fastserve_mega.client.generation import AsyncGeneration
 from fastserve_mega.client.request import Chunk
 from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
-from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
+from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 5.0
@@ -185,6 +185,11 @@ class Generation:
     def token_ids(self) -> tuple[int, ...]:
         """All output tokens that arrived so far."""
         return self._generation.token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """One for each of `token_ids` when asked for, else empty."""
+        return self._generation.logprobs
 
     def __iter__(self) -> Generation:
         return self

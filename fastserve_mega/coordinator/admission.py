@@ -64,7 +64,12 @@ class Admission:
     def _bad_tokens(self, submit: Submit) -> str | None:
         if not submit.prompt:
             return "the prompt must have at least 1 token, got 0"
-        for name, tokens in (("prompt", submit.prompt), ("received", submit.received)):
+        named = {
+            "prompt": submit.prompt,
+            "received": submit.received,
+            "logit_bias": submit.params.logit_bias,
+        }
+        for name, tokens in named.items():
             for token in (min(tokens, default=0), max(tokens, default=0)):
                 if not 0 <= token < self.vocab_size:
                     return (

@@ -25,7 +25,6 @@ from fastserve_mega.messaging.messages import (
     Restarting,
     StepResult,
     Submit,
-    Tokens,
     Welcome,
 )
 from fastserve_mega.messaging.router import Identity
@@ -128,18 +127,23 @@ class Coordinator:
         ]
         finished: list[RequestId] = []
         filled: list[tuple[RequestId, BlockHash]] = []
-        for live, token in zip(sampled, result.token_ids, strict=True):
+        logprobs = result.logprobs or (None,) * len(sampled)
+        failures = {failure.index: failure.message for failure in result.failures}
+        for index, (live, token) in enumerate(zip(sampled, result.token_ids, strict=True)):
             if self._requests.get(live.request_id) is not live:
                 continue  # ended while the step ran
-            reason = live.accept(token, self._eos_token_ids)
+            if index in failures:
+                finished.append(live.request_id)
+                self._finish(live, FinishReason.ERROR, failures[index])
+                continue
+            reason = live.accept(token, logprobs[index], self._eos_token_ids)
             self._traffic.generated(now - live.arrived, is_first=live.last_token_at is None)
             self._metrics.observe_token(live.arrived, live.last_token_at, now)
             live.first_token_at = live.first_token_at or now
             live.last_token_at = now
             if live.block_hashes:
                 filled += [(live.request_id, each) for each in live.block_hashes.extend((token,))]
-            offset = len(live.output) - 1
-            self._replies.append((live.client, Tokens(live.request_id, offset, (token,))))
+            self._replies.append((live.client, live.tokens_from(len(live.output) - 1)))
             if reason:
                 finished.append(live.request_id)
                 self._placement.observe_finish(len(live.output))
@@ -218,8 +222,8 @@ class Coordinator:
         live.client = client
         self._by_client.setdefault(client, set()).add(live.request_id)
         held = len(submit.received)
-        if tokens := tuple(live.output[held:]):
-            self._replies.append((client, Tokens(live.request_id, held, tokens)))
+        if held < len(live.output):
+            self._replies.append((client, live.tokens_from(held)))
 
     def _cancel(self, client: Identity, cancel: Cancel) -> None:
         live = self._requests.get(cancel.request_id)

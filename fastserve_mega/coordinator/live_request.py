@@ -6,11 +6,17 @@ import zlib
 from dataclasses import dataclass, field
 
 from fastserve_mega.coordinator.block_hashes import BlockHashChain
-from fastserve_mega.messaging.messages import SequenceStart, Submit
+from fastserve_mega.messaging.messages import SequenceStart, Submit, Tokens
 from fastserve_mega.messaging.router import Identity
 from fastserve_mega.metrics import RequestTimes
 from fastserve_mega.plan import SequenceSlice
-from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
+from fastserve_mega.types import (
+    FinishReason,
+    RequestId,
+    SamplingParams,
+    TokenLogprobs,
+    Usage,
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,12 +42,16 @@ class LiveRequest:
     """Its first step was dispatched."""
     first_token_at: float | None = None
     last_token_at: float | None = None
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """Of the output, None for what the client brought along; empty when not asked for."""
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
         # A client that sends no seed cannot rely on one, but resubmits under the same id.
         chosen = self.submit.params.seed
         self.seed = zlib.crc32(self.request_id.encode()) if chosen is None else chosen
+        if self.params.logprobs is not None:
+            self.logprobs = [None] * len(self.output)
 
     @property
     def request_id(self) -> RequestId:
@@ -57,7 +67,15 @@ class LiveRequest:
 
     @property
     def sequence_start(self) -> SequenceStart:
-        return SequenceStart(self.request_id, self.params, self.seed, len(self.submit.prompt))
+        prompt, params = self.submit.prompt, self.params
+        return SequenceStart(
+            self.request_id,
+            params,
+            self.seed,
+            len(prompt),
+            prompt if params.repetition_penalty != 1.0 else (),
+            tuple(self.output) if params.needs_history else (),
+        )
 
     def times(self, ended: float) -> RequestTimes:
         """For the metrics, at its end."""
@@ -80,9 +98,19 @@ class LiveRequest:
         tail = self.output[max(start - len(prompt), 0) : end - len(prompt)]
         return (*prompt[start:], *tail)
 
-    def accept(self, token: int, eos_token_ids: frozenset[int]) -> FinishReason | None:
+    def tokens_from(self, offset: int) -> Tokens:
+        """The output from `offset` on, as its client is told."""
+        return Tokens(
+            self.request_id, offset, tuple(self.output[offset:]), tuple(self.logprobs[offset:])
+        )
+
+    def accept(
+        self, token: int, logprobs: TokenLogprobs | None, eos_token_ids: frozenset[int]
+    ) -> FinishReason | None:
         """Append an output token; the reason when it is the last one."""
         self.output.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         params = self.params
         if len(self.output) >= params.min_tokens and (
             token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)

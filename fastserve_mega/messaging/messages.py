@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.snapshot import Percentiles, ReplicaView
-from fastserve_mega.types import FinishReason, RequestId, SamplingParams, Usage
+from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
 
 STOP_WORD = b"stop"
 """What rank 0 writes to the coordinator's stdin to end it; that it closes without this word means
@@ -120,6 +120,9 @@ class Tokens:
     request_id: RequestId
     offset: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One for each token when the request asks for them, else empty. None for a token that the
+    client must have received before it submitted the request to this coordinator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +205,21 @@ class SequenceStart:
     params: SamplingParams
     seed: int
     prompt_tokens: int
+    prompt: tuple[int, ...] = ()
+    """The prompt's tokens, where sampling depends on them, else empty. The slices need not show
+    all of them: those that the prefix cache knows are not computed."""
+    output: tuple[int, ...] = ()
+    """Output tokens from before, where sampling depends on them, else empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingFailure:
+    """Why a request got no token, though nothing is wrong with the rank."""
+
+    index: int
+    """Of its place in StepResult.token_ids, which holds no token."""
+    message: str
+    """One sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +241,9 @@ class StepResult:
     """One token for each slice of plan.batch with `samples`, in its order."""
     copy_wait_s: float = 0.0
     """How long the step stood still on that rank for the copies that precede it."""
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One for each token when any request of the batch asks for them, else empty."""
+    failures: tuple[SamplingFailure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

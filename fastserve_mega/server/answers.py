@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -19,52 +20,75 @@ _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Json = dict[str, Any]
 
 
-class Shape(Protocol):
-    """How one endpoint writes its answers. Each method gives one JSON object, or its `choices`."""
+class Choice(Protocol):
+    """One of the answers to a request, as its endpoint writes it.
 
-    id_prefix: str
-    object_name: str
-    chunk_object_name: str
+    Each method gives entries of `choices`. An object writes one answer, in a stream or whole, and
+    may keep what it needs to know of the pieces before.
+    """
 
-    def choice(self, index: int, text: str, reason: str) -> Json:
-        """A whole answer."""
+    def whole(self, text: str, chunk: Chunk, reason: str) -> Json:
+        """A whole answer: its text, and all its tokens as one chunk."""
 
-    def opening(self, index: int) -> Json | None:
-        """The choice that begins a stream, if there is one."""
+    def opening(self) -> list[Json]:
+        """What begins a stream."""
 
-    def delta(self, index: int, text: str) -> Json:
+    def delta(self, chunk: Chunk) -> list[Json]:
         """A piece of a stream."""
 
-    def closing(self, index: int, reason: str) -> Json:
+    def closing(self, reason: str) -> list[Json]:
         """The end of a stream."""
 
 
-async def respond(
-    http: Request,
-    head: Json,
-    generations: Sequence[AsyncGeneration],
-    shape: Shape,
-    *,
-    stream: bool,
-    include_usage: bool,
-) -> Response:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an HTTP request gets: its generations, and how they are written."""
+
+    head: Json
+    """The fields that each JSON object of the answer begins with."""
+    generations: Sequence[AsyncGeneration]
+    """`answers_per_prompt` for each prompt, in their order."""
+    choices: Sequence[Choice]
+    """One for each generation."""
+    answers_per_prompt: int = 1
+
+    @property
+    def usage(self) -> Json:
+        """Token counts; a prompt with several answers counts once."""
+        usages = [generation.usage or Usage(0, 0) for generation in self.generations]
+        prompts = usages[:: self.answers_per_prompt]
+        prompt = sum(usage.prompt_tokens for usage in prompts)
+        completion = sum(usage.completion_tokens for usage in usages)
+        cached = sum(usage.cached_tokens for usage in prompts)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def end(self) -> None:
+        """Whatever happened, nobody is left working for this request."""
+        for generation in self.generations:
+            generation.cancel()
+
+
+async def respond(http: Request, answer: Answer, *, stream: bool, include_usage: bool) -> Response:
     """Answer with what the generations yield; they are cancelled when the HTTP client goes away.
 
     Args:
         http: the request, to notice that its sender has gone.
-        head: the fields that each JSON object of the answer begins with.
-        generations: one for each prompt, in their order.
-        shape: how the endpoint writes choices.
+        answer: what to answer with.
         stream: as server-sent events.
         include_usage: end a stream with the token counts.
 
     Raises:
         ClientError: a generation failed, and nothing was sent yet.
     """
-    watch = asyncio.create_task(_cancel_on_disconnect(http, generations))
+    watch = asyncio.create_task(_cancel_on_disconnect(http, answer))
     if not stream:
-        return _json(await _whole_answer(head, generations, shape, watch))
-    events = _events(head, generations, shape, watch, include_usage=include_usage)
+        return _json(await _whole_answer(answer, watch))
+    events = _events(answer, watch, include_usage=include_usage)
     # Nothing is sent before there is something to tell: until then an error has its HTTP status.
     first = await anext(events)
     return StreamingResponse(
@@ -72,58 +96,52 @@ async def respond(
     )
 
 
-async def _cancel_on_disconnect(http: Request, generations: Sequence[AsyncGeneration]) -> None:
+async def _cancel_on_disconnect(http: Request, answer: Answer) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-    for generation in generations:
-        generation.cancel()
+    answer.end()
 
 
-async def _whole_answer(
-    head: Json,
-    generations: Sequence[AsyncGeneration],
-    shape: Shape,
-    watch: asyncio.Task[None],
-) -> Json:
+async def _whole_answer(answer: Answer, watch: asyncio.Task[None]) -> Json:
     try:
-        await asyncio.gather(*(generation.wait() for generation in generations))
+        await asyncio.gather(*(generation.wait() for generation in answer.generations))
     finally:
-        _end(generations, watch)
+        watch.cancel()
+        answer.end()
     choices = [
-        shape.choice(index, generation.text, _reason(generation))
-        for index, generation in enumerate(generations)
+        choice.whole(
+            generation.text,
+            Chunk(generation.text, generation.token_ids, generation.logprobs),
+            _reason(generation),
+        )
+        for choice, generation in zip(answer.choices, answer.generations, strict=True)
     ]
-    return {**head, "choices": choices, "usage": _usage(generations)}
+    return {**answer.head, "choices": choices, "usage": answer.usage}
 
 
 async def _events(
-    head: Json,
-    generations: Sequence[AsyncGeneration],
-    shape: Shape,
-    watch: asyncio.Task[None],
-    *,
-    include_usage: bool,
+    answer: Answer, watch: asyncio.Task[None], *, include_usage: bool
 ) -> AsyncIterator[Json]:
     """The JSON objects of a stream, in their order."""
     usage: Json = {"usage": None} if include_usage else {}
     opened = set()
     try:
-        async with aclosing(_merge(generations)) as merged:
+        async with aclosing(_merge(answer.generations)) as merged:
             async for index, chunk in merged:
-                choices = []
-                if index not in opened and (opening := shape.opening(index)) is not None:
-                    choices.append(opening)
+                choice = answer.choices[index]
+                written = [] if index in opened else choice.opening()
                 opened.add(index)
                 if chunk is None:
-                    choices.append(shape.closing(index, _reason(generations[index])))
+                    written += choice.closing(_reason(answer.generations[index]))
                 else:
-                    choices.append(shape.delta(index, chunk.text))
-                for choice in choices:
-                    yield {**head, "choices": [choice], **usage}
+                    written += choice.delta(chunk)
+                for each in written:
+                    yield {**answer.head, "choices": [each], **usage}
         if include_usage:
-            yield {**head, "choices": [], "usage": _usage(generations)}
+            yield {**answer.head, "choices": [], "usage": answer.usage}
     finally:
-        _end(generations, watch)
+        watch.cancel()
+        answer.end()
 
 
 async def _merge(
@@ -170,27 +188,8 @@ async def _server_sent(first: Json, events: AsyncIterator[Json]) -> AsyncIterato
     yield b"data: [DONE]\n\n"
 
 
-def _end(generations: Sequence[AsyncGeneration], watch: asyncio.Task[None]) -> None:
-    """Whatever happened, nobody is left working for this request."""
-    watch.cancel()
-    for generation in generations:
-        generation.cancel()
-
-
 def _reason(generation: AsyncGeneration) -> str:
     return (generation.finish_reason or FinishReason.ERROR).value
-
-
-def _usage(generations: Sequence[AsyncGeneration]) -> Json:
-    usages = [generation.usage or Usage(0, 0) for generation in generations]
-    prompt = sum(usage.prompt_tokens for usage in usages)
-    completion = sum(usage.completion_tokens for usage in usages)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
-    }
 
 
 def _sse(event: Json) -> bytes:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
+from fastserve_mega.config import ToolParserName
 from fastserve_mega.server.access import NameRequests, RequireKey
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat import chat_router
@@ -21,6 +22,7 @@ from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.tokens import tokens_router
+from fastserve_mega.server.tools.formats import choose_parser
 from fastserve_mega.text.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -37,6 +39,7 @@ def create_app(
     api_keys: Sequence[str] = (),
     cors_origins: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
+    tool_parser: ToolParserName = "auto",
 ) -> FastAPI:
     """The OpenAI-compatible API in front of a coordinator.
 
@@ -48,6 +51,7 @@ def create_app(
         api_keys: a client must have one of them; none are needed when there are none.
         cors_origins: web pages of these origins may ask from a browser.
         stopping: whether the server is about to end.
+        tool_parser: how the model writes calls of tools.
     """
 
     @asynccontextmanager
@@ -69,7 +73,7 @@ def create_app(
     add_error_handlers(app)
     service = Service(client, tokenizer)
     app.include_router(completions_router(service))
-    app.include_router(chat_router(service))
+    app.include_router(chat_router(service, choose_parser(tool_parser, tokenizer.tools_template)))
     app.include_router(tokens_router(service))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)

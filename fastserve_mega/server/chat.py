@@ -2,46 +2,137 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Callable, Sequence
+
 from fastapi import APIRouter, Request, Response
 
+from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json
-from fastserve_mega.server.protocol import ChatRequest
-from fastserve_mega.server.service import Service
+from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.logprobs import chat_logprobs
+from fastserve_mega.server.service import Endpoint, Service
+from fastserve_mega.server.tools.pieces import CallPiece, Piece, ToolParser
+
+ENDPOINT = Endpoint("chatcmpl", "chat.completion", "chat.completion.chunk")
 
 
-class ChatShape:
-    """How OpenAI writes chat completions."""
+class ChatChoice:
+    """How OpenAI writes chat completions.
 
-    id_prefix = "chatcmpl"
-    object_name = "chat.completion"
-    chunk_object_name = "chat.completion.chunk"
+    Args:
+        index: of the answer.
+        logprobs: writes the log probabilities of a piece.
+        parser: tells calls of tools from content.
+    """
 
-    def choice(self, index: int, text: str, reason: str) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
+    def __init__(
+        self, index: int, logprobs: Callable[[Chunk], Json | None], parser: ToolParser
+    ) -> None:
+        self._index = index
+        self._logprobs = logprobs
+        self._parser = parser
+        self._has_called = False
 
-    def opening(self, index: int) -> Json | None:
-        return self._piece(index, {"role": "assistant", "content": ""}, None)
+    def whole(self, text: str, chunk: Chunk, reason: str) -> Json:
+        content = ""
+        calls: list[Json] = []
+        for piece in (*self._parser.push(text), *self._parser.finish()):
+            if isinstance(piece, str):
+                content += piece
+            elif piece.name is not None:
+                calls.append(self._new_call(piece))
+            else:
+                calls[piece.index]["function"]["arguments"] += piece.arguments
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": self._logprobs(chunk),
+            "finish_reason": self._reason(reason),
+        }
 
-    def delta(self, index: int, text: str) -> Json:
-        return self._piece(index, {"content": text}, None)
+    def opening(self) -> list[Json]:
+        return [self._piece({"role": "assistant", "content": ""})]
 
-    def closing(self, index: int, reason: str) -> Json:
-        return self._piece(index, {}, reason)
+    def delta(self, chunk: Chunk) -> list[Json]:
+        deltas = self._deltas(self._parser.push(chunk.text))
+        logprobs = self._logprobs(chunk)
+        if not deltas and logprobs is None:
+            return []
+        first, *others = deltas or [{"content": ""}]
+        return [self._piece(first, logprobs), *map(self._piece, others)]
 
-    @staticmethod
-    def _piece(index: int, delta: Json, reason: str | None) -> Json:
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def closing(self, reason: str) -> list[Json]:
+        rest = [self._piece(delta) for delta in self._deltas(self._parser.finish())]
+        return [*rest, self._piece({}, None, self._reason(reason))]
+
+    def _deltas(self, pieces: Sequence[Piece]) -> list[Json]:
+        return [
+            {"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]}
+            for piece in pieces
+        ]
+
+    def _call(self, piece: CallPiece) -> Json:
+        """A piece of a call as a stream tells it."""
+        if piece.name is None:
+            return {"index": piece.index, "function": {"arguments": piece.arguments}}
+        return {"index": piece.index, **self._new_call(piece)}
+
+    def _new_call(self, piece: CallPiece) -> Json:
+        self._has_called = True
+        return {
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": piece.name, "arguments": piece.arguments},
+        }
+
+    def _reason(self, reason: str) -> str:
+        if reason == "stop" and self._has_called and not self._parser.is_forced:
+            return "tool_calls"
+        return reason
+
+    def _piece(self, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def chat_router(service: Service) -> APIRouter:
-    """The endpoint, with its service."""
+def chat_router(
+    service: Service, new_tool_parser: Callable[[], ToolParser] | None = None
+) -> APIRouter:
+    """The endpoint.
+
+    Args:
+        service: what it needs.
+        new_tool_parser: reads calls of tools as the model writes them; None refuses tools.
+    """
     router = APIRouter()
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(http: Request, body: ChatRequest) -> Response:
-        tokens = await service.encode_chat([message.plain() for message in body.messages])
+        if body.is_about_tools and new_tool_parser is None:
+            raise ApiError(
+                400,
+                "tools are not supported: the model's chat template has none, or "
+                "server.tool_parser does not say how it writes calls",
+                param="tools" if body.offered_tools else "messages",
+            )
+        try:
+            messages = body.plain_messages()
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        tokens = await service.encode_chat(messages, body.offered_tools)
         budget = await service.token_budget(tokens, body.token_limit)
-        return await service.answer(http, body, [(tokens, budget)], ChatShape())
+        ends = await service.end_token_ids(body)
+
+        def logprobs(chunk: Chunk) -> Json | None:
+            return chat_logprobs(chunk, service.tokenizer.token_bytes, ends)
+
+        def choice(index: int) -> ChatChoice:
+            return ChatChoice(index, logprobs, body.tool_parser(new_tool_parser))
+
+        return await service.answer(http, body, [(tokens, budget)], ENDPOINT, choice)
 
     return router

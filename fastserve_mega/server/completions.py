@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from fastapi import APIRouter, Request, Response
 
+from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.logprobs import CompletionLogprobs
 from fastserve_mega.server.protocol import CompletionRequest
-from fastserve_mega.server.service import Service
+from fastserve_mega.server.service import Endpoint, Service
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this endpoint."""
+ENDPOINT = Endpoint("cmpl", "text_completion", "text_completion")
 
 
-class CompletionShape:
+@dataclass(frozen=True, slots=True)
+class CompletionChoice:
     """How OpenAI writes completions."""
 
-    id_prefix = "cmpl"
-    object_name = "text_completion"
-    chunk_object_name = "text_completion"
+    index: int
+    echo: str
+    """The prompt's text, where the answer is to begin with it."""
+    logprobs: Callable[[Chunk], Json | None]
 
-    def choice(self, index: int, text: str, reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+    def whole(self, text: str, chunk: Chunk, reason: str) -> Json:
+        return self._piece(self.echo + text, self.logprobs(chunk), reason)
 
-    def opening(self, index: int) -> Json | None:
-        return None
+    def opening(self) -> list[Json]:
+        return [self._piece(self.echo)] if self.echo else []
 
-    def delta(self, index: int, text: str) -> Json:
-        return self.choice(index, text, None)
+    def delta(self, chunk: Chunk) -> list[Json]:
+        return [self._piece(chunk.text, self.logprobs(chunk))]
 
-    def closing(self, index: int, reason: str) -> Json:
-        return self.choice(index, "", reason)
+    def closing(self, reason: str) -> list[Json]:
+        return [self._piece("", None, reason)]
+
+    def _piece(self, text: str, logprobs: Json | None = None, reason: str | None = None) -> Json:
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 def completions_router(service: Service) -> APIRouter:
@@ -41,13 +52,20 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(http: Request, body: CompletionRequest) -> Response:
         if not body.prompts:
             raise ApiError(400, "the prompt is empty", param="prompt")
-        prompts = []
+        prompts, echoes = [], []
         for prompt in body.prompts:
             tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
             budget = await service.token_budget(tokens, body.max_tokens)
             if body.max_tokens is None:
                 budget = min(budget, DEFAULT_MAX_TOKENS)
             prompts.append((tokens, budget))
-        return await service.answer(http, body, prompts, CompletionShape())
+            echoes.append(service.text_of(prompt) if body.echo else "")
+        ends = await service.end_token_ids(body)
+
+        def choice(index: int) -> CompletionChoice:
+            logprobs = CompletionLogprobs(service.tokenizer.token_bytes, ends)
+            return CompletionChoice(index, echoes[index // body.answers_per_prompt], logprobs)
+
+        return await service.answer(http, body, prompts, ENDPOINT, choice)
 
     return router

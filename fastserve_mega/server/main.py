@@ -34,6 +34,7 @@ def run_server(config: Config) -> int:
     app = create_app(
         client,
         tokenizer,
+        tool_parser=config.server.tool_parser,
         live_view=config.server.live_view,
         api_keys=_read_keys(config.server.api_key_file),
         cors_origins=config.server.cors_origins,

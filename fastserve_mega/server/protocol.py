@@ -2,64 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+import hashlib
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastserve_mega.types import SamplingParams
+from fastserve_mega.server.structured import (
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    only_one,
+)
+from fastserve_mega.types import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams, StructuredOutput
 
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""
 
-_UNSUPPORTED: Neutral = {
-    "n": (1,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
+UNSUPPORTED: Neutral = {
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
-_UNSUPPORTED_COMPLETION: Neutral = _UNSUPPORTED | {
-    "best_of": (1,),
-    "echo": (False,),
+_UNSUPPORTED_COMPLETION: Neutral = UNSUPPORTED | {
     "suffix": ("",),
-    "logprobs": (),
-}
-_UNSUPPORTED_CHAT: Neutral = _UNSUPPORTED | {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "store": (False,),
-    "service_tier": ("auto", "default"),
-    "add_generation_prompt": (True,),
-}
-_UNSUPPORTED_MESSAGE: Neutral = {
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
 }
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """Refuses unknown fields, wrong types, and what we do not support."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -74,26 +45,32 @@ class _Strict(BaseModel):
             if name not in cls.unsupported or value is None:
                 continue
             if value not in cls.unsupported[name]:
-                raise ValueError(f"{name}={_short(value)} is not supported")
+                raise ValueError(f"{name}={short(value)} is not supported")
         return {name: value for name, value in data.items() if name not in cls.unsupported}
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """What a stream tells besides text."""
 
     unsupported = {"include_obfuscation": (False,)}
     include_usage: bool = False
 
 
-class GenerationRequest(_Strict):
+class GenerationRequest(Strict):
     """What completions and chat completions have in common. null stands for the default."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=128)
+    """Answers to each prompt."""
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    """Token id, as a string, to what is added to its logit."""
     seed: int | None = None
     stop: str | list[str] | None = None
     # About who asks, not about the answer.
@@ -103,6 +80,8 @@ class GenerationRequest(_Strict):
     metadata: dict[str, str] | None = None
     # Extensions, named as in vLLM.
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
@@ -111,12 +90,38 @@ class GenerationRequest(_Strict):
     """KV is shared among requests with the same salt only."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the answer ends with finish reason `timeout`."""
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def answers_per_prompt(self) -> int:
+        return self.n or 1
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        """How many of the most probable tokens are told; None tells no log probabilities."""
+        raise NotImplementedError
+
+    def structured_output(self) -> StructuredOutput | None:
+        """The form that the output is held to.
+
+        Raises:
+            ValueError: several are asked for, or one that is too long.
+        """
+        guided = StructuredOutputs(
+            json=self.guided_json, regex=self.guided_regex, choice=self.guided_choice
+        )
+        asked = (self.response_format, self.structured_outputs, guided)
+        return only_one([s for each in asked if each and (s := each.structured()) is not None])
 
     @property
     def include_usage(self) -> bool:
@@ -129,8 +134,8 @@ class GenerationRequest(_Strict):
             raise ValueError("a stop string must not be empty")
         return stop
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
-        """How to sample at most `max_tokens` tokens.
+    def sampling_params(self, max_tokens: int, number: int = 0) -> SamplingParams:
+        """How to sample at most `max_tokens` tokens of answer `number` to a prompt.
 
         Raises:
             ValueError: a value is outside its range.
@@ -141,7 +146,14 @@ class GenerationRequest(_Strict):
             top_p=1.0 if self.top_p is None else self.top_p,
             # vLLM's clients say -1 for all tokens.
             top_k=0 if self.top_k in (None, -1) else self.top_k,
-            seed=self.seed,
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=_by_token_id(self.logit_bias or {}),
+            logprobs=self.top_logprobs_asked,
+            structured=self.structured_output(),
+            seed=None if self.seed is None else _derived_seed(self.seed, number),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
@@ -154,6 +166,28 @@ class CompletionRequest(GenerationRequest):
     unsupported = _UNSUPPORTED_COMPLETION
     prompt: str | list[str] | list[int] | list[list[int]]
     """Text or token ids, or several of one kind."""
+    echo: bool | None = None
+    """Begin each answer with its prompt."""
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError(
+                "echo=True together with logprobs is not supported: log probabilities of the "
+                "prompt are not computed"
+            )
+        if self.best_of not in (None, self.answers_per_prompt):
+            raise ValueError(
+                f"best_of={self.best_of} is not supported unless it is n "
+                f"({self.answers_per_prompt})"
+            )
+        return self
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -164,60 +198,21 @@ class CompletionRequest(GenerationRequest):
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
-class TextPart(_Strict):
-    """A part of a message in OpenAI's list form; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Strict):
-    """One turn of a conversation."""
-
-    unsupported = _UNSUPPORTED_MESSAGE
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        """The message as chat templates know it."""
-        content = self.content or ""
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        # OpenAI's newer name of the system role, which the templates of open models lack.
-        role = "system" if self.role == "developer" else self.role
-        message = {"role": role, "content": content}
-        if self.name is not None:
-            message["name"] = self.name
-        return message
+def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
+    for token in bias:
+        if not token.isdecimal():
+            raise ValueError(f"logit_bias must be for token ids, got {short(token)}")
+    return {int(token): value for token, value in bias.items()}
 
 
-class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
-
-    unsupported = _UNSUPPORTED_CHAT
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = None
-    """The newer name of max_tokens."""
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise ValueError(
-                f"max_tokens ({self.max_tokens}) and max_completion_tokens "
-                f"({self.max_completion_tokens}) are the same thing; send one of them"
-            )
-        return self
-
-    @property
-    def token_limit(self) -> int | None:
-        """Longest answer in tokens; None is the rest of the context."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens
-        return self.max_tokens
+def _derived_seed(seed: int, number: int) -> int:
+    """The seed of answer `number`; that of answer 0 is the seed itself."""
+    if number == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & MAX_SEED
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,18 +6,32 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
 
 from fastserve_mega.client import AsyncClient, AsyncGeneration
-from fastserve_mega.server.answers import Shape, respond
+from fastserve_mega.server.answers import Answer, Choice, respond
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.protocol import GenerationRequest
+from fastserve_mega.text.structured import GrammarUnavailableError, check_structured
 from fastserve_mega.text.tokenizer import Tokenizer
 
+MAX_ANSWERS = 1024
+"""Of one HTTP request: prompts times n."""
 _LONG_TEXT = 2_000
 """Characters from which tokenizing goes to a thread; below, the switch costs more than the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What an endpoint calls its answers."""
+
+    id_prefix: str
+    object_name: str
+    chunk_object_name: str
 
 
 class Service:
@@ -29,20 +43,23 @@ class Service:
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, without holding up other requests."""
-        return await self._tokenize(self.tokenizer.encode, text, len(text))
+        return await self._tokenize(partial(self.tokenizer.encode, text), len(text))
 
-    async def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def text_of(self, prompt: str | Sequence[int]) -> str:
+        """A prompt as text."""
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+
+    async def encode_chat(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a conversation, without holding up other requests."""
         length = sum(len(message["content"]) for message in messages)
-        return await self._tokenize(self.tokenizer.apply_chat_template, messages, length)
+        encode = partial(self.tokenizer.apply_chat_template, messages, tools)
+        return await self._tokenize(encode, _LONG_TEXT if tools else length)
 
-    async def _tokenize(
-        self, function: Callable[..., list[int]], arg: Any, length: int
-    ) -> list[int]:
+    async def _tokenize(self, encode: Callable[[], list[int]], length: int) -> list[int]:
         try:
-            if length < _LONG_TEXT:
-                return function(arg)
-            return await asyncio.to_thread(function, arg)
+            return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)
         except ValueError as error:
             raise ApiError(400, str(error)) from None
 
@@ -83,27 +100,43 @@ class Service:
             code="context_length_exceeded",
         )
 
+    async def end_token_ids(self, body: GenerationRequest) -> frozenset[int]:
+        """Token ids after which an answer ends, and which are no part of it."""
+        ends = frozenset(body.stop_token_ids or ())
+        if body.ignore_eos:
+            return ends
+        return ends | frozenset((await self.client.info()).eos_token_ids)
+
     async def answer(
         self,
         http: Request,
         body: GenerationRequest,
         prompts: Sequence[tuple[Sequence[int], int]],
-        shape: Shape,
+        endpoint: Endpoint,
+        choice: Callable[[int], Choice],
     ) -> Response:
-        """Answer prompts, each with its own max_tokens, in the shape of an endpoint."""
-        answer_id = f"{shape.id_prefix}-{uuid.uuid4().hex}"
+        """Answer prompts, each with its own max_tokens, in the shape of an endpoint.
+
+        Args:
+            http: the request.
+            body: of the request.
+            prompts: token ids and max_tokens of each.
+            endpoint: names its answers.
+            choice: writes the answer of an index; there are `body.answers_per_prompt` to each
+                prompt, in their order.
+        """
+        answer_id = f"{endpoint.id_prefix}-{uuid.uuid4().hex}"
         head = {
             "id": answer_id,
-            "object": shape.chunk_object_name if body.stream else shape.object_name,
+            "object": endpoint.chunk_object_name if body.stream else endpoint.object_name,
             "created": int(time.time()),
             "model": await self.check_model(body.model),
         }
         generations = await self._start(body, prompts, answer_id)
+        choices = [choice(index) for index in range(len(generations))]
         return await respond(
             http,
-            head,
-            generations,
-            shape,
+            Answer(head, generations, choices, body.answers_per_prompt),
             stream=bool(body.stream),
             include_usage=body.include_usage,
         )
@@ -114,19 +147,33 @@ class Service:
         prompts: Sequence[tuple[Sequence[int], int]],
         answer_id: str,
     ) -> list[AsyncGeneration]:
+        count = body.answers_per_prompt
+        if len(prompts) * count > MAX_ANSWERS:
+            raise ApiError(
+                400,
+                f"a request gets at most {MAX_ANSWERS} answers, "
+                f"got {len(prompts)} prompts with n={count}",
+                param="n",
+            )
         try:
-            params = [body.sampling_params(max_tokens) for _, max_tokens in prompts]
-        except ValueError as error:
+            submissions = [
+                (prompt, body.sampling_params(max_tokens, number))
+                for prompt, max_tokens in prompts
+                for number in range(count)
+            ]
+            if (structured := submissions[0][1].structured) is not None:
+                await asyncio.to_thread(check_structured, structured)
+        except (ValueError, GrammarUnavailableError) as error:
             raise ApiError(400, str(error)) from None
         return [
             await self.client.submit(
                 prompt,
-                params[index],
+                params,
                 stop=body.stops,
                 priority=body.priority,
                 cache_salt=body.cache_salt or "",
                 timeout_s=body.timeout,
                 request_id=f"{answer_id}-{index}",
             )
-            for index, (prompt, _) in enumerate(prompts)
+            for index, (prompt, params) in enumerate(submissions)
         ]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fastserve_mega.server.answers import Json
+from fastserve_mega.server.chat_protocol import ChatMessage
 from fastserve_mega.server.errors import ApiError
-from fastserve_mega.server.protocol import ChatMessage
+from fastserve_mega.server.protocol import Strict
 from fastserve_mega.server.service import Service
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TokenizeRequest(_Body):
+class TokenizeRequest(Strict):
     """Body of POST /tokenize: a text, or a conversation that the chat template turns into one."""
 
     model: str | None = None
@@ -23,7 +20,7 @@ class TokenizeRequest(_Body):
     messages: list[ChatMessage] | None = Field(default=None, min_length=1)
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: str | None = None
@@ -42,7 +39,11 @@ def tokens_router(service: Service) -> APIRouter:
         if body.prompt is not None:
             tokens = await service.encode(body.prompt)
         else:
-            tokens = await service.encode_chat([each.plain() for each in body.messages or ()])
+            try:
+                messages = [message.plain() for message in body.messages or ()]
+            except ValueError as error:
+                raise ApiError(400, str(error), param="messages") from None
+            tokens = await service.encode_chat(messages)
         welcome = await service.client.info()
         return {"tokens": tokens, "count": len(tokens), "max_model_len": welcome.max_context}
 

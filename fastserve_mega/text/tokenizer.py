@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastserve_mega.text.token_bytes import TokenBytes
+
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks of transformers' own, which Jinja does not know."""
 _ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _NO_LIMIT = 10**30
 """In place of the tokenizer's own model_max_length: the context is checked by the server, and the
@@ -33,6 +38,7 @@ class Tokenizer:
         if not self.directory.is_dir():
             raise FileNotFoundError(f"the tokenizer directory {self.directory} does not exist")
         self._tokenizer = _load(self.directory)
+        self._token_bytes = TokenBytes(self._tokenizer)
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
         self.vocab_size: int = len(self._tokenizer)
         """Number of ids with a meaning; a model's own vocabulary may be padded beyond it."""
@@ -54,8 +60,35 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._tokenizer.chat_template is not None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    @property
+    def tools_template(self) -> str | None:
+        """The chat template for conversations with tools; None when it knows nothing of tools."""
+        templates = self._tokenizer.chat_template
+        if isinstance(templates, dict):
+            templates = templates.get("tool_use", templates.get("default"))
+        if templates is None:
+            return None
+        from jinja2 import Environment, TemplateError, meta
+
+        try:
+            # Templates of Hugging Face use these two extensions of Jinja.
+            parsed = Environment(
+                autoescape=False, extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]
+            ).parse(_GENERATION.sub("", templates))
+        except TemplateError:
+            return None
+        return str(templates) if "tools" in meta.find_undeclared_variables(parsed) else None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            messages: with `role` and `content`, and `tool_calls` and `tool_call_id`.
+            tools: that may be called, as OpenAI describes them.
 
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
@@ -66,9 +99,13 @@ class Tokenizer:
 
         try:
             text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, AttributeError, LookupError) as error:
+            # Not all templates check what they are given before they use it.
             raise ValueError(f"the model's chat template refuses the messages: {error}") from None
         # The template has written the special tokens already.
         return self.encode(text, add_special_tokens=False)
@@ -77,6 +114,10 @@ class Tokenizer:
         """Text of token ids; special and unknown ones are skipped."""
         text: str = self._tokenizer.decode(self.visible(token_ids), skip_special_tokens=True)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a single token stands for; a character may be spread over several tokens."""
+        return self._token_bytes(token_id)
 
     def visible(self, token_ids: Sequence[int]) -> list[int]:
         """Those of the ids that stand for text: neither special nor out of the vocabulary."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.worker.copy_engine import CopyEngine
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.runner import SequenceInput, StepOutput
 
 _COPY_TIMEOUT_S = 60.0
 _TOKEN_BYTES = 4
@@ -57,17 +57,19 @@ class FakeModelRunner:
     def is_sampling_rank(self) -> bool:
         return self._is_sampling_rank
 
-    def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
+    def execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         self.steps += 1
         for sequence in batch:
             for position, token in enumerate(sequence.token_ids, sequence.start):
                 block = sequence.block_table[position // self._block_size]
                 self._pool[block][position % self._block_size] = token
-        return [
-            fake_token(self._read(sequence), self._vocab_size)
-            for sequence in batch
-            if sequence.samples
-        ]
+        return StepOutput(
+            [
+                fake_token(self._read(sequence), self._vocab_size)
+                for sequence in batch
+                if sequence.samples
+            ]
+        )
 
     def move(self, copy: BlockCopy) -> None:
         """Execute a copy, in the thread of the copy engine; tests override its moment."""

@@ -47,7 +47,7 @@ class WorkerLoop:
         self._runner = runner
         self._coordinator_alive = coordinator_alive
         self._copies = runner.copies
-        self._sequences = SequenceTable()
+        self._sequences = SequenceTable(samples=runner.is_sampling_rank)
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, f"rank-{rank}".encode())
         self._socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
@@ -91,12 +91,20 @@ class WorkerLoop:
         )
         if not batch:
             return
-        token_ids = self._runner.execute(batch)
+        output = self._runner.execute(batch)
         # Copies first: the blocks they free can then be given away in the next plan.
         self._report_copies()
         if self._runner.is_sampling_rank:
             copy_wait_s = self._copies.take_wait_s()
-            self._send(StepResult(plan.step_id, tuple(token_ids), copy_wait_s))
+            self._send(
+                StepResult(
+                    plan.step_id,
+                    tuple(output.token_ids),
+                    copy_wait_s,
+                    output.logprobs,
+                    output.failures,
+                )
+            )
 
     def _report_copies(self) -> None:
         for done in self._copies.finished():

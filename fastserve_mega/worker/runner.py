@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.messaging.messages import SamplingFailure
+from fastserve_mega.types import RequestId, SamplingParams, TokenLogprobs
 from fastserve_mega.worker.copy_engine import CopyEngine
+from fastserve_mega.worker.history import TokenHistory
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,25 @@ class SequenceInput:
     prompt_tokens: int
     """Length of the prompt; the token sampled now is output number
     start + len(token_ids) - prompt_tokens."""
+    history: TokenHistory | None = None
+    """The output so far, where `params` make sampling depend on it."""
 
     @property
     def context(self) -> int:
         """Tokens in the KV cache once this step has run."""
         return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step yields on the sampling rank; empty on the others."""
+
+    token_ids: list[int] = field(default_factory=list)
+    """One token for each sequence with `samples`, in order."""
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One for each token when any sequence asks for them, else empty."""
+    failures: tuple[SamplingFailure, ...] = ()
+    """Sequences that got no token."""
 
 
 class ModelRunner(Protocol):
@@ -56,14 +72,10 @@ class ModelRunner(Protocol):
 
     @property
     def is_sampling_rank(self) -> bool:
-        """True on the one rank whose `execute` returns tokens."""
+        """True on the one rank whose `execute` yields tokens."""
 
-    def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
-        """Run one step, on what `copies.wait` was called for before.
-
-        Returns:
-            One token for each sequence with `samples`, in order; empty on other ranks.
-        """
+    def execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
+        """Run one step, on what `copies.wait` was called for before."""
 
     def close(self) -> None:
         """End the copies, release process groups and memory."""

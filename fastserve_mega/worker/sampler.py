@@ -12,7 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.messaging.messages import SamplingFailure
+from fastserve_mega.worker.grammar import GrammarError, Grammars
+from fastserve_mega.worker.logprobs import ModelDistribution
+from fastserve_mega.worker.penalties import add_logit_bias, penalize
+from fastserve_mega.worker.runner import SequenceInput, StepOutput
 
 _MASK = 2**64 - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -40,22 +44,38 @@ class Sampler:
 
     Args:
         eos_token_ids: end-of-sequence tokens of the model, held back by `min_tokens`.
+        grammars: what structured output is held to; None refuses it.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, eos_token_ids: Sequence[int], grammars: Grammars | None = None) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._grammars = grammars
 
-    def __call__(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
-        """One token for each row of `logits` [sequences, vocabulary]."""
+    def __call__(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
+        """One token for each row of `logits` [sequences, vocabulary], which may be changed."""
         logits = logits.float()
+        distribution = ModelDistribution(logits, sequences)
+        failures = self._hold_to_grammars(logits, sequences)
         self._hold_back_stop_tokens(logits, sequences)
-        tokens = logits.argmax(dim=-1).tolist()
-        random_rows = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence)]
-        if random_rows:
-            chosen = _sample(logits[random_rows], [sequences[row] for row in random_rows])
-            for row, token in zip(random_rows, chosen, strict=True):
-                tokens[row] = token
-        return [int(token) for token in tokens]
+        add_logit_bias(logits, sequences)
+        penalize(logits, sequences)
+        tokens = _choose(logits, sequences)
+        return StepOutput(tokens, distribution.of(tokens), failures)
+
+    def _hold_to_grammars(
+        self, logits: Tensor, sequences: Sequence[SequenceInput]
+    ) -> tuple[SamplingFailure, ...]:
+        failures = []
+        for row, sequence in enumerate(sequences):
+            if sequence.params.structured is None or sequence.history is None:
+                continue
+            try:
+                if self._grammars is None:
+                    raise GrammarError("this rank has no structured output")
+                self._grammars.hold(logits[row], sequence.params.structured, sequence.history)
+            except GrammarError as error:
+                failures.append(SamplingFailure(row, str(error)))
+        return tuple(failures)
 
     def _hold_back_stop_tokens(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
         vocabulary = logits.shape[-1]
@@ -65,6 +85,16 @@ class Sampler:
             stops = {*self._eos_token_ids, *sequence.params.stop_token_ids}
             held_back = [token for token in stops if token < vocabulary]
             logits[row, held_back] = -torch.inf
+
+
+def _choose(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    random_rows = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence)]
+    if random_rows:
+        chosen = _sample(logits[random_rows], [sequences[row] for row in random_rows])
+        for row, token in zip(random_rows, chosen, strict=True):
+            tokens[row] = token
+    return tokens
 
 
 def _is_greedy(sequence: SequenceInput) -> bool:
@@ -88,6 +118,7 @@ def _sample(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
     vocabulary = logits.shape[-1]
     _keep_top_k(logits, [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params])
     weights = logits.exp_()
+    _keep_min_p(weights, [p.min_p for p in params])
     _keep_top_p(weights, [p.top_p for p in params])
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     uniforms = column([uniform(s.seed, s.context) for s in sequences])
@@ -108,6 +139,13 @@ def _keep_top_k(logits: Tensor, top_k: list[int]) -> None:
     threshold = largest.gather(-1, last)
     selected = logits[rows]
     logits[rows] = selected.masked_fill_(selected < threshold, -torch.inf)
+
+
+def _keep_min_p(weights: Tensor, min_p: list[float]) -> None:
+    """Drop what weighs less than `min_p` of its row's largest, which is 1. In place."""
+    if any(min_p):
+        threshold = torch.tensor(min_p, dtype=weights.dtype, device=weights.device)[:, None]
+        weights.masked_fill_(weights < threshold, 0.0)
 
 
 def _keep_top_p(weights: Tensor, top_p: list[float]) -> None:

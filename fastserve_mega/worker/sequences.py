@@ -1,4 +1,4 @@
-"""What a rank remembers between steps: block tables and sampling parameters."""
+"""What a rank remembers of requests between steps, such as block tables and parameters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fastserve_mega.messaging.messages import SequenceStart, StepCommand
 from fastserve_mega.types import RequestId
+from fastserve_mega.worker.history import TokenHistory
 from fastserve_mega.worker.runner import SequenceInput
 
 
@@ -16,13 +17,19 @@ class PlanError(Exception):
 @dataclass(slots=True)
 class _Sequence:
     start: SequenceStart
+    history: TokenHistory | None
     block_table: list[int] = field(default_factory=list)
 
 
 class SequenceTable:
-    """Follows the plans, and turns each into complete inputs for the runner."""
+    """Follows the plans, and turns each into complete inputs for the runner.
 
-    def __init__(self) -> None:
+    Args:
+        samples: this is the rank that samples; the others need no history.
+    """
+
+    def __init__(self, *, samples: bool = True) -> None:
+        self._samples = samples
         self._sequences: dict[RequestId, _Sequence] = {}
         self._next_step_id: int | None = None
 
@@ -42,13 +49,15 @@ class SequenceTable:
         for request_id in plan.released:
             self._sequences.pop(request_id, None)
         for start in command.started:
-            self._sequences[start.request_id] = _Sequence(start)
+            self._sequences[start.request_id] = _Sequence(start, self._history(start))
         batch = []
         for piece, token_ids in zip(plan.batch, command.token_ids, strict=True):
             if (sequence := self._sequences.get(piece.request_id)) is None:
                 raise PlanError(f"step {plan.step_id} has a slice of unknown {piece.request_id}")
             if piece.block_ids:
                 sequence.block_table[piece.block_start :] = piece.block_ids
+            if sequence.history is not None:
+                sequence.history.follow(piece.start, token_ids)
             batch.append(
                 SequenceInput(
                     request_id=piece.request_id,
@@ -59,6 +68,12 @@ class SequenceTable:
                     params=sequence.start.params,
                     seed=sequence.start.seed,
                     prompt_tokens=sequence.start.prompt_tokens,
+                    history=sequence.history,
                 )
             )
         return batch
+
+    def _history(self, start: SequenceStart) -> TokenHistory | None:
+        if not (self._samples and start.params.needs_history):
+            return None
+        return TokenHistory(start.prompt_tokens, start.prompt, start.output)

@@ -18,8 +18,8 @@ from fastserve_mega.worker.topology import Topology
 pytestmark = pytest.mark.distributed
 
 TWO_RANKS = ("tensor-2", "pipeline-2-uneven")
-FAMILIES = ("llama", "llama-one-kv-head", "qwen3", "opt", "gpt2")
-"""One of each kind: plain, heads replicated and tied, more norms, positions, transposed."""
+FAMILIES = ("llama", "llama-one-kv-head", "qwen3", "opt", "gpt2", "qwen2-moe")
+"""One of each kind: plain, heads shared and tied, more norms, positions, transposed, experts."""
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,8 @@ def outputs(models, saved, tmp_path_factory):
         for layout in TWO_RANKS
         for name in models
     }
+    mixture = job(models["qwen2-moe"][0], LAYOUTS["expert-2"], save_to=str(saved / "qwen2-moe"))
+    jobs["expert-2/qwen2-moe"] = mixture
     four = LAYOUTS["tensor-2-pipeline-2"]
     # One key-value head on two ranks is loaded, but cannot be saved.
     jobs_of_four = {
@@ -85,6 +87,13 @@ def test_saved_by_one_rank_served_by_one(models, name):
 @pytest.mark.parametrize("layout", TWO_RANKS)
 def test_saved_by_one_rank_served_by_two(outputs, models, layout, name):
     assert outputs[f"{layout}/{name}"] == models[name][1]
+
+
+def test_whole_experts_are_divided_and_saved(outputs, models, saved):
+    directory, expected = models["qwen2-moe"]
+    assert outputs["expert-2/qwen2-moe"] == expected
+    shutil.copy(directory / "config.json", saved / "qwen2-moe")
+    assert run_alone(saved / "qwen2-moe") == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "llama-one-kv-head"])

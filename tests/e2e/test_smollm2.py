@@ -128,6 +128,26 @@ def test_openai_client_over_http(model_directory, free_port):
             text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
             assert text == answers[0].choices[0].message.content
 
+            schema = {
+                "type": "object",
+                "properties": {"capital": {"enum": ["Paris", "London", "Rome"]}},
+                "required": ["capital"],
+                "additionalProperties": False,
+            }
+            held = client.chat.completions.create(
+                model=name,
+                messages=[{"role": "user", "content": "What is the capital of France? As JSON."}],
+                temperature=0,
+                logprobs=True,
+                response_format={
+                    "type": "json_schema", "json_schema": {"name": "answer", "schema": schema},
+                },
+            ).choices[0]  # fmt: skip
+            assert json.loads(held.message.content) == {"capital": "Paris"}
+            assert held.finish_reason == "stop"
+            data = b"".join(bytes(token.bytes) for token in held.logprobs.content)
+            assert data.decode() == held.message.content
+
             with pytest.raises(BadRequestError, match=r"4096"):
                 client.completions.create(model=name, prompt=[1] * 4090, max_tokens=7)
 

@@ -13,6 +13,7 @@ from fake_server import WAIT_MS, GatedRunner, expected_tokens
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.server.app import create_app
 from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.worker.runner import StepOutput
 
 WAIT_S = WAIT_MS / 1000
 TEXT = "naïve 日本語 🙂🙃 fox 🙂"
@@ -67,7 +68,7 @@ class Reciter(GatedRunner):
         super().execute(batch)
         sampling = [sequence for sequence in batch if sequence.samples]
         said = [sequence.context - sequence.prompt_tokens for sequence in sampling]
-        return [self.token_ids[n % len(self.token_ids)] for n in said]
+        return StepOutput([self.token_ids[n % len(self.token_ids)] for n in said])
 
 
 def streamed_texts(server, tokenizer, body):
@@ -99,3 +100,21 @@ def test_flaw_14_nor_for_any_bytes(start_server, tokenizer):
         body = {"prompt": [5, 6, 7], "max_tokens": 100, "temperature": 0.0}
         texts = streamed_texts(server, tokenizer, body)
     assert "".join(texts) == tokenizer.decode(expected_tokens((5, 6, 7), 100))
+
+
+def test_several_answers_share_the_prompt(start_server, tokenizer):
+    """The first computes it; the others find it in the prefix cache."""
+
+    async def main(server):
+        async with open_api(server, tokenizer) as http:
+            body = {"prompt": list(range(5, 46)), "max_tokens": 3, "n": 4, "temperature": 0.0}
+            answer = (await http.post("/v1/completions", json=body)).json()
+            return answer, (await http.get("/metrics")).text
+
+    with start_server(block_size=4) as server:
+        answer, metrics = asyncio.run(asyncio.wait_for(main(server), WAIT_S))
+    text = tokenizer.decode(expected_tokens(range(5, 46), 3))
+    assert [choice["text"] for choice in answer["choices"]] == [text] * 4
+    assert answer["usage"]["prompt_tokens"] == 41
+    found = metrics.split("\nfastserve_prefix_cache_hit_tokens_total ")[1].split()[0]
+    assert float(found) == 3 * 40

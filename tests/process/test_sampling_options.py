@@ -9,7 +9,9 @@ import torch
 from fake_server import VOCAB, GatedRunner
 
 from fastserve_mega.client import Client
-from fastserve_mega.types import FinishReason, SamplingParams
+from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput
+from fastserve_mega.worker.grammar import Grammars
+from fastserve_mega.worker.runner import StepOutput
 from fastserve_mega.worker.sampler import Sampler
 
 EOS = 0
@@ -22,13 +24,15 @@ BASE = {"max_tokens": 10, "temperature": 1.0, "seed": 7, "ignore_eos": True}
 class SamplingRunner(GatedRunner):
     """Logits that depend on the whole context, and the real sampler."""
 
+    grammars: Grammars | None = None
+
     def execute(self, batch):
-        seeds = super().execute(batch)
+        seeds = super().execute(batch).token_ids
         sampling = [sequence for sequence in batch if sequence.samples]
         rows = [torch.randn(VOCAB, generator=torch.Generator().manual_seed(s)) for s in seeds]
         for row, sequence in zip(rows, sampling, strict=True):
             row[EOS] = 50.0 if sequence.context - sequence.prompt_tokens >= EOS_AFTER else -50.0
-        return Sampler((EOS,))(torch.stack(rows), sampling) if rows else []
+        return Sampler((EOS,), self.grammars)(torch.stack(rows), sampling) if rows else StepOutput()
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,7 @@ def generate(model_directory):
         fake_server(model_directory, make_runner=SamplingRunner) as server,
         Client(server.endpoint) as client,
     ):
+        server.runner.grammars = Grammars(model_directory, VOCAB, (EOS,))
 
         def generate(**change):
             return client.submit(PROMPT, SamplingParams(**{**BASE, **change})).wait()
@@ -50,12 +55,33 @@ def ends_early(base, changed, length):
     return changed.token_ids == base.token_ids[:length] and len(changed.token_ids) == length
 
 
+def says_other_things(base, changed):
+    return changed.token_ids != base.token_ids
+
+
 EFFECTS = {
+    "min_p": ({"min_p": 0.5}, says_other_things),
+    "presence_penalty": ({"presence_penalty": -2.0}, says_other_things),
+    "frequency_penalty": ({"frequency_penalty": -2.0}, says_other_things),
+    "repetition_penalty": ({"repetition_penalty": 0.1}, says_other_things),
+    "logit_bias": ({"logit_bias": {9: 100.0}}, lambda _, done: done.token_ids[:5] == (9,) * 5),
+    "structured": (
+        {"structured": StructuredOutput(choice=("fox", "dog")), "ignore_eos": False},
+        lambda _, done: done.text in ("fox", "dog") and done.token_ids[-1] == EOS,
+    ),
+    "logprobs": (
+        {"logprobs": 2},
+        lambda base, done: (
+            done.token_ids == base.token_ids
+            and base.logprobs == ()
+            and [len(each.top_ids) for each in done.logprobs] == [2] * 10
+        ),
+    ),
     "max_tokens": ({"max_tokens": 3}, lambda base, done: ends_early(base, done, 3)),
-    "temperature": ({"temperature": 9.0}, lambda base, done: done.token_ids != base.token_ids),
-    "top_p": ({"top_p": 1e-6}, lambda base, done: done.token_ids != base.token_ids),
-    "top_k": ({"top_k": 2}, lambda base, done: done.token_ids != base.token_ids),
-    "seed": ({"seed": 8}, lambda base, done: done.token_ids != base.token_ids),
+    "temperature": ({"temperature": 9.0}, says_other_things),
+    "top_p": ({"top_p": 1e-6}, says_other_things),
+    "top_k": ({"top_k": 2}, says_other_things),
+    "seed": ({"seed": 8}, says_other_things),
     "stop_token_ids": (
         {"stop_token_ids": (EOS,)},
         lambda base, done: ends_early(base, done, EOS_AFTER + 1),

@@ -5,7 +5,13 @@ from hypothesis import strategies as st
 from fastserve_mega.messaging import messages
 from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, BadFrameError, decode, encode
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
-from fastserve_mega.types import FinishReason, SamplingParams, Usage
+from fastserve_mega.types import (
+    FinishReason,
+    SamplingParams,
+    StructuredOutput,
+    TokenLogprobs,
+    Usage,
+)
 
 counts = st.integers(0, 2**40)
 names = st.text(min_size=1, max_size=20)
@@ -18,9 +24,23 @@ params = st.builds(
     top_k=st.integers(0, 1000),
     seed=st.none() | st.integers(0, 2**63 - 1),
     stop_token_ids=ids,
-    ignore_eos=st.booleans(),
+    ignore_eos=st.just(False),
     min_tokens=st.just(0),
+    min_p=st.floats(0, 1),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.1, 10),
+    logit_bias=st.dictionaries(st.integers(0, 2**31), st.floats(-100, 100), max_size=3),
+    logprobs=st.none() | st.integers(0, 20),
+    structured=st.none()
+    | st.builds(StructuredOutput, regex=names)
+    | st.builds(StructuredOutput, choice=st.tuples(names, names)),
 )
+logprobs = st.lists(
+    st.none()
+    | st.builds(TokenLogprobs, st.floats(-99, 0), ids, st.lists(st.floats(-99, 0)).map(tuple)),
+    max_size=3,
+).map(tuple)
 slices = st.builds(
     SequenceSlice, names, st.integers(0, 99), st.integers(1, 9), st.booleans(), counts, ids
 )
@@ -32,7 +52,10 @@ plans = st.builds(
     st.lists(copies, max_size=2).map(tuple),
     st.lists(names, max_size=2).map(tuple),
 )
-starts = st.builds(messages.SequenceStart, names, params, st.integers(0, 2**63 - 1), counts)
+starts = st.builds(
+    messages.SequenceStart, names, params, st.integers(0, 2**63 - 1), counts, ids, ids
+)
+failures = st.lists(st.builds(messages.SamplingFailure, counts, names), max_size=2).map(tuple)
 all_messages = st.one_of(
     st.just(messages.Hello()),
     st.just(messages.Ping()),
@@ -43,7 +66,7 @@ all_messages = st.one_of(
     ),
     st.builds(messages.Cancel, names),
     st.builds(messages.Welcome, names, names, names, counts, counts, ids),
-    st.builds(messages.Tokens, names, counts, ids),
+    st.builds(messages.Tokens, names, counts, ids, logprobs),
     st.builds(
         messages.Finished,
         names,
@@ -56,7 +79,7 @@ all_messages = st.one_of(
     st.builds(messages.Metrics, names),
     st.builds(messages.WorkerReady, counts, counts, counts, counts),
     st.builds(messages.StepCommand, plans, st.lists(ids, max_size=3).map(tuple), st.tuples(starts)),
-    st.builds(messages.StepResult, counts, ids, st.floats(0, 99)),
+    st.builds(messages.StepResult, counts, ids, st.floats(0, 99), logprobs, failures),
     st.builds(messages.CopyResult, counts, counts, st.floats(0, 99)),
     st.builds(messages.WorkerFailed, counts, names),
 )

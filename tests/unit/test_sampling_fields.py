@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import openai.types.chat.completion_create_params as chat_params
 import openai.types.completion_create_params as completion_params
 import pytest
 from pydantic import ValidationError
 
-from fastserve_mega.server.protocol import ChatRequest, CompletionRequest
+from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.types import SamplingParams
 
 COMPLETION = {"prompt": "x"}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 ABOUT_WHO_ASKS = {"user", "safety_identifier", "prompt_cache_key", "metadata"}
-ANSWERED = {"model", "prompt", "messages", "stream", "stream_options", "stop"}
+ANSWERED = {
+    "model",
+    "prompt",
+    "messages",
+    "stream",
+    "stream_options",
+    "stop",
+    "n",
+    "echo",
+    "best_of",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+}
 """By the server itself; test_server.py has their effects."""
+STRUCTURED = {
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+}  # fmt: skip
+LOGPROBS = {"logprobs", "top_logprobs"}
 LIMITS = {"max_tokens": 3, "max_completion_tokens": 3}
 SAMPLING = {
     "temperature": 0.5, "top_p": 0.5, "seed": 3, "top_k": 3, "min_tokens": 2, "ignore_eos": True,
-    "stop_token_ids": [4],
+    "stop_token_ids": [4], "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+    "repetition_penalty": 1.2,
 }  # fmt: skip
 SCHEDULING = {"priority": -1, "timeout": 2.5, "cache_salt": "mine"}
 
@@ -49,7 +71,8 @@ def test_flaw_13_what_the_official_client_offers_is_honoured_or_refused_by_name(
 
 @pytest.mark.parametrize(("kind", "body", "module"), KINDS)
 def test_flaw_13_each_accepted_field_is_one_with_an_effect(kind, body, module):
-    known = ABOUT_WHO_ASKS | ANSWERED | set(LIMITS) | set(SAMPLING) | set(SCHEDULING)
+    known = ABOUT_WHO_ASKS | ANSWERED | LOGPROBS | STRUCTURED | {"logit_bias"}
+    known |= set(LIMITS) | set(SAMPLING) | set(SCHEDULING)
     assert set(kind.model_fields) <= known
     plain = kind.model_validate(body).sampling_params(10)
     for name, value in SAMPLING.items():
@@ -63,3 +86,67 @@ def test_flaw_13_each_accepted_field_is_one_with_an_effect(kind, body, module):
 def test_flaw_13_an_unknown_field_is_refused_by_name(kind, body, module):
     with pytest.raises(ValidationError, match="temprature"):
         kind.model_validate({**body, "temprature": 0.5})
+
+
+def test_logit_bias_has_token_ids_for_names():
+    asked = ChatRequest.model_validate({**CHAT, "logit_bias": {"17": -100, "4": 1.5}})
+    assert asked.sampling_params(10).logit_bias == {17: -100.0, 4: 1.5}
+    wrong = ChatRequest.model_validate({**CHAT, "logit_bias": {"the": 1}})
+    with pytest.raises(ValueError, match="logit_bias must be for token ids, got 'the'"):
+        wrong.sampling_params(10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "expected"),
+    [
+        (CompletionRequest, COMPLETION, None),
+        (CompletionRequest, {**COMPLETION, "logprobs": 0}, 0),
+        (CompletionRequest, {**COMPLETION, "logprobs": 20}, 20),
+        (ChatRequest, CHAT, None),
+        (ChatRequest, {**CHAT, "logprobs": False, "top_logprobs": 0}, None),
+        (ChatRequest, {**CHAT, "logprobs": True}, 0),
+        (ChatRequest, {**CHAT, "logprobs": True, "top_logprobs": 5}, 5),
+    ],
+)
+def test_both_ways_to_ask_for_logprobs(kind, body, expected):
+    assert kind.model_validate(body).sampling_params(10).logprobs == expected
+
+
+def test_each_answer_has_a_seed_of_its_own_that_depends_on_the_given_one_only():
+    asked = ChatRequest.model_validate({**CHAT, "seed": 3, "n": 4})
+    seeds = [asked.sampling_params(10, number).seed for number in range(4)]
+    assert seeds[0] == 3
+    assert len(set(seeds)) == 4
+    again = ChatRequest.model_validate({**CHAT, "seed": 3})
+    assert [again.sampling_params(10, number).seed for number in range(4)] == seeds
+    other = ChatRequest.model_validate({**CHAT, "seed": 4, "n": 4})
+    assert not {other.sampling_params(10, number).seed for number in range(4)} & set(seeds)
+
+
+OUT_OF_RANGE = {
+    "min_p": -0.1, "presence_penalty": 2.5, "frequency_penalty": -2.5, "repetition_penalty": 0.0,
+    "logit_bias": {5: 101.0}, "logprobs": 21, "temperature": float("nan"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_what_is_out_of_range_is_refused_with_value_and_limit(name):
+    value = OUT_OF_RANGE[name]
+    with pytest.raises(ValueError, match=name) as caught:
+        SamplingParams(**{name: value})
+    shown = value[5] if isinstance(value, dict) else value
+    assert str(shown) in str(caught.value)
+
+
+def test_logit_bias_is_bounded():
+    with pytest.raises(ValueError, match="at most 1024 tokens, got 1025"):
+        SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        SamplingParams(logit_bias={-1: 1.0})
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_the_documentation_lists_each_field(kind):
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in {*kind.model_fields, *kind.unsupported}:
+        assert f"`{name}`" in text, name

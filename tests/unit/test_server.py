@@ -2,22 +2,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import httpx
 import openai
 import openai.types
 import openai.types.chat
 import pytest
-import uvicorn
 from fake_coordinator import WAIT_S, FakeCoordinator, answer, begin, end
+from http_server import serving
 
-from fastserve_mega.client import AsyncClient
 from fastserve_mega.messaging.messages import Cancel, Finished, Submit, Tokens
-from fastserve_mega.server.app import MAX_BODY_BYTES, create_app
+from fastserve_mega.server.app import MAX_BODY_BYTES
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, Usage
 
@@ -28,28 +24,6 @@ TEXT = "the quick brown fox 日本 🙂"
 @pytest.fixture(scope="module")
 def tokenizer(tiny_tokenizer_dir):
     return Tokenizer(tiny_tokenizer_dir)
-
-
-@contextmanager
-def serving(coordinator, tokenizer):
-    """Address of a real HTTP server in front of a coordinator."""
-    client = AsyncClient(
-        coordinator.endpoint, tokenizer, timeout_s=0.5, heartbeat_s=0.2, silence_timeout_s=0.6
-    )
-    listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        create_app(client, tokenizer, health_timeout_s=0.2),
-        log_level="error",
-        ws="none",
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(WAIT_S)
-    listening.close()
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +249,17 @@ def test_each_event_is_valid_for_openai(http, says_text):
     ("body", "sentence"),
     [
         ({"prompt": "x", "bogus": 1}, "unknown field 'bogus'"),
-        ({"prompt": "x", "logprobs": 1}, "logprobs=1 is not supported"),
-        ({"prompt": "x", "n": 2}, "n=2 is not supported"),
-        ({"prompt": "x", "echo": True}, "echo=True is not supported"),
-        ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty=0.5 is not supported"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs: input should be less than or equal to 20"),
+        ({"prompt": "x", "n": 0}, "n: input should be greater than or equal to 1"),
+        ({"prompt": "x", "n": 2, "best_of": 3}, "best_of=3 is not supported unless it is n (2)"),
+        ({"prompt": ["x"] * 9, "n": 128}, "at most 1024 answers, got 9 prompts with n=128"),
+        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo=True together with logprobs is not"),
+        ({"prompt": "x", "suffix": "y"}, "suffix='y' is not supported"),
+        (
+            {"prompt": "x", "presence_penalty": 3},
+            "presence_penalty must be between -2 and 2, got 3",
+        ),
+        ({"prompt": "x", "stop_token_ids": [2**70]}, "a number in the request has more than 64"),
         ({"prompt": "x", "temperature": -1}, "temperature must be between 0 and 100, got -1"),
         ({"prompt": "x", "temperature": "hot"}, "temperature: input should be a valid number"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
@@ -311,10 +292,12 @@ def test_a_wrong_completion_request_gets_one_sentence(http, fake_coordinator, bo
     ("body", "sentence"),
     [
         ({"messages": []}, "messages: list should have at least 1 item"),
-        ({"messages": hi(), "tools": [{"type": "function"}]}, "tools=[{'type': 'function'}] is"),
-        ({"messages": hi(), "logprobs": True}, "logprobs=True is not supported"),
-        ({"messages": hi(), "response_format": {"type": "json_object"}}, "response_format="),
-        ({"messages": hi("tool")}, "messages.0.role: input should be 'system'"),
+        ({"messages": hi(), "top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
+        ({"messages": hi("nobody")}, "messages.0.role: input should be 'system'"),
+        (
+            {"messages": hi("user"), "audio": {"voice": "x"}},
+            "audio={'voice': 'x'} is not supported",
+        ),
         ({"messages": hi(content=[{"type": "image_url", "image_url": {}}])}, "messages.0.content"),
         ({"messages": hi(), "max_tokens": 1, "max_completion_tokens": 2}, "are the same thing"),
         ({"messages": hi(content="fox " * 300)}, "the context is 256 tokens"),

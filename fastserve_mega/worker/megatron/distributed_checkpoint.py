@@ -148,7 +148,12 @@ def sharded_tensors(
     stored = stored_names or {}
     metadata = {
         "dp_cp_group": stage.groups.megatron.dp,
-        "non_homogeneous_layers": any(name.startswith(_FIRST_LAYER) for name in stored),
+        "non_homogeneous_layers": (
+            any(name.startswith(_FIRST_LAYER) for name in stored)
+            if stored
+            # One tensor for the same parameter of all layers cannot have holes.
+            else architecture.experts is not None and bool(architecture.experts.dense_layers)
+        ),
         "singleton_local_shards": any(name.endswith("linear_fc1.weight_w") for name in stored),
     }
     state = stage.model.sharded_state_dict(metadata=metadata)

@@ -12,6 +12,7 @@ from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture, AttentionKind, load_architecture
 from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
+from fastserve_mega.worker.grammar import Grammars
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
@@ -29,7 +30,7 @@ from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.pool_sizes import device_blocks
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.runner import SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.topology import Topology
@@ -74,7 +75,10 @@ class MegatronRunner:
             for kind in self._kinds
             if kind.rope is not None
         }
-        self._sampler = Sampler(architecture.eos_token_ids)
+        grammars = Grammars(
+            config.model.directory, architecture.vocab_size, architecture.eos_token_ids
+        )
+        self._sampler = Sampler(architecture.eos_token_ids, grammars)
         self._sending: tuple[dist.Work, Tensor] | None = None
         groups = join_process_groups(
             config.parallel, topology, self._device, master_address, master_port
@@ -128,17 +132,14 @@ class MegatronRunner:
         return self._partition.is_last_stage and self._partition.tensor_rank == 0
 
     @torch.inference_mode()
-    def execute(self, batch: Sequence[SequenceInput]) -> list[int]:
+    def execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         """Run one step; all ranks are called with the same batches in the same order.
-
-        Returns:
-            One token for each sequence with `samples`, in order; empty on other ranks.
 
         Raises:
             ValueError: a sequence without tokens, or with too few blocks.
         """
         if not batch:
-            return []
+            return StepOutput()
         step = build_step(batch, self.cache.block_size, self._device)
         self.cache.clear(step.fresh_blocks)
         attention = [self._attention(step, kind) for kind in self._kinds]
@@ -146,12 +147,12 @@ class MegatronRunner:
         hidden = self._stage.run_layers(self._receive(step), of_layers)
         if not self._partition.is_last_stage:
             self._send(hidden)
-            return []
+            return StepOutput()
         sampled = [sequence for sequence in batch if sequence.samples]
         if not sampled:
-            return []
+            return StepOutput()
         logits = self._stage.logits(hidden.index_select(0, step.sample_rows))
-        return self._sampler(logits, sampled) if self.is_sampling_rank else []
+        return self._sampler(logits, sampled) if self.is_sampling_rank else StepOutput()
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""

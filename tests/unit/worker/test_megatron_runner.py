@@ -180,7 +180,7 @@ def test_blocks_may_move(llama):
             seed=0,
             prompt_tokens=len(prompt),
         )
-        tokens += llama.execute([step])
+        tokens += llama.execute([step]).token_ids
     assert tokens == expected
 
 
@@ -202,7 +202,7 @@ def test_sampled_stream_is_the_same_alone_resumed_or_in_a_crowd(llama):
 
 
 def test_an_empty_batch_and_a_batch_that_samples_nothing(llama):
-    assert llama.execute([]) == []
+    assert llama.execute([]).token_ids == []
     chunk = SequenceInput(
         request_id=RequestId("chunk"),
         token_ids=[1, 2],
@@ -213,7 +213,7 @@ def test_an_empty_batch_and_a_batch_that_samples_nothing(llama):
         seed=0,
         prompt_tokens=4,
     )
-    assert llama.execute([chunk]) == []
+    assert llama.execute([chunk]).token_ids == []
 
 
 def test_automatic_precision_and_pool_size(made):

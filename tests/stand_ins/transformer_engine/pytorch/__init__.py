@@ -22,10 +22,16 @@ class DotProductAttention(nn.Module):
 
 
 class _Norm(nn.Module):
-    def __init__(self, hidden_size, eps, zero_centered_gamma=False, params_dtype=None, **unused):
+    has_bias = False
+
+    def __init__(
+        self, normalized_shape=None, eps=1e-5, *, hidden_size=None, zero_centered_gamma=False,
+        params_dtype=None, **unused,
+    ):  # fmt: skip
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=params_dtype))
-        self.bias = None
+        size = normalized_shape or hidden_size  # the second is the older name
+        self.weight = nn.Parameter(torch.empty(size, dtype=params_dtype))
+        self.bias = nn.Parameter(torch.empty(size, dtype=params_dtype)) if self.has_bias else None
         self.eps, self.zero_centered = eps, zero_centered_gamma
 
     def forward(self, x):
@@ -38,9 +44,7 @@ class RMSNorm(_Norm):
 
 
 class LayerNorm(_Norm):
-    def __init__(self, hidden_size, eps, params_dtype=None, **options):
-        super().__init__(hidden_size, eps, params_dtype=params_dtype, **options)
-        self.bias = nn.Parameter(torch.empty(hidden_size, dtype=params_dtype))
+    has_bias = True
 
 
 def _norm(x, weight, bias, eps, zero_centered):

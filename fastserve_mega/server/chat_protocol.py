@@ -1,0 +1,266 @@
+"""Body of POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fastserve_mega.server.protocol import UNSUPPORTED, GenerationRequest, Neutral, Strict, short
+from fastserve_mega.server.structured import from_schema, only_one
+from fastserve_mega.server.tools.forced import (
+    NamedCall,
+    RequiredCalls,
+    named_schema,
+    required_schema,
+)
+from fastserve_mega.server.tools.pieces import PlainText, ToolParser
+from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
+
+_MOST_TOOLS = 128
+_UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "add_generation_prompt": (True,),
+}
+_UNSUPPORTED_MESSAGE: Neutral = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+}
+
+
+class TextPart(Strict):
+    """A part of a message in OpenAI's list form; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Strict):
+    """Name and arguments of a call, as the assistant gave them."""
+
+    name: str
+    arguments: str
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it: they write the arguments themselves."""
+        try:
+            arguments = json.loads(self.arguments or "{}")
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"the arguments of a call of {self.name} are not valid JSON: "
+                f"{short(self.arguments)}"
+            ) from None
+        return {"name": self.name, "arguments": arguments}
+
+
+class ToolCall(Strict):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Strict):
+    """One turn of a conversation."""
+
+    unsupported = _UNSUPPORTED_MESSAGE
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fields_of_its_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are for the role 'assistant', got {self.role!r}")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"tool_call_id is for the role 'tool', got {self.role!r}")
+        return self
+
+    @property
+    def text(self) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates know it.
+
+        Raises:
+            ValueError: the arguments of a call are not JSON.
+        """
+        # OpenAI's newer name of the system role, which the templates of open models lack.
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": self.text}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": call.type, "function": call.function.plain()}
+                for call in self.tool_calls
+            ]
+        return message
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema."""
+    strict: bool | None = None
+    """Calls that tool_choice forces are always kept to the schema, others never."""
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it."""
+        known = {"description": self.description, "parameters": self.parameters}
+        given = {name: value for name, value in known.items() if value is not None}
+        return {"name": self.name, **given}
+
+
+class Tool(Strict):
+    """A tool as OpenAI describes it."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """The function that is to be called."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    unsupported = _UNSUPPORTED_CHAT
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    """The newer name of max_tokens."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _logprobs_for_top(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
+        return self
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatRequest:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise ValueError(
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens "
+                f"({self.max_completion_tokens}) are the same thing; send one of them"
+            )
+        return self
+
+    tools: list[Tool] | None = Field(default=None, max_length=_MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _choice_among_tools(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tools must have names of their own, got {names}")
+        if isinstance(self.tool_choice, NamedTool):
+            if (name := self.tool_choice.function.name) not in names:
+                raise ValueError(f"tool_choice names {name!r}, which is not among the tools")
+        elif self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice='required' needs tools")
+        return self
+
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """The conversation as chat templates know it.
+
+        Some want the name of the function with its result, which OpenAI's clients do not send.
+
+        Raises:
+            ValueError: the arguments of a call are not JSON.
+        """
+        names: dict[str | None, str] = {}
+        plain = []
+        for message in self.messages:
+            names |= {call.id: call.function.name for call in message.tool_calls or ()}
+            plain.append(message.plain())
+            if message.role == "tool" and message.name is None and message.tool_call_id in names:
+                plain[-1]["name"] = names[message.tool_call_id]
+        return plain
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The tools as chat templates know them; none when the model is not to call any."""
+        if self.tool_choice == "none":
+            return []
+        return [{"type": tool.type, "function": tool.function.plain()} for tool in self.tools or ()]
+
+    @property
+    def is_about_tools(self) -> bool:
+        """Whether the chat template has to know of tools."""
+        return bool(self.offered_tools) or any(
+            message.tool_calls or message.role == "tool" for message in self.messages
+        )
+
+    def tool_parser(self, of_model: Callable[[], ToolParser] | None) -> ToolParser:
+        """What reads the answer."""
+        if not self.offered_tools:
+            return PlainText()
+        if isinstance(self.tool_choice, NamedTool):
+            return NamedCall(self.tool_choice.function.name)
+        if self.tool_choice == "required":
+            return RequiredCalls()
+        return PlainText() if of_model is None else of_model()
+
+    def structured_output(self) -> StructuredOutput | None:
+        """Also the form of a call that `tool_choice` forces."""
+        asked = super().structured_output()
+        forced = self._forced_call()
+        return only_one([each for each in (asked, forced) if each is not None])
+
+    def _forced_call(self) -> StructuredOutput | None:
+        functions = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
+        if isinstance(self.tool_choice, NamedTool):
+            return from_schema(named_schema(functions, self.tool_choice.function.name))
+        if self.tool_choice == "required":
+            several = self.parallel_tool_calls is not False
+            return from_schema(required_schema(functions, several=several))
+        return None
+
+    @property
+    def token_limit(self) -> int | None:
+        """Longest answer in tokens; None is the rest of the context."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens
+        return self.max_tokens

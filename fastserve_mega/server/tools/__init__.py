@@ -1,0 +1,1 @@
+"""Calls of tools in a model's text: one module for each way of writing them."""

@@ -1,0 +1,69 @@
+"""What tool parsers have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class CallPiece:
+    """A call of a tool, or the next part of its arguments."""
+
+    index: int
+    """Of the call within the answer."""
+    name: str | None
+    """Given with the first piece of a call."""
+    arguments: str
+    """JSON text, to be put together from all pieces of the call."""
+
+
+Piece = str | CallPiece
+
+
+class ToolParser(Protocol):
+    """Takes the text of one answer as it comes, and tells calls from content."""
+
+    is_forced: bool
+    """The request has named the function to call; that it is called is no news then."""
+
+    def push(self, text: str) -> Sequence[Piece]:
+        """What is now certain."""
+
+    def finish(self) -> Sequence[Piece]:
+        """The rest, when no more text will come."""
+
+
+class PlainText:
+    """Everything is content."""
+
+    is_forced = False
+
+    def push(self, text: str) -> Sequence[Piece]:
+        return [text] if text else []
+
+    def finish(self) -> Sequence[Piece]:
+        return []
+
+
+def parse_call(value: Any, index: int) -> CallPiece | None:
+    """A whole call from its JSON, or None when it is something else.
+
+    Models write {"name": …, "arguments": {…}}; those of the Llama 3 family say "parameters".
+    """
+    if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
+        return None
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if not isinstance(arguments, dict):
+        return None
+    return CallPiece(index, name, json.dumps(arguments, ensure_ascii=False))
+
+
+def held_back(text: str, marker: str) -> int:
+    """How many characters at the end of a text may be the beginning of a marker."""
+    for length in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0

@@ -1,0 +1,83 @@
+"""Grammars of structured output, by llguidance: an optional dependency."""
+
+from __future__ import annotations
+
+import json
+from types import ModuleType
+from typing import Any
+
+from fastserve_mega.types import StructuredOutput
+
+NOT_INSTALLED = (
+    "structured output needs llguidance, which is not installed on the server: "
+    "pip install 'fastserve_mega[structured]'"
+)
+_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""One way to write JSON, since small models may otherwise write spaces without end. A schema's own
+`x-guidance` comes before it."""
+_LONGEST_MESSAGE = 300
+
+
+class GrammarUnavailableError(Exception):
+    """llguidance is not installed; str() is one sentence."""
+
+
+def load_llguidance() -> ModuleType:
+    """The module.
+
+    Raises:
+        GrammarUnavailableError: it is not installed.
+    """
+    try:
+        import llguidance
+    except ImportError:
+        raise GrammarUnavailableError(NOT_INSTALLED) from None
+    module: ModuleType = llguidance
+    return module
+
+
+def grammar_of(structured: StructuredOutput) -> str:
+    """The grammar in llguidance's form; it may turn out not to be valid.
+
+    Raises:
+        ValueError: the schema is not JSON, or neither an object nor a boolean.
+        GrammarUnavailableError: llguidance is not installed.
+    """
+    matcher: Any = load_llguidance().LLMatcher
+    if structured.json_schema is not None:
+        try:
+            schema = json.loads(structured.json_schema)
+        except ValueError as error:
+            raise ValueError(f"the JSON schema is not valid JSON: {error}") from None
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict):
+            raise ValueError(f"a JSON schema must be an object, got {structured.json_schema[:40]}")
+        return str(matcher.grammar_from_json_schema(schema, defaults=_JSON_STYLE))
+    if structured.regex is not None:
+        return str(matcher.grammar_from_regex(structured.regex))
+    # Lark's strings are written as those of JSON are.
+    choices = " | ".join(json.dumps(text) for text in structured.choice or ())
+    return str(matcher.grammar_from_lark(f"start: {choices}"))
+
+
+def check_structured(structured: StructuredOutput) -> None:
+    """Compile the grammar once, which takes up to 0.1 s where it is as long as it may be.
+
+    Raises:
+        ValueError: it is not valid, or asks for what llguidance does not know; one sentence.
+        GrammarUnavailableError: llguidance is not installed.
+    """
+    kind = "JSON schema" if structured.json_schema is not None else "regular expression"
+    kind = "choice" if structured.choice is not None else kind
+    try:
+        for text in (structured.json_schema, structured.regex, *(structured.choice or ())):
+            (text or "").encode()
+        grammar = grammar_of(structured)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {kind} is not valid Unicode: {error.reason}") from None
+    except RecursionError:
+        raise ValueError(f"the {kind} is nested too deeply") from None
+    if complaint := load_llguidance().LLMatcher.validate_grammar(grammar):
+        told = " ".join(str(complaint).split())[:_LONGEST_MESSAGE]
+        raise ValueError(f"the {kind} cannot be used: {told}")

@@ -1,0 +1,63 @@
+"""The bytes that single tokens stand for: a character may be spread over several tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+_SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenBytes:
+    """Token ids to bytes, for the kinds of tokenizers that models have.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._added = {
+            token_id: str(token.content)
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+        }
+        kinds = _decoder_kinds(tokenizer)
+        self._byte_level = "ByteLevel" in kinds
+        self._pieces = bool(kinds & {"ByteFallback", "Replace", "Metaspace"})
+
+    def __call__(self, token_id: int) -> bytes:
+        """The bytes of a token, those of a special token included; empty for an unknown id."""
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:
+            return b""
+        if self._byte_level:
+            table = _byte_of_character()
+            return bytes(table[character] for character in piece if character in table)
+        if not self._pieces:
+            return str(self._tokenizer.decode([token_id])).encode()
+        if match := _BYTE_PIECE.fullmatch(piece):
+            return bytes((int(match[1], 16),))
+        return str(piece).replace(_SPACE, " ").encode()
+
+
+def _decoder_kinds(tokenizer: Any) -> set[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return set()
+    state = json.loads(backend.decoder.__getstate__())
+    return {part["type"] for part in (state, *state.get("decoders", ()))}
+
+
+@cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable character for each byte, the other way round."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -1,0 +1,69 @@
+"""Changes to logits that depend on the request: bias, and penalties for tokens it has already.
+
+Only the logits concerned are touched, for all sequences at once, and nothing is done for a batch
+that asks for none of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastserve_mega.types import SamplingParams
+from fastserve_mega.worker.history import TokenHistory
+from fastserve_mega.worker.runner import SequenceInput
+
+
+def add_logit_bias(logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
+    """Add each request's `logit_bias` to its row of `logits` [sequences, vocabulary], in place."""
+    rows: list[int] = []
+    ids: list[int] = []
+    bias: list[float] = []
+    for row, sequence in enumerate(sequences):
+        if chosen := sequence.params.logit_bias:
+            rows += [row] * len(chosen)
+            ids += chosen.keys()
+            bias += chosen.values()
+    if rows:
+        index = torch.tensor([rows, ids], device=logits.device)
+        logits[index[0], index[1]] += torch.tensor(bias, dtype=logits.dtype, device=logits.device)
+
+
+def penalize(logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
+    """Apply presence, frequency and repetition penalties to `logits` [sequences, vocabulary].
+
+    In place. As in vLLM: the repetition penalty is for tokens of prompt and output, and comes
+    first; the other two are for tokens of the output.
+    """
+    penalized = [
+        (row, sequence.params, sequence.history)
+        for row, sequence in enumerate(sequences)
+        if sequence.history is not None and sequence.params.counts_tokens
+    ]
+    if penalized:
+        _penalize(logits, penalized)
+
+
+def _penalize(logits: Tensor, penalized: list[tuple[int, SamplingParams, TokenHistory]]) -> None:
+    lengths = [len(history.counts.ids) for _, _, history in penalized]
+
+    def spread(values: list[float]) -> Tensor:
+        """A value of each sequence, for each of its tokens."""
+        repeated = np.repeat(np.array(values, dtype=np.float32), lengths)
+        return torch.from_numpy(repeated).to(logits.device)
+
+    rows = torch.from_numpy(np.repeat([row for row, _, _ in penalized], lengths)).to(logits.device)
+    ids = torch.from_numpy(np.concatenate([history.counts.ids for _, _, history in penalized]))
+    ids = ids.to(logits.device)
+    counts = torch.from_numpy(
+        np.concatenate([history.counts.counts for _, _, history in penalized])
+    ).to(logits.device)
+    factor = spread([params.repetition_penalty for _, params, _ in penalized])
+    values = logits[rows, ids]
+    values = torch.where(values > 0, values / factor, values * factor)
+    values -= spread([params.frequency_penalty for _, params, _ in penalized]) * counts
+    values -= spread([params.presence_penalty for _, params, _ in penalized]) * (counts > 0)
+    logits[rows, ids] = values

@@ -1,0 +1,165 @@
+"""Log probabilities, several answers and echo, as the official client sees them."""
+
+from __future__ import annotations
+
+import math
+
+import openai
+import pytest
+from fake_coordinator import WAIT_S, FakeCoordinator, answer
+from http_server import serving
+
+from fastserve_mega.messaging.messages import Finished, Submit, Tokens
+from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.types import FinishReason, TokenLogprobs, Usage
+
+TEXT = "fox 日本 🙂"
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir):
+    return Tokenizer(tiny_tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def shared(tokenizer):
+    coordinator = FakeCoordinator()
+    with serving(coordinator, tokenizer) as url:
+        yield coordinator, url
+    coordinator.close()
+
+
+@pytest.fixture
+def coordinator(shared):
+    shared[0].reset()
+    return shared[0]
+
+
+@pytest.fixture
+def api(shared):
+    with openai.OpenAI(
+        base_url=f"{shared[1]}/v1", api_key="x", max_retries=0, timeout=WAIT_S
+    ) as api:
+        yield api
+
+
+def logprobs_of(token, top):
+    """The token itself is the second most probable."""
+    ids = (token + 1, token, *range(300, 320))[:top]
+    return TokenLogprobs(-1.5, ids, tuple(-1.0 - 0.5 * i for i in range(top)))
+
+
+def saying(tokens):
+    """One token a message, with log probabilities when asked for, and none for what is resumed."""
+
+    def behaviour(submit):
+        top = submit.params.logprobs
+        for offset, token in enumerate(tokens):
+            told = () if top is None else (logprobs_of(token, top),)
+            yield Tokens(submit.request_id, offset, (token,), told)
+        yield Finished(submit.request_id, FinishReason.STOP, Usage(len(submit.prompt), len(tokens)))
+
+    return behaviour
+
+
+@pytest.fixture
+def ids(coordinator, tokenizer):
+    ids = tokenizer.encode(TEXT)
+    coordinator.behaviour = saying([*ids, EOS])
+    return ids
+
+
+def test_chat_logprobs(api, ids, tokenizer):
+    (choice,) = api.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "x"}], logprobs=True, top_logprobs=2
+    ).choices
+    content = choice.logprobs.content
+    assert [bytes(each.bytes) for each in content] == [tokenizer.token_bytes(t) for t in ids]
+    assert b"".join(bytes(each.bytes) for each in content).decode() == TEXT
+    assert {each.logprob for each in content} == {-1.5}
+    for each, token in zip(content, ids, strict=True):
+        assert [top.logprob for top in each.top_logprobs] == [-1.0, -1.5]
+        assert bytes(each.top_logprobs[1].bytes) == tokenizer.token_bytes(token)
+    assert content[0].token == "fo"
+    assert any(each.token.startswith("\\x") for each in content)  # a part of a character
+
+
+def test_completion_logprobs(api, ids, tokenizer):
+    (choice,) = api.completions.create(model="tiny", prompt="x", logprobs=1).choices
+    told = choice.logprobs
+    assert len(told.tokens) == len(ids)
+    assert told.token_logprobs == [-1.5] * len(ids)
+    for token, top in zip(told.tokens, told.top_logprobs, strict=True):
+        assert top[token] == -1.5  # besides the most probable one
+        assert len(top) == 2
+    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+        if not token.startswith("bytes:"):
+            assert choice.text[offset : offset + len(token)] == token
+    assert told.text_offset[0] == 0
+    assert told.text_offset == sorted(told.text_offset)
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_a_stream_tells_what_the_whole_answer_does(api, ids, kind):
+    def ask(stream):
+        if kind == "completion":
+            return api.completions.create(model="tiny", prompt="x", logprobs=2, stream=stream)
+        return api.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "x"}], logprobs=True,
+            top_logprobs=2, stream=stream,
+        )  # fmt: skip
+
+    whole = ask(False).choices[0].logprobs
+    parts = [c.choices[0].logprobs for c in ask(True) if c.choices[0].logprobs is not None]
+    assert len(parts) > 3
+    for name in ("content",) if kind == "chat" else ("tokens", "text_offset", "top_logprobs"):
+        streamed = [each for part in parts for each in getattr(part, name)]
+        assert [str(each) for each in streamed] == [str(each) for each in getattr(whole, name)]
+
+
+def test_no_logprobs_unless_asked_for(api, ids, coordinator):
+    (choice,) = api.completions.create(model="tiny", prompt="x").choices
+    assert choice.logprobs is None
+    (submit,) = coordinator.received(Submit)
+    assert submit.params.logprobs is None
+
+
+def test_minus_infinity_can_be_written(api, coordinator):
+    coordinator.behaviour = lambda submit: [
+        Tokens(submit.request_id, 0, (40,), (TokenLogprobs(-math.inf),)),
+        Finished(submit.request_id, FinishReason.LENGTH, Usage(1, 1)),
+    ]
+    (choice,) = api.completions.create(model="tiny", prompt="x", logprobs=0).choices
+    assert choice.logprobs.token_logprobs == [-9999.0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_answers_to_several_prompts(api, coordinator, tokenizer, stream):
+    coordinator.behaviour = lambda submit: answer(submit.prompt)(submit)
+    done = api.completions.create(
+        model="tiny", prompt=["the fox", "日本語"], max_tokens=50, n=2, seed=5, stream=stream
+    )
+    texts = dict.fromkeys(range(4), "")
+    for part in done if stream else [done]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert texts == {0: "the fox", 1: "the fox", 2: "日本語", 3: "日本語"}
+    submits = coordinator.received(Submit)
+    assert len({submit.params.seed for submit in submits}) == 2
+    if not stream:
+        lengths = [len(tokenizer.encode(text)) for text in ("the fox", "日本語")]
+        assert done.usage.prompt_tokens == sum(lengths)
+        assert done.usage.completion_tokens == 2 * sum(lengths)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["the fox ", [81, 82]])
+def test_echo(api, coordinator, tokenizer, stream, prompt):
+    coordinator.behaviour = answer(tokenizer.encode(TEXT))
+    done = api.completions.create(
+        model="tiny", prompt=prompt, max_tokens=50, echo=True, stream=stream
+    )
+    text = "".join(part.choices[0].text for part in (done if stream else [done]))
+    said = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+    assert text == said + TEXT

@@ -1,0 +1,104 @@
+"""How structured output is asked for over HTTP, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import httpx
+import pytest
+from fake_coordinator import WAIT_S, FakeCoordinator
+from http_server import serving
+
+from fastserve_mega.messaging.messages import Submit
+from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.types import StructuredOutput
+
+pytest.importorskip("llguidance")
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+HI = [{"role": "user", "content": "hi"}]
+WRAPPED = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA, "strict": True}}
+FORMS = [
+    ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, {"json_schema": {"type": "object"}}),
+    ({"response_format": WRAPPED}, {"json_schema": SCHEMA}),
+    ({"guided_json": SCHEMA}, {"json_schema": SCHEMA}),
+    ({"guided_json": json.dumps(SCHEMA)}, {"json_schema": SCHEMA}),
+    ({"guided_regex": "[a-z]+"}, {"regex": "[a-z]+"}),
+    ({"guided_choice": ["a", "b"]}, {"choice": ("a", "b")}),
+    ({"structured_outputs": {"json": SCHEMA}}, {"json_schema": SCHEMA}),
+    ({"structured_outputs": {"regex": "x"}}, {"regex": "x"}),
+    ({"structured_outputs": {"choice": ["a"]}}, {"choice": ("a",)}),
+    ({"structured_outputs": {"json_object": True}}, {"json_schema": {"type": "object"}}),
+]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_tokenizer_dir):
+    coordinator = FakeCoordinator()
+    with (
+        serving(coordinator, Tokenizer(tiny_tokenizer_dir)) as url,
+        httpx.Client(base_url=url, timeout=WAIT_S) as http,
+    ):
+        yield coordinator, http
+    coordinator.close()
+
+
+@pytest.mark.parametrize(("fields", "expected"), FORMS)
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+def test_every_way_to_ask(kind, fields, expected):
+    body = {"prompt": "x"} if kind is CompletionRequest else {"messages": HI}
+    structured = kind.model_validate({**body, **fields}).structured_output()
+    if expected is None:
+        assert structured is None
+        return
+    if "json_schema" in expected:
+        assert json.loads(structured.json_schema) == expected["json_schema"]
+    else:
+        assert structured == StructuredOutput(**expected)
+
+
+REFUSED = [
+    ({"guided_regex": "(["}, "the regular expression cannot be used: "),
+    ({"guided_json": "{"}, "the JSON schema is not valid JSON"),
+    ({"guided_json": {"type": "banana"}}, "the JSON schema cannot be used: Invalid type: banana"),
+    ({"guided_json": {"not": {}}}, "the JSON schema cannot be used: "),
+    ({"guided_json": "[" * 30_000}, "the JSON schema is nested too deeply"),
+    ({"guided_choice": ["\ud800"]}, "not valid Unicode"),
+    ({"guided_regex": "\ud800"}, "not valid Unicode"),
+    ({"guided_choice": []}, "must have 1 to 65536 characters, got 0"),
+    ({"guided_regex": "a" * 70_000}, "must have 1 to 65536 characters, got 70000"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "ask for one structure of the output, got 2"),
+    ({"response_format": WRAPPED, "guided_regex": "a"}, "ask for one structure of the output"),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos and min_tokens cannot be combined"),
+    ({"response_format": {"type": "xml"}}, "response_format: "),
+    ({"structured_outputs": {"grammar": "x"}}, "unknown field 'structured_outputs.grammar'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), REFUSED)
+def test_what_cannot_be_followed_is_refused_with_one_sentence(shared, fields, sentence):
+    coordinator, http = shared
+    coordinator.reset()
+    for path, body in (
+        ("/v1/chat/completions", {"messages": HI}),
+        ("/v1/completions", {"prompt": "x"}),
+    ):
+        content = json.dumps({**body, **fields})
+        response = http.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400, response.text
+        message = response.json()["error"]["message"]
+        assert sentence in message
+        assert "\n" not in message
+    assert coordinator.received(Submit) == []
+
+
+def test_without_the_library_it_is_refused_with_what_to_install(shared, monkeypatch):
+    _, http = shared
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    response = http.post("/v1/completions", json={"prompt": "x", "guided_regex": "a"})
+    assert response.status_code == 400
+    assert "pip install 'fastserve_mega[structured]'" in response.json()["error"]["message"]

@@ -1,0 +1,241 @@
+"""Tools as the official client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+import pytest
+from fake_coordinator import WAIT_S, FakeCoordinator, answer
+from http_server import serving
+
+from fastserve_mega.messaging.messages import Submit
+from fastserve_mega.text.tokenizer import Tokenizer
+
+pytest.importorskip("llguidance")
+
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "Answer with <tool_call></tool_call>.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_call_id %}[{{ m.name }} {{ m.tool_call_id }}] {% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+PARAMETERS = {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}
+TOOLS = [
+    {"type": "function", "function": {"name": name, "description": "d", "parameters": PARAMETERS}}
+    for name in ("look", "ask")
+]
+LOOK = {"type": "function", "function": {"name": "look"}}
+ARGUMENTS = '{"q": "日本 🙂"}'
+CALL = f'<tool_call>\n{{"name": "look", "arguments": {ARGUMENTS}}}\n</tool_call>'
+HI = [{"role": "user", "content": "hi"}]
+ENDS = 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir, tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer_dir)
+    tokenizer.chat_template = TEMPLATE
+    directory = tmp_path_factory.mktemp("tools-tokenizer")
+    tokenizer.save_pretrained(directory)
+    return Tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def shared(tokenizer):
+    coordinator = FakeCoordinator(max_context=4096)
+    with serving(coordinator, tokenizer) as url:
+        yield coordinator, url
+    coordinator.close()
+
+
+@pytest.fixture
+def says(shared, tokenizer):
+    """Sets the answer to every request."""
+    coordinator, _ = shared
+    coordinator.reset()
+
+    def says(text):
+        coordinator.behaviour = answer([*tokenizer.encode(text), ENDS])
+        return coordinator
+
+    return says
+
+
+@pytest.fixture
+def api(shared):
+    with openai.OpenAI(
+        base_url=f"{shared[1]}/v1", api_key="x", max_retries=0, timeout=WAIT_S
+    ) as api:
+        yield api
+
+
+def ask(api, **options):
+    """(content, [(name, arguments)], finish reason), streamed or not."""
+    done = api.chat.completions.create(
+        model="tiny", **{"messages": HI, "tools": TOOLS, "max_tokens": 500, **options}
+    )
+    return put_together(list(done)) if options.get("stream") else of_message(done)
+
+
+def of_message(done):
+    (choice,) = done.choices
+    calls = choice.message.tool_calls or []
+    assert len({call.id for call in calls}) == len(calls)
+    told = [(call.function.name, call.function.arguments) for call in calls]
+    return choice.message.content, told, choice.finish_reason
+
+
+def put_together(chunks):
+    content, calls, ids = None, [], set()
+    for delta in (chunk.choices[0].delta for chunk in chunks):
+        if delta.content:
+            content = (content or "") + delta.content
+        for call in delta.tool_calls or []:
+            if call.id:
+                assert call.index == len(calls)
+                ids.add(call.id)
+                calls.append([call.function.name, ""])
+            calls[call.index][1] += call.function.arguments
+    assert len(ids) == len(calls)
+    return content, [tuple(call) for call in calls], chunks[-1].choices[0].finish_reason
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call(api, says, stream, tokenizer):
+    coordinator = says(f"Let me see.\n{CALL}\n{CALL}")
+    strict = [{**each, "function": {**each["function"], "strict": True}} for each in TOOLS]
+    content, calls, reason = ask(api, stream=stream, tools=strict)
+    assert content == "Let me see."
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [
+        ("look", json.loads(ARGUMENTS))
+    ] * 2
+    assert reason == "tool_calls"
+    (submit,) = coordinator.received(Submit)
+    assert list(submit.prompt) == tokenizer.apply_chat_template(HI, TOOLS)
+    assert submit.params.structured is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_without_a_call(api, says, stream):
+    says("No, 日本.")
+    assert ask(api, stream=stream) == ("No, 日本.", [], "stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_none_keeps_the_tools_from_the_model(api, says, stream, tokenizer):
+    coordinator = says("Hello")
+    assert ask(api, stream=stream, tool_choice="none") == ("Hello", [], "stop")
+    (submit,) = coordinator.received(Submit)
+    assert list(submit.prompt) == tokenizer.apply_chat_template(HI)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_tool_is_held_to_its_schema(api, says, stream):
+    coordinator = says(ARGUMENTS)
+    assert ask(api, stream=stream, tool_choice=LOOK) == (None, [("look", ARGUMENTS)], "stop")
+    (submit,) = coordinator.received(Submit)
+    assert json.loads(submit.params.structured.json_schema) == PARAMETERS
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_required_calls_are_held_to_their_schemas(api, says, stream):
+    call = f'{{"name": "ask", "arguments": {ARGUMENTS}}}'
+    coordinator = says(f"[{call}, {call}]")
+    content, calls, reason = ask(api, stream=stream, tool_choice="required")
+    assert (content, reason) == (None, "tool_calls")
+    assert [(name, json.loads(told)) for name, told in calls] == [
+        ("ask", json.loads(ARGUMENTS))
+    ] * 2
+    (submit,) = coordinator.received(Submit)
+    schema = json.loads(submit.params.structured.json_schema)
+    assert [each["properties"]["name"] for each in schema["items"]["anyOf"]] == [
+        {"const": "look"}, {"const": "ask"},
+    ]  # fmt: skip
+
+
+def test_a_conversation_with_calls_and_results(api, says, tokenizer):
+    coordinator = says("It rains.")
+    call = {
+        "id": "call_1",
+        "type": "function",
+        "function": {"name": "look", "arguments": ARGUMENTS},
+    }
+    messages = [
+        *HI,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    assert ask(api, messages=messages)[0] == "It rains."
+    (submit,) = coordinator.received(Submit)
+    prompt = tokenizer.decode(submit.prompt)
+    assert "[look call_1] rain" in prompt
+    # The template writes the arguments, so they are not quoted twice.
+    assert f'<tool_call>{{"name": "look", "arguments": {ARGUMENTS}}}</tool_call>' in prompt
+
+
+def test_the_async_client_streams_calls(shared, says):
+    says(CALL)
+
+    async def main():
+        async with openai.AsyncOpenAI(base_url=f"{shared[1]}/v1", api_key="x") as api:
+            stream = await api.chat.completions.create(
+                model="tiny", messages=HI, tools=TOOLS, stream=True
+            )
+            return [chunk async for chunk in stream]
+
+    _, calls, reason = put_together(asyncio.run(asyncio.wait_for(main(), WAIT_S)))
+    assert [name for name, _ in calls] == ["look"]
+    assert reason == "tool_calls"
+
+
+REFUSED = [
+    ({"tools": [{"type": "function"}]}, "tools.0.function: field required"),
+    ({"tools": [{"type": "web"}]}, "tools.0.type: input should be 'function'"),
+    ({"tools": TOOLS[:1] * 2}, "tools must have names of their own, got ['look', 'look']"),
+    ({"tools": [], "tool_choice": "required"}, "tool_choice='required' needs tools"),
+    ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice names 'x'"),
+    ({"tool_choice": LOOK, "response_format": {"type": "json_object"}}, "ask for one structure"),
+    ({"functions": [{"name": "x"}]}, "functions="),
+    (
+        {"tool_choice": LOOK, "tools": [{"type": "function", "function": {
+            "name": "look", "parameters": {"type": "banana"}}}]},
+        "the JSON schema cannot be used: Invalid type: banana",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{"}}]}]},
+        "the arguments of a call of look are not valid JSON: '{'",
+    ),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "tool_call_id is for"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "sentence"), REFUSED)
+def test_what_is_wrong_is_refused(api, says, options, sentence):
+    coordinator = says("x")
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(api, **options)
+    assert sentence in caught.value.body["message"]
+    assert coordinator.received(Submit) == []
+
+
+@pytest.mark.parametrize("parser", ["auto", "none"])
+def test_models_without_tools_refuse_them(tiny_tokenizer_dir, parser):
+    coordinator = FakeCoordinator()
+    with (
+        serving(coordinator, Tokenizer(tiny_tokenizer_dir), tool_parser=parser) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=WAIT_S) as api,
+    ):
+        with pytest.raises(openai.BadRequestError, match="tools are not supported"):
+            ask(api)
+        with pytest.raises(openai.BadRequestError, match="tools are not supported"):
+            ask(api, tools=[], messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
+        assert ask(api, tools=[], max_tokens=50)[2] == "stop"
+        assert ask(api, tool_choice="none", max_tokens=50)[2] == "stop"
+    coordinator.close()

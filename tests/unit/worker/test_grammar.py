@@ -1,0 +1,134 @@
+"""The grammar a sequence is held to, on the rank that samples."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("llguidance")
+
+from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.types import RequestId, SamplingParams, StructuredOutput
+from fastserve_mega.worker.grammar import GrammarError, Grammars
+from fastserve_mega.worker.history import TokenHistory
+from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.sampler import Sampler
+
+VOCABULARY = 352
+EOS = 2
+SCHEMA = {
+    "type": "object",
+    "properties": {"fox": {"enum": ["日本", "naïve"]}, "dogs": {"type": "integer", "maximum": 999}},
+    "required": ["fox", "dogs"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer_dir):
+    return Tokenizer(tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def grammars(tiny_tokenizer_dir):
+    return Grammars(tiny_tokenizer_dir, VOCABULARY, (EOS,))
+
+
+def write(grammars, structured, *, seed=0, restart_at=(), limit=200):
+    """Sample from random logits until the end; at some points only the tokens are kept."""
+    sampler = Sampler((EOS,), grammars)
+    params = SamplingParams(structured=structured, max_tokens=limit)
+    history = TokenHistory(3)
+    for position in range(3, 3 + limit):
+        if len(history.output) in restart_at:
+            history = TokenHistory(3, (), history.output)
+        sequence = SequenceInput(
+            RequestId("r"), [1], position - 1, [1], True, params, seed, 3, history
+        )
+        logits = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(position))
+        output = sampler(logits, [sequence])
+        assert output.failures == ()
+        if output.token_ids == [EOS]:
+            return history.output
+        history.follow(position, output.token_ids)
+    raise AssertionError("no end")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_json_schema(grammars, tokenizer, seed):
+    structured = StructuredOutput(json_schema=json.dumps(SCHEMA))
+    value = json.loads(tokenizer.decode(write(grammars, structured, seed=seed)))
+    assert set(value) == {"fox", "dogs"}
+    assert value["fox"] in ("日本", "naïve")
+    assert value["dogs"] <= 999
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_regular_expression_and_a_choice(grammars, tokenizer, seed):
+    import re
+
+    text = tokenizer.decode(write(grammars, StructuredOutput(regex=r"[a-d]{3,5}-\d{2}"), seed=seed))
+    assert re.fullmatch(r"[a-d]{3,5}-\d{2}", text)
+    choices = ('say "日本"', "naïve\ncafé", "\\")
+    text = tokenizer.decode(write(grammars, StructuredOutput(choice=choices), seed=seed))
+    assert text in choices
+
+
+def test_the_state_is_rebuilt_from_the_output(grammars):
+    structured = StructuredOutput(json_schema=json.dumps(SCHEMA))
+    undisturbed = write(grammars, structured)
+    assert len(undisturbed) > 5
+    assert write(grammars, structured, restart_at=range(100)) == undisturbed
+
+
+def test_others_in_the_batch_are_not_held(grammars):
+    params = SamplingParams(structured=StructuredOutput(choice=("fox",)), temperature=0.0)
+    plain = SamplingParams(temperature=0.0)
+    logits = torch.zeros(2, VOCABULARY)
+    logits[:, 150] = 9.0
+    sequences = [
+        SequenceInput(RequestId("r"), [1], 2, [1], True, p, 0, 3, TokenHistory(3))
+        for p in (params, plain)
+    ]
+    held, free = Sampler((EOS,), grammars)(logits, sequences).token_ids
+    assert (held == 150, free == 150) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("structured", "sentence"),
+    [
+        (StructuredOutput(regex="(["), "unclosed character class"),
+        (StructuredOutput(json_schema="{"), "not valid JSON"),
+        (StructuredOutput(json_schema='{"type": "banana"}'), "banana"),
+        (StructuredOutput(json_schema='{"$ref": "http://x/y"}'), "http://x/y"),
+        (StructuredOutput(json_schema="[" * 30_000), "recursion"),
+    ],
+)
+def test_a_bad_grammar_ends_its_request_and_nothing_else(grammars, structured, sentence):
+    params = [SamplingParams(structured=structured), SamplingParams(temperature=0.0)]
+    sequences = [
+        SequenceInput(RequestId("r"), [1], 2, [1], True, p, 0, 3, TokenHistory(3)) for p in params
+    ]
+    output = Sampler((EOS,), grammars)(torch.arange(2.0 * VOCABULARY).view(2, -1), sequences)
+    (failure,) = output.failures
+    assert failure.index == 0
+    assert sentence in failure.message
+    assert output.token_ids[1] == VOCABULARY - 1
+
+
+def test_without_a_tokenizer_or_an_end_there_are_no_grammars(tmp_path, tiny_tokenizer_dir):
+    choice = StructuredOutput(choice=("fox",))
+    for grammars, sentence in [
+        (Grammars(tmp_path, VOCABULARY, (EOS,)), "needs tokenizer.json"),
+        (Grammars(tiny_tokenizer_dir, VOCABULARY, ()), "end-of-sequence"),
+    ]:
+        with pytest.raises(GrammarError, match=sentence):
+            grammars.hold(torch.zeros(VOCABULARY), choice, TokenHistory(3))
+
+
+def test_output_that_left_the_grammar_is_an_error(grammars):
+    history = TokenHistory(3, (), [150, 150])
+    with pytest.raises(GrammarError, match="cannot be followed"):
+        grammars.hold(torch.zeros(VOCABULARY), StructuredOutput(choice=("fox",)), history)
