@@ -41,9 +41,9 @@ class LiveRequest:
     started_at: float | None = None
     """Its first step was dispatched."""
     first_token_at: float | None = None
-    last_token_at: float | None = None
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of the output, None for what the client brought along; empty when not asked for."""
+    last_token_at: float | None = None
     seed: int = field(init=False)
 
     def __post_init__(self) -> None:
