@@ -22,7 +22,7 @@ from fastserve_mega.planning.deployment import DeploymentPlan, find_architecture
 
 _CPU_POOL_BYTES = GIB
 """What a rank on a CPU takes for KV when nothing is configured."""
-_WEIGHT_FILES = ("*.safetensors", "*.distcp", ".metadata")
+_WEIGHT_FILES = ("*.safetensors", "*.distcp", "iter_*/*.distcp")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DEVICE_BYTES = """
 import json, torch
