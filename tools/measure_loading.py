@@ -91,21 +91,24 @@ def memory_mb() -> dict[str, float]:
 def be_a_rank(directory: Path, dtype: str, tensor: int, results: Path) -> None:
     """Load as a worker does, and write what it took."""
     from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
-    from fastserve_mega.worker.exchange import choose_master, make_exchange
+    from fastserve_mega.worker.exchange import make_exchange
     from fastserve_mega.worker.megatron.runner import MegatronRunner
+    from fastserve_mega.worker.network import choose_master
+    from fastserve_mega.worker.ranks import Ranks
     from fastserve_mega.worker.topology import read_topology
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fastserve_mega").setLevel(logging.INFO)  # says how fast rank 0 loads
     topology = read_topology()
-    exchange = make_exchange(topology)
-    master = exchange.broadcast(choose_master(topology) if topology.rank == 0 else "")
+    ranks = Ranks(topology, make_exchange(topology, _TIMEOUT_S), _TIMEOUT_S)
     config = Config(
         model=ModelConfig(path=str(directory), dtype=dtype),  # type: ignore[arg-type]
         parallel=ParallelConfig(tensor=tensor, device="cpu", threads_per_rank=1),
         kv_cache=KvCacheConfig(device_blocks=2, host_blocks=0),
     )
-    host, _, port = master.rpartition(":")
+    ranks.agree(config)
+    own = choose_master(ranks.topology, port_is_free=True) if topology.rank == 0 else ""
+    host, _, port = ranks.broadcast(own).rpartition(":")
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident set starts anew
     base = memory_mb()
     runner = MegatronRunner(config, topology, host, int(port))

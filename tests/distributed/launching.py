@@ -17,7 +17,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 OPEN_MPI = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
-LAUNCHER_LINES = re.compile(r"^(ERROR|WARNING|CRITICAL) \w+: |^Traceback|^\w*Error: ", re.MULTILINE)
+OUR_LINES = re.compile(r"^(ERROR|WARNING|CRITICAL) \w+: |^Traceback|^\w*Error: ")
+TIME_AND_RANK = re.compile(r"^[\d-]{10} [\d:,]{12} (ERROR|WARNING|CRITICAL) (\w+)( \d+)?: ")
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -56,8 +57,9 @@ class Ended:
 
     @property
     def sentences(self) -> list[str]:
-        """What our processes said, without the launcher's own words."""
-        return [line for line in self.output.splitlines() if LAUNCHER_LINES.match(line)]
+        """What our processes said, without time, rank and the launcher's own words."""
+        lines = [TIME_AND_RANK.sub(r"\1 \2: ", line) for line in self.output.splitlines()]
+        return [line for line in lines if OUR_LINES.match(line)]
 
 
 class Launch:

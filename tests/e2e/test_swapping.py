@@ -42,7 +42,7 @@ def prompts(prompts_file, model_directory):
 @contextmanager
 def one_rank(model_directory, case, *overrides, copy_delay_s=0.0):
     """Coordinator and rank as threads of the test; yields the clients' endpoint."""
-    from fastserve_mega.worker.loop import WorkerLoop
+    from fastserve_mega.worker.loop import WorkerLoop, connect_to_coordinator
     from fastserve_mega.worker.megatron.runner import MegatronRunner
     from fastserve_mega.worker.topology import Topology
 
@@ -62,7 +62,8 @@ def one_rank(model_directory, case, *overrides, copy_delay_s=0.0):
     runner.copies._move = move_late
     process = CoordinatorProcess(config, stop_on_stdin_close=False)
     context = zmq.Context()
-    loop = WorkerLoop(context, process._workers.endpoint, 0, runner, lambda: True)
+    socket = connect_to_coordinator(context, process._workers.endpoint, 0)
+    loop = WorkerLoop(socket, 0, runner, lambda: True)
     threads = [threading.Thread(target=target) for target in (process.run, loop.run)]
     for thread in threads:
         thread.start()
