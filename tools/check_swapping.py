@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import read_event_log
 from fastserve_mega.launcher import Deployment
 from fastserve_mega.plan import Plan

@@ -15,7 +15,8 @@ from rich.live import Live
 from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config import Config, load_config
+from fastserve_mega.config import Config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment, LaunchError
 from fastserve_mega.types import SamplingParams
 

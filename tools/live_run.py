@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastserve_mega import launcher
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall, read_event_log
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec

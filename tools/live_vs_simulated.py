@@ -26,7 +26,8 @@ from rich.table import Table
 
 from fastserve_mega import launcher
 from fastserve_mega.bench.statistics import percentile
-from fastserve_mega.config import Config, load_config
+from fastserve_mega.config import Config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.models.architecture import load_architecture

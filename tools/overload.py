@@ -54,7 +54,7 @@ from rich.table import Table
 from server_processes import resident_bytes
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment
 from fastserve_mega.text.tokenizer import Tokenizer
 

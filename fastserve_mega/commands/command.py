@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fastserve_mega.config import Config, load_config
+from fastserve_mega.config import Config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.logs import LOG_FORMATS
 
 T = TypeVar("T")

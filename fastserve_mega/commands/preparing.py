@@ -15,7 +15,7 @@ from fastserve_mega.commands.command import (
     load_deployment,
     pass_on,
 )
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 
 
 def _plan(options: argparse.Namespace) -> int:

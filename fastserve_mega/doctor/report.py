@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastserve_mega.config import Config, load_config
+from fastserve_mega.config import Config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.doctor import deployment, installation, machine, mpi
 from fastserve_mega.doctor.finding import Check, Finding, Status, ok, problem
 

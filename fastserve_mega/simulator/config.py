@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fastserve_mega.config import SchedulerConfig, SwapConfig, load_yaml
+from fastserve_mega.config import SchedulerConfig, SwapConfig
+from fastserve_mega.config_file import load_yaml
 from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel

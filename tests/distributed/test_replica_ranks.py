@@ -7,7 +7,7 @@ import yaml
 from tiny_models import greedy, make_model, prompts
 
 from fastserve_mega.client import Client
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment
 from fastserve_mega.types import SamplingParams
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_swapping
 from check_swapping import Case
 
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.scheduling.swapping import Swapper
 

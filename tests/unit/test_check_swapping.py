@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_swapping
 from check_swapping import Case, Returns
 
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.plan import Plan, SequenceSlice
 
 

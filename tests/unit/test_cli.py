@@ -13,7 +13,7 @@ import pytest
 import shtab
 
 from fastserve_mega import cli
-from fastserve_mega.config import load_config
+from fastserve_mega.config_file import load_config
 from fastserve_mega.logs import JsonFormatter, launched_rank
 from fastserve_mega.simulator.config import load_simulation_config
 

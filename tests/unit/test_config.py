@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fastserve_mega.config import Config, ModelConfig, SchedulerConfig, load_config
+from fastserve_mega.config import Config, ModelConfig, SchedulerConfig
+from fastserve_mega.config_file import load_config
 
 REFERENCE = "configs/smollm2-135m-cpu.yaml"
 

@@ -9,7 +9,8 @@ import pytest
 from tiny_models import MODELS, make_model
 
 from fastserve_mega.cli import main
-from fastserve_mega.config import Config, HardwareConfig, ModelConfig, ParallelConfig, load_config
+from fastserve_mega.config import Config, HardwareConfig, ModelConfig, ParallelConfig
+from fastserve_mega.config_file import load_config
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.planning.deployment import GIB, find_architecture, plan_deployment
 from fastserve_mega.worker.partition import partition_model
