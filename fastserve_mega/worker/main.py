@@ -103,6 +103,14 @@ def _check(config: Config, topology: Topology) -> None:
     partition_model(architecture, config.parallel, topology.rank % replica_size, replica_size)
 
 
+def _resolve_model(config: Config, ranks: Ranks, *, weights: bool) -> Config:
+    """One rank per host downloads the model if need be; then the others find it there."""
+    if ranks.topology.local_rank == 0:
+        resolve_model(config.model, weights=weights)
+    ranks.gather()  # the others wait here
+    return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
+
+
 class _Rank:
     """The parts of one rank and the order of their start and end."""
 
@@ -128,7 +136,8 @@ class _Rank:
         """
         ranks = self._ranks
         ranks.agree(self._config)
-        self._resolve_model()
+        weights = self._runner_name == "megatron"
+        self._config = _resolve_model(self._config, ranks, weights=weights)
         _check(self._config, self._topology)
         ranks.gather()  # all are fine: nothing was started in vain
         self._handle_signals(supervised=supervised)
@@ -183,16 +192,6 @@ class _Rank:
         """The ranks give up and say why; it has nothing to add."""
         if self._child:
             self._child.kill()
-
-    def _resolve_model(self) -> None:
-        """One rank per host downloads the model if need be; then the others find it there."""
-        model, weights = self._config.model, self._runner_name == "megatron"
-        if self._topology.local_rank == 0:
-            resolve_model(model, weights=weights)
-        self._ranks.gather()  # the others wait here
-        self._config = dataclasses.replace(
-            self._config, model=resolve_model(model, weights=weights)
-        )
 
     def _choose_master(self) -> str:
         """Where the ranks of this replica meet; MASTER_PORT is for the first one."""

@@ -8,6 +8,10 @@ from fastserve_mega.config import SwapConfig
 from fastserve_mega.coordinator.event_log import read_event_log
 from fastserve_mega.types import FinishReason, SamplingParams
 
+PROFILE = """{
+ "prefill": [{"tokens": 1, "seconds": 0.001}, {"tokens": 1000, "seconds": 1.0}],
+ "decode": [{"batch": 1, "context": 16, "seconds": 0.001}]
+}"""
 SWAP = SwapConfig(strategy="proactive", write_through_blocks=3, write_through_occupancy=0.3)
 SCARCE = {"swap": SWAP, "device_blocks": 32, "host_blocks": 200, "max_batch_size": 5}
 
@@ -63,8 +67,12 @@ def test_a_busy_replica_does_not_hold_up_the_other(start_server):
         assert stuck.wait().token_ids == expected_tokens(prompt_of(0), 4)
 
 
-def test_a_conversation_finds_its_prefix_again(start_server):
-    with start_server(ranks=2, replicas=2) as server, Client(server.endpoint) as client:
+def test_a_conversation_finds_its_prefix_again(start_server, tmp_path):
+    # As measured on fake ranks, the length of a prompt would make no difference.
+    profile = tmp_path / "profile.json"
+    profile.write_text(PROFILE)
+    options = {"ranks": 2, "replicas": 2, "profile": str(profile)}
+    with start_server(**options) as server, Client(server.endpoint) as client:
         first = client.submit(prompt_of(1, 200), params(1)).wait()
         others = [client.submit(prompt_of(2 + i), params(1)) for i in range(4)]
         for other in others:

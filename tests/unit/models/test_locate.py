@@ -112,15 +112,15 @@ def test_an_incomplete_snapshot_is_completed(cache, there):
     assert len(hub.patterns) == 1
 
 
-class Exchange:
+class Ranks:
     """Records when this rank waits for the others."""
 
-    def __init__(self, happened: list[str]) -> None:
+    def __init__(self, topology: Topology, happened: list[str]) -> None:
+        self.topology = topology
         self.happened = happened
 
-    def gather(self, value):
+    def gather(self):
         self.happened.append("wait")
-        return [value]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_one_rank_per_host_fetches_first(monkeypatch, tmp_path, local_rank, expe
     monkeypatch.setattr(worker_main, "resolve_model", resolve)
     config = Config(model=ModelConfig(path=NAME), parallel=ParallelConfig(tensor=2))
     topology = Topology(rank=2 + local_rank, world_size=4, local_rank=local_rank, local_size=2)
-    resolved = worker_main._resolve_model(config, topology, Exchange(happened), weights=True)
+    resolved = worker_main._resolve_model(config, Ranks(topology, happened), weights=True)
     assert happened == expected
     assert resolved.model.directory == tmp_path
     assert resolved.parallel == config.parallel
