@@ -40,6 +40,11 @@ class AsyncGeneration:
         return self._state.usage
 
     @property
+    def progress(self) -> Usage:
+        """Token counts so far; `usage` when it has ended."""
+        return self._state.progress
+
+    @property
     def text(self) -> str:
         """All text that arrived so far, whether iterated over or not."""
         return self._state.text

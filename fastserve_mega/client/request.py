@@ -68,6 +68,11 @@ class RequestState:
         return self.finish_reason is not None or self.error is not None
 
     @property
+    def progress(self) -> Usage:
+        """Token counts so far; what the prefix cache saved is known at the end only."""
+        return self.usage or Usage(len(self._submit.prompt), len(self.received))
+
+    @property
     def text(self) -> str:
         """All text so far."""
         return "".join(self._texts)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 from fastapi import Request, Response
@@ -14,7 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from fastserve_mega.client import AsyncGeneration, Chunk, ClientError
 from fastserve_mega.server.errors import from_client_error
-from fastserve_mega.types import FinishReason, Usage
+from fastserve_mega.types import FinishReason
 
 _SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Json = dict[str, Any]
@@ -54,8 +54,8 @@ class Answer:
 
     @property
     def usage(self) -> Json:
-        """Token counts; a prompt with several answers counts once."""
-        usages = [generation.usage or Usage(0, 0) for generation in self.generations]
+        """Token counts so far; a prompt with several answers counts once."""
+        usages = [generation.progress for generation in self.generations]
         prompts = usages[:: self.answers_per_prompt]
         prompt = sum(usage.prompt_tokens for usage in prompts)
         completion = sum(usage.completion_tokens for usage in usages)
@@ -73,14 +73,17 @@ class Answer:
             generation.cancel()
 
 
-async def respond(http: Request, answer: Answer, *, stream: bool, include_usage: bool) -> Response:
+UsageInStream = Literal["never", "at the end", "always"]
+
+
+async def respond(http: Request, answer: Answer, *, stream: bool, usage: UsageInStream) -> Response:
     """Answer with what the generations yield; they are cancelled when the HTTP client goes away.
 
     Args:
         http: the request, to notice that its sender has gone.
         answer: what to answer with.
         stream: as server-sent events.
-        include_usage: end a stream with the token counts.
+        usage: when a stream tells the token counts; `always` is with each piece.
 
     Raises:
         ClientError: a generation failed, and nothing was sent yet.
@@ -88,7 +91,7 @@ async def respond(http: Request, answer: Answer, *, stream: bool, include_usage:
     watch = asyncio.create_task(_cancel_on_disconnect(http, answer))
     if not stream:
         return _json(await _whole_answer(answer, watch))
-    events = _events(answer, watch, include_usage=include_usage)
+    events = _events(answer, watch, usage)
     # Nothing is sent before there is something to tell: until then an error has its HTTP status.
     first = await anext(events)
     return StreamingResponse(
@@ -120,10 +123,9 @@ async def _whole_answer(answer: Answer, watch: asyncio.Task[None]) -> Json:
 
 
 async def _events(
-    answer: Answer, watch: asyncio.Task[None], *, include_usage: bool
+    answer: Answer, watch: asyncio.Task[None], usage: UsageInStream
 ) -> AsyncIterator[Json]:
     """The JSON objects of a stream, in their order."""
-    usage: Json = {"usage": None} if include_usage else {}
     opened = set()
     try:
         async with aclosing(_merge(answer.generations)) as merged:
@@ -135,9 +137,12 @@ async def _events(
                     written += choice.closing(_reason(answer.generations[index]))
                 else:
                     written += choice.delta(chunk)
+                told: Json = {}
+                if usage != "never":
+                    told = {"usage": answer.usage if usage == "always" else None}
                 for each in written:
-                    yield {**answer.head, "choices": [each], **usage}
-        if include_usage:
+                    yield {**answer.head, "choices": [each], **told}
+        if usage != "never":
             yield {**answer.head, "choices": [], "usage": answer.usage}
     finally:
         watch.cancel()

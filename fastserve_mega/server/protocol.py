@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fastserve_mega.server.answers import UsageInStream
 from fastserve_mega.server.structured import (
     ResponseFormat,
     Schema,
@@ -54,6 +55,8 @@ class StreamOptions(Strict):
 
     unsupported = {"include_obfuscation": (False,)}
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: with each piece of the stream, not only at its end; needs include_usage."""
 
 
 class GenerationRequest(Strict):
@@ -124,8 +127,11 @@ class GenerationRequest(Strict):
         return only_one([s for each in asked if each and (s := each.structured()) is not None])
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_in_stream(self) -> UsageInStream:
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return "never"
+        return "always" if options.continuous_usage_stats else "at the end"
 
     @field_validator("stop")
     @classmethod

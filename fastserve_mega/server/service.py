@@ -138,7 +138,7 @@ class Service:
             http,
             Answer(head, generations, choices, body.answers_per_prompt),
             stream=bool(body.stream),
-            include_usage=body.include_usage,
+            usage=body.usage_in_stream,
         )
 
     async def _start(

@@ -237,6 +237,15 @@ def test_each_event_is_valid_for_openai(http, says_text):
     for event in events(http.post("/v1/chat/completions", json=body)):
         openai.types.chat.ChatCompletionChunk.model_validate(event, strict=True)
         assert "usage" in event
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    whole_usage = http.post("/v1/chat/completions", json={"messages": hi()}).json()["usage"]
+    pieces = list(
+        events(http.post("/v1/chat/completions", json={**body, "stream_options": options}))
+    )
+    counts = [piece["usage"]["completion_tokens"] for piece in pieces]
+    assert counts == sorted(counts)
+    assert counts[-1] == whole_usage["completion_tokens"] > 0
+    assert len({piece["usage"]["prompt_tokens"] for piece in pieces}) == 1
     body = {"messages": hi()}
     whole = http.post("/v1/chat/completions", json=body).json()
     openai.types.chat.ChatCompletion.model_validate(whole, strict=True)
