@@ -48,10 +48,7 @@ def test_an_overloaded_server_comes_out_whole(start_server, strategy, host_block
     with start_server(**settings) as server:
         deployment = SimpleNamespace(check=lambda: None)
         run = asyncio.run(overload.overload(deployment, server.endpoint, WORKLOAD, OPTIONS))
-    # Whether some are rejected depends on how fast the machine can send; test_serving has that.
-    findings = [finding for finding in run.findings if finding.what != "some were rejected"]
-    assert len(findings) == len(run.findings) - 1
-    assert [finding for finding in findings if not finding.holds] == []
+    assert [finding for finding in run.findings if not finding.holds] == []
     assert len(run.outcomes) > 2 * OPTIONS.seconds * run.capacity.requests_per_s
     assert run.metrics["preemptions_total"] > 0
     tables = overload.render(run, OPTIONS.seconds)
