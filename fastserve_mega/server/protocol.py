@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -110,9 +111,9 @@ class GenerationRequest(Strict):
         return self.n or 1
 
     @property
+    @abstractmethod
     def top_logprobs_asked(self) -> int | None:
         """How many of the most probable tokens are told; None tells no log probabilities."""
-        raise NotImplementedError
 
     def structured_output(self) -> StructuredOutput | None:
         """The form that the output is held to.

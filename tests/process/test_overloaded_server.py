@@ -1,4 +1,4 @@
-"""Three times the capacity for a moment: the tool itself runs for minutes."""
+"""Several times the capacity for a moment: the tool itself runs for minutes."""
 
 import asyncio
 import sys
@@ -23,7 +23,7 @@ WORKLOAD = Workload(
     answer_lengths=range(2, 30),
 )
 OPTIONS = Namespace(
-    seed=0, load=3.0, measure=0.4, concurrency=16, seconds=1.0, limit=20.0, growth_limit=64.0
+    seed=0, load=6.0, measure=0.4, concurrency=16, seconds=1.0, limit=20.0, growth_limit=64.0
 )
 
 
