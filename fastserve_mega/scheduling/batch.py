@@ -22,12 +22,22 @@ class BatchBuilder:
     that the memory which comes free goes to those who waited for it.
     """
 
-    def __init__(self, config: SchedulerConfig, memory: KvMemory, max_requests: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        memory: KvMemory,
+        policy: Policy,
+        max_requests: int,
+        in_flight: int,
+    ) -> None:
+        """Begin an empty step of at most `max_requests`, while `in_flight` are in other steps."""
         self.requests: list[Request] = []
         self.slices: list[SequenceSlice] = []
         self._memory = memory
+        self._policy = policy
         self._takes_hosted = Place.HOSTED in memory.runnable_places
         self._max_requests = max_requests
+        self._in_flight = in_flight
         self._tokens_left = config.max_batch_tokens
         self._lookahead = config.backfill_lookahead
         self._max_passed_over = config.max_passed_over
@@ -35,28 +45,28 @@ class BatchBuilder:
         self._stops = False
         """Admission has just closed."""
         self._reserves_tokens = True
-        """Each place behind a prefill may be a decode's."""
+        """A prefill leaves a token to each decode that may stand behind it."""
         self._prefills_wait = False
         """What is left of the tokens is reserved for decodes."""
 
-    def fill(self, policy: Policy) -> None:
+    def fill(self) -> None:
         """Take requests until nothing more fits."""
-        self._take_by_priority(policy)
+        self._take_by_priority()
         if self._has_room() and (self._prefills_wait or not self._admitting):
-            self._take(policy.walk(Place.RESIDENT))
+            self._take(self._policy.walk(Place.RESIDENT))
         if self._has_room() and self._prefills_wait:  # there were fewer decodes
             self._reserves_tokens = self._prefills_wait = False
-            self._take_by_priority(policy)
+            self._take_by_priority()
 
     def _has_room(self) -> bool:
         return self._tokens_left > 0 and len(self.requests) < self._max_requests
 
-    def _take_by_priority(self, policy: Policy) -> None:
+    def _take_by_priority(self) -> None:
         if self._admitting:
             enough = self._max_requests + self._lookahead + 1
-            self._take(policy.merged(self._memory.runnable_places, enough))
+            self._take(self._policy.merged(self._memory.runnable_places, enough))
         else:
-            self._take(policy.walk(Place.RESIDENT))
+            self._take(self._policy.walk(Place.RESIDENT))
 
     def _take(self, candidates: Iterable[Request]) -> None:
         # The one loop whose cost counts: it looks at each running request in each step.
@@ -69,7 +79,7 @@ class BatchBuilder:
             start = request.computed_tokens
             pending = request.known_tokens - start
             num_tokens = 1
-            if pending > 1 and not (num_tokens := self._chunk(pending)):
+            if pending > 1 and not (num_tokens := self._chunk(request, pending)):
                 if prefills_waited:
                     continue
                 return
@@ -110,15 +120,25 @@ class BatchBuilder:
             self._pass_over(request)
         return admission is Admission.READY
 
-    def _chunk(self, pending: int) -> int:
+    def _chunk(self, request: Request, pending: int) -> int:
         """Tokens of a prefill in this step; after one that does not get all, there are none."""
         if self._prefills_wait:
             return 0
         left = self._tokens_left
         if self._reserves_tokens:
-            left -= self._max_requests - len(self.requests) - 1
+            left -= self._decodes_behind(request)
         self._prefills_wait = left <= 0
         return max(min(pending, left), 0)
+
+    def _decodes_behind(self, prefill: Request) -> int:
+        """Decodes, at most, that may take the places behind a prefill; each needs a token.
+
+        Those who wait for their prefill are none of them: they share what the decodes leave.
+        """
+        count = self._policy.count
+        started = count(Place.RESIDENT) + (count(Place.HOSTED) if self._takes_hosted else 0)
+        others = started - self._in_flight - (prefill.place is not Place.WAITING)
+        return max(min(others, self._max_requests - 1) - len(self.requests), 0)
 
     def _pass_over(self, request: Request) -> None:
         request.passed_over += 1

@@ -75,7 +75,10 @@ class Mlfq:
         used_up = []
         for request in batch:
             request.charged_s += elapsed_s
-            if request.charged_s >= quanta_s[request.level]:
+            # A prefill is one iteration (paper section 4.1), however many chunks it is cut into:
+            # what it used up counts when it is done. Else half-read prompts would queue behind
+            # each other with the blocks of the whole prompt in their hands.
+            if request.charged_s >= quanta_s[request.level] and request.pending_tokens == 1:
                 used_up.append(request)
         if used_up:
             # One prediction for the longest context, instead of one for each.
@@ -148,9 +151,11 @@ class Mlfq:
     def _enst(self, now: float) -> Callable[[Request], tuple[float, int, int]]:
         """Sort by ENST (paper section 4.2): the sooner of promotion and execution.
 
-        T_promote is the time left until the starvation promotion. T_execute is the time until all
-        requests of higher levels have come down to the level of this one, which is the sum of the
-        quanta on their way, shared by a batch.
+        T_promote is the time left until the starvation promotion, and counts only while there may
+        be another: those who are overdue but cannot be promoted would else return to the device
+        before the promoted, find no place in a batch, and keep the promoted out. T_execute is the
+        time until all requests of higher levels have come down to the level of this one, which is
+        the sum of the quanta on their way, shared by a batch.
         """
         execute_s = [0.0]
         work_s, above = 0.0, 0
@@ -159,7 +164,7 @@ class Mlfq:
             work_s += above * quantum_s
             execute_s.append(work_s / self._max_batch_size)
         limit_s = self._starvation_limit_s
-        if limit_s is None:
+        if limit_s is None or not self._may_promote():
             return lambda request: (execute_s[request.level], request.level, request.level_entry)
 
         promoted_in_s = limit_s - now
@@ -168,7 +173,7 @@ class Mlfq:
             level = request.level
             until_s = execute_s[level]
             if level and (promoted_s := request.waiting_since + promoted_in_s) < until_s:
-                until_s = promoted_s
+                until_s = max(promoted_s, 0.0)
             return until_s, level, request.level_entry
 
         return enst

@@ -271,8 +271,10 @@ class Scheduler:
         self._memory.begin_step(step_id, now)
         # An even share for each step of the window, so that no pipeline stage idles.
         share = -(-len(self._requests) // self._window)
-        batch = BatchBuilder(self._config, self._memory, min(self._config.max_batch_size, share))
-        batch.fill(self._policy)
+        in_flight = sum(map(len, self._in_flight.values()))
+        places = min(self._config.max_batch_size, share)
+        batch = BatchBuilder(self._config, self._memory, self._policy, places, in_flight)
+        batch.fill()
         if self._is_proactive:
             self._planner.plan(now)
         copies = self._memory.copies.take_planned()

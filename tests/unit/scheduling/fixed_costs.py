@@ -35,11 +35,14 @@ def make_scheduler(
     window=1,
     levels=6,
     starvation_limit_s=None,
+    base_quantum_s=None,
     **options,
 ) -> Scheduler:
     options.setdefault("max_batch_size", 4)
     options.setdefault("max_batch_tokens", 1000)
-    mlfq = MlfqConfig(levels=levels, starvation_limit_s=starvation_limit_s)
+    mlfq = MlfqConfig(
+        levels=levels, starvation_limit_s=starvation_limit_s, base_quantum_s=base_quantum_s
+    )
     return Scheduler(
         SchedulerConfig(policy=policy, mlfq=mlfq, **options),
         FixedCosts(),

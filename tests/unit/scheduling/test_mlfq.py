@@ -44,15 +44,51 @@ def test_an_unfinished_quantum_does_not():
 
 
 def test_demotion_skips_levels_that_could_not_hold_the_next_iteration():
-    scheduler = make_scheduler(max_batch_tokens=100, starvation_limit_s=5.0)
-    driver = Driver(scheduler, {"long": 5, "x": 1000})
-    # 300 tokens join level 5 (30 s), wait behind nobody, and run a first chunk of 100 (10 s).
+    scheduler = make_scheduler(policy="skip_join_mlfq", base_quantum_s=0.25)  # 0.25, 0.5, 1, 2, ...
+    plan = scheduler.step(0.0, [arrived("a", 2)])
+    assert level_of(scheduler, "a") == 0
+    scheduler.step(0.25, [StepDone(plan.step_id, 0.25)])
+    assert level_of(scheduler, "a") == 2  # a decode takes 1 s, so not in Q2
+
+
+def test_a_prefill_in_chunks_is_one_iteration_and_is_not_demoted_within():
+    scheduler = make_scheduler(max_batch_tokens=100)
+    driver = Driver(scheduler, {"long": 5})
     driver.step([arrived("long", 300)])
-    assert level_of(scheduler, "long") == 5
-    # Starved by hand: promoted to Q1, one chunk uses that quantum up, 10 s of prefill remain.
+    # Promoted by hand: the first chunk of 10 s uses the quantum of Q1 up ten times.
     scheduler._policy._queues.move(scheduler._requests["long"], 0)
     driver.step()
-    assert level_of(scheduler, "long") == 5  # 20 s left: levels 1 to 4 hold 2, 4, 8, 16 s
+    driver.step()
+    assert level_of(scheduler, "long") == 0
+    driver.step()  # the prompt is read: what it used up counts now
+    assert level_of(scheduler, "long") == 1
+
+
+def test_half_read_prompts_do_not_take_turns():
+    """Each would hold the blocks of its whole prompt while the others run."""
+    scheduler = make_scheduler(max_batch_tokens=100, starvation_limit_s=15.0)
+    driver = Driver(scheduler, dict.fromkeys("abc", 1))
+    driver.step([arrived(name, 300) for name in "abc"])  # 30 s each, in chunks of 10 s
+    driver.run_until_idle()
+    assert [names(plan)[0] for plan in driver.plans] == [*"aaabbbccc"]
+    assert driver.finished_at == {"a": 30.0, "b": 60.0, "c": 90.0}
+
+
+def test_who_is_overdue_but_cannot_be_promoted_is_not_expected_before_the_promoted():
+    scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
+    scheduler.step(0.0, [arrived("short", 10), *(arrived(f"l{i}", 320) for i in range(3))])
+    scheduler.step(9.0, [StepDone(0, 3.0, ("short",))])  # all are overdue by 6 s, one is promoted
+    assert [level_of(scheduler, f"l{i}") for i in range(3)] == [0, 5, 5]
+    policy, requests = scheduler._policy, scheduler._requests
+    assert policy.scheduled_in_s(requests["l0"], 9.0) == 0.0
+    # T_execute of the lowest level: l0 comes down from Q1 first, 1 + 2 + 4 + 8 + 16 s.
+    assert policy.scheduled_in_s(requests["l1"], 9.0) == 31.0
+
+
+def test_a_promotion_that_is_overdue_is_expected_at_once_and_not_in_the_past():
+    scheduler = make_scheduler(max_batch_size=2, window=1, starvation_limit_s=3.0)
+    scheduler.step(0.0, [arrived("a", 10), arrived("b", 10), arrived("late", 320)])
+    assert scheduler._policy.scheduled_in_s(scheduler._requests["late"], 8.0) == 0.0
 
 
 def test_the_lowest_level_is_round_robin():
