@@ -17,6 +17,8 @@ MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
+MAX_STOP_TOKENS = 1024
+MAX_CHOICES = 4096
 MAX_STRUCTURE_LENGTH = 65_536
 _MAX_PENALTY = 2.0
 _MAX_REPETITION_PENALTY = 100.0
@@ -62,6 +64,10 @@ class StructuredOutput:
                 "structured output takes one of json_schema, regex and choice, "
                 f"got {len(given)} of them"
             )
+        if self.choice is not None and len(self.choice) > MAX_CHOICES:
+            raise ValueError(
+                f"choice must have at most {MAX_CHOICES} texts, got {len(self.choice)}"
+            )
         length = sum(map(len, given[0]))
         if not 1 <= length <= MAX_STRUCTURE_LENGTH:
             raise ValueError(
@@ -83,13 +89,14 @@ class SamplingParams:
 
     max_tokens: int = 16
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is what is below 1e-5."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all tokens."""
     seed: int | None = None
     """None lets the client (or, for a foreign client, the coordinator) choose one."""
     stop_token_ids: tuple[int, ...] = ()
+    """At most 1024."""
     ignore_eos: bool = False
     min_tokens: int = 0
     """End-of-sequence and stop tokens are not sampled before this many output tokens."""
@@ -177,8 +184,13 @@ class SamplingParams:
                 "structured output ends where its form does; ignore_eos and min_tokens cannot be "
                 "combined with it"
             )
-        if any(token < 0 for token in self.stop_token_ids):
-            raise ValueError(f"stop_token_ids must not be negative, got {self.stop_token_ids}")
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise ValueError(
+                f"stop_token_ids must name at most {MAX_STOP_TOKENS} tokens, "
+                f"got {len(self.stop_token_ids)}"
+            )
+        if (least := min(self.stop_token_ids, default=0)) < 0:
+            raise ValueError(f"stop_token_ids must not be negative, got {least}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

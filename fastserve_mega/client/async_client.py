@@ -33,6 +33,7 @@ from fastserve_mega.messaging.messages import (
     Welcome,
 )
 from fastserve_mega.text.output import OutputText
+from fastserve_mega.text.stop_strings import stop_strings
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams
 
@@ -140,7 +141,7 @@ class AsyncClient:
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
@@ -151,7 +152,7 @@ class AsyncClient:
         Args:
             prompt: text, or token ids.
             params: how to sample; None takes the defaults (16 tokens).
-            stop: strings before which the answer ends.
+            stop: a string, or strings, before which the answer ends.
             priority: 0 is normal, lower is sooner.
             cache_salt: KV is shared among requests with the same salt only.
             timeout_s: end with finish reason `timeout` when unfinished after this many seconds.
@@ -179,7 +180,7 @@ class AsyncClient:
         messages: Sequence[Mapping[str, str]],
         params: SamplingParams | None = None,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
@@ -208,7 +209,7 @@ class AsyncClient:
         prompt: Sequence[int],
         params: SamplingParams | None = None,
         *,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
@@ -233,7 +234,7 @@ class AsyncClient:
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= frozenset(welcome.eos_token_ids)
-        output = await self._output(stop, end_ids)
+        output = await self._output(stop, end_ids, params.min_tokens)
         state = RequestState(submit, output, end_ids, submitted_at=time.monotonic())
         session = self._started()
         session.start(state, submit)
@@ -263,15 +264,17 @@ class AsyncClient:
         except ValueError as error:
             raise InvalidRequestError(str(error)) from None
 
-    async def _output(self, stop: str | Sequence[str], silent: frozenset[int]) -> OutputText | None:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    async def _output(
+        self, stop: str | Sequence[str] | None, silent: frozenset[int], min_tokens: int
+    ) -> OutputText | None:
+        try:
+            stops = stop_strings(stop)
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from None
         tokenizer = await (self._require_tokenizer() if stops else self.tokenizer())
         if tokenizer is None:
             return None
-        try:
-            return OutputText(tokenizer, stops, silent)
-        except ValueError as error:
-            raise InvalidRequestError(str(error)) from None
+        return OutputText(tokenizer, stops, silent, min_tokens)
 
     async def _require_tokenizer(self) -> Tokenizer:
         tokenizer = await self.tokenizer()

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from fastserve_mega.messaging.codec import MAX_FRAME_BYTES
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.types import SamplingParams
 
 _MAX_ID_LENGTH = 256
 _MAX_PRIORITY = 1_000
 _MAX_SALT_LENGTH = 256
+_TOKEN_BYTES = 5
+_NUMBER_BYTES = 9
+_CHARACTER_BYTES = 4
+_OTHER_BYTES = 4096
+"""Of what is left in a frame that tells a rank of a request, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +26,7 @@ class Admission:
     """The limits of this server."""
 
     vocab_size: int
+    eos_token_ids: Collection[int]
     max_context: int
     max_queued_requests: int
     schedulers: Sequence[Scheduler]
@@ -26,7 +34,13 @@ class Admission:
 
     def refusal(self, submit: Submit) -> str | None:
         """What is wrong with a request, as one sentence with the value and the limit."""
-        return self._bad_identity(submit) or self._bad_tokens(submit) or self._bad_length(submit)
+        return (
+            self._bad_identity(submit)
+            or self._bad_tokens(submit)
+            or self._bad_length(submit)
+            or self._nothing_to_sample(submit.params)
+            or self._bad_size(submit)
+        )
 
     def rejection(self, unfinished: int, *, draining: bool) -> str | None:
         """Why a good request is not taken now, as one sentence; trying again later may do."""
@@ -88,3 +102,40 @@ class Admission:
             return f"{len(submit.received)} tokens were received already, max_tokens is {limit}"
         refusals = (scheduler.refusal(prompt, limit) for scheduler in self.schedulers)
         return next((refusal for refusal in refusals if refusal), None)
+
+    def _nothing_to_sample(self, params: SamplingParams) -> str | None:
+        if not params.min_tokens:
+            return None
+        held_back = {*self.eos_token_ids, *params.stop_token_ids}
+        if sum(token < self.vocab_size for token in held_back) < self.vocab_size:
+            return None
+        return (
+            f"min_tokens {params.min_tokens} holds back end-of-sequence and stop tokens, which "
+            f"are all {self.vocab_size} tokens of the vocabulary"
+        )
+
+    @staticmethod
+    def _bad_size(submit: Submit) -> str | None:
+        """Say when a rank would not take the frame that tells it of the request."""
+        size = bytes_to_tell(submit)
+        if size > MAX_FRAME_BYTES:
+            return (
+                f"the request takes up to {size} bytes to tell a rank of it, the limit is "
+                f"{MAX_FRAME_BYTES}"
+            )
+        return None
+
+
+def bytes_to_tell(submit: Submit) -> int:
+    """Largest size of the frame that tells a rank of a request."""
+    params = submit.params
+    texts: tuple[str, ...] = ()
+    if (structured := params.structured) is not None:
+        given = (structured.json_schema, structured.regex, *(structured.choice or ()))
+        texts = tuple(text for text in given if text is not None)
+    return (
+        _OTHER_BYTES
+        + _TOKEN_BYTES * (len(submit.prompt) + len(submit.received) + len(texts))
+        + _NUMBER_BYTES * (len(params.stop_token_ids) + 2 * len(params.logit_bias))
+        + _CHARACTER_BYTES * (sum(map(len, texts)) + len(submit.request_id))
+    )

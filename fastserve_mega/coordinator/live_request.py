@@ -45,11 +45,13 @@ class LiveRequest:
     """Of the output, None for what the client brought along; empty when not asked for."""
     last_token_at: float | None = None
     seed: int = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         # A client that sends no seed cannot rely on one, but resubmits under the same id.
         chosen = self.submit.params.seed
         self.seed = zlib.crc32(self.request_id.encode()) if chosen is None else chosen
+        self.stop_token_ids = frozenset(self.params.stop_token_ids)
         if self.params.logprobs is not None:
             self.logprobs = [None] * len(self.output)
 
@@ -113,7 +115,7 @@ class LiveRequest:
             self.logprobs.append(logprobs)
         params = self.params
         if len(self.output) >= params.min_tokens and (
-            token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
+            token in self.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
         ):
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.output) >= params.max_tokens else None

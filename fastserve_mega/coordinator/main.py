@@ -203,6 +203,7 @@ class CoordinatorProcess:
         metrics.watch_schedulers(schedulers)
         admission = Admission(
             vocab_size=self._welcome.vocab_size,
+            eos_token_ids=self._welcome.eos_token_ids,
             max_context=self._welcome.max_context,
             max_queued_requests=config.scheduler.max_queued_requests,
             schedulers=schedulers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -9,10 +10,11 @@ from typing import Protocol
 
 import zmq
 
-from fastserve_mega.messaging.codec import decode, encode
+from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
+    SequencesStarted,
     Shutdown,
     StepCommand,
     StepResult,
@@ -210,9 +212,9 @@ class ZmqWorkerGroup:
         return sum(worker.block_bytes for _, worker in self._workers.members(self.ranks))
 
     def dispatch(self, command: StepCommand) -> None:
-        frame = encode(command)
-        for peer, _ in self._workers.members(self.ranks):
-            self._workers.send(peer, frame)
+        for frame in _frames(command):
+            for peer, _ in self._workers.members(self.ranks):
+                self._workers.send(peer, frame)
 
     def results(self) -> Iterator[StepResult | CopyResult]:
         self._workers.receive()
@@ -221,3 +223,15 @@ class ZmqWorkerGroup:
 
     def wait(self, timeout_s: float) -> bool:
         return bool(self.inbox) or self._workers.wait(timeout_s)
+
+
+def _frames(command: StepCommand) -> list[bytes]:
+    """A step in one frame, or in several where a rank would not take one so long.
+
+    Admission sees to it that each request fits into a frame of its own.
+    """
+    whole = encode(command)
+    if len(whole) <= MAX_FRAME_BYTES:
+        return [whole]
+    ahead = [encode(SequencesStarted((start,))) for start in command.started]
+    return [*ahead, encode(dataclasses.replace(command, started=()))]

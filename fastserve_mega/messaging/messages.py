@@ -45,6 +45,7 @@ class Kind(IntEnum):
     SHUTDOWN = 68
     COPY_RESULT = 69
     KEEP_ALIVE = 70
+    SEQUENCES_STARTED = 71
 
 
 # --- client to coordinator ---------------------------------------------------------------------
@@ -239,6 +240,13 @@ class StepCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class SequencesStarted:
+    """Requests that are new in the next StepCommand, where one frame could not hold them all."""
+
+    started: tuple[SequenceStart, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """Sent by the rank that sampled, after each step with a batch."""
 
@@ -287,7 +295,8 @@ class KeepAlive:
 Message = (
     Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
     | Welcome | Tokens | Finished | Refused | Pong | Metrics | Snapshot | Restarting
-    | WorkerReady | StepCommand | StepResult | CopyResult | WorkerFailed | Shutdown | KeepAlive
+    | WorkerReady | SequencesStarted | StepCommand | StepResult | CopyResult | WorkerFailed
+    | Shutdown | KeepAlive
 )  # fmt: skip
 
 KIND_OF: dict[type, Kind] = {
@@ -306,6 +315,7 @@ KIND_OF: dict[type, Kind] = {
     Snapshot: Kind.SNAPSHOT,
     Restarting: Kind.RESTARTING,
     WorkerReady: Kind.WORKER_READY,
+    SequencesStarted: Kind.SEQUENCES_STARTED,
     StepCommand: Kind.STEP_COMMAND,
     StepResult: Kind.STEP_RESULT,
     WorkerFailed: Kind.WORKER_FAILED,

@@ -15,7 +15,15 @@ from fastserve_mega.server.structured import (
     StructuredOutputs,
     only_one,
 )
-from fastserve_mega.types import MAX_SEED, MAX_TOP_LOGPROBS, SamplingParams, StructuredOutput
+from fastserve_mega.text.stop_strings import stop_strings
+from fastserve_mega.types import (
+    MAX_BIASED_TOKENS,
+    MAX_SEED,
+    MAX_STOP_TOKENS,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+    StructuredOutput,
+)
 
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
@@ -102,9 +110,7 @@ class GenerationRequest(Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return stop_strings(self.stop)
 
     @property
     def answers_per_prompt(self) -> int:
@@ -134,12 +140,26 @@ class GenerationRequest(Strict):
             return "never"
         return "always" if options.continuous_usage_stats else "at the end"
 
-    @field_validator("stop")
+    @field_validator("stop", mode="before")
     @classmethod
-    def _no_empty_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if stop is not None and (stop == "" or "" in stop):
-            raise ValueError("a stop string must not be empty")
+    def _only_stop_strings(cls, stop: object) -> object:
+        stop_strings(stop)
         return stop
+
+    @field_validator("stop_token_ids", mode="before")
+    @classmethod
+    def _few_stop_tokens(cls, ids: object) -> object:
+        # Before each of them is looked at.
+        if isinstance(ids, list) and len(ids) > MAX_STOP_TOKENS:
+            raise ValueError(f"at most {MAX_STOP_TOKENS} tokens, got {len(ids)}")
+        return ids
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biased_tokens(cls, bias: object) -> object:
+        if isinstance(bias, dict) and len(bias) > MAX_BIASED_TOKENS:
+            raise ValueError(f"at most {MAX_BIASED_TOKENS} tokens, got {len(bias)}")
+        return bias
 
     def sampling_params(self, max_tokens: int, number: int = 0) -> SamplingParams:
         """How to sample at most `max_tokens` tokens of answer `number` to a prompt.

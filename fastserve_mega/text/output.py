@@ -15,14 +15,21 @@ class OutputText:
         decoder: the model's tokenizer.
         stops: stop strings; the text ends before the first one.
         silent: token ids that end an answer and are not part of its text.
+        min_tokens: a stop string that is complete within so many tokens is text like any other.
     """
 
     def __init__(
-        self, decoder: TokenDecoder, stops: Sequence[str] = (), silent: Collection[int] = ()
+        self,
+        decoder: TokenDecoder,
+        stops: Sequence[str] = (),
+        silent: Collection[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(decoder)
         self._filter = StopStringFilter(stops)
         self._silent = frozenset(silent)
+        self._held_to_run = min_tokens
+        """Output tokens that are still to come before a stop string counts."""
 
     @property
     def stopped(self) -> bool:
@@ -31,10 +38,16 @@ class OutputText:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add output tokens; returns the text that is now certain."""
+        before = min(len(token_ids), self._held_to_run)
+        self._held_to_run -= before
+        text = self._push(token_ids[:before], may_stop=False) if before else ""
+        return text + self._push(token_ids[before:], may_stop=True)
+
+    def _push(self, token_ids: Sequence[int], *, may_stop: bool) -> str:
         spoken = [token for token in token_ids if token not in self._silent]
-        return self._filter.push(self._detokenizer.push(spoken))
+        return self._filter.push(self._detokenizer.push(spoken), may_stop=may_stop)
 
     def flush(self) -> str:
         """The rest of the text, when no more tokens will come."""
-        rest = self._filter.push(self._detokenizer.flush())
+        rest = self._filter.push(self._detokenizer.flush(), may_stop=not self._held_to_run)
         return rest + self._filter.flush()

@@ -12,6 +12,7 @@ from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
     Message,
+    SequencesStarted,
     Shutdown,
     StepCommand,
     StepResult,
@@ -93,6 +94,8 @@ class WorkerLoop:
                 match message := self._receive():
                     case StepCommand():
                         self._execute(message)
+                    case SequencesStarted():
+                        self._sequences.announce(message.started)
                     case Shutdown():
                         return not message.failed
                     case KeepAlive():

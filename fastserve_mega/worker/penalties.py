@@ -16,6 +16,9 @@ from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.history import TokenHistory
 from fastserve_mega.worker.runner import SequenceInput
 
+_LEAST_FACTOR = 1e-30
+"""Smaller repetition penalties do what this one does: float32 holds any logit divided by it."""
+
 
 def add_logit_bias(logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
     """Add each request's `logit_bias` to its row of `logits` [sequences, vocabulary], in place."""
@@ -61,9 +64,10 @@ def _penalize(logits: Tensor, penalized: list[tuple[int, SamplingParams, TokenHi
     counts = torch.from_numpy(
         np.concatenate([history.counts.counts for _, _, history in penalized])
     ).to(logits.device)
-    factor = spread([params.repetition_penalty for _, params, _ in penalized])
+    factor = spread([max(params.repetition_penalty, _LEAST_FACTOR) for _, params, _ in penalized])
     values = logits[rows, ids]
     values = torch.where(values > 0, values / factor, values * factor)
     values -= spread([params.frequency_penalty for _, params, _ in penalized]) * counts
     values -= spread([params.presence_penalty for _, params, _ in penalized]) * (counts > 0)
-    logits[rows, ids] = values
+    # Saturate upwards; downwards infinity is right, as it means impossible.
+    logits[rows, ids] = values.clamp_(max=torch.finfo(values.dtype).max)

@@ -7,7 +7,9 @@ random numbers it would have had.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +22,12 @@ from fastserve_mega.worker.runner import SequenceInput, StepOutput
 
 _MASK = 2**64 - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+_GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy, as in vLLM: they make all but the largest logit impossible."""
+_LONGEST_MESSAGE = 300
+_BROKEN_DEVICE = ("CUDA error", "HIP error")
+
+_log = logging.getLogger(__name__)
 
 
 def _mix(value: int) -> int:
@@ -52,20 +60,44 @@ class Sampler:
         self._grammars = grammars
 
     def __call__(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
-        """One token for each row of `logits` [sequences, vocabulary], which may be changed."""
-        logits = logits.float()
+        """One token or failure for each row of `logits` [sequences, vocabulary].
+
+        A row that cannot be sampled is a failure of its request. The others get the tokens that
+        they would have had without it.
+        """
+        try:
+            return self._sample(logits, sequences)
+        except Exception as error:
+            if _device_is_broken(error):
+                raise
+            if len(sequences) == 1:
+                _log.warning("sampling %s failed", sequences[0].request_id, exc_info=True)
+                return StepOutput([0], (None,), (SamplingFailure(0, _sentence(error)),))
+        rows = [self(logits[row : row + 1], [each]) for row, each in enumerate(sequences)]
+        return _joined(rows)
+
+    def _sample(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
+        # A copy: when this fails, each row is tried again by itself.
+        logits = logits.to(torch.float32, copy=True)
+        largest_of_model = logits.amax(dim=-1)
         distribution = ModelDistribution(logits, sequences)
         failures = self._hold_to_grammars(logits, sequences)
         self._hold_back_stop_tokens(logits, sequences)
         add_logit_bias(logits, sequences)
         penalize(logits, sequences)
-        tokens = _choose(logits, sequences)
-        return StepOutput(tokens, distribution.of(tokens), failures)
+        best = logits.argmax(dim=-1, keepdim=True)
+        largest = torch.stack((largest_of_model, logits.gather(-1, best).squeeze(-1)), dim=-1)
+        failures = {**_unusable(largest.tolist()), **failures}
+        tokens: list[int] = best.squeeze(-1).tolist()
+        _choose_at_random(tokens, logits, sequences, failures)
+        failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
+        return StepOutput(tokens, distribution.of(tokens), failed)
 
     def _hold_to_grammars(
         self, logits: Tensor, sequences: Sequence[SequenceInput]
-    ) -> tuple[SamplingFailure, ...]:
-        failures = []
+    ) -> dict[int, str]:
+        """Make impossible what grammars forbid, in place; returns why for rows that cannot be."""
+        failures = {}
         for row, sequence in enumerate(sequences):
             if sequence.params.structured is None or sequence.history is None:
                 continue
@@ -74,8 +106,8 @@ class Sampler:
                     raise GrammarError("this rank has no structured output")
                 self._grammars.hold(logits[row], sequence.params.structured, sequence.history)
             except GrammarError as error:
-                failures.append(SamplingFailure(row, str(error)))
-        return tuple(failures)
+                failures[row] = str(error)
+        return failures
 
     def _hold_back_stop_tokens(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
         vocabulary = logits.shape[-1]
@@ -87,18 +119,64 @@ class Sampler:
             logits[row, held_back] = -torch.inf
 
 
-def _choose(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
-    random_rows = [row for row, sequence in enumerate(sequences) if not _is_greedy(sequence)]
+def _unusable(largest: Sequence[tuple[float, float]]) -> dict[int, str]:
+    """Why rows cannot be sampled, from their largest logits before and after all changes."""
+    failures = {}
+    for row, (of_model, left) in enumerate(largest):
+        if not math.isfinite(of_model):
+            failures[row] = f"the model's logits are not finite: the largest is {of_model}"
+        elif not math.isfinite(left):
+            failures[row] = (
+                "no token can be sampled: the structure of the output or min_tokens forbids all"
+            )
+    return failures
+
+
+def _choose_at_random(
+    tokens: list[int],
+    logits: Tensor,
+    sequences: Sequence[SequenceInput],
+    failures: Mapping[int, str],
+) -> None:
+    """Replace the greedy choice of the rows that are to be sampled, in place."""
+    random_rows = [
+        row
+        for row, sequence in enumerate(sequences)
+        if row not in failures and not _is_greedy(sequence)
+    ]
     if random_rows:
         chosen = _sample(logits[random_rows], [sequences[row] for row in random_rows])
         for row, token in zip(random_rows, chosen, strict=True):
             tokens[row] = token
-    return tokens
+
+
+def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
+    """The outputs of single rows as that of a batch."""
+    logprobs = tuple((output.logprobs or (None,))[0] for output in outputs)
+    return StepOutput(
+        [token for output in outputs for token in output.token_ids],
+        logprobs if any(logprobs) else (),
+        tuple(
+            SamplingFailure(row, failure.message)
+            for row, output in enumerate(outputs)
+            for failure in output.failures
+        ),
+    )
+
+
+def _device_is_broken(error: Exception) -> bool:
+    """Whether nothing can be computed here any more: then the rank is lost, and not a request."""
+    return any(name in str(error) for name in _BROKEN_DEVICE)
+
+
+def _sentence(error: Exception) -> str:
+    told = f"sampling failed: {type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
+    # Lone surrogates could not be sent.
+    return " ".join(told.encode(errors="replace").decode().split())
 
 
 def _is_greedy(sequence: SequenceInput) -> bool:
-    return sequence.params.temperature == 0 or sequence.params.top_k == 1
+    return sequence.params.temperature < _GREEDY_BELOW or sequence.params.top_k == 1
 
 
 def _sample(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
@@ -112,7 +190,7 @@ def _sample(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
         return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
 
     params = [sequence.params for sequence in sequences]
-    # A tiny temperature must not overflow: the largest logit becomes 0.
+    # A small temperature must not overflow: the largest logit becomes 0.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     logits = logits / column([p.temperature for p in params]).float()
     vocabulary = logits.shape[-1]

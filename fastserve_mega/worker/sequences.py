@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastserve_mega.messaging.messages import SequenceStart, StepCommand
@@ -31,10 +32,15 @@ class SequenceTable:
     def __init__(self, *, samples: bool = True) -> None:
         self._samples = samples
         self._sequences: dict[RequestId, _Sequence] = {}
+        self._announced: list[SequenceStart] = []
         self._next_step_id: int | None = None
 
     def __len__(self) -> int:
         return len(self._sequences)
+
+    def announce(self, started: Sequence[SequenceStart]) -> None:
+        """Take over new sequences of the next plan, which does not name them again."""
+        self._announced += started
 
     def apply(self, command: StepCommand) -> list[SequenceInput]:
         """Take over releases, new sequences and new blocks; return the step's batch.
@@ -48,7 +54,8 @@ class SequenceTable:
         self._next_step_id = plan.step_id + 1
         for request_id in plan.released:
             self._sequences.pop(request_id, None)
-        for start in command.started:
+        started, self._announced = [*self._announced, *command.started], []
+        for start in started:
             self._sequences[start.request_id] = _Sequence(start, self._history(start))
         batch = []
         for piece, token_ids in zip(plan.batch, command.token_ids, strict=True):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fastserve_mega.text.output import OutputText
 from fastserve_mega.text.tokenizer import Tokenizer
 
@@ -30,3 +32,35 @@ def test_the_token_that_ends_an_answer_is_not_text(tiny_tokenizer_dir: Path):
     (letter,) = tokenizer.encode("a")
     output = OutputText(tokenizer, silent={letter})
     assert output.push([*tokenizer.encode("b"), letter]) + output.flush() == "b"
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [
+        (["日本 🙂 f"], "brown fox "),
+        (["own fox 日", "zzz"], "br"),
+        (["🙂 fi", "fox 日本 🙂 fi"], "brown "),
+        (["🙂"], "brown fox 日本 "),
+    ],
+)
+def test_a_stop_string_longer_than_any_token_is_found_wherever_tokens_are_cut(
+    tiny_tokenizer_dir: Path, stops, text
+):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    tokens = tokenizer.encode("brown fox 日本 🙂 fin")
+    for chunk in (1, 2, 3, 100):
+        output = OutputText(tokenizer, stops)
+        pieces = [tokens[at : at + chunk] for at in range(0, len(tokens), chunk)]
+        assert "".join(map(output.push, pieces)) + output.flush() == text
+        assert output.stopped
+
+
+def test_min_tokens_holds_back_stop_strings_as_well(tiny_tokenizer_dir: Path):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    said = tokenizer.encode("a dog, a dog, a dog")
+    first = next(count for count in range(1, 99) if "dog" in tokenizer.decode(said[:count]))
+    for chunk in (1, 3, 100):
+        output = OutputText(tokenizer, ["dog"], min_tokens=first)
+        pieces = [said[at : at + chunk] for at in range(0, len(said), chunk)]
+        assert "".join(map(output.push, pieces)) + output.flush() == "a dog, a "
+        assert output.stopped

@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve_mega.text.stop_strings import StopStringFilter
+from fastserve_mega.text.stop_strings import (
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    StopStringFilter,
+    stop_strings,
+)
 
 few_letters = st.text("aab", max_size=40)
 stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
@@ -72,6 +79,64 @@ def test_nothing_passes_after_a_match():
     assert (stream.push("c"), stream.flush()) == ("", "")
 
 
-def test_an_empty_stop_string_is_refused():
-    with pytest.raises(ValueError, match="must not be empty"):
-        StopStringFilter(["a", ""])
+@settings(max_examples=300)
+@given(
+    ignored=few_letters,
+    text=few_letters,
+    stops=stop_lists,
+    lengths=st.lists(st.integers(0, 6)),
+)
+def test_a_stop_string_counts_only_where_it_is_complete_in_text_that_may_stop(
+    ignored, text, stops, lengths
+):
+    stream = StopStringFilter(stops)
+    out = "".join(stream.push(piece, may_stop=False) for piece in cut(ignored, lengths))
+    out += "".join(stream.push(piece) for piece in cut(text, lengths)) + stream.flush()
+    whole = ignored + text
+    ends = [
+        (end, -len(stop), stop)
+        for stop in stops
+        for end in range(len(ignored) + 1, len(whole) + 1)
+        if whole[:end].endswith(stop)
+    ]
+    end, negative_length, stop = min(ends, default=(len(whole), 0, None))
+    assert (out, stream.matched) == (whole[: end + negative_length], stop)
+
+
+# --- what callers give as stop strings -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stop", "strings"),
+    [
+        (None, ()),
+        ("STOP", ("STOP",)),
+        ("é日🙂\n\n", ("é日🙂\n\n",)),
+        (["a", "bc"], ("a", "bc")),
+        (("a",), ("a",)),
+        ([], ()),
+        (["x"] * MAX_STOPS, ("x",) * MAX_STOPS),
+        ("x" * MAX_STOP_LENGTH, ("x" * MAX_STOP_LENGTH,)),
+    ],
+)
+def test_one_string_is_one_stop_string_and_not_its_characters(stop, strings):
+    assert stop_strings(stop) == strings
+
+
+@pytest.mark.parametrize(
+    ("stop", "sentence"),
+    [
+        ("", "must not be empty"),
+        (["a", ""], "must not be empty"),
+        (["a", None], "must be a string or a list of strings, got ['a', None]"),
+        ([["a"]], "must be a string or a list of strings, got [['a']]"),
+        (5, "must be a string or a list of strings, got 5"),
+        (b"ab", "must be a string or a list of strings, got b'ab'"),
+        ({"a": 1}, "must be a string or a list of strings"),
+        (["x"] * (MAX_STOPS + 1), f"at most {MAX_STOPS} strings, got {MAX_STOPS + 1}"),
+        ("x" * (MAX_STOP_LENGTH + 1), f"has {MAX_STOP_LENGTH + 1} characters"),
+    ],
+)
+def test_what_is_no_stop_string_is_refused_with_the_value_and_the_limit(stop, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        stop_strings(stop)
