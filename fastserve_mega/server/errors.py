@@ -106,7 +106,7 @@ def _from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if first["type"] == "extra_forbidden":
         told = f"unknown field {field!r}"
     elif field is not None:
-        told = f"{field}: {told}"
+        told = told if told.startswith(f"{field} ") else f"{field}: {told}"
     return ApiError(400, told, param=field)
 
 

@@ -70,6 +70,10 @@ BAD_REQUESTS = {
     "long id": ({"request_id": "x" * 257}, "got 257"),
     "bad timeout": ({"timeout_s": -1.0}, "timeout_s must be a positive number, got -1.0"),
     "infinite timeout": ({"timeout_s": float("inf")}, "got inf"),
+    "all tokens held back": (
+        {"params": SamplingParams(min_tokens=2, stop_token_ids=tuple(range(1, VOCAB)))},
+        f"which are all {VOCAB} tokens of the vocabulary",
+    ),
     "priority": ({"priority": 2000}, "between -1000 and 1000, got 2000"),
 }
 

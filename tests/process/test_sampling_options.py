@@ -32,7 +32,11 @@ class SamplingRunner(GatedRunner):
         rows = [torch.randn(VOCAB, generator=torch.Generator().manual_seed(s)) for s in seeds]
         for row, sequence in zip(rows, sampling, strict=True):
             row[EOS] = 50.0 if sequence.context - sequence.prompt_tokens >= EOS_AFTER else -50.0
+            self.adjust(row, sequence)
         return Sampler((EOS,), self.grammars)(torch.stack(rows), sampling) if rows else StepOutput()
+
+    def adjust(self, row, sequence):
+        """Tests change the logits of a sequence here, in place."""
 
 
 @pytest.fixture(scope="module")
