@@ -37,9 +37,10 @@ export class Client {
 
   /** Yields arrays of new token ids; returns the Finished message. */
   async *generate(prompt, params, { requestId = randomUUID() } = {}) {
-    const request = { queue: [], submit: { request_id: requestId, prompt, params, received: [] } };
+    const submit = { request_id: requestId, prompt, params, received: [], failed_attempts: 0 };
+    const request = { queue: [], submit };
     this.#requests.set(requestId, request);
-    this.#send(SUBMIT, request.submit);
+    this.#send(SUBMIT, submit);
     try {
       for (;;) {
         while (request.queue.length === 0) await new Promise((wake) => (request.wake = wake));
@@ -93,13 +94,17 @@ export class Client {
       const received = request.submit.received;
       const news = message.token_ids.slice(received.length - message.offset);
       received.push(...news);
-      if (news.length > 0) push(request, news);
+      if (news.length === 0) return;
+      request.submit.failed_attempts = 0;
+      push(request, news);
     } else if (kind === FINISHED && request) {
       push(request, message);
     } else if (kind === REFUSED && request) {
       push(request, new Error(message.message));
     } else if (kind === RESTARTING) {
       this.#patientUntil = Date.now() + 1000 * message.within_s;
+      for (const id of message.suspects)
+        if (this.#requests.has(id)) this.#requests.get(id).submit.failed_attempts += 1;
     }
   }
 }

@@ -47,6 +47,7 @@ class RequestState:
         self._output = output
         self._end_token_ids = end_token_ids
         self._submitted_at = submitted_at
+        self._failed_attempts = 0
         self._texts: list[str] = []
         self.received: list[int] = []
         self.logprobs: list[TokenLogprobs | None] = []
@@ -92,6 +93,7 @@ class RequestState:
         if not new:
             return
         logprobs = message.logprobs[known:]
+        self._failed_attempts = 0
         self.received.extend(new)
         self.logprobs.extend(logprobs)
         self._add(Chunk(self._output.push(new) if self._output else "", new, logprobs))
@@ -122,6 +124,10 @@ class RequestState:
         self.error = error
         self.changed.set()
 
+    def on_loss(self) -> None:
+        """The ranks were lost while they computed this request."""
+        self._failed_attempts += 1
+
     def resubmission(self, now: float) -> Submit | None:
         """The message that makes a server go on where this one stopped.
 
@@ -137,7 +143,12 @@ class RequestState:
         timeout_s = self._submit.timeout_s
         if timeout_s is not None:
             timeout_s = max(timeout_s - (now - self._submitted_at), _SHORTEST_TIMEOUT_S)
-        return dataclasses.replace(self._submit, received=tuple(self.received), timeout_s=timeout_s)
+        return dataclasses.replace(
+            self._submit,
+            received=tuple(self.received),
+            timeout_s=timeout_s,
+            failed_attempts=self._failed_attempts,
+        )
 
     def _add(self, chunk: Chunk) -> None:
         self._texts.append(chunk.text)

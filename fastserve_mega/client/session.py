@@ -149,6 +149,9 @@ class Session:
         elif isinstance(message, Restarting):
             _log.warning("the server restarts: %s", message.reason)
             self._patient_until = time.monotonic() + message.within_s
+            for request_id in message.suspects:
+                if request_id in self._requests:
+                    self._requests[request_id].on_loss()
         else:
             if isinstance(message, Welcome):
                 self.welcome = message

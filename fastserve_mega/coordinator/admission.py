@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from fastserve_mega.coordinator.suspects import MAX_FAILED_ATTEMPTS
 from fastserve_mega.messaging.codec import MAX_FRAME_BYTES
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.scheduling.scheduler import Scheduler
@@ -36,6 +37,7 @@ class Admission:
         """What is wrong with a request, as one sentence with the value and the limit."""
         return (
             self._bad_identity(submit)
+            or self._given_up(submit)
             or self._bad_tokens(submit)
             or self._bad_length(submit)
             or self._nothing_to_sample(submit.params)
@@ -73,6 +75,17 @@ class Admission:
         timeout_s = submit.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             return f"timeout_s must be a positive number, got {timeout_s}"
+        return None
+
+    @staticmethod
+    def _given_up(submit: Submit) -> str | None:
+        if submit.failed_attempts < 0:
+            return f"failed_attempts must not be negative, got {submit.failed_attempts}"
+        if submit.failed_attempts >= MAX_FAILED_ATTEMPTS:
+            return (
+                f"the ranks were lost {submit.failed_attempts} times in a row while they computed "
+                f"this request; it is given up after {MAX_FAILED_ATTEMPTS}"
+            )
         return None
 
     def _bad_tokens(self, submit: Submit) -> str | None:

@@ -9,6 +9,7 @@ from fastserve_mega.coordinator.block_hashes import BlockHashChain
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.coordinator.replica import DispatchedStep, Replica
+from fastserve_mega.coordinator.suspects import Gate
 from fastserve_mega.coordinator.timeouts import Timeouts
 from fastserve_mega.coordinator.traffic import Traffic
 from fastserve_mega.messaging.messages import (
@@ -67,6 +68,7 @@ class Coordinator:
         self._replies: list[tuple[Identity, Message]] = []
         self._draining = False
         self._traffic = Traffic()
+        self._gate = Gate(clock())
 
     @property
     def unfinished(self) -> int:
@@ -82,6 +84,8 @@ class Coordinator:
         self._take_results(now)
         self._take_messages(now)
         self._end_overdue(now)
+        for live in self._gate.pass_through():
+            self._place(live)
         for replica in self._replicas:
             replica.advance(now, self._requests)
         self._placement.settle()
@@ -109,8 +113,10 @@ class Coordinator:
 
     def announce_restart(self, within_s: float, reason: str) -> None:
         """Leave every request unfinished, for its client to submit again to the next epoch."""
-        for client in self._by_client:
-            self._front_door.send(client, Restarting(within_s, reason))
+        computing = set().union(*(replica.computing for replica in self._replicas))
+        for client, request_ids in self._by_client.items():
+            suspects = tuple(sorted(request_ids & computing))
+            self._front_door.send(client, Restarting(within_s, reason, suspects))
 
     # --- what came in --------------------------------------------------------------------------
 
@@ -136,6 +142,7 @@ class Coordinator:
                 finished.append(live.request_id)
                 self._finish(live, FinishReason.ERROR, failures[index])
                 continue
+            self._gate.clear(live)
             reason = live.accept(token, logprobs[index], self._eos_token_ids)
             self._traffic.generated(now - live.arrived, is_first=live.last_token_at is None)
             self._metrics.observe_token(live.arrived, live.last_token_at, now)
@@ -197,8 +204,12 @@ class Coordinator:
             self._timeouts.add(request_id, deadline)
         self._traffic.arrived(len(submit.prompt))
         self._metrics.observe_arrival(len(submit.prompt))
+        self._gate.enter(live, now)
+
+    def _place(self, live: LiveRequest) -> None:
+        submit = live.submit
         arrived = Arrived(
-            request_id,
+            live.request_id,
             prompt_tokens=len(submit.prompt),
             max_tokens=submit.params.max_tokens,
             received_tokens=len(submit.received),
@@ -210,6 +221,7 @@ class Coordinator:
             ),
         )
         live.replica = self._placement.choose(arrived)
+        live.placed = True
         self._replicas[live.replica].tell(arrived)
 
     def _resume(self, client: Identity, live: LiveRequest, submit: Submit) -> None:
@@ -244,11 +256,13 @@ class Coordinator:
 
     def _abort(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
         """End a request that its replica would go on with."""
-        self._replicas[live.replica].tell(Aborted(live.request_id))
+        if live.placed:
+            self._replicas[live.replica].tell(Aborted(live.request_id))
         self._finish(live, reason, message)
 
     def _finish(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
         del self._requests[live.request_id]
+        self._gate.leave(live)
         self._timeouts.remove(live.request_id)
         requests = self._by_client[live.client]
         requests.discard(live.request_id)

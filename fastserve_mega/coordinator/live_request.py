@@ -34,6 +34,8 @@ class LiveRequest:
     """Of all its tokens; None without prefix cache."""
     replica: int = 0
     """Where it was placed."""
+    placed: bool = False
+    """Its replica knows of it."""
     started: bool = False
     """The workers know its sampling parameters."""
     cached_tokens: int = 0

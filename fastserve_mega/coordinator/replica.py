@@ -60,6 +60,11 @@ class Replica:
         self._copies = CopiesInFlight(workers.ranks, step_timeout_s)
         self._stalled_since: float | None = None
 
+    @property
+    def computing(self) -> set[RequestId]:
+        """Requests of the steps that have not returned."""
+        return {live.request_id for step in self._steps for live in step.requests}
+
     def tell(self, event: Event) -> None:
         """Let the scheduler know with the next `advance`."""
         self._events.append(event)

@@ -71,6 +71,8 @@ class Submit:
     """End with `timeout` when unfinished after this many seconds."""
     cache_salt: str = ""
     """The prefix cache shares KV among requests with the same salt only."""
+    failed_attempts: int = 0
+    """How often in a row `Restarting` has named it, without a token of it since."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +162,8 @@ class Restarting:
     """How long it may take, seconds. Then a new epoch answers pings, and wants the requests
     submitted again."""
     reason: str
+    suspects: tuple[RequestId, ...] = ()
+    """Requests of this client that were being computed when the ranks were lost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,12 @@
 """Losing the ranks is a pause and not an error, when somebody starts them again."""
 
-import pytest
-from fake_server import expected_tokens
+import contextlib
+import threading
 
-from fastserve_mega.client import Client, ServerError
+import pytest
+from fake_server import WAIT_MS, GatedRunner, expected_tokens
+
+from fastserve_mega.client import Client, InvalidRequestError, ServerError
 from fastserve_mega.messaging.messages import Restarting, Submit, Tokens
 from fastserve_mega.types import FinishReason, SamplingParams
 
@@ -49,3 +52,69 @@ def test_without_a_supervisor_they_are_told_the_end(start_server):
         server.runner.fail_with = RuntimeError("the device fell off")
         with pytest.raises(ServerError, match="the device fell off"):
             generation.wait()
+
+
+# --- a request that kills ranks ------------------------------------------------------------------
+
+POISON = (66, 66, 66)
+
+
+class PoisonedRunner(GatedRunner):
+    """Fails whenever it computes one prompt; remembers what it computed beside it."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.died = threading.Event()
+        self.last_batch: list[tuple[int, ...]] = []
+
+    def execute(self, batch):
+        if any(tuple(sequence.token_ids[:3]) == POISON for sequence in batch):
+            self.last_batch = [tuple(sequence.token_ids) for sequence in batch]
+            self.died.set()
+            raise RuntimeError("killed by what it was given")
+        return super().execute(batch)
+
+
+def test_a_request_that_kills_ranks_is_found_out_and_the_others_go_on(start_server, tmp_path):
+    options = {
+        "coordinator": {"client_endpoint": f"ipc://{tmp_path}/clients", "drain_timeout_s": 30.0},
+        "supervised": True,
+        "make_runner": PoisonedRunner,
+    }
+    with contextlib.ExitStack() as closing:
+        with start_server(**options) as first:
+            client = closing.enter_context(Client(first.endpoint))
+            first.runner.open_gate.clear()
+            first.runner.entered.clear()
+            held = client.submit([7, 7], SamplingParams(max_tokens=4, temperature=0.0))
+            assert first.runner.entered.wait(WAIT_MS / 1000)
+            # All of these begin in one step.
+            generations = [client.submit(prompt, params()) for prompt in PROMPTS]
+            poison = client.submit(POISON, params())
+            client.snapshot()
+            first.runner.open_gate.set()
+            assert first.runner.died.wait(WAIT_MS / 1000)
+        assert len(first.runner.last_batch) >= len(PROMPTS) + 1
+        with start_server(**options) as second:
+            assert second.runner.died.wait(WAIT_MS / 1000)
+        # No other request that has not yielded a token since the first loss was in this step.
+        assert POISON in second.runner.last_batch
+        assert not {tuple(prompt) for prompt in PROMPTS} & set(second.runner.last_batch)
+        with start_server(**options) as third:
+            with pytest.raises(InvalidRequestError, match="lost 2 times in a row while"):
+                poison.wait()
+            for prompt, generation in zip(PROMPTS, generations, strict=True):
+                assert generation.wait().token_ids == expected_tokens(prompt, COUNT)
+            assert held.wait().token_ids == expected_tokens([7, 7], 4)
+            assert not third.runner.died.is_set()
+
+
+def test_only_the_owner_is_told_which_requests_are_suspected(start_server, raw_client):
+    with start_server(supervised=True) as server:
+        owner, stranger = raw_client(server), raw_client(server)
+        for client, name in ((owner, "mine"), (stranger, "theirs")):
+            client.send(Submit(name, (1, 2), params()))
+            assert isinstance(client.receive(), Tokens)
+        server.runner.fail_with = RuntimeError("the device fell off")
+        assert [*owner.receive_until(Restarting)][-1].suspects == ("mine",)
+        assert [*stranger.receive_until(Restarting)][-1].suspects == ("theirs",)
