@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ UNSUPPORTED: Neutral = {
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
 }
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
 _UNSUPPORTED_COMPLETION: Neutral = UNSUPPORTED | {
     "suffix": ("",),
 }
@@ -227,7 +229,8 @@ class CompletionRequest(GenerationRequest):
 
 def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
     for token in bias:
-        if not token.isdecimal():
+        # Two ways to write one id would hide one of them.
+        if not _TOKEN_ID.fullmatch(token):
             raise ValueError(f"logit_bias must be for token ids, got {short(token)}")
     return {int(token): value for token, value in bias.items()}
 

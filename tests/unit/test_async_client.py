@@ -153,6 +153,43 @@ def test_a_stop_string_ends_the_answer_and_the_work_on_it(fake_coordinator, toke
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("x 日", "the quick brown fo"),
+        (["zz", "日"], "the quick brown fox "),
+        (None, TEXT),
+        ((), TEXT),
+    ],
+)
+def test_stop_takes_one_string_or_several_or_none(fake_coordinator, tokenizer, stop, text):
+    fake_coordinator.behaviour = answer(tokenizer.encode(TEXT))
+
+    async def main():
+        async with AsyncClient(fake_coordinator.endpoint, tokenizer) as client:
+            chat = [{"role": "user", "content": "hi"}]
+            for start in (
+                client.generate("x", params(), stop=stop),
+                client.chat(chat, params(), stop=stop),
+                client.submit([1], params(), stop=stop),
+            ):
+                generation = await start
+                assert (await generation.wait()).text == text
+
+    run(main())
+
+
+@pytest.mark.parametrize("stop", [["a", None], 5, b"ab", ["a"] * 200])
+def test_what_is_no_stop_string_is_refused_by_the_client(fake_coordinator, tokenizer, stop):
+    async def main():
+        async with AsyncClient(fake_coordinator.endpoint, tokenizer) as client:
+            with pytest.raises(InvalidRequestError, match="stop must"):
+                await client.generate("x", params(), stop=stop)
+
+    run(main())
+    assert fake_coordinator.received(Submit) == []
+
+
 def test_cancel_ends_at_once_and_keeps_what_arrived(fake_coordinator):
     fake_coordinator.behaviour = begin([5, 6])
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.protocol import CompletionRequest
-from fastserve_mega.types import SamplingParams
+from fastserve_mega.types import SamplingParams, StructuredOutput
 
 COMPLETION = {"prompt": "x"}
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -138,7 +138,21 @@ def test_what_is_out_of_range_is_refused_with_value_and_limit(name):
     assert str(shown) in str(caught.value)
 
 
-def test_logit_bias_is_bounded():
+@pytest.mark.parametrize("token", ["the", "01", "-1", "٣", " 1", "1.0", "", "9" * 5000])
+def test_a_biased_token_has_one_way_to_be_written(token):
+    asked = CompletionRequest.model_validate({**COMPLETION, "logit_bias": {token: 1}})
+    with pytest.raises(ValueError, match="logit_bias must be for token ids, got ") as caught:
+        asked.sampling_params(10)
+    assert len(str(caught.value)) < 120
+
+
+def test_logit_bias_and_stop_tokens_are_bounded():
+    with pytest.raises(ValueError, match="at most 1024 tokens, got 1025"):
+        SamplingParams(stop_token_ids=(1,) * 1025)
+    with pytest.raises(ValueError, match="must not be negative, got -7"):
+        SamplingParams(stop_token_ids=(1, -7))
+    with pytest.raises(ValueError, match="at most 4096 texts, got 4097"):
+        StructuredOutput(choice=("a",) * 4097)
     with pytest.raises(ValueError, match="at most 1024 tokens, got 1025"):
         SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0))
     with pytest.raises(ValueError, match="must not be negative, got -1"):
