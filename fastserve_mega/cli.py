@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fastserve_mega import __version__
 from fastserve_mega.commands import measuring, preparing, processes, serving
-from fastserve_mega.commands.command import Command, Group, add_command, fail
+from fastserve_mega.commands.command import Command, CommandParser, Group, add_command, fail
 from fastserve_mega.logs import set_up_logging
 
 
@@ -50,7 +50,11 @@ first steps:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run one command; returns the exit status."""
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
     set_up_logging(options.command, verbose=options.verbose, log_format=options.log_format)
     status: int = options.run(options)
     return status
@@ -64,9 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         "skip-join multi-level feedback queue.",
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parsers = parser.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
-    )
+    parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=CommandParser)
     for group in GROUPS:
         for command in group.commands:
             add_command(parsers, command)

@@ -121,11 +121,12 @@ class SwapConfig:
     def __post_init__(self) -> None:
         _require(
             self.write_through_blocks >= 0,
-            f"swap.write_through_blocks must not be negative, got {self.write_through_blocks}",
+            "kv_cache.swap.write_through_blocks must not be negative, got "
+            f"{self.write_through_blocks}",
         )
         _require(
             0.0 <= self.write_through_occupancy <= 1.0,
-            "swap.write_through_occupancy must be between 0 and 1, got "
+            "kv_cache.swap.write_through_occupancy must be between 0 and 1, got "
             f"{self.write_through_occupancy}",
         )
 
@@ -203,17 +204,18 @@ class MlfqConfig:
     None switches promotion off."""
 
     def __post_init__(self) -> None:
-        _require(self.levels >= 1, f"mlfq.levels must be at least 1, got {self.levels}")
+        _require(self.levels >= 1, f"scheduler.mlfq.levels must be at least 1, got {self.levels}")
         _require(
             self.base_quantum_s is None or self.base_quantum_s > 0,
-            f"mlfq.base_quantum_s must be positive, got {self.base_quantum_s}",
+            f"scheduler.mlfq.base_quantum_s must be positive, got {self.base_quantum_s}",
         )
         _require(
-            self.quantum_ratio > 1.0, f"mlfq.quantum_ratio must exceed 1, got {self.quantum_ratio}"
+            self.quantum_ratio > 1.0,
+            f"scheduler.mlfq.quantum_ratio must exceed 1, got {self.quantum_ratio}",
         )
         _require(
             self.starvation_limit_s is None or self.starvation_limit_s > 0,
-            f"mlfq.starvation_limit_s must be positive, got {self.starvation_limit_s}",
+            f"scheduler.mlfq.starvation_limit_s must be positive, got {self.starvation_limit_s}",
         )
 
 

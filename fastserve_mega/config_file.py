@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,40 +19,88 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return load_yaml(path, Config, overrides)
 
 
-def load_yaml(path: str | Path, target: type[T], overrides: Sequence[str] = ()) -> T:
+def load_yaml(
+    path: str | Path,
+    target: type[T],
+    overrides: Sequence[str] = (),
+    check: Callable[[T], object] = lambda _: None,
+) -> T:
     """Read a YAML file and apply overrides of the form `section.field=value` (value in YAML).
 
     Args:
         path: of the file; its top level is a mapping.
         target: the dataclass it describes.
         overrides: applied in order, before validation.
+        check: raises ValueError for what only the whole configuration can tell.
 
     Raises:
-        ValueError: the file or an override is not valid; the message names file and field.
+        ValueError: the file or an override is not valid; the message names which of them, and
+            the field.
         OSError: the file cannot be read.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        raw = yaml.safe_load(text)
         if not isinstance(raw, dict):
             raise ValueError("the top level must be a mapping of sections")
-        for override in overrides:
-            _apply_override(raw, override)
-        return from_plain(raw, target)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    for override in overrides:
+        try:
+            _apply_override(raw, override)
+        except ValueError as error:
+            raise ValueError(f"--set {override}: {error}") from None
+
+    def convert(plain: object) -> T:
+        config = from_plain(plain, target)
+        check(config)
+        return config
+
+    try:
+        return convert(raw)
+    except ValueError as error:
+        origin = _origin(str(error), yaml.safe_load(text), overrides, convert) or path
+        raise ValueError(f"{origin}: {error}") from None
+
+
+def _origin(
+    error: str,
+    raw: dict[str, Any],
+    overrides: Sequence[str],
+    convert: Callable[[object], object],
+) -> str | None:
+    """The override from which on an error is said; None if the file alone brings it."""
+    origin, said = None, _error_of(raw, convert)
+    for override in overrides:
+        _apply_override(raw, override)
+        before, said = said, _error_of(raw, convert)
+        if said == error != before:
+            origin = f"--set {override}"
+    return origin
+
+
+def _error_of(raw: dict[str, Any], convert: Callable[[object], object]) -> str | None:
+    try:
+        convert(raw)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     *sections, leaf = name.strip().split(".")
     if not separator or not leaf:
-        raise ValueError(f"an override has the form section.field=value, got {override!r}")
+        raise ValueError("an override has the form section.field=value")
     node = raw
     for section in sections:
         child = node.setdefault(section, {})
         if not isinstance(child, dict):
-            raise ValueError(f"override {override!r}: {section!r} is not a section")
+            raise ValueError(f"{section!r} is not a section")
         node = child
-    node[leaf] = yaml.safe_load(text)
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None

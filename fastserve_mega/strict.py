@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 T = TypeVar("T")
+_PLACE = re.compile(r" - at `\$\.?(?P<path>[^`]*)`$")
 
 
 def from_plain(raw: object, target: type[T]) -> T:
@@ -25,7 +27,28 @@ def from_plain(raw: object, target: type[T]) -> T:
     try:
         return msgspec.convert(raw, target, strict=True)
     except msgspec.ValidationError as error:
-        raise ValueError(str(error).replace(" - at `$.", " - at `")) from None
+        raise ValueError(_sentence(str(error), target)) from None
+
+
+def _sentence(said: str, target: Any) -> str:
+    """What msgspec said, with the path of the field once and the values it may have."""
+    place = _PLACE.search(said)
+    if place is None:
+        return said
+    path, reason = place["path"], said[: place.start()]
+    if path and reason.startswith(f"{path}."):  # a dataclass that names its field itself
+        return reason
+    if reason.startswith("Invalid enum value") and (known := _known_values(target, path)):
+        reason += f"; known values are {', '.join(map(str, known))}"
+    return f"{reason} - at `{path}`" if path else reason
+
+
+def _known_values(target: Any, path: str) -> tuple[object, ...]:
+    """Values of the `Literal` at a path; empty when there is none to be found."""
+    for name in path.split("."):
+        target = (_field_types(target) or {}).get(name)
+    arms = (target, *typing.get_args(target))
+    return next((typing.get_args(arm) for arm in arms if typing.get_origin(arm) is Literal), ())
 
 
 def _refuse_unknown_fields(raw: object, target: Any, path: str) -> None:

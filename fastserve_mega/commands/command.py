@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fastserve_mega.config import Config
 from fastserve_mega.config_file import load_config
@@ -46,9 +46,7 @@ class Group:
     commands: tuple[Command, ...]
 
 
-def add_command(
-    parsers: argparse._SubParsersAction[argparse.ArgumentParser], command: Command
-) -> None:
+def add_command(parsers: argparse._SubParsersAction[CommandParser], command: Command) -> None:
     """Give a command its parser."""
     lines = "\n".join(
         f"  fastserve-mega {command.name} {line}".rstrip() for line in command.examples
@@ -72,6 +70,24 @@ def add_command(
         "auto (default): colours on a terminal, else text",
     )
     parser.set_defaults(run=command.run)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Names `--config` to whoever gives a file without it."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Remember the words, of which `error` is not told."""
+        self._given = args or ()
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        files = [word for word in self._given if word.endswith((".yaml", ".yml"))]
+        if "--config" in message and files:
+            message += f"; did you mean --config {files[0]}?"
+        super().error(message)
 
 
 class HelpFormatter(argparse.HelpFormatter):

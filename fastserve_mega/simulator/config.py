@@ -100,15 +100,11 @@ def load_simulation_config(path: str | Path, overrides: Sequence[str] = ()) -> S
     """Read a YAML file and apply overrides of the form `section.field=value`.
 
     Raises:
-        ValueError: the file or an override is not valid; the message names file and field.
+        ValueError: the file or an override is not valid; the message names which of them, and
+            the field.
         OSError: the file cannot be read.
     """
-    config = load_yaml(path, SimulationConfig, overrides)
-    try:
-        make_cost_model(config)  # unknown names are an error of the file
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
+    return load_yaml(path, SimulationConfig, overrides, check=make_cost_model)
 
 
 def make_cost_model(config: SimulationConfig) -> AnalyticCostModel:

@@ -71,6 +71,26 @@ def test_a_wrong_override_is_one_sentence(command, capsys):
     assert error.count("\n") == 1
 
 
+def test_no_command_is_answered_with_help(capsys):
+    assert cli.main([]) == 2
+    assert capsys.readouterr().out == cli.make_parser().format_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["serve", "my.yaml"], "required: --config; did you mean --config my.yaml?\n"),
+        (["plan", "--json", "a/b.yml"], "required: --config; did you mean --config a/b.yml?\n"),
+        (["serve"], "required: --config\n"),
+    ],
+)
+def test_a_file_without_config_is_answered_with_the_option(capsys, words, hint):
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.endswith(hint)
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from fastserve_mega import cli; cli.make_parser().format_help();"

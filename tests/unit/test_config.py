@@ -2,11 +2,12 @@ import dataclasses
 import re
 import typing
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from fastserve_mega.config import Config, ModelConfig, SchedulerConfig
-from fastserve_mega.config_file import load_config
+from fastserve_mega.config_file import load_config, load_yaml
 
 REFERENCE = "configs/smollm2-135m-cpu.yaml"
 
@@ -54,7 +55,8 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
         ("model: {path: /m}", "parallel.expert=2", "must divide parallel.tensor=1, got 2"),
         ("model: {path: /m}", "parallel.expert=0", "must divide parallel.tensor=1, got 0"),
         ("model: {path: /m}", "model.layer_spec=te", "Invalid enum value 'te'"),
-        ("model: {path: /m}", "nonsense", "the form section.field=value, got 'nonsense'"),
+        ("model: {path: /m}", "nonsense", "nonsense: an override has the form section.field=value"),
+        ("model: {path: /m}", "scheduler.policy=[", "not valid YAML"),
         ("model: {path: /m}", "model.path.x=1", "'path' is not a section"),
     ],
 )
@@ -62,8 +64,73 @@ def test_mistakes_are_told_in_one_sentence(tmp_path, text, override, message):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load_config(path, [override] if override else [])
-    assert str(caught.value).startswith(str(path))
+    assert str(caught.value).startswith(f"--set {override}: " if override else f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def refusal(target, path, text, overrides=()):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=":") as caught:
+        load_yaml(path, target, overrides)
+    return str(caught.value)
+
+
+def fields_of(target, prefix=""):
+    """Path and type of every field that holds a value, at any depth."""
+    for name, kind in typing.get_type_hints(target).items():
+        if dataclasses.is_dataclass(kind):
+            yield from fields_of(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", kind
+
+
+def literals_of(kind):
+    arms = [kind, *typing.get_args(kind)]
+    return next((typing.get_args(each) for each in arms if typing.get_origin(each) is Literal), ())
+
+
+FIELDS = [*fields_of(Config)]
+CHOICES = [(name, literals_of(kind)) for name, kind in FIELDS if literals_of(kind)]
+BOUNDED = [name for name, kind in FIELDS if {int, float} & {kind, *typing.get_args(kind)}]
+
+
+@pytest.mark.parametrize(("name", "values"), CHOICES)
+def test_a_value_that_is_none_of_them_is_answered_with_all_of_them(tmp_path, name, values):
+    said = refusal(Config, tmp_path / "c.yaml", "model: {path: /m}", [f"{name}=sjf"])
+    assert f"'sjf'; known values are {', '.join(values)} - at `{name}`" in said
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_number_out_of_range_is_told_with_the_one_path_of_its_field(tmp_path, name):
+    said = refusal(Config, tmp_path / "c.yaml", "model: {path: /m}", [f"{name}=-1"])
+    reason = said.removeprefix(f"--set {name}=-1: ")
+    assert reason.startswith(f"{name} must ")
+    assert reason.endswith(("got -1", "got -1.0"))
+    assert " - at " not in reason
+
+
+def test_an_error_belongs_to_whatever_brought_it(tmp_path):
+    path = tmp_path / "c.yaml"
+    wrong = "model: {path: /m}\nscheduler: {max_batch_size: 0}"
+    right = "model: {path: /m}\nparallel: {tensor: 4, expert: 4}"
+    good, bad = "parallel.tensor=2", "scheduler.max_batch_size=0"
+    assert refusal(Config, path, wrong, [good]).startswith(f"{path}: scheduler.max_batch_size ")
+    assert refusal(Config, path, right, ["model.path=/n", good]).startswith(f"--set {good}: ")
+    assert refusal(Config, path, right, [bad, "model.path=/n"]).startswith(f"--set {bad}: ")
+    assert load_config(path, [bad, "scheduler.max_batch_size=1"]).scheduler.max_batch_size == 1
+
+
+def test_what_only_the_whole_configuration_can_tell_has_an_origin_too(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {path: /m}")
+
+    def check(config):
+        if config.model.path == "/bad":
+            raise ValueError("it is bad")
+
+    assert load_yaml(path, Config, ["model.dtype=float32"], check).model.path == "/m"
+    with pytest.raises(ValueError, match=r"^--set model\.path=/bad: it is bad$"):
+        load_yaml(path, Config, ["model.path=/bad", "model.dtype=float32"], check)
 
 
 def test_a_configuration_cannot_be_changed():
