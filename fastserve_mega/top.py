@@ -9,16 +9,19 @@ from collections import Counter
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from fastserve_mega.client import Client, ServerUnavailableError
 from fastserve_mega.config import Config
 from fastserve_mega.messaging.messages import Snapshot
+from fastserve_mega.printing import FittedTable
 from fastserve_mega.snapshot import PoolView, ReplicaView, RequestView
 
 _STYLES = {"running": "green", "resident": "blue", "hosted": "yellow", "waiting": "bright_black"}
 _MARK = "■"
+_MARKS_IN_A_WORD = 10
+"""So that they can be counted, and wrap."""
+_BAR_WIDTH = 20
 _ANSWER_S = 3.0
 
 
@@ -73,8 +76,7 @@ def render(snapshot: Snapshot, before: Snapshot) -> RenderableType:
     return Group(*parts, legend)
 
 
-def _figures(snapshot: Snapshot, before: Snapshot, elapsed_s: float) -> Table:
-    table = Table(expand=True)
+def _figures(snapshot: Snapshot, before: Snapshot, elapsed_s: float) -> FittedTable:
     generated = snapshot.generation_tokens - before.generation_tokens
     unfinished = sum(sum(replica.levels) for replica in snapshot.replicas)
     figures = {
@@ -85,18 +87,15 @@ def _figures(snapshot: Snapshot, before: Snapshot, elapsed_s: float) -> Table:
         "finished": f"{snapshot.finished_requests:,}",
         "preemptions": f"{sum(replica.preemptions for replica in snapshot.replicas):,}",
     }
-    for name in figures:
-        table.add_column(name, justify="right")
+    table = FittedTable(*figures, text_columns=0)
     table.add_row(*figures.values())
     return table
 
 
-def _levels(replica: ReplicaView) -> Table:
-    table = Table(expand=True, show_edge=False)
-    table.add_column("level")
-    table.add_column("quantum", justify="right")
-    table.add_column("requests", justify="right")
-    table.add_column("the first ones by priority", ratio=1, no_wrap=True)
+def _levels(replica: ReplicaView) -> FittedTable:
+    table = FittedTable(
+        "level", "quantum", "requests", "the first ones by priority", text_columns=4
+    )
     for level, count in enumerate(replica.levels):
         quantum = _seconds(replica.quanta_s[level]) if replica.quanta_s else ""
         shown = [view for view in replica.requests if view.level == level]
@@ -105,18 +104,19 @@ def _levels(replica: ReplicaView) -> Table:
 
 
 def _marks(requests: list[RequestView]) -> Text:
-    marks = Text()
     counts = Counter("running" if view.running else view.place for view in requests)
-    for name, style in _STYLES.items():
-        marks.append(_MARK * counts[name], style)
+    styles = [style for name, style in _STYLES.items() for _ in range(counts[name])]
+    marks = Text()
+    for number, style in enumerate(styles):
+        between = " " if number and number % _MARKS_IN_A_WORD == 0 else ""
+        marks.append(f"{between}{_MARK}", style)
     return marks
 
 
-def _pools(replica: ReplicaView, before: ReplicaView, elapsed_s: float) -> Table:
-    table = Table(expand=True, show_edge=False)
-    for name in ("KV blocks", "in use", "cached", "of", "swapped to it, blocks/s"):
-        table.add_column(name, justify="left" if name == "KV blocks" else "right")
-    table.add_column("", ratio=1)
+def _pools(replica: ReplicaView, before: ReplicaView, elapsed_s: float) -> FittedTable:
+    table = FittedTable(
+        "KV blocks", "in use", "cached", "of", "swapped to it, blocks/s", "share in use"
+    )
     for name, pool, now, then in (
         ("device", replica.device, replica.swapped_in_blocks, before.swapped_in_blocks),
         ("host", replica.host, replica.swapped_out_blocks, before.swapped_out_blocks),
@@ -130,7 +130,7 @@ def _pools(replica: ReplicaView, before: ReplicaView, elapsed_s: float) -> Table
 def _bar(pool: PoolView) -> RenderableType:
     if not pool.capacity:
         return Text("no pool", style="bright_black")
-    return ProgressBar(total=pool.capacity, completed=pool.owned)
+    return ProgressBar(total=pool.capacity, completed=pool.owned, width=_BAR_WIDTH)
 
 
 def _seconds(seconds: float) -> str:

@@ -26,7 +26,7 @@ from rich.table import Table
 from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
 from fastserve_mega.simulator.main import simulate, with_policy
-from fastserve_mega.simulator.report import MIN_TABLE_WIDTH, Report, make_tables, summarize, to_json
+from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
 from fastserve_mega.simulator.sweep import saturation_rate
 from fastserve_mega.simulator.workload import LengthTable, draw_requests, load_lengths
 
@@ -135,8 +135,9 @@ def run_policies(
 
 def show(reports: Sequence[Report], name: str) -> None:
     """All figures, and how far each policy is from the oracle."""
-    console = Console(width=max(Console().width, MIN_TABLE_WIDTH))
-    console.print(*make_tables(reports, name))
+    console = Console()
+    for view in make_tables(reports, name):
+        console.print(view)
     oracle = next((report for report in reports if report.policy == "srpt"), None)
     if oracle is None:
         return

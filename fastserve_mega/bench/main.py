@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fastserve_mega.bench.report import (
-    COMPARISON_WIDTH,
     cpu_seconds,
     environment,
     plain_record,
@@ -64,7 +63,7 @@ def run_bench(options: BenchOptions) -> int:
         print("fastserve-mega bench: interrupted", file=sys.stderr)
         return 130
     if len(runs) > 1:
-        show_comparison(runs, Console(width=max(Console().width, COMPARISON_WIDTH)))
+        show_comparison(runs, Console())
     if options.json_path is not None:
         result = {
             "config": {**_plain(options), "model": model},

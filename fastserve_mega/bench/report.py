@@ -13,28 +13,29 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from fastserve_mega import __version__
 from fastserve_mega.bench.statistics import PERCENTILES, Record
+from fastserve_mega.printing import FittedTable, print_sentence
 
 Summary = dict[str, Any]
-COMPARISON_WIDTH = 140
-"""Columns of a terminal in which nothing of the comparison is cut."""
 
 
 def show_run(summary: Summary, console: Console) -> None:
     """One run: what failed, throughput, and a table of latencies."""
     console.print(f"{summary['completed']} of {summary['requests']} requests completed")
     for error, count in summary["errors"].items():
-        console.print(f"{count} x {error}", style="red", highlight=False, markup=False)
+        print_sentence(console, Text(f"{count} x {error}", style="red"))
     if not summary["completed"]:
         return
-    console.print(
+    print_sentence(
+        console,
         f"{summary['duration_s']:.1f} s, {summary['requests_per_s']:.2f} requests/s, "
-        f"{summary['output_tokens_per_s']:.1f} output tokens/s"
+        f"{summary['output_tokens_per_s']:.1f} output tokens/s",
     )
-    table = Table("requests", "seconds", "mean", *(f"P{p}" for p in PERCENTILES))
+    percentiles = (f"P{p}" for p in PERCENTILES)
+    table = FittedTable("requests", "seconds", "mean", *percentiles, text_columns=2)
     for group, latencies in summary["latency"].items():
         for name, values in latencies.items():
             table.add_row(group, _label(name), *(f"{value:.4f}" for value in values.values()))
@@ -53,12 +54,11 @@ def _label(name: str) -> str:
 
 def show_comparison(runs: Sequence[Summary], console: Console) -> None:
     """All runs side by side."""
-    table = Table("rate", "concurrency", title="all runs, latencies in seconds")
-    for name in (
-        "completed", "requests/s", "tokens/s", "TTFT mean", "TTFT P95", "TPOT mean", "TPOT P95",
-        "JCT mean", "JCT P95", "JCT P99",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
+    table = FittedTable(
+        "rate", "concurrency", "completed", "requests/s", "tokens/s", "TTFT mean", "TTFT P95",
+        "TPOT mean", "TPOT P95", "JCT mean", "JCT P95", "JCT P99",
+        title="all runs, latencies in seconds", text_columns=2,
+    )  # fmt: skip
     for run in runs:
         summary = run["summary"]
         cells = [f"{summary['completed']}/{summary['requests']}"]

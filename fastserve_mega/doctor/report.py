@@ -8,17 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from fastserve_mega.config import Config
 from fastserve_mega.config_file import load_config
 from fastserve_mega.doctor import deployment, installation, machine, mpi
 from fastserve_mega.doctor.finding import Check, Finding, Status, ok, problem
+from fastserve_mega.printing import wrap_words
 
 _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+_INDENT = " " * len("problem  ")
+_ARROW = "→"
 
 
 def run_doctor(config_file: str | None, overrides: Sequence[str], *, as_json: bool) -> int:
@@ -79,14 +81,10 @@ def _checks(config: Config | None, config_file: Path) -> list[Check]:
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """A table, and one line that says how it stands."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "what", "found", "what to do"):
-        table.add_column(name, overflow="fold")
+    """Each with what to do below it, and one line that says how it stands."""
     for each in findings:
-        status = f"[{_COLOURS[each.status]}]{each.status}[/]"
-        table.add_row(status, escape(each.subject), escape(each.found), escape(each.remedy))
-    console.print(table)
+        console.print(_entry(each, console.width), soft_wrap=True)
+    console.print()
     counts = {name: sum(each.status == name for each in findings) for name in _COLOURS}
     if counts["problem"]:
         console.print(f"[red]{counts['problem']} to be mended before it can run[/red]")
@@ -94,3 +92,15 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
         console.print(f"it can run; {counts['warning']} to look at")
     else:
         console.print("all is well")
+
+
+def _entry(finding: Finding, width: int) -> Text:
+    """Lines within the width, broken between words only: a path can be copied from them."""
+    said = f"{finding.subject}: {finding.found}"
+    remedy = f"{_ARROW} {finding.remedy}" if finding.remedy else ""
+    room = width - len(_INDENT)
+    lines = [*wrap_words(said, room), *wrap_words(remedy, room)]
+    status = Text(f"{finding.status:<{len(_INDENT)}}", style=_COLOURS[finding.status])
+    entry = Text.assemble(status, f"\n{_INDENT}".join(lines))
+    entry.highlight_regex(rf"(?m)^{_INDENT}{_ARROW}.*", "bold")
+    return entry

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from fastserve_mega.config import Config
 from fastserve_mega.planning.deployment import (
@@ -17,6 +17,7 @@ from fastserve_mega.planning.deployment import (
     find_architecture,
     plan_deployment,
 )
+from fastserve_mega.printing import FittedTable, print_sentence
 
 _LENGTHS = (512, 2048)
 """Tokens of prompt and answer for which the report says how many requests fit."""
@@ -40,34 +41,35 @@ def run_plan(config: Config, config_file: Path, *, as_json: bool) -> int:
 
 def print_plan(plan: DeploymentPlan, config: Config, directory: Path, console: Console) -> None:
     """The whole report."""
-    console.print(
+    print_sentence(
+        console,
         f"[bold]{plan.model}[/bold] ({plan.architecture.name}, from {directory}): "
         f"{plan.parameters / 1e9:.2f} billion parameters of {plan.value_bytes} bytes, "
         f"{plan.weight_bytes / 1e9:.1f} GB of weights on all ranks together",
-        soft_wrap=True,
     )
     parallel = config.parallel
-    console.print(
+    print_sentence(
+        console,
         f"{parallel.world_size} rank{'s' if parallel.world_size > 1 else ''} on {plan.nodes} "
         f"node{'s' if plan.nodes > 1 else ''}: {plan.replicas} "
         f"replica{'s' if plan.replicas > 1 else ''} x {parallel.pipeline} pipeline x "
-        f"{parallel.tensor} tensor"
+        f"{parallel.tensor} tensor",
     )
     console.print(_stage_table(plan))
-    console.print(
+    print_sentence(
+        console,
         f"Beside the weights each rank needs about {plan.activation_bytes / GIB:.2f} GiB for the "
         f"activations of a step (scheduler.max_batch_tokens={config.scheduler.max_batch_tokens}) "
         f"and, with CUDA, {CONTEXT_BYTES / GIB:.1f} GiB for its context.",
-        soft_wrap=True,
     )
-    console.print(
+    print_sentence(
+        console,
         f"KV: {plan.kv_bytes_per_token / 1e6:.3f} MB per token on all ranks of a replica "
         f"together, {plan.block_size} tokens in a block.",
-        soft_wrap=True,
     )
     console.print(_request_table(plan))
     for problem in plan.problems:
-        console.print(f"[red]does not fit:[/red] {problem}", soft_wrap=True)
+        print_sentence(console, f"[red]does not fit:[/red] {escape(problem)}")
 
 
 def plan_as_json(plan: DeploymentPlan) -> dict[str, object]:
@@ -104,15 +106,11 @@ def _stage_as_json(stage: StagePlan) -> dict[str, object]:
     }
 
 
-def _stage_table(plan: DeploymentPlan) -> Table:
-    table = Table(title="what each rank holds")
-    for name in ("stage", "ranks", "layers"):
-        table.add_column(name)
-    for name in (
-        "query heads", "KV heads", "weights, GiB", "KV per token, KiB", "device blocks",
-        "host blocks",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
+def _stage_table(plan: DeploymentPlan) -> FittedTable:
+    table = FittedTable(
+        "stage", "ranks", "layers", "query heads", "KV heads", "weights, GiB", "KV per token, KiB",
+        "device blocks", "host blocks", title="what each rank holds", text_columns=3,
+    )  # fmt: skip
     for stage in plan.stages:
         table.add_row(
             str(stage.stage),
@@ -128,14 +126,12 @@ def _stage_table(plan: DeploymentPlan) -> Table:
     return table
 
 
-def _request_table(plan: DeploymentPlan) -> Table:
-    table = Table(title="KV of a replica: the smallest pool of its ranks")
-    table.add_column("memory")
-    for name in ("blocks", "tokens"):
-        table.add_column(name, justify="right")
+def _request_table(plan: DeploymentPlan) -> FittedTable:
     lengths = sorted({*(each for each in _LENGTHS if each < plan.max_context), plan.max_context})
-    for length in lengths:
-        table.add_column(f"requests of {length:,} tokens", justify="right")
+    table = FittedTable(
+        "memory", "blocks", "tokens", *(f"requests of {length:,} tokens" for length in lengths),
+        title="KV of a replica: the smallest pool of its ranks", text_columns=2,
+    )  # fmt: skip
     for name, blocks in (("device", plan.device_blocks), ("host", plan.host_blocks)):
         if blocks is None:
             table.add_row(name, "unknown: give hardware.device_memory_gb")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig, make_cost_model, make_scheduler
 from fastserve_mega.simulator.records import SimulationResult
-from fastserve_mega.simulator.report import MIN_TABLE_WIDTH, Report, make_tables, summarize, to_json
+from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import (
     LengthTable,
@@ -95,8 +95,8 @@ def run_simulate(
     reports = [report for report, _ in runs]
     prompt, output = table.means
     title = f"{config.workload.path}: {prompt:.0f} prompt and {output:.0f} output tokens on average"
-    console = Console(width=max(Console().width, MIN_TABLE_WIDTH))
-    console.print(*make_tables(reports, title))
+    for view in make_tables(reports, title):
+        Console().print(view)
     if json_path is not None:
         json_path.write_text(to_json(reports), encoding="utf-8")
     if plots is not None:

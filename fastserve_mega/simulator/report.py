@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.table import Column, Table
 
+from fastserve_mega.printing import FittedTable
 from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.records import RequestRecord, SimulationResult
 
-MIN_TABLE_WIDTH = 110
-"""Characters the tables need."""
 _LONG_QUANTILE = 0.75
 _SLOWEST_FRACTION = 0.1
 
@@ -119,25 +117,22 @@ def to_json(reports: Sequence[Report]) -> str:
     return json.dumps([dataclasses.asdict(report) for report in reports], indent=2) + "\n"
 
 
-def make_tables(reports: Sequence[Report], title: str) -> tuple[Table, Table]:
+def make_tables(reports: Sequence[Report], title: str) -> tuple[FittedTable, FittedTable]:
     """How long requests took, one line per measure and run; and the work done, one per run."""
-    latencies, work = (
-        Table(Column("policy", no_wrap=True), Column("rate", justify="right"), title=title)
-        for _ in range(2)
+    latencies = FittedTable(
+        "policy", "rate", "seconds", "mean", "P50", "P95", "P99", title=title, text_columns=3
     )
-    latencies.add_column("seconds", no_wrap=True)
-    for heading in ("mean", "P50", "P95", "P99"):
-        latencies.add_column(heading, justify="right")
+    rejected = sum(report.rejected for report in reports)
+    work = FittedTable(
+        "policy", "rate", "slowest long JCT", "req/s", "tok/s", "busy", "batch", "preempted",
+        "recomputed", "blocks swapped", "exposed copies",
+        title=f"{title}; {rejected} requests were rejected" if rejected else title,
+    )  # fmt: skip
     for name, measure in _MEASURES.items():
         latencies.add_section()
         for report in reports:
             values = dataclasses.astuple(measure(report))
             latencies.add_row(*_name_of(report), name, *(f"{value:.3g}" for value in values))
-    for heading in ("slowest long JCT", "req/s", "tok/s", "busy", "batch", "pre- empted",
-                    "recom- puted", "blocks swapped", "exposed copies"):  # fmt: skip
-        work.add_column(heading, justify="right")
-    if rejected := sum(report.rejected for report in reports):
-        work.caption = f"{rejected} requests were rejected"
     for report in reports:
         work.add_row(*_name_of(report), *_work_cells(report))
     return latencies, work
