@@ -1,4 +1,8 @@
-"""One long request, and short ones while it runs: skip-join MLFQ beside first come first served."""
+"""Short questions behind long answers: skip-join MLFQ beside first come first served.
+
+More long answers are wanted than a step has places for, and they need more KV memory than there is.
+Then short questions arrive. The same requests are sent under either policy.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -18,20 +23,36 @@ from fastserve_mega.client import AsyncClient
 from fastserve_mega.config import Config
 from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment, LaunchError
+from fastserve_mega.printing import FittedTable, print_sentence
 from fastserve_mega.types import SamplingParams
 
 POLICIES = ("skip_join_mlfq", "fcfs")
-BATCH_LIMIT = 1  # per step; two pipeline stages keep two steps in flight
-LONG = ("Write a long story about a lighthouse keeper who finds a map.", 192)
-SHORT = (
-    ("Describe the ocean in one sentence.", 32),
-    ("Why is the sky blue?", 32),
-    ("How many days are in a week?", 32),
-    ("What is a bicycle?", 32),
-    ("What does a doctor do?", 32),
-    ("What is bread made of?", 32),
+SCARCE = (
+    "scheduler.max_batch_size=2",  # two pipeline stages keep two steps in flight: four places
+    "kv_cache.device_blocks=49",  # 768 tokens: enough for four long answers, not for six
 )
-TEXT_WIDTH = 72
+LONG_TOKENS, SHORT_TOKENS = 128, 16
+LONG = (
+    "Write a long story about a lighthouse keeper who finds a map.",
+    "Write a long story about a fox who learns to sail.",
+    "Write a long story about a clock that runs backwards.",
+    "Write a long story about two sisters and a mountain.",
+    "Write a long story about the last train to the sea.",
+    "Write a long story about a baker who cannot sleep.",
+)
+SHORT = (
+    "How many days are in a week?",
+    "Why is the sky blue?",
+    "What is a bicycle?",
+    "What does a doctor do?",
+    "What is bread made of?",
+    "Where do penguins live?",
+    "What do cats eat?",
+    "What do bees make?",
+)
+ASK_AFTER_TOKENS = 16
+"""Of the first long answer: then the short questions are sent."""
+MIN_TEXT_WIDTH = 10
 
 
 @dataclass
@@ -41,33 +62,62 @@ class Job:
     name: str
     question: str
     max_tokens: int
-    sent: float = 0.0
     ttft_s: float | None = None
     jct_s: float | None = None
     text: str = ""
-    first_token: asyncio.Event = field(default_factory=asyncio.Event)
+    tokens: int = 0
+    under_way: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, client: AsyncClient) -> None:
         params = SamplingParams(max_tokens=self.max_tokens, temperature=0.0)
-        self.sent = time.monotonic()
+        sent = time.monotonic()
         answer = await client.chat([{"role": "user", "content": self.question}], params)
         async for chunk in answer:
             if self.ttft_s is None:
-                self.ttft_s = time.monotonic() - self.sent
-                self.first_token.set()
+                self.ttft_s = time.monotonic() - sent
             self.text += chunk.text
-        self.jct_s = time.monotonic() - self.sent
+            self.tokens += len(chunk.token_ids)
+            if self.tokens >= ASK_AFTER_TOKENS:
+                self.under_way.set()
+        self.under_way.set()
+        self.jct_s = time.monotonic() - sent
 
 
-def table(policy: str, jobs: list[Job]) -> Table:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the requests under one policy."""
+
+    long: Sequence[Job]
+    short: Sequence[Job]
+    swapped_out_blocks: int
+    swapped_in_blocks: int
+
+    @property
+    def short_jct_s(self) -> float:
+        return mean(job.jct_s for job in self.short)
+
+    @property
+    def long_jct_s(self) -> float:
+        return mean(job.jct_s for job in self.long)
+
+
+def mean(values: Iterable[float | None]) -> float:
+    return statistics.fmean(value or 0.0 for value in values)
+
+
+def table(policy: str, jobs: Sequence[Job], width: int) -> Table:
+    """Each request and the end of its text, in one line."""
+    names = max(len(job.name) for job in jobs)
+    columns = (("request", names), ("first s", 7), ("done s", 7))
+    room = width - sum(size + 3 for _, size in columns) - 4
     view = Table(title=f"scheduler.policy: {policy}", title_justify="left")
-    for heading in ("request", "TTFT s", "completed s"):
-        view.add_column(heading, justify="right")
-    view.add_column("streamed text", width=TEXT_WIDTH, no_wrap=True)
+    for heading, size in columns:
+        view.add_column(heading, justify="right", width=size, no_wrap=True)
+    view.add_column("text as it streams", width=max(room, MIN_TEXT_WIDTH), no_wrap=True)
     for job in jobs:
         text = " ".join(job.text.split())
-        shown = text if job.jct_s is not None else text[-TEXT_WIDTH:]
-        view.add_row(job.name, seconds(job.ttft_s), seconds(job.jct_s), shown[:TEXT_WIDTH])
+        shown = text if job.jct_s is not None else text[-room:]
+        view.add_row(job.name, seconds(job.ttft_s), seconds(job.jct_s), shown)
     return view
 
 
@@ -75,32 +125,41 @@ def seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-async def burst(endpoint: str, policy: str, console: Console) -> list[Job]:
-    jobs = [Job("long", *LONG), *(Job(f"short {i}", *job) for i, job in enumerate(SHORT, 1))]
+async def burst(endpoint: str, policy: str, console: Console) -> Outcome:
+    long = [Job(f"long {i}", text, LONG_TOKENS) for i, text in enumerate(LONG, 1)]
+    short = [Job(f"short {i}", text, SHORT_TOKENS) for i, text in enumerate(SHORT, 1)]
+    jobs = [*long, *short]
     async with AsyncClient(endpoint) as client:
         await client.tokenizer()  # loading it is not part of anybody's waiting time
-        with Live(table(policy, jobs), console=console, refresh_per_second=8) as live:
-            running = [asyncio.create_task(jobs[0].run(client))]
-            await asyncio.wait_for(jobs[0].first_token.wait(), timeout=60)
-            running += [asyncio.create_task(job.run(client)) for job in jobs[1:]]
-            while True:
-                done, waiting = await asyncio.wait(running, timeout=0.1)
-                live.update(table(policy, jobs))
-                if not waiting:
-                    break
-            for task in done:
-                task.result()
-    return jobs
+        with Live(table(policy, jobs, console.width), console=console) as live:
+            running = [asyncio.create_task(job.run(client)) for job in long]
+            while not long[0].under_way.is_set():
+                await asyncio.wait(running, timeout=0.1)
+                live.update(table(policy, jobs, console.width))
+            running += [asyncio.create_task(job.run(client)) for job in short]
+            while (await asyncio.wait(running, timeout=0.1))[1]:
+                live.update(table(policy, jobs, console.width))
+            live.update(table(policy, jobs, console.width))
+        if not console.is_terminal:
+            console.print()  # Live ends its only picture without one
+        await asyncio.gather(*running)
+        replicas = (await client.snapshot()).replicas
+    return Outcome(
+        long,
+        short,
+        sum(replica.swapped_out_blocks for replica in replicas),
+        sum(replica.swapped_in_blocks for replica in replicas),
+    )
 
 
-def run_policy(path: str, given: list[str], policy: str, console: Console) -> list[Job]:
+def run_policy(path: str, given: Sequence[str], policy: str, console: Console) -> Outcome:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     overrides = [
         *given,
+        *SCARCE,
         f"scheduler.policy={policy}",
-        f"scheduler.max_batch_size={BATCH_LIMIT}",
         f"coordinator.client_endpoint={endpoint}",
     ]
     arguments = ["--config", path]
@@ -113,18 +172,39 @@ def run_policy(path: str, given: list[str], policy: str, console: Console) -> li
         return asyncio.run(burst(endpoint, policy, console))
 
 
-def summary(results: dict[str, list[Job]]) -> Table:
-    view = Table(title="mean over the short requests", title_justify="left")
-    for heading in ("policy", "TTFT s", "completed s", "long completed s"):
-        view.add_column(heading, justify="right")
-    for policy, (long, *short) in results.items():
-        ttft, jct = mean_ttft(short), statistics.mean(job.jct_s or 0.0 for job in short)
-        view.add_row(policy, f"{ttft:.2f}", f"{jct:.2f}", seconds(long.jct_s))
+def summary(outcomes: Sequence[Outcome]) -> FittedTable:
+    """The policies side by side."""
+    long, short = len(outcomes[0].long), len(outcomes[0].short)
+    rows: dict[str, Callable[[Outcome], str]] = {
+        f"{short} short answers, first token": lambda each: seconds(
+            mean(job.ttft_s for job in each.short)
+        ),
+        f"{short} short answers, finished": lambda each: seconds(each.short_jct_s),
+        "the last of them": lambda each: seconds(max(job.jct_s or 0.0 for job in each.short)),
+        f"{long} long answers, first token": lambda each: seconds(
+            mean(job.ttft_s for job in each.long)
+        ),
+        f"{long} long answers, finished": lambda each: seconds(each.long_jct_s),
+        "the last of all": lambda each: seconds(max(job.jct_s or 0.0 for job in each.long)),
+        "KV blocks moved to host memory": lambda each: str(each.swapped_out_blocks),
+        "KV blocks moved back": lambda each: str(each.swapped_in_blocks),
+    }
+    view = FittedTable("mean, seconds after it was sent", *POLICIES)
+    for name, figure in rows.items():
+        view.add_row(name, *map(figure, outcomes))
     return view
 
 
-def mean_ttft(jobs: list[Job]) -> float:
-    return statistics.mean(job.ttft_s or 0.0 for job in jobs)
+def verdict(outcomes: Sequence[Outcome]) -> tuple[str, str]:
+    """What was gained, and its price."""
+    mlfq, fcfs = outcomes
+    return (
+        f"Short answers finish {fcfs.short_jct_s / mlfq.short_jct_s:.1f} times sooner under "
+        f"{POLICIES[0]} than under {POLICIES[1]}: after {mlfq.short_jct_s:.1f} s instead of "
+        f"{fcfs.short_jct_s:.1f} s.",
+        f"The price: long ones finish after {mlfq.long_jct_s:.1f} s instead of "
+        f"{fcfs.long_jct_s:.1f} s.",
+    )
 
 
 def main() -> int:
@@ -133,22 +213,16 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 112
     try:
-        results = {
-            policy: run_policy(options.config, options.overrides, policy, console)
-            for policy in POLICIES
-        }
+        outcomes = [
+            run_policy(options.config, options.overrides, policy, console) for policy in POLICIES
+        ]
     except (LaunchError, ValueError) as error:
-        console.print(f"demo: {error}", style="red")
+        console.print(f"demo: {error}", style="red", markup=False, soft_wrap=True)
         return 1
-    console.print(summary(results))
-    mlfq, fcfs = (mean_ttft(results[policy][1:]) for policy in POLICIES)
-    console.print(
-        f"The short requests got their first token {fcfs / mlfq:.1f} times sooner under "
-        f"{POLICIES[0]} than under {POLICIES[1]}."
-    )
+    console.print(summary(outcomes))
+    for sentence in verdict(outcomes):
+        print_sentence(console, sentence)
     return 0
 
 
