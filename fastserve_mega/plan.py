@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import NamedTuple
 
 from fastserve_mega.types import RequestId
@@ -29,7 +29,7 @@ class SequenceSlice(NamedTuple):
     """Device blocks of block_table[block_start:]; empty when the table is unchanged."""
 
 
-class CopyDirection(str, Enum):
+class CopyDirection(StrEnum):
     """Which way KV blocks move between the pools of a rank."""
 
     SWAP_OUT = "swap_out"  # device to host

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import NewType
 
 RequestId = NewType("RequestId", str)
@@ -24,7 +24,7 @@ _MAX_PENALTY = 2.0
 _MAX_REPETITION_PENALTY = 100.0
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended. Every request ends with exactly one of these."""
 
     STOP = "stop"

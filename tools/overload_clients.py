@@ -83,7 +83,7 @@ async def _read_half(generation: AsyncGeneration, job: Job) -> None:
 
     try:
         await asyncio.wait_for(read(), job.cancel_after_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return
 
 

@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def environment() -> dict[str, Any]:
     return {
         "version": __version__,
         "commit": commit.strip() or None,
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu or platform.processor(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),

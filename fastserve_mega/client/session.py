@@ -91,7 +91,7 @@ class Session:
         self._send(question)
         try:
             return await asyncio.wait_for(future, timeout_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise ServerUnavailableError(
                 f"no answer from the coordinator at {self.endpoint} within {timeout_s:g} s"
             ) from None

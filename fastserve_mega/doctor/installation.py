@@ -16,7 +16,7 @@ from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.probe import ProbeError, python_probe
 
 _DISTRIBUTION = "fastserve_mega"
-_MIN_PYTHON = (3, 10)
+_MIN_PYTHON = (3, 11)
 _TORCH = """
 import json, torch
 cuda = torch.cuda.is_available()
