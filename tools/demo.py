@@ -180,16 +180,16 @@ def summary(outcomes: Sequence[Outcome]) -> FittedTable:
             mean(job.ttft_s for job in each.short)
         ),
         f"{short} short answers, finished": lambda each: seconds(each.short_jct_s),
-        "the last of them": lambda each: seconds(max(job.jct_s or 0.0 for job in each.short)),
+        "the last short answer": lambda each: seconds(max(job.jct_s or 0.0 for job in each.short)),
         f"{long} long answers, first token": lambda each: seconds(
             mean(job.ttft_s for job in each.long)
         ),
         f"{long} long answers, finished": lambda each: seconds(each.long_jct_s),
-        "the last of all": lambda each: seconds(max(job.jct_s or 0.0 for job in each.long)),
+        "the last long answer": lambda each: seconds(max(job.jct_s or 0.0 for job in each.long)),
         "KV blocks moved to host memory": lambda each: str(each.swapped_out_blocks),
         "KV blocks moved back": lambda each: str(each.swapped_in_blocks),
     }
-    view = FittedTable("mean, seconds after it was sent", *POLICIES)
+    view = FittedTable("seconds since sent, mean", *POLICIES)
     for name, figure in rows.items():
         view.add_row(name, *map(figure, outcomes))
     return view
