@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from rich.console import Console
-from rich.table import Table
 
 from fastserve_mega.config import MlfqConfig, PolicyName, SchedulerConfig, SwapConfig, SwapStrategy
 from fastserve_mega.plan import Plan
+from fastserve_mega.printing import FittedTable
 from fastserve_mega.scheduling.cost_model import (
     DecodePoint,
     PrefillPoint,
@@ -157,10 +157,10 @@ def main() -> int:
     parser.add_argument("--strategies", nargs="+", choices=get_args(SwapStrategy),
                         default=["proactive"])  # fmt: skip
     options = parser.parse_args()
-    view = Table(title=f"one step with a batch of {options.batch}", title_justify="left")
-    for heading in ("policy", "strategy", "queued", "median µs", "P99 µs", "batch",
-                    "blocks swapped", "bytes per request"):  # fmt: skip
-        view.add_column(heading, justify="right")
+    view = FittedTable(
+        "policy", "strategy", "queued", "median µs", "P99 µs", "batch", "blocks swapped",
+        "bytes per request", title=f"one step with a batch of {options.batch}", text_columns=2,
+    )  # fmt: skip
     for policy in options.policies:
         for strategy in options.strategies:
             for queued in options.queued:

@@ -16,6 +16,8 @@ from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.planning.deployment import find_architecture, plan_deployment
 from fastserve_mega.planning.report import print_plan
 from fastserve_mega.printing import FittedTable
+from fastserve_mega.simulator.pipeline import CopyStats
+from fastserve_mega.simulator.report import Distribution, Report, make_tables
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
 from fastserve_mega.top import render
 
@@ -81,6 +83,23 @@ def top(console):
     console.print(render(after, after))
 
 
+def simulation(console):
+    times = Distribution(1234.5, 0.125, 98765.4, 0.0625)
+    reports = [
+        Report(
+            policy=policy, rate=2.5, requests=2000, rejected=3, normalized_latency_s=times,
+            ttft_s=times, tpot_s=times, jct_s=times, slowest_long_jct_s=1234.5,
+            slowest_long_normalized_latency_s=9.5, requests_per_s=12.25, output_tokens_per_s=4321,
+            utilization=0.99, elapsed_s=1e6, mean_batch_size=15.5, steps=10**6,
+            decode_tokens=10**8, prefill_tokens=10**8, preemptions=33_000,
+            recomputed_tokens=3_800_000, copies=CopyStats(exposed_s=123.25),
+        )
+        for policy in ("skip_join_mlfq", "fixed_priority", "fcfs")
+    ]  # fmt: skip
+    for table in make_tables(reports, "sharegpt.csv: 161 prompt and 338 output tokens on average"):
+        console.print(table)
+
+
 REPORTS = {
     "figures": lambda console: console.print(figures(7)),
     "doctor": lambda console: print_findings(FINDINGS, console),
@@ -88,6 +107,7 @@ REPORTS = {
     "bench, one run": bench_run,
     "bench, several runs": bench_comparison,
     "top": top,
+    "simulate": simulation,
 }
 
 
