@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from fastserve_mega.config import SchedulerConfig, SwapConfig
 from fastserve_mega.config_file import load_yaml
-from fastserve_mega.scheduling.memory import PoolSizes
+from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel
 from fastserve_mega.simulator.hardware import (

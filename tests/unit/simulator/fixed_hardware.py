@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastserve_mega.config import MlfqConfig, SchedulerConfig
-from fastserve_mega.scheduling.memory import PoolSizes
+from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import StepWork
 from fastserve_mega.simulator.records import SimulationResult
