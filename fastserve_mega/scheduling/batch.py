@@ -103,7 +103,8 @@ class BatchBuilder:
             sent = kv.num_sent_blocks
             new = self._memory.take_unsent(request) if sent != len(table) else ()
             samples = num_tokens == pending
-            self._prefills_wait |= not samples
+            if not samples:
+                self._prefills_wait = True
             slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, sent, new))
             self._tokens_left -= num_tokens
             if not self._tokens_left or len(requests) == self._max_requests:

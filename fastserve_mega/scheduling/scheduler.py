@@ -206,6 +206,8 @@ class Scheduler:
         for request_id, block_hash in event.filled:
             self._memory.filled(self._requests[request_id], block_hash)
         block_size, publish = self._memory.block_size, self._memory.prefix_cache.publish
+        elapsed_s, shares = event.elapsed_s, self._memory.shares_prefixes
+        running, ready = RequestStatus.RUNNING, RequestStatus.READY
         prefill_tokens = decodes = 0
         going_on = []
         for request in self._in_flight.pop(event.step_id):
@@ -219,14 +221,13 @@ class Scheduler:
             if request.num_unread_tokens:
                 self._read(request, tokens)
             request.waiting_since = now
-            request.preemption_credit_s -= event.elapsed_s
-            if request.status is not RequestStatus.RUNNING:  # aborted while the step ran
+            request.preemption_credit_s -= elapsed_s
+            if request.status is not running:  # aborted while the step ran
                 self._memory.release(request)
                 continue
-            request.status = RequestStatus.READY
-            kv = request.kv
-            if kv.block_hashes and request.num_computed_tokens // block_size > (
-                kv.num_published_blocks
+            request.status = ready
+            if shares and request.num_computed_tokens // block_size > (
+                request.kv.num_published_blocks
             ):
                 publish(request)
             if request.request_id in finished:

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig, make_cost_model, make_scheduler
 from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
@@ -49,7 +48,7 @@ def simulate(
     return simulation.run()
 
 
-def with_policy(config: SimulationConfig, policy: PolicyName) -> SimulationConfig:
+def with_policy(config: SimulationConfig, policy: str) -> SimulationConfig:
     """The same simulation under another policy."""
     return replace(config, scheduler=replace(config.scheduler, policy=policy))
 
@@ -63,7 +62,7 @@ def run_simulate(
     config: SimulationConfig,
     *,
     data: Path = Path(),
-    policies: Sequence[PolicyName] = (),
+    policies: Sequence[str] = (),
     rates: Sequence[float] = (),
     json_path: Path | None = None,
     plots: Path | None = None,

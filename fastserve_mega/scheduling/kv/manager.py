@@ -71,6 +71,8 @@ class KvManager:
         self.host = BlockPool(sizes.host_blocks)
         self.block_size = sizes.block_size
         self.prefix_cache = PrefixCache(self.device, self.host, sizes.block_size)
+        self.shares_prefixes = False
+        """Whether a request ever came with hashes: the prefix cache is on."""
         self.swapper = Swapper(
             device=self.device,
             host=self.host,
@@ -114,6 +116,7 @@ class KvManager:
     def look_up(self, request: Request, block_hashes: Sequence[BlockHash]) -> None:
         """Take in the hashes of a request that arrived, and see how much of it exists already."""
         request.kv.block_hashes = list(block_hashes)
+        self.shares_prefixes |= bool(block_hashes)
         request.kv.num_cached_tokens = self.prefix_cache.known_tokens(request)
 
     # --- one step ------------------------------------------------------------------------------
