@@ -1,0 +1,88 @@
+"""Starting and ending the processes of a deployment, and the command line of its ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastserve_mega.config import Config
+
+KILL_AFTER_S = 10.0
+"""How long a process may take to end by itself when it holds no requests."""
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+class LaunchError(Exception):
+    """A process did not start, or ended by itself; str() says which."""
+
+
+def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a child in a session of its own, which ends when this process is killed outright.
+
+    Its own session: a terminal's Ctrl-C reaches this process only, which ends its children in
+    order.
+    """
+    environment = dict(os.environ)
+    if sys.stderr.isatty():
+        # mpirun puts a pipe in between; without this there would be no bar that moves.
+        environment["FORCE_COLOR"] = "1"
+    return subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock
+    )
+
+
+def _end_with_parent() -> None:
+    """In the child: have the kernel send SIGTERM when this process is killed outright."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of a process group that has lost its leader and its purpose."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def own_command(name: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of `fastserve-mega NAME`, run by this Python."""
+    return [sys.executable, "-m", "fastserve_mega", name, *arguments]
+
+
+def ranks_prefix(config: Config) -> list[str]:
+    """What starts the ranks: nothing for a single one, mpirun for more."""
+    ranks = config.parallel.world_size
+    return [] if ranks == 1 else mpirun_command(ranks)
+
+
+def mpirun_command(ranks: int) -> list[str]:
+    """The start of a command line that runs the rest of it on so many ranks.
+
+    Raises:
+        LaunchError: there is no mpirun beside this Python or on the PATH.
+    """
+    beside_python = Path(sys.executable).parent / "mpirun"
+    mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        raise LaunchError(
+            f"{ranks} ranks need mpirun: pip install 'fastserve_mega[mpi]', or a system MPI"
+        )
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
+    options: list[str] = []
+    if "Open MPI" in version.stdout:
+        options = ["--oversubscribe", "--bind-to", "none"]
+        if os.geteuid() == 0:
+            options.append("--allow-run-as-root")
+    return [mpirun, *options, "-n", str(ranks)]
