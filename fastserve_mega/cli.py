@@ -7,37 +7,30 @@ import textwrap
 from collections.abc import Sequence
 
 from fastserve_mega import __version__
-from fastserve_mega.commands import measuring, preparing, processes, serving
-from fastserve_mega.commands.command import Command, CommandParser, Group, add_command, fail
+from fastserve_mega.commands import (
+    api_server,
+    bench,
+    chat,
+    completion,
+    convert,
+    coordinator,
+    doctor,
+    plan,
+    profile,
+    serve,
+    simulate,
+    top,
+    worker,
+)
+from fastserve_mega.commands.command import CommandParser, Group, add_command
 from fastserve_mega.logs import set_up_logging
 
-
-def _complete(options: argparse.Namespace) -> int:
-    try:
-        import shtab
-    except ImportError:
-        return fail(options, "it needs shtab: pip install 'fastserve_mega[completion]'")
-    print(shtab.complete(make_parser(), shell=options.shell))
-    return 0
-
-
-_COMPLETION = Command(
-    name="completion",
-    summary="print a script that completes commands, options and files",
-    description="Prints a script with which the shell completes commands, options and files. "
-    "For bash: `source <(fastserve-mega completion bash)` in ~/.bashrc; for zsh, save it as "
-    "_fastserve-mega in a directory of fpath.",
-    examples=("bash", "zsh"),
-    run=_complete,
-    add_arguments=lambda parser: parser.add_argument("shell", choices=("bash", "zsh")),
-    config=False,
-)
 GROUPS: tuple[Group, ...] = (
-    serving.GROUP,
-    preparing.GROUP,
-    measuring.GROUP,
-    processes.GROUP,
-    Group("the shell", (_COMPLETION,)),
+    Group("serve a model", (serve.COMMAND, chat.COMMAND, top.COMMAND, api_server.COMMAND)),
+    Group("prepare a deployment", (doctor.COMMAND, plan.COMMAND, profile.COMMAND, convert.COMMAND)),
+    Group("measure and compare", (bench.COMMAND, simulate.COMMAND)),
+    Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
+    Group("the shell", (completion.COMMAND,)),
 )
 _FIRST_STEPS = """\
 first steps:
@@ -67,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Serve large language models over many ranks and hosts, scheduled by a "
         "skip-join multi-level feedback queue.",
     )
+    parser.set_defaults(parser=parser)  # for `completion`
     parser.add_argument("--version", action="version", version=__version__)
     parsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=CommandParser)
     for group in GROUPS:

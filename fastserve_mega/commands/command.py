@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from fastserve_mega.config import Config
@@ -73,7 +74,7 @@ def add_command(parsers: argparse._SubParsersAction[CommandParser], command: Com
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Names `--config` to whoever gives a file without it."""
+    """Names `--config` to a user who gives a file without it."""
 
     _given: Sequence[str] = ()
 
@@ -119,6 +120,21 @@ DIRECTORY = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
 """For the attribute `complete` of an argument: what shtab completes it with."""
 
 
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a rank passes on to the coordinator it starts."""
+    parser.add_argument(
+        "--supervised",
+        action="store_true",
+        help="somebody starts the ranks again when one is lost: leave requests unfinished then",
+    )
+    parser.add_argument(
+        "--profile-to",
+        type=Path,
+        metavar="FILE",
+        help="measure step times, write them here and end; what `profile` starts",
+    )
+
+
 def pass_on(options: argparse.Namespace) -> list[str]:
     """The arguments that give a child process the same configuration and log."""
     arguments = ["--config", options.config]
@@ -140,7 +156,7 @@ def load(options: argparse.Namespace, read: Callable[[str, Sequence[str]], T]) -
 
 
 def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Config:
-    """Likewise, with the model found on this machine or fetched to it.
+    """The configuration, with the model found on this machine or fetched to it.
 
     Whether its directory is usable is seen, and said, by the processes that read it.
     """

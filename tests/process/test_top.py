@@ -8,7 +8,7 @@ from fastserve_mega.cli import main
 from fastserve_mega.client import Client
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
-from fastserve_mega.top import render
+from fastserve_mega.terminal.top import render
 from fastserve_mega.types import SamplingParams
 
 ENDLESS = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
@@ -68,7 +68,7 @@ def test_once_prints_one_view(start_server, tmp_path, capsys, model_directory):
 
 
 def test_without_a_server_it_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastserve_mega.top._ANSWER_S", 0.1)
+    monkeypatch.setattr("fastserve_mega.terminal.top._ANSWER_S", 0.1)
     config = tmp_path / "config.yaml"
     config.write_text(
         f"model: {{path: /nowhere}}\ncoordinator: {{client_endpoint: 'ipc://{tmp_path}/nobody'}}\n"

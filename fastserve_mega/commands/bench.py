@@ -1,4 +1,4 @@
-"""bench: how fast a running server is."""
+"""Measure a running server."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     )
 
 
-BENCH = Command(
+COMMAND = Command(
     name="bench",
     summary="measure a running server: latencies and throughput",
     description="Sends random prompts of given lengths to a running server, over HTTP (any "

@@ -1,12 +1,11 @@
-"""bench, simulate: how fast it is, or would be."""
+"""Run the scheduler on a virtual clock."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from fastserve_mega.commands.benchmarking import BENCH
-from fastserve_mega.commands.command import DIRECTORY, FILE, Command, Group, fail, load
+from fastserve_mega.commands.command import DIRECTORY, FILE, Command, fail, load
 from fastserve_mega.config import SchedulerConfig
 
 
@@ -69,23 +68,17 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     json.complete = FILE  # type: ignore[attr-defined]
 
 
-GROUP = Group(
-    "measure and compare",
-    (
-        BENCH,
-        Command(
-            name="simulate",
-            summary="run the scheduler on a virtual clock",
-            description="Runs the live scheduler on a virtual clock under a recorded workload, "
-            "with step times from data sheets or from `profile`. Compares policies and rates in "
-            "seconds, without a GPU; docs/simulation.md.",
-            examples=(
-                "--config configs/sim/opt-13b-a100.yaml --data DIRECTORY",
-                "--config configs/sim/opt-13b-a100.yaml --data DIRECTORY "
-                "--policies fcfs,skip_join_mlfq --rates 2,4 --json result.json",
-            ),
-            run=_simulate,
-            add_arguments=_add_simulate,
-        ),
+COMMAND = Command(
+    name="simulate",
+    summary="run the scheduler on a virtual clock",
+    description="Runs the live scheduler on a virtual clock under a recorded workload, "
+    "with step times from data sheets or from `profile`. Compares policies and rates in "
+    "seconds, without a GPU; docs/simulation.md.",
+    examples=(
+        "--config configs/sim/opt-13b-a100.yaml --data DIRECTORY",
+        "--config configs/sim/opt-13b-a100.yaml --data DIRECTORY "
+        "--policies fcfs,skip_join_mlfq --rates 2,4 --json result.json",
     ),
+    run=_simulate,
+    add_arguments=_add_simulate,
 )

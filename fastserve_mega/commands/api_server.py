@@ -1,0 +1,28 @@
+"""Be an HTTP server of a deployment."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastserve_mega.commands.command import Command, load_deployment
+
+
+def _api_server(options: argparse.Namespace) -> int:
+    config = load_deployment(options)
+    from fastserve_mega.server.main import run_server
+
+    return run_server(config)
+
+
+COMMAND = Command(
+    name="api-server",
+    summary="be an OpenAI-compatible HTTP server",
+    description="Serves the OpenAI API over HTTP as a client of the coordinator at "
+    "coordinator.client_endpoint. `serve` starts one; start more, on any host, when "
+    "tokenizing or HTTP takes too much of it.",
+    examples=(
+        "--config configs/smollm2-135m-cpu.yaml",
+        "--config configs/smollm2-135m-cpu.yaml --set server.host=0.0.0.0 --set server.port=8001",
+    ),
+    run=_api_server,
+)

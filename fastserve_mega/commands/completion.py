@@ -1,0 +1,29 @@
+"""Print a script for the shell."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastserve_mega.commands.command import Command, fail
+
+
+def _complete(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError:
+        return fail(options, "it needs shtab: pip install 'fastserve_mega[completion]'")
+    print(shtab.complete(options.parser, shell=options.shell))
+    return 0
+
+
+COMMAND = Command(
+    name="completion",
+    summary="print a script that completes commands, options and files",
+    description="Prints a script with which the shell completes commands, options and files. "
+    "For bash: `source <(fastserve-mega completion bash)` in ~/.bashrc; for zsh, save it as "
+    "_fastserve-mega in a directory of fpath.",
+    examples=("bash", "zsh"),
+    run=_complete,
+    add_arguments=lambda parser: parser.add_argument("shell", choices=("bash", "zsh")),
+    config=False,
+)

@@ -1,0 +1,28 @@
+"""Start a deployment on this machine."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastserve_mega.commands.command import Command, load_deployment, pass_on
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = load_deployment(options, weights=True)
+    from fastserve_mega.launcher import serve
+
+    return serve(config, pass_on(options))
+
+
+COMMAND = Command(
+    name="serve",
+    summary="start ranks, coordinator and HTTP server on this machine",
+    description="Starts the ranks (with mpirun when there are several), the coordinator "
+    "and the OpenAI-compatible HTTP server on this machine, and says how to use them. The "
+    "ranks are started again when one dies; Ctrl-C ends everything.",
+    examples=(
+        "--config configs/smollm2-135m-cpu.yaml",
+        "--config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1 --set server.port=8080",
+    ),
+    run=_serve,
+)

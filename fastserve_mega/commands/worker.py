@@ -1,0 +1,42 @@
+"""Be one rank; launchers start it."""
+
+from __future__ import annotations
+
+import argparse
+
+from fastserve_mega.commands.command import Command, add_rank_options, load, pass_on
+from fastserve_mega.config_file import load_config
+
+
+def _worker(options: argparse.Namespace) -> int:
+    config = load(options, load_config)
+    from fastserve_mega.worker.main import run_worker
+
+    arguments = pass_on(options)
+    if options.supervised:
+        arguments.append("--supervised")
+    if options.profile_to:
+        arguments += ["--profile-to", str(options.profile_to)]
+    return run_worker(config, arguments, options.runner, supervised=options.supervised)
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--runner",
+        choices=("megatron", "fake"),
+        default="megatron",
+        help="what computes tokens; 'fake' needs no weights and is for tests",
+    )
+    add_rank_options(parser)
+
+
+COMMAND = Command(
+    name="worker",
+    summary="be one rank; for mpirun, torchrun, srun",
+    description="Is one rank: holds its share of the model and executes what the "
+    "coordinator plans. Start parallel.data x pipeline x tensor of them, on all hosts "
+    "with the same configuration; rank 0 starts the coordinator.",
+    examples=("--config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1",),
+    run=_worker,
+    add_arguments=_add_worker,
+)

@@ -1,0 +1,1 @@
+"""What `fastserve-mega chat` and `top` show of a running server in a terminal."""
