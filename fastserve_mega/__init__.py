@@ -5,16 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastserve_mega.client import AsyncClient, Client
+    from fastserve_mega.client import AsyncClient, Client, RequestOptions
     from fastserve_mega.types import FinishReason, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "FinishReason", "SamplingParams", "__version__"]
+__all__ = [
+    "AsyncClient",
+    "Client",
+    "FinishReason",
+    "RequestOptions",
+    "SamplingParams",
+    "__version__",
+]
 
 _HOME = {
     "AsyncClient": "fastserve_mega.client",
     "Client": "fastserve_mega.client",
     "FinishReason": "fastserve_mega.types",
+    "RequestOptions": "fastserve_mega.client",
     "SamplingParams": "fastserve_mega.types",
 }
 

@@ -1,4 +1,4 @@
-"""ZeroMQ clients of the coordinator: `AsyncClient` for asyncio, `Client` for everybody else."""
+"""ZeroMQ clients of the coordinator: `AsyncClient` for asyncio, `Client` for other programs."""
 
 from fastserve_mega.client.async_client import AsyncClient
 from fastserve_mega.client.errors import (
@@ -10,6 +10,7 @@ from fastserve_mega.client.errors import (
     TokenizerUnavailableError,
 )
 from fastserve_mega.client.generation import AsyncGeneration, Chunk
+from fastserve_mega.client.options import RequestOptions
 from fastserve_mega.client.sync_client import Client, Generation
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ClientError",
     "Generation",
     "InvalidRequestError",
+    "RequestOptions",
     "ServerBusyError",
     "ServerError",
     "ServerUnavailableError",

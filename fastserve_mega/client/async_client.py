@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from fastserve_mega.client.errors import (
     InvalidRequestError,
@@ -19,6 +20,7 @@ from fastserve_mega.client.errors import (
     TokenizerUnavailableError,
 )
 from fastserve_mega.client.generation import AsyncGeneration
+from fastserve_mega.client.options import RequestOptions
 from fastserve_mega.client.request import RequestState
 from fastserve_mega.client.session import Session
 from fastserve_mega.messaging.messages import (
@@ -36,6 +38,9 @@ from fastserve_mega.text.output import OutputText
 from fastserve_mega.text.stop_strings import stop_strings
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _log = logging.getLogger(__name__)
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5570"
@@ -140,23 +145,14 @@ class AsyncClient:
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        stop: str | Sequence[str] | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        timeout_s: float | None = None,
-        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGeneration:
         """Start to answer a prompt.
 
         Args:
             prompt: text, or token ids.
             params: how to sample; None takes the defaults (16 tokens).
-            stop: a string, or strings, before which the answer ends.
-            priority: 0 is normal, lower is sooner.
-            cache_salt: KV is shared among requests with the same salt only.
-            timeout_s: end with finish reason `timeout` when unfinished after this many seconds.
-            request_id: unique among the server's unfinished requests; None draws one.
+            options: see `RequestOptions`.
 
         Raises:
             TokenizerUnavailableError: text or stop strings without a tokenizer.
@@ -168,27 +164,18 @@ class AsyncClient:
         return await self.submit(
             prompt,
             params,
-            stop=stop,
-            priority=priority,
-            cache_salt=cache_salt,
-            timeout_s=timeout_s,
-            request_id=request_id,
+            **options,
         )
 
     async def chat(
         self,
         messages: Sequence[Mapping[str, str]],
         params: SamplingParams | None = None,
-        *,
-        stop: str | Sequence[str] | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        timeout_s: float | None = None,
-        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> AsyncGeneration:
         """Start to answer a conversation: messages with `role` and `content`.
 
-        The other arguments are those of `generate`.
+        `params` and `options` are those of `generate`.
 
         Raises:
             TokenizerUnavailableError: there is no tokenizer here.
@@ -197,11 +184,7 @@ class AsyncClient:
         return await self.submit(
             await self._encode(messages),
             params,
-            stop=stop,
-            priority=priority,
-            cache_salt=cache_salt,
-            timeout_s=timeout_s,
-            request_id=request_id,
+            **options,
         )
 
     async def submit(
@@ -215,7 +198,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         request_id: str | None = None,
     ) -> AsyncGeneration:
-        """`generate` for token ids."""
+        """`generate` for token ids; see `RequestOptions` for the keyword arguments."""
         welcome = await self.info()
         params = params or SamplingParams()
         if params.seed is None:

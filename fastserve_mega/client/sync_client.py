@@ -10,15 +10,19 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastserve_mega.client.async_client import DEFAULT_ENDPOINT, AsyncClient
 from fastserve_mega.client.errors import ServerUnavailableError
 from fastserve_mega.client.generation import AsyncGeneration
+from fastserve_mega.client.options import RequestOptions
 from fastserve_mega.client.request import Chunk
 from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 5.0
@@ -89,22 +93,13 @@ class Client:
         self,
         prompt: str | Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        stop: str | Sequence[str] | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        timeout_s: float | None = None,
-        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generation:
         """Start to answer a prompt; see `AsyncClient.generate`."""
         started = self._async_client.generate(
             prompt,
             params,
-            stop=stop,
-            priority=priority,
-            cache_salt=cache_salt,
-            timeout_s=timeout_s,
-            request_id=request_id,
+            **options,
         )
         return Generation(self._loop.run(started), self._loop)
 
@@ -112,22 +107,13 @@ class Client:
         self,
         messages: Sequence[Mapping[str, str]],
         params: SamplingParams | None = None,
-        *,
-        stop: str | Sequence[str] | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        timeout_s: float | None = None,
-        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generation:
         """Start to answer a conversation; see `AsyncClient.chat`."""
         started = self._async_client.chat(
             messages,
             params,
-            stop=stop,
-            priority=priority,
-            cache_salt=cache_salt,
-            timeout_s=timeout_s,
-            request_id=request_id,
+            **options,
         )
         return Generation(self._loop.run(started), self._loop)
 
@@ -135,22 +121,13 @@ class Client:
         self,
         prompt: Sequence[int],
         params: SamplingParams | None = None,
-        *,
-        stop: str | Sequence[str] | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-        timeout_s: float | None = None,
-        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generation:
         """`generate` for token ids."""
         return self.generate(
             tuple(prompt),
             params,
-            stop=stop,
-            priority=priority,
-            cache_salt=cache_salt,
-            timeout_s=timeout_s,
-            request_id=request_id,
+            **options,
         )
 
 

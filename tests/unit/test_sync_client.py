@@ -13,6 +13,7 @@ import fastserve_mega
 from fastserve_mega.client import (
     Client,
     InvalidRequestError,
+    RequestOptions,
     ServerBusyError,
     ServerUnavailableError,
 )
@@ -132,5 +133,24 @@ def test_a_program_that_forgets_to_close_still_ends(fake_coordinator):
     assert (done.stdout, done.stderr) == ("(5,)\n", "")
 
 
+def test_options_can_be_kept_and_used_for_several_requests(fake_coordinator, client):
+    options: RequestOptions = {"priority": 2, "cache_salt": "tenant", "timeout_s": 5.0}
+    client.generate("hello", **options).wait()
+    client.chat([{"role": "user", "content": "hi"}], **options).wait()
+    client.submit([1], **options).wait()
+    submits = fake_coordinator.received(Submit)
+    assert len(submits) == 3
+    assert {(s.priority, s.cache_salt, s.timeout_s) for s in submits} == {(2, "tenant", 5.0)}
+
+
+@pytest.mark.parametrize("name", ["generate", "chat", "submit"])
+def test_an_option_that_does_not_exist_is_a_type_error(fake_coordinator, client, name):
+    prompt = [{"role": "user", "content": "hi"}] if name == "chat" else [1]
+    with pytest.raises(TypeError, match="prio"):
+        getattr(client, name)(prompt, prio=1)
+    assert fake_coordinator.received(Submit) == []
+
+
 def test_the_package_exports_the_clients():
     assert fastserve_mega.Client is Client
+    assert fastserve_mega.RequestOptions is RequestOptions

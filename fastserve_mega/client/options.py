@@ -1,0 +1,24 @@
+"""What a request may ask for besides its prompt and how to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keyword arguments of `generate`, `chat` and `submit`; also a dictionary to keep and reuse.
+
+    `options: RequestOptions = {"priority": 1}`, then `client.chat(messages, **options)`.
+    """
+
+    stop: str | Sequence[str] | None
+    """A string, or strings, before which the answer ends; None: no such string."""
+    priority: int
+    """0 is normal and the default, lower is sooner."""
+    cache_salt: str
+    """KV is shared among requests with the same salt only; empty by default."""
+    timeout_s: float | None
+    """End with finish reason `timeout` when unfinished after this many seconds; None: no limit."""
+    request_id: str | None
+    """Unique among the server's unfinished requests; None draws one."""
