@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.runner import ModelRunner, SequenceInput
+from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput
 
 ShareTokens = Callable[[list[int]], list[int]]
 """Gives every rank the tokens of the sampling rank."""

@@ -92,15 +92,15 @@ def be_a_rank(directory: Path, dtype: str, tensor: int, results: Path) -> None:
     """Load as a worker does, and write what it took."""
     from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
     from fastserve_mega.worker.exchange import make_exchange
-    from fastserve_mega.worker.megatron.runner import MegatronRunner
+    from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
     from fastserve_mega.worker.network import choose_master
-    from fastserve_mega.worker.ranks import Ranks
+    from fastserve_mega.worker.rank_group import RankGroup
     from fastserve_mega.worker.topology import read_topology
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fastserve_mega").setLevel(logging.INFO)  # says how fast rank 0 loads
     topology = read_topology()
-    ranks = Ranks(topology, make_exchange(topology, _TIMEOUT_S), _TIMEOUT_S)
+    ranks = RankGroup(topology, make_exchange(topology, _TIMEOUT_S), _TIMEOUT_S)
     config = Config(
         model=ModelConfig(path=str(directory), dtype=dtype),  # type: ignore[arg-type]
         parallel=ParallelConfig(tensor=tensor, device="cpu", threads_per_rank=1),

@@ -21,7 +21,7 @@ from fastserve_mega.client.errors import (
 )
 from fastserve_mega.client.generation import AsyncGeneration
 from fastserve_mega.client.options import RequestOptions
-from fastserve_mega.client.request import RequestState
+from fastserve_mega.client.request_state import RequestState
 from fastserve_mega.client.session import Session
 from fastserve_mega.messaging.messages import (
     GetMetrics,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from fastserve_mega.client.request import Chunk, RequestState
+from fastserve_mega.client.request_state import Chunk, RequestState
 from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
 
 __all__ = ["AsyncGeneration", "Chunk"]

@@ -9,7 +9,7 @@ from fastserve_mega.commands.command import Command, load_deployment
 
 def _api_server(options: argparse.Namespace) -> int:
     config = load_deployment(options)
-    from fastserve_mega.server.main import run_server
+    from fastserve_mega.server.api_server import run_server
 
     return run_server(config)
 

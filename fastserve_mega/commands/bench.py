@@ -22,7 +22,7 @@ def _bench(options: argparse.Namespace) -> int:
     endpoint = CoordinatorConfig().client_endpoint
     if options.config is not None:
         endpoint = load(options, load_config).coordinator.client_endpoint
-    from fastserve_mega.bench.main import BenchOptions, run_bench
+    from fastserve_mega.bench.bench import BenchOptions, run_bench
     from fastserve_mega.bench.workload import Lengths, parse_mix, read_lengths
 
     try:

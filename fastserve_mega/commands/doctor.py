@@ -10,7 +10,7 @@ from fastserve_mega.commands.command import Command, fail
 def _doctor(options: argparse.Namespace) -> int:
     if options.overrides and options.config is None:
         return fail(options, "--set overrides a configuration: give --config too")
-    from fastserve_mega.doctor.report import run_doctor
+    from fastserve_mega.doctor.doctor import run_doctor
 
     return run_doctor(options.config, options.overrides, as_json=options.json)
 

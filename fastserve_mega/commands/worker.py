@@ -10,7 +10,7 @@ from fastserve_mega.config_file import load_config
 
 def _worker(options: argparse.Namespace) -> int:
     config = load(options, load_config)
-    from fastserve_mega.worker.main import run_worker
+    from fastserve_mega.worker.rank import run_worker
 
     arguments = pass_on(options)
     if options.supervised:

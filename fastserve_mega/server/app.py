@@ -16,7 +16,7 @@ from fastserve_mega.client import AsyncClient, ServerUnavailableError
 from fastserve_mega.config import ToolParserName
 from fastserve_mega.server.access import NameRequests, RequireKey
 from fastserve_mega.server.answers import Json
-from fastserve_mega.server.chat import chat_router
+from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router

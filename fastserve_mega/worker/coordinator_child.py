@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from fastserve_mega.messaging.messages import STOP_WORD
 from fastserve_mega.worker.loop import CoordinatorLostError
-from fastserve_mega.worker.ranks import SaidError
+from fastserve_mega.worker.rank_group import SaidError
 
 _END_TIMEOUT_S = 30.0
 _WATCH_INTERVAL_S = 0.2

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.worker.copy_engine import CopyEngine
-from fastserve_mega.worker.runner import SequenceInput, StepOutput
+from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 
 _COPY_TIMEOUT_S = 60.0
 _TOKEN_BYTES = 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastserve_mega.types import TokenLogprobs
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
 
 
 class ModelDistribution:

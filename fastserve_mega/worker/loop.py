@@ -20,7 +20,7 @@ from fastserve_mega.messaging.messages import (
     WorkerReady,
     worker_identity,
 )
-from fastserve_mega.worker.runner import ModelRunner
+from fastserve_mega.worker.model_runner import ModelRunner
 from fastserve_mega.worker.sequences import PlanError, SequenceTable
 
 _LOOK_AROUND_MS = 500

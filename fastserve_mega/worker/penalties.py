@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
 
 _LEAST_FACTOR = 1e-30
 """Smaller repetition penalties do what this one does: float32 holds any logit divided by it."""

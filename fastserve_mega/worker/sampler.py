@@ -17,8 +17,8 @@ from torch import Tensor
 from fastserve_mega.messaging.messages import SamplingFailure
 from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.logprobs import ModelDistribution
+from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
-from fastserve_mega.worker.runner import SequenceInput, StepOutput
 
 _MASK = 2**64 - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fastserve_mega.messaging.messages import SequenceStart, StepCommand
 from fastserve_mega.types import RequestId
 from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
 
 
 class PlanError(Exception):

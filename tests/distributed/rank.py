@@ -16,7 +16,7 @@ from mpi4py import MPI
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron.distributed_saving import save_stage
-from fastserve_mega.worker.megatron.runner import MegatronRunner
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.topology import read_topology
 
 WORLD = MPI.COMM_WORLD

@@ -145,9 +145,9 @@ def test_http_port_in_use(config, tmp_path, port):
 
 def with_runner(statement: str, config: Path) -> list[str]:
     """A rank for mpirun in which this happens instead of loading the model."""
-    code = "import os, fastserve_mega.worker.main as main\n"
+    code = "import os, fastserve_mega.worker.rank as worker_rank\n"
     code += f"def make(*_):\n    {statement}\n"
-    code += "main._Rank._make_runner = make\n"
+    code += "worker_rank._Rank._make_runner = make\n"
     code += "from fastserve_mega.cli import main\nraise SystemExit(main())\n"
     return ["-n", "1", sys.executable, "-c", code, *worker(config)[2:]]
 

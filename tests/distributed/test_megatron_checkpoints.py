@@ -12,7 +12,7 @@ from tiny_models import greedy, make_model, prompts
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron.convert import convert
-from fastserve_mega.worker.megatron.runner import MegatronRunner
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.topology import Topology
 
 pytestmark = pytest.mark.distributed

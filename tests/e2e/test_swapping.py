@@ -43,7 +43,7 @@ def prompts(prompts_file, model_directory):
 def one_rank(model_directory, case, *overrides, copy_delay_s=0.0):
     """Coordinator and rank as threads of the test; yields the clients' endpoint."""
     from fastserve_mega.worker.loop import WorkerLoop, connect_to_coordinator
-    from fastserve_mega.worker.megatron.runner import MegatronRunner
+    from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
     from fastserve_mega.worker.topology import Topology
 
     settings = (

@@ -13,7 +13,7 @@ from fake_server import WAIT_MS, GatedRunner, expected_tokens
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.server.app import create_app
 from fastserve_mega.text.tokenizer import Tokenizer
-from fastserve_mega.worker.runner import StepOutput
+from fastserve_mega.worker.model_runner import StepOutput
 
 WAIT_S = WAIT_MS / 1000
 TEXT = "naïve 日本語 🙂🙃 fox 🙂"

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from fastserve_mega.client import AsyncClient
+from fastserve_mega.server.api_server import _read_keys
 from fastserve_mega.server.app import create_app
-from fastserve_mega.server.main import _read_keys
 from fastserve_mega.text.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox"

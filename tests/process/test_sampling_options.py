@@ -11,7 +11,7 @@ from fake_server import VOCAB, GatedRunner
 from fastserve_mega.client import Client
 from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput
 from fastserve_mega.worker.grammar import Grammars
-from fastserve_mega.worker.runner import StepOutput
+from fastserve_mega.worker.model_runner import StepOutput
 from fastserve_mega.worker.sampler import Sampler
 
 EOS = 0

@@ -16,7 +16,7 @@ from generation import generate
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron import layer_spec
-from fastserve_mega.worker.megatron.runner import MegatronRunner
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.topology import Topology
 
 

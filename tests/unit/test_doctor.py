@@ -18,7 +18,7 @@ from fastserve_mega.config import (
     ParallelConfig,
     ServerConfig,
 )
-from fastserve_mega.doctor import deployment, installation, machine, mpi, report
+from fastserve_mega.doctor import deployment_checks, doctor, installation, machine, mpi
 from fastserve_mega.doctor.finding import Check, ok, problem
 from fastserve_mega.doctor.probe import ProbeError, python_probe
 
@@ -196,7 +196,7 @@ def test_ports_in_use_and_of_others():
             coordinator=CoordinatorConfig(client_endpoint="tcp://203.0.113.7:5570"),
             server=ServerConfig(port=taken.getsockname()[1]),
         )
-        client, worker, server = deployment.check_ports(config)
+        client, worker, server = deployment_checks.check_ports(config)
     assert (client.status, worker.status, server.status) == ("warning", "ok", "problem")
     assert "in use" in server.found
     assert "--set server.port=" in server.remedy
@@ -219,7 +219,7 @@ def model(tmp_path):
 
 def check_model(directory):
     config = Config(model=ModelConfig(path=str(directory)))
-    return list(deployment.check_model(config, directory / "deployment.yaml"))
+    return list(deployment_checks.check_model(config, directory / "deployment.yaml"))
 
 
 def test_a_model_that_is_there(model):
@@ -236,7 +236,7 @@ def test_a_model_that_is_not_there(model):
 def test_a_name_on_the_hub(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     config = Config(model=ModelConfig(path="some-body/some-model"))
-    (finding,) = deployment.check_model(config, tmp_path / "deployment.yaml")
+    (finding,) = deployment_checks.check_model(config, tmp_path / "deployment.yaml")
     assert finding.status == "warning"
     assert "some-body/some-model is not on this machine" in finding.found
 
@@ -258,25 +258,25 @@ def test_a_model_without_all_its_files(model):
 )
 def test_memory_against_the_plan(model, monkeypatch, host_gb, available_gb, status):
     memory = (64 * machine.GIB, available_gb * machine.GIB)
-    monkeypatch.setattr(deployment, "memory_bytes", lambda: memory)
+    monkeypatch.setattr(deployment_checks, "memory_bytes", lambda: memory)
     config = Config(
         model=ModelConfig(path=str(model)),
         parallel=ParallelConfig(device="cpu"),
         kv_cache=KvCacheConfig(host_memory_gb=host_gb),
     )
-    (finding,) = deployment.check_memory(config, model / "deployment.yaml")
+    (finding,) = deployment_checks.check_memory(config, model / "deployment.yaml")
     assert finding.status == status
     assert f"take {host_gb + 1}.0 GiB" in finding.found  # and 1 GiB of KV, as on every CPU
 
 
 def test_memory_of_devices_is_what_plan_says(model, monkeypatch):
-    monkeypatch.setattr(deployment, "_smallest_device", lambda: machine.GIB)
+    monkeypatch.setattr(deployment_checks, "_smallest_device", lambda: machine.GIB)
     config = Config(
         model=ModelConfig(path=str(model)),
         kv_cache=KvCacheConfig(device_memory_gb=4),
         hardware=HardwareConfig(devices_per_node=1),
     )
-    finding, _ = deployment.check_memory(config, model / "deployment.yaml")
+    finding, _ = deployment_checks.check_memory(config, model / "deployment.yaml")
     assert finding.status == "problem"
     assert "its device has 1 (hardware.device_memory_gb)" in finding.found
 
@@ -287,10 +287,10 @@ def test_memory_of_devices_is_what_plan_says(model, monkeypatch):
 def test_the_exit_status_and_the_table(monkeypatch, capsys):
     bad = [problem("the [thing]", "it is broken", "mend it")]
     checks = [Check("a", lambda: [ok("a", "fine")]), Check("b", lambda: bad)]
-    monkeypatch.setattr(report, "_checks", lambda *_: checks[:1])
+    monkeypatch.setattr(doctor, "_checks", lambda *_: checks[:1])
     assert cli.main(["doctor"]) == 0
     assert "all is well" in capsys.readouterr().out
-    monkeypatch.setattr(report, "_checks", lambda *_: checks)
+    monkeypatch.setattr(doctor, "_checks", lambda *_: checks)
     assert cli.main(["doctor"]) == 1
     said = capsys.readouterr().out
     assert "the [thing]" in said
@@ -301,7 +301,7 @@ def test_the_exit_status_and_the_table(monkeypatch, capsys):
 
 
 def test_a_broken_configuration_is_a_finding(monkeypatch, capsys):
-    monkeypatch.setattr(report, "_checks", lambda *_: [])
+    monkeypatch.setattr(doctor, "_checks", lambda *_: [])
     words = ["--config", "configs/smollm2-135m-cpu.yaml", "--set", "model.colour=red", "--json"]
     assert cli.main(["doctor", *words]) == 1
     assert "unknown field 'model.colour'" in json.loads(capsys.readouterr().out)[0]["found"]

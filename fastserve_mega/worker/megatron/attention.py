@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastserve_mega.worker.batch import DecodeGroup, PrefillSpan, StepBatch
 from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.step_batch import DecodeGroup, PrefillSpan, StepBatch
 
 _CPU_QUERY_TILE = 128
 """New tokens of a prompt that attend at a time on a CPU. It bounds the memory of the scores, and

@@ -10,7 +10,7 @@ import pytest
 from fastserve_mega.config import Config, ModelConfig, ParallelConfig
 from fastserve_mega.models import locate
 from fastserve_mega.models.locate import resolve_model
-from fastserve_mega.worker import main as worker_main
+from fastserve_mega.worker import rank as worker_rank
 from fastserve_mega.worker.topology import Topology
 
 NAME = "someone/Tiny-1.5B"
@@ -134,10 +134,10 @@ def test_one_rank_per_host_fetches_first(monkeypatch, tmp_path, local_rank, expe
         happened.append("look")
         return ModelConfig(path=str(tmp_path))
 
-    monkeypatch.setattr(worker_main, "resolve_model", resolve)
+    monkeypatch.setattr(worker_rank, "resolve_model", resolve)
     config = Config(model=ModelConfig(path=NAME), parallel=ParallelConfig(tensor=2))
     topology = Topology(rank=2 + local_rank, world_size=4, local_rank=local_rank, local_size=2)
-    resolved = worker_main._resolve_model(config, Ranks(topology, happened), weights=True)
+    resolved = worker_rank._resolve_model(config, Ranks(topology, happened), weights=True)
     assert happened == expected
     assert resolved.model.directory == tmp_path
     assert resolved.parallel == config.parallel

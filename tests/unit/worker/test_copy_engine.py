@@ -102,5 +102,5 @@ def test_without_copies_there_is_no_thread(moves):
 
 
 def test_a_rank_without_a_model_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import fastserve_mega.worker.main"
+    code = "import sys; sys.modules['torch'] = None; import fastserve_mega.worker.rank"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

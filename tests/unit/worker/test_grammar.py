@@ -13,7 +13,7 @@ from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import RequestId, SamplingParams, StructuredOutput
 from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler
 
 VOCABULARY = 352

@@ -20,9 +20,9 @@ from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint
 from fastserve_mega.worker.megatron.convert import convert
 from fastserve_mega.worker.megatron.initialize import join_process_groups
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.megatron.metadata_names import check_names
 from fastserve_mega.worker.megatron.model import build_stage
-from fastserve_mega.worker.megatron.runner import MegatronRunner
 from fastserve_mega.worker.partition import partition_model
 from fastserve_mega.worker.topology import Topology
 

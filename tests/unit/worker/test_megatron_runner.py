@@ -13,9 +13,9 @@ from tiny_models import LAYERS, MODELS, SMOLLM2, greedy, make_model, prompts
 
 from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
-from fastserve_mega.worker.megatron.runner import MegatronRunner
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.topology import Topology
 
 MAX_TOKENS = 12

@@ -7,8 +7,8 @@ import torch
 
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.history import TokenHistory
+from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
-from fastserve_mega.worker.runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler, uniform
 
 VOCABULARY = 50

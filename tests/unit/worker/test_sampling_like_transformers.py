@@ -9,7 +9,7 @@ from test_megatron_runner import BLOCK_SIZE, open_runner
 from tiny_models import make_model, prompts
 
 from fastserve_mega.types import RequestId, SamplingParams
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
 
 NEW_TOKENS = 12
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastserve_mega.types import RequestId, SamplingParams
-from fastserve_mega.worker.batch import build_step
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.step_batch import build_step
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ PROGRAM = """
 import sys
 from fastserve_mega.config import Config
 from fastserve_mega.strict import from_plain
-from fastserve_mega.server.main import run_server
+from fastserve_mega.server.api_server import run_server
 directory, endpoint, port = sys.argv[1:]
 raw = {
     "model": {"path": directory},

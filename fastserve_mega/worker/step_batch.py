@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastserve_mega.worker.kv_cache import NULL_BLOCK
-from fastserve_mega.worker.runner import SequenceInput
+from fastserve_mega.worker.model_runner import SequenceInput
 
 _SMALL_TABLE = 16
 """Blocks up to which tables are padded to each other rather than put into groups of their own:

@@ -15,15 +15,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastserve_mega.bench.report import (
+from fastserve_mega.bench.load_generator import run_jobs
+from fastserve_mega.bench.statistics import Record, summarize
+from fastserve_mega.bench.tables import (
     cpu_seconds,
     environment,
     plain_record,
     show_comparison,
     show_run,
 )
-from fastserve_mega.bench.runner import run_jobs
-from fastserve_mega.bench.statistics import Record, summarize
 from fastserve_mega.bench.targets import HttpTarget, Target, TargetError, ZmqTarget
 from fastserve_mega.bench.workload import Lengths, make_jobs
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fastserve_mega.config import Config
 from fastserve_mega.config_file import load_config
-from fastserve_mega.doctor import deployment, installation, machine, mpi
+from fastserve_mega.doctor import deployment_checks, installation, machine, mpi
 from fastserve_mega.doctor.finding import Check, Finding, Status, ok, problem
 from fastserve_mega.printing import wrap_words
 
@@ -73,9 +73,9 @@ def _checks(config: Config | None, config_file: Path) -> list[Check]:
     ]
     if config is not None:
         checks += [
-            Check("ports", lambda: deployment.check_ports(config)),
-            Check("model", lambda: deployment.check_model(config, config_file)),
-            Check("memory", lambda: deployment.check_memory(config, config_file)),
+            Check("ports", lambda: deployment_checks.check_ports(config)),
+            Check("model", lambda: deployment_checks.check_model(config, config_file)),
+            Check("memory", lambda: deployment_checks.check_memory(config, config_file)),
         ]
     return checks
 

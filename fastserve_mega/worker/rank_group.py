@@ -36,7 +36,7 @@ class OthersFailedError(Exception):
     """Other ranks failed, and one of them says why."""
 
 
-class Ranks:
+class RankGroup:
     """Collective calls of all ranks.
 
     A rank that has failed answers the others' next call with its error, so that all of them end at

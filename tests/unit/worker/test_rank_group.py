@@ -9,9 +9,9 @@ import threading
 import pytest
 
 from fastserve_mega.config import Config, ModelConfig, SchedulerConfig
-from fastserve_mega.worker import ranks as module
+from fastserve_mega.worker import rank_group as module
 from fastserve_mega.worker.exchange import MissingRanksError
-from fastserve_mega.worker.ranks import OthersFailedError, Ranks
+from fastserve_mega.worker.rank_group import OthersFailedError, RankGroup
 from fastserve_mega.worker.topology import Topology, place_on_hosts
 
 LIMIT_S = 20
@@ -53,14 +53,14 @@ class SharedExchange:
 
 
 def run(works):
-    """Call each with the Ranks of its rank; returns what they returned or raised."""
+    """Call each with the RankGroup of its rank; returns what they returned or raised."""
     shared = SharedExchange(len(works))
     outcomes = [None] * len(works)
 
     def target(rank, work):
         topology = Topology(rank=rank, world_size=len(works))
         try:
-            outcomes[rank] = work(Ranks(topology, shared.of(rank), LIMIT_S))
+            outcomes[rank] = work(RankGroup(topology, shared.of(rank), LIMIT_S))
         except Exception as error:
             outcomes[rank] = error
 

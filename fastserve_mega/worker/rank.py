@@ -20,10 +20,10 @@ from fastserve_mega.worker.coordinator_child import CoordinatorChild
 from fastserve_mega.worker.exchange import MissingRanksError, make_exchange
 from fastserve_mega.worker.fake_runner import FakeModelRunner
 from fastserve_mega.worker.loop import CoordinatorLostError, WorkerLoop, connect_to_coordinator
+from fastserve_mega.worker.model_runner import ModelRunner
 from fastserve_mega.worker.network import choose_master, endpoint_for_other_hosts, lead_gloo
 from fastserve_mega.worker.partition import partition_model
-from fastserve_mega.worker.ranks import OthersFailedError, Ranks, SaidError, is_expected
-from fastserve_mega.worker.runner import ModelRunner
+from fastserve_mega.worker.rank_group import OthersFailedError, RankGroup, SaidError, is_expected
 from fastserve_mega.worker.topology import Topology, find_launcher, read_topology
 
 RunnerName = Literal["megatron", "fake"]
@@ -55,7 +55,7 @@ def run_worker(
         exchange = make_exchange(topology, config.parallel.timeout_s)
     except (ValueError, ImportError, OSError, MissingRanksError) as error:
         return _fail_alone(error)
-    ranks = Ranks(topology, exchange, config.parallel.timeout_s)
+    ranks = RankGroup(topology, exchange, config.parallel.timeout_s)
     rank = _Rank(config, ranks, runner)
     try:
         rank.prepare(coordinator_arguments, supervised=supervised)
@@ -103,7 +103,7 @@ def _check(config: Config, topology: Topology) -> None:
     partition_model(architecture, config.parallel, topology.rank % replica_size, replica_size)
 
 
-def _resolve_model(config: Config, ranks: Ranks, *, weights: bool) -> Config:
+def _resolve_model(config: Config, ranks: RankGroup, *, weights: bool) -> Config:
     """One rank per host downloads the model if need be; then the others find it there."""
     if ranks.topology.local_rank == 0:
         resolve_model(config.model, weights=weights)
@@ -114,7 +114,7 @@ def _resolve_model(config: Config, ranks: Ranks, *, weights: bool) -> Config:
 class _Rank:
     """The parts of one rank and the order of their start and end."""
 
-    def __init__(self, config: Config, ranks: Ranks, runner: RunnerName) -> None:
+    def __init__(self, config: Config, ranks: RankGroup, runner: RunnerName) -> None:
         self._config = config
         self._ranks = ranks
         self._runner_name = runner
@@ -234,7 +234,7 @@ class _Rank:
                 is_sampling_rank=topology.rank == topology.world_size - 1,
             )
         # Imported late: torch takes seconds, and fake ranks need none.
-        from fastserve_mega.worker.megatron.runner import MegatronRunner
+        from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 
         address, _, port = master.rpartition(":")
         return MegatronRunner(config, topology, address, int(port))
