@@ -16,7 +16,6 @@ from fastserve_mega.client import AsyncGeneration, Chunk, ClientError
 from fastserve_mega.server.errors import from_client_error
 from fastserve_mega.types import FinishReason
 
-_SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 Json = dict[str, Any]
 
 
@@ -94,9 +93,7 @@ async def respond(http: Request, answer: Answer, *, stream: bool, usage: UsageIn
     events = _events(answer, watch, usage)
     # Nothing is sent before there is something to tell: until then an error has its HTTP status.
     first = await anext(events)
-    return StreamingResponse(
-        _server_sent(first, events), media_type="text/event-stream", headers=_SSE_HEADERS
-    )
+    return event_stream(_server_sent(first, events))
 
 
 async def _cancel_on_disconnect(http: Request, answer: Answer) -> None:
@@ -184,12 +181,12 @@ async def _merge(
 
 async def _server_sent(first: Json, events: AsyncIterator[Json]) -> AsyncIterator[bytes]:
     """Server-sent events; an error in the middle is told as one, since the status is out."""
-    yield _sse(first)
+    yield encode_event(first)
     try:
         async for event in events:
-            yield _sse(event)
+            yield encode_event(event)
     except ClientError as error:
-        yield _sse(from_client_error(error).body)
+        yield encode_event(from_client_error(error).body)
     yield b"data: [DONE]\n\n"
 
 
@@ -197,8 +194,16 @@ def _reason(generation: AsyncGeneration) -> str:
     return (generation.finish_reason or FinishReason.ERROR).value
 
 
-def _sse(event: Json) -> bytes:
-    return b"data: " + msgspec.json.encode(event) + b"\n\n"
+def event_stream(events: AsyncIterator[bytes]) -> StreamingResponse:
+    """Respond with server-sent events that no cache keeps and no proxy holds back."""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def encode_event(data: object, name: str = "") -> bytes:
+    """Write a server-sent event: JSON data, under a name or without one."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
 def _json(body: Json) -> Response:

@@ -7,16 +7,15 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
 
-import msgspec
 from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import HTMLResponse
 
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
+from fastserve_mega.server.answers import encode_event, event_stream
 
 _INTERVAL_S = 0.25
 _MAX_REQUESTS = 200
 _MAX_VIEWERS = 32
-_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 # Nothing from elsewhere, not even if a request id should ever hold markup.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -29,7 +28,6 @@ class _Feed:
     def __init__(self, client: AsyncClient, stopping: Callable[[], bool]) -> None:
         self._client = client
         self._stopping = stopping
-        self._encoder = msgspec.json.Encoder()
         self._viewers: set[asyncio.Queue[bytes]] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -57,9 +55,9 @@ class _Feed:
         while True:
             try:
                 snapshot = await self._client.snapshot(_MAX_REQUESTS)
-                event = b"data: " + self._encoder.encode(snapshot) + b"\n\n"
+                event = encode_event(snapshot)
             except ServerUnavailableError:
-                event = b"event: unavailable\ndata: {}\n\n"
+                event = encode_event({}, "unavailable")
             for queue in self._viewers:
                 with contextlib.suppress(asyncio.QueueFull):
                     queue.put_nowait(event)
@@ -85,6 +83,6 @@ def live_router(client: AsyncClient, stopping: Callable[[], bool]) -> APIRouter:
     async def live_events() -> Response:
         if feed.is_full:
             return Response(f"{_MAX_VIEWERS} viewers are the limit", status_code=503)
-        return StreamingResponse(feed.events(), media_type="text/event-stream", headers=_HEADERS)
+        return event_stream(feed.events())
 
     return router
