@@ -17,6 +17,7 @@ from fastserve_mega.commands import (
     doctor,
     plan,
     profile,
+    replay,
     serve,
     simulate,
     top,
@@ -28,7 +29,7 @@ from fastserve_mega.logs import set_up_logging
 GROUPS: tuple[Group, ...] = (
     Group("serve a model", (serve.COMMAND, chat.COMMAND, top.COMMAND, api_server.COMMAND)),
     Group("prepare a deployment", (doctor.COMMAND, plan.COMMAND, profile.COMMAND, convert.COMMAND)),
-    Group("measure and compare", (bench.COMMAND, simulate.COMMAND)),
+    Group("measure and compare", (bench.COMMAND, simulate.COMMAND, replay.COMMAND)),
     Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
     Group("the shell", (completion.COMMAND,)),
 )

@@ -279,7 +279,7 @@ class CoordinatorConfig:
     drain_timeout_s: float = 5.0
     """On SIGTERM, how long running requests may go on before they end with `error`."""
     event_log: str | None = None
-    """File for everything the scheduler is told and answers, for `tools/replay_events.py`; ~ is
+    """File for everything the scheduler is told and answers, for `fastserve-mega replay`; ~ is
     expanded, an existing file is replaced. None records nothing."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from fastserve_mega.commands.command import FILE, Command, fail, load
+from fastserve_mega.commands.command import FILE, Command, complete_with, fail, load
 from fastserve_mega.config import CoordinatorConfig
 from fastserve_mega.config_file import load_config
 
@@ -106,7 +106,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="the same one sends the same requests, which a prefix cache may know; default: 0",
     )
     json = parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
-    json.complete = FILE  # type: ignore[attr-defined]
+    complete_with(json, FILE)
 
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +137,7 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     file = lengths.add_argument(
         "--lengths", type=Path, metavar="CSV", help="drawn from columns prompt_tokens,output_tokens"
     )
-    file.complete = FILE  # type: ignore[attr-defined]
+    complete_with(file, FILE)
     for name, default in (("input", 128), ("output", 64)):
         parser.add_argument(
             f"--{name}-len",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from fastserve_mega.config import Config
+from fastserve_mega.config import Config, SchedulerConfig
 from fastserve_mega.config_file import load_config
 from fastserve_mega.logs import LOG_FORMATS
 
@@ -104,7 +104,7 @@ def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
     config = parser.add_argument(
         "--config", required=required, metavar="YAML", help="the deployment; docs/configuration.md"
     )
-    config.complete = FILE  # type: ignore[attr-defined]
+    complete_with(config, FILE)
     parser.add_argument(
         "--set",
         action="append",
@@ -117,7 +117,12 @@ def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 FILE = {"bash": "_shtab_compgen_files", "zsh": "_files"}
 DIRECTORY = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
-"""For the attribute `complete` of an argument: what shtab completes it with."""
+"""What shtab completes an argument with; for `complete_with`."""
+
+
+def complete_with(argument: argparse.Action, files: Mapping[str, str]) -> None:
+    """Let the shell complete an argument with files or directories."""
+    vars(argument)["complete"] = files
 
 
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +138,17 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="measure step times, write them here and end; what `profile` starts",
     )
+
+
+def policy_names(text: str) -> tuple[str, ...]:
+    """Parse policies separated by commas."""
+    names = tuple(text.split(","))
+    for name in names:
+        try:
+            SchedulerConfig(policy=name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names
 
 
 def pass_on(options: argparse.Namespace) -> list[str]:

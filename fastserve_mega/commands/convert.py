@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastserve_mega.commands.command import DIRECTORY, Command, fail
+from fastserve_mega.commands.command import DIRECTORY, Command, complete_with, fail
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -31,7 +31,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "--format", choices=("torch_dist", "huggingface"), required=True, dest="output_format",
         help="torch_dist: Megatron's distributed checkpoint; huggingface: safetensors",
     )  # fmt: skip
-    source.complete = target.complete = DIRECTORY  # type: ignore[attr-defined]
+    complete_with(source, DIRECTORY)
+    complete_with(target, DIRECTORY)
 
 
 COMMAND = Command(

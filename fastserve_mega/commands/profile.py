@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastserve_mega.commands.command import FILE, Command, load_deployment, pass_on
+from fastserve_mega.commands.command import FILE, Command, complete_with, load_deployment, pass_on
 
 
 def _profile(options: argparse.Namespace) -> int:
@@ -19,7 +19,7 @@ def _add_profile(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help="JSON, for scheduler.profile"
     )
-    output.complete = FILE  # type: ignore[attr-defined]
+    complete_with(output, FILE)
 
 
 COMMAND = Command(

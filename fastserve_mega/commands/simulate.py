@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastserve_mega.commands.command import DIRECTORY, FILE, Command, fail, load
-from fastserve_mega.config import SchedulerConfig
+from fastserve_mega.commands.command import (
+    DIRECTORY,
+    FILE,
+    Command,
+    complete_with,
+    fail,
+    load,
+    policy_names,
+)
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -27,16 +34,6 @@ def _simulate(options: argparse.Namespace) -> int:
         return fail(options, error)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        try:
-            SchedulerConfig(policy=name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return names
-
-
 def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(word) for word in text.split(","))
@@ -50,7 +47,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policies",
-        type=_names,
+        type=policy_names,
         default=(),
         metavar="A,B,…",
         help="policies to compare; default: the configured one",
@@ -64,8 +61,9 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     json = parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     plots = parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="write plots")
-    data.complete = plots.complete = DIRECTORY  # type: ignore[attr-defined]
-    json.complete = FILE  # type: ignore[attr-defined]
+    complete_with(data, DIRECTORY)
+    complete_with(plots, DIRECTORY)
+    complete_with(json, FILE)
 
 
 COMMAND = Command(

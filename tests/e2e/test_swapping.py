@@ -1,20 +1,15 @@
 """Real weights, memory for a few requests: every token as with plenty of memory."""
 
 import asyncio
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import pytest
 import zmq
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import check_swapping
-from check_swapping import Case
+from system import check_swapping
+from system.check_swapping import Case
 
 from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.main import CoordinatorProcess
@@ -106,7 +101,7 @@ def test_swapped_requests_get_the_tokens_of_an_undisturbed_run(run, strategy, pi
     outputs, figures = run(Case(strategy, pipeline, SCARCE))
     print(figures)
     assert outputs == expected
-    # How often depends on the machine's timing; several times each with tools/check_swapping.py.
+    # How often depends on the machine's timing; several times each with system/check_swapping.py.
     assert (figures.preemptions > 0) == (strategy != "none")
     if strategy in ("proactive", "reactive"):
         assert figures.swap_ins > 0

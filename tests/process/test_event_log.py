@@ -13,15 +13,12 @@ from fastserve_mega.config import SwapConfig
 from fastserve_mega.coordinator.event_log import EventLogWriter, StepCall, read_event_log
 from fastserve_mega.types import FinishReason, SamplingParams
 
-TOOL = Path(__file__).parents[2] / "tools" / "replay_events.py"
 ENDLESS = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)
 
 
-def replay(log):
-    return subprocess.run(
-        [sys.executable, str(TOOL), str(log)], capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+def replay(log, *more):
+    command = [sys.executable, "-m", "fastserve_mega", "replay", str(log), *more]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def record(start_server, log, strategy="proactive", ranks=1):
@@ -84,6 +81,31 @@ def test_a_tampered_log_is_noticed(start_server, tmp_path):
     assert (of, int(equal)) == ("of", int(plans) - 1)
 
 
+def test_the_requests_of_a_log_under_another_policy(start_server, tmp_path):
+    log, figures = tmp_path / "run.jsonl", tmp_path / "figures.json"
+    record(start_server, log)
+    done = replay(log, "--policy", "fcfs,srpt", "--json", str(figures))
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(figures.read_text())
+    assert found["requests"] + found["left_out"] == 13
+    assert found["requests"] >= 10
+    names = ["skip_join_mlfq, as it was"]
+    names += [f"{name}, simulated" for name in ("skip_join_mlfq", "fcfs", "srpt")]
+    assert list(found["latencies_s"]) == names
+    for latencies in found["latencies_s"].values():
+        assert 0 < latencies["TTFT"]["mean"] < latencies["JCT"]["mean"]
+        assert f"{latencies['JCT']['mean']:.3f}" in done.stdout
+
+
+def test_a_log_without_answers_has_no_latencies(start_server, tmp_path):
+    log = tmp_path / "run.jsonl"
+    with start_server(coordinator={"event_log": str(log)}):
+        pass
+    done = replay(log, "--policy", "fcfs")
+    assert done.returncode == 2
+    assert done.stderr == "fastserve-mega replay: no request of the log got a token\n"
+
+
 def test_another_setup_gives_other_plans(start_server, tmp_path):
     log = tmp_path / "run.jsonl"
     record(start_server, log)
@@ -111,7 +133,7 @@ def test_a_damaged_log_is_told_in_one_sentence(start_server, tmp_path, line, mes
     done = replay(log)
     assert done.returncode == 2
     assert message in done.stderr
-    assert done.stderr.startswith(f"replay_events: {log}, line 2: ")
+    assert done.stderr.startswith(f"fastserve-mega replay: {log}, line 2: ")
     assert done.stderr.count("\n") == 1
 
 

@@ -2,21 +2,17 @@
 
 import asyncio
 import json
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from fake_server import GatedRunner
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import live_run
-import live_vs_simulated as tool
-
 from fastserve_mega.config import MlfqConfig, SchedulerConfig, SwapConfig
 from fastserve_mega.coordinator.event_log import SchedulerSetup, read_event_log
 from fastserve_mega.coordinator.profile_file import load_profile
+from fastserve_mega.experiments import live_run
+from fastserve_mega.experiments import live_vs_simulated as experiment
+from fastserve_mega.experiments.other_policies import simulate
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
@@ -58,25 +54,25 @@ def test_a_punctual_engine_is_simulated_closely(start_server, tmp_path):
     sent = [
         spec._replace(arrival_s=record.arrival_s) for spec, record in zip(specs, live, strict=True)
     ]
-    simulated = tool.simulate(setup, engine, sent, clients.delivery_s)
+    simulated = simulate(setup, engine, sent, clients.delivery_s)
     assert [(r.prompt_tokens, r.output_tokens) for r in simulated] == [spec[1:] for spec in specs]
-    rows = tool.compare(live, simulated)
+    rows = experiment.compare(live, simulated)
     assert [row.name for row in rows] == ["TTFT mean", "TTFT P95", "JCT mean", "JCT P95"]
     # Never faster than the runner sleeps; how much slower depends on the machine's other work.
     assert all(-0.5 < row.difference < 0.1 for row in rows)
-    steps = tool.step_times(list(calls), engine)
+    steps = experiment.step_times(list(calls), engine)
     assert [row.kind for row in steps] == ["decode", "with prefill"]
     for row in steps:
         assert row.steps > 0
         assert row.live_s > 0.9 * row.expected_s  # never faster than the runner sleeps
-    everything_at_once = tool.saturation_rate(setup, engine, specs)
+    everything_at_once = experiment.saturation_rate(setup, engine, specs)
     assert everything_at_once > len(specs) / max(record.finish_s for record in simulated)
 
 
 def test_differences_by_hand():
     live = [RequestRecord(1, 2, 0.0, 1.0, 3.0), RequestRecord(1, 2, 1.0, 4.0, 6.0)]
     simulated = [RequestRecord(1, 2, 0.0, 1.0, 2.0), RequestRecord(1, 2, 1.0, 2.0, 5.0)]
-    mean_ttft, _, mean_jct, p95_jct = tool.compare(live, simulated)
+    mean_ttft, _, mean_jct, p95_jct = experiment.compare(live, simulated)
     assert (mean_ttft.live_s, mean_ttft.simulated_s) == (2.0, 1.0)
     assert mean_ttft.difference == -0.5
     assert mean_jct.difference == pytest.approx(3 / 4 - 1)
@@ -90,8 +86,8 @@ def test_delivery_is_part_of_what_clients_see():
         first_step_id=0,
     )  # fmt: skip
     engine = ProfiledEngine(setup.profile, (1,))
-    (near,) = tool.simulate(setup, engine, [RequestSpec(1.0, 9, 3)])
-    (far,) = tool.simulate(setup, engine, [RequestSpec(1.0, 9, 3)], delivery_s=0.5)
+    (near,) = simulate(setup, engine, [RequestSpec(1.0, 9, 3)])
+    (far,) = simulate(setup, engine, [RequestSpec(1.0, 9, 3)], delivery_s=0.5)
     assert near.ttft_s == pytest.approx(STEP_S + 9 * TOKEN_S)
     assert far.arrival_s == pytest.approx(1.0)
     assert far.ttft_s == pytest.approx(near.ttft_s + 0.5)

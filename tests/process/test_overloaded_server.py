@@ -1,21 +1,16 @@
 """Several times the capacity for a moment: the tool itself runs for minutes."""
 
 import asyncio
-import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from fake_server import VOCAB, GatedRunner
+from system import overload
+from system.overload_checks import Workload
 
 from fastserve_mega.config import SwapConfig
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import overload
-from overload_checks import Workload
 
 WORKLOAD = Workload(
     prompts=[[1 + (7 * i + j) % (VOCAB - 1) for j in range(3 + 2 * i)] for i in range(12)],

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import check_swapping
-from check_swapping import Case, Returns
+from system import check_swapping
+from system.check_swapping import Case, Returns
 
 from fastserve_mega.config_file import load_config
 from fastserve_mega.plan import Plan, SequenceSlice

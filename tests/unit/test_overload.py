@@ -1,17 +1,11 @@
 from __future__ import annotations
 
 import random
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-
-import overload_checks
-import server_processes
-from overload_checks import Blocks, Outcome, Sample, Workload
+from system import overload_checks, server_processes
+from system.overload_checks import Blocks, Outcome, Sample, Workload
 
 MIB = 2**20
 EMPTY = Blocks(free=5, cached=2, owned=0)

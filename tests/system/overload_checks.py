@@ -1,4 +1,4 @@
-"""What an overloaded server must keep to: the pure half of `tools/overload.py`."""
+"""What an overloaded server must keep to: the pure half of `overload`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clients of `tools/overload.py`: send, cancel, and tell how each request ended."""
+"""The clients of `overload`: send, cancel, and tell how each request ended."""
 
 from __future__ import annotations
 
@@ -10,18 +10,11 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from overload_checks import (
-    HUNG,
-    Job,
-    Outcome,
-    Sample,
-    blocks_of,
-    parse_metrics,
-)
-from server_processes import resident_bytes
-
 from fastserve_mega.client import AsyncClient, AsyncGeneration, ClientError, ServerBusyError
 from fastserve_mega.types import SamplingParams
+
+from .overload_checks import HUNG, Job, Outcome, Sample, blocks_of, parse_metrics
+from .server_processes import resident_bytes
 
 SAMPLE_INTERVAL_S = 10.0
 _SETTLING_S = 0.1

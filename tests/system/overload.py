@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Offer a deployment several times what it can serve, and check that it comes out whole.
 
-    tools/overload.py --data DIRECTORY --seconds 300 --set kv_cache.host_blocks=0
+    python -m tests.system.overload --data DIRECTORY --seconds 300 --set kv_cache.host_blocks=0
 
 Measures the capacity with a closed loop, then sends Poisson arrivals at `--load` times that:
 MT-bench prompts, a third of them behind a common prefix; answer lengths from a length file; a tenth
@@ -28,9 +27,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from check_swapping import read_prompts
-from overload_checks import (
-    FIRST_SHARE,
+from rich.console import Console
+from rich.table import Table
+
+from fastserve_mega.client import AsyncClient
+from fastserve_mega.config_file import load_config
+from fastserve_mega.launcher import Deployment
+from fastserve_mega.text.tokenizer import Tokenizer
+
+from .check_swapping import read_prompts
+from .overload_checks import (
     Finding,
     Outcome,
     Sample,
@@ -40,7 +46,7 @@ from overload_checks import (
     parse_metrics,
     samples_of_run,
 )
-from overload_clients import (
+from .overload_clients import (
     SAMPLE_INTERVAL_S,
     Capacity,
     measure_capacity,
@@ -49,16 +55,9 @@ from overload_clients import (
     settled_sample,
     take_sample,
 )
-from rich.console import Console
-from rich.table import Table
-from server_processes import resident_bytes
+from .server_processes import resident_bytes
 
-from fastserve_mega.client import AsyncClient
-from fastserve_mega.config_file import load_config
-from fastserve_mega.launcher import Deployment
-from fastserve_mega.text.tokenizer import Tokenizer
-
-CONFIG = Path(__file__).parent.parent / "configs" / "smollm2-135m-cpu.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m-cpu.yaml"
 SETTINGS = (
     "parallel.pipeline=1",
     "kv_cache.device_blocks=128",
@@ -196,7 +195,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=120.0,
                         help="seconds within which all must end after that")  # fmt: skip
     parser.add_argument("--growth-limit", type=float, default=16.0,
-                        help=f"MiB from {FIRST_SHARE:.0%} of the time to its end")  # fmt: skip
+                        help="MiB from a fifth of the time to its end")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write everything here")
     return parser.parse_args(argv)

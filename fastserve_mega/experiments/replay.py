@@ -1,23 +1,13 @@
-#!/usr/bin/env python3
-"""Repeat a run of the live scheduler from its event log, and compare every plan byte for byte.
-
-    fastserve-mega serve --config … --set coordinator.event_log=run.jsonl
-    tools/replay_events.py run.jsonl
-
-Exit status 0 when all plans are equal, 1 when one differs, 2 when the log cannot be read.
-"""
+"""Repeats a run of the live scheduler from its event log, and compares every plan byte for byte."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
-from fastserve_mega.coordinator.event_log import StepCall, error_text, read_event_log
+from fastserve_mega.coordinator.event_log import StepCall, error_text
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.scheduler import Scheduler
 
@@ -71,28 +61,3 @@ def _step(scheduler: Scheduler, call: StepCall) -> tuple[Plan | None, str | None
 
 def _answer(plan: Plan | None, error: str | None) -> bytes:
     return error.encode() if error is not None else msgspec.json.encode(plan)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("log", type=Path, help="written by coordinator.event_log")
-    options = parser.parse_args()
-    try:
-        setup, calls = read_event_log(options.log)
-        result = replay(setup.make_scheduler(), calls)
-    except (ValueError, OSError) as error:
-        print(f"replay_events: {error}", file=sys.stderr)
-        return 2
-    print(f"{result.equal_plans} of {result.plans} plans equal, {result.calls} calls")
-    if (difference := result.difference) is None:
-        return 0
-    print(f"first difference: call {difference.call}, now {difference.now}")
-    print(f"  logged:   {difference.logged}")
-    print(f"  replayed: {difference.replayed}")
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """Run the live engine, simulate the same arrivals from its profile, and compare the latencies.
 
-    tools/live_vs_simulated.py --config configs/smollm2-135m-cpu.yaml --data DIRECTORY \
-        --set parallel.pipeline=1 --json result.json
+    python -m fastserve_mega.experiments.live_vs_simulated --data DIRECTORY \
+        --config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1 --json result.json
 
 Measures a profile first (or takes one), sets the rate to a share of the rate at which the
 simulation saturates, and sends Poisson arrivals of random token ids with fixed answer lengths.
@@ -16,11 +15,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from live_run import arguments_of, run_live
-from replay_events import replay
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +27,9 @@ from fastserve_mega.config import Config
 from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.coordinator.profile_file import load_profile
+from fastserve_mega.experiments.live_run import arguments_of, run_live
+from fastserve_mega.experiments.other_policies import simulate
+from fastserve_mega.experiments.replay import replay
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
@@ -37,7 +37,6 @@ from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.simulator.analytic_cost_model import step_work
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
-from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec, WorkloadConfig, make_requests
 from fastserve_mega.worker.partition import split_layers
 
@@ -66,45 +65,6 @@ class StepTimes:
     """From dispatch to result; with several stages also the wait for the step before."""
     expected_s: float
     """As the engine model has them, each alone on the ranks."""
-
-
-# --- its simulation ------------------------------------------------------------------------------
-
-
-def simulate(
-    setup: SchedulerSetup,
-    engine: ProfiledEngine,
-    specs: Sequence[RequestSpec],
-    delivery_s: float = 0.0,
-) -> list[RequestRecord]:
-    """The same scheduler on a virtual clock, as clients see it.
-
-    Args:
-        setup: what the live scheduler was made of.
-        engine: fresh.
-        specs: arrivals as clients send them.
-        delivery_s: from a client to the coordinator and back.
-    """
-    way_s = delivery_s / 2
-    result = Simulation(
-        setup.make_scheduler(),
-        engine,
-        [spec._replace(arrival_s=spec.arrival_s + way_s) for spec in specs],
-        stages=setup.window,
-        block_size=setup.pools.block_size,
-        max_queued_requests=setup.scheduler.max_queued_requests,
-    ).run()
-    if result.rejected:
-        raise RuntimeError(f"{result.rejected} requests do not fit")
-    return [
-        replace(
-            record,
-            arrival_s=record.arrival_s - way_s,
-            first_token_s=record.first_token_s + way_s,
-            finish_s=record.finish_s + way_s,
-        )
-        for record in result.records
-    ]
 
 
 def saturation_rate(

@@ -1,7 +1,7 @@
-#!/usr/bin/env python3
 """Swap on purpose, and compare every token with an undisturbed run of the same engine.
 
-    tools/check_swapping.py --prompts mtbench_prompts.jsonl --pipeline 1 2 --prefix-cache on off
+    python -m tests.system.check_swapping --prompts mtbench_prompts.jsonl \
+        --pipeline 1 2 --prefix-cache on off
 
 For each number of pipeline stages one run with plenty of memory and no prefix cache, then one per
 strategy, with and without prefix cache, with so few device blocks that requests are preempted again
@@ -33,7 +33,7 @@ from fastserve_mega.plan import Plan
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams
 
-CONFIG = "configs/smollm2-135m-cpu.yaml"
+CONFIG = str(Path(__file__).parents[2] / "configs" / "smollm2-135m-cpu.yaml")
 STRATEGIES = ("proactive", "reactive", "recompute", "none")
 Outputs = list[tuple[int, ...]]
 Prompts = Sequence[Sequence[int]]

@@ -1,0 +1,1 @@
+"""Whole deployments under stress: minutes each, run by hand and not by pytest."""
