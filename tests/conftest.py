@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_coordinator import FakeCoordinator
+from fake_coordinator import start_fake_coordinator
+
+from fastserve_mega.client.testing import FakeCoordinator
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -52,6 +54,6 @@ def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def fake_coordinator() -> Iterator[FakeCoordinator]:
     """A coordinator that answers each request with four tokens, unless told otherwise."""
-    coordinator = FakeCoordinator()
+    coordinator = start_fake_coordinator()
     yield coordinator
     coordinator.close()

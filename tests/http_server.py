@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from fake_coordinator import WAIT_S
 
 from fastserve_mega.client import AsyncClient
+from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.server.app import create_app
 from fastserve_mega.text.tokenizer import Tokenizer
 

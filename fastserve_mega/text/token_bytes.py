@@ -37,7 +37,7 @@ class TokenBytes:
         if piece is None:
             return b""
         if self._byte_level:
-            table = _byte_of_character()
+            table = byte_of_character()
             return bytes(table[character] for character in piece if character in table)
         if not self._pieces:
             return str(self._tokenizer.decode([token_id])).encode()
@@ -55,7 +55,7 @@ def _decoder_kinds(tokenizer: Any) -> set[str]:
 
 
 @cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's printable character for each byte, the other way round."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}

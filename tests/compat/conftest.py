@@ -1,7 +1,8 @@
 import pytest
-from fake_coordinator import FakeCoordinator, answer
+from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
+from fastserve_mega.client.testing import answer
 from fastserve_mega.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -25,7 +26,7 @@ def tokenizer(tiny_tokenizer_dir, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def running(tokenizer):
-    coordinator = FakeCoordinator(max_context=4096)
+    coordinator = start_fake_coordinator(max_context=4096)
     with serving(coordinator, tokenizer) as url:
         yield coordinator, f"{url}/v1"
     coordinator.close()

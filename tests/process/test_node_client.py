@@ -9,9 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from fake_coordinator import answer, begin
 from fake_server import WAIT_MS, expected_tokens
 
+from fastserve_mega.client.testing import answer, begin
 from fastserve_mega.messaging.messages import Submit
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "node_client.mjs"

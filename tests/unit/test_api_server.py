@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import httpx
-from fake_coordinator import WAIT_S
+
+from fastserve_mega.client.testing import WAIT_S
 
 PROGRAM = """
 import sys

@@ -4,7 +4,7 @@ import asyncio
 import gc
 
 import pytest
-from fake_coordinator import WAIT_S, FakeCoordinator, answer, begin, end
+from fake_coordinator import start_fake_coordinator
 
 from fastserve_mega.client import (
     AsyncClient,
@@ -15,6 +15,7 @@ from fastserve_mega.client import (
     ServerUnavailableError,
     TokenizerUnavailableError,
 )
+from fastserve_mega.client.testing import WAIT_S, answer, begin, end
 from fastserve_mega.messaging.messages import Cancel, Finished, Hello, Ping, Refused, Submit, Tokens
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams, Usage
@@ -87,7 +88,7 @@ def test_token_ids_need_no_tokenizer(fake_coordinator):
 
 
 def test_the_tokenizer_is_taken_from_the_servers_directory(tiny_tokenizer_dir, tokenizer):
-    coordinator = FakeCoordinator(model_path=str(tiny_tokenizer_dir))
+    coordinator = start_fake_coordinator(model_path=str(tiny_tokenizer_dir))
     coordinator.behaviour = answer(tokenizer.encode(TEXT))
 
     async def main():

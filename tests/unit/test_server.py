@@ -9,9 +9,10 @@ import openai
 import openai.types
 import openai.types.chat
 import pytest
-from fake_coordinator import WAIT_S, FakeCoordinator, answer, begin, end
+from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
+from fastserve_mega.client.testing import WAIT_S, answer, begin, end
 from fastserve_mega.messaging.messages import Cancel, Finished, Submit, Tokens
 from fastserve_mega.server.app import MAX_BODY_BYTES
 from fastserve_mega.text.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ def tokenizer(tiny_tokenizer_dir):
 @pytest.fixture(scope="module")
 def shared(tokenizer):
     """One coordinator and one server for all tests here: starting them takes most of the time."""
-    coordinator = FakeCoordinator()
+    coordinator = start_fake_coordinator()
     with serving(coordinator, tokenizer) as url:
         yield coordinator, url
     coordinator.close()
@@ -383,7 +384,7 @@ def test_health_and_metrics(http, fake_coordinator):
 
 
 def test_a_coordinator_that_is_gone_is_503(tokenizer):
-    coordinator = FakeCoordinator()
+    coordinator = start_fake_coordinator()
     coordinator.silent = True
     with serving(coordinator, tokenizer) as url, httpx.Client(base_url=url, timeout=WAIT_S) as http:
 

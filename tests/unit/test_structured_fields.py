@@ -7,9 +7,10 @@ import sys
 
 import httpx
 import pytest
-from fake_coordinator import WAIT_S, FakeCoordinator
+from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
+from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.protocol import CompletionRequest
@@ -38,7 +39,7 @@ FORMS = [
 
 @pytest.fixture(scope="module")
 def shared(tiny_tokenizer_dir):
-    coordinator = FakeCoordinator()
+    coordinator = start_fake_coordinator()
     with (
         serving(coordinator, Tokenizer(tiny_tokenizer_dir)) as url,
         httpx.Client(base_url=url, timeout=WAIT_S) as http,

@@ -7,7 +7,6 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_coordinator import WAIT_S, answer, begin, end
 
 import fastserve_mega
 from fastserve_mega.client import (
@@ -17,6 +16,7 @@ from fastserve_mega.client import (
     ServerBusyError,
     ServerUnavailableError,
 )
+from fastserve_mega.client.testing import WAIT_S, answer, begin, end
 from fastserve_mega.messaging.messages import Cancel, Submit
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams

@@ -7,9 +7,10 @@ import json
 
 import openai
 import pytest
-from fake_coordinator import WAIT_S, FakeCoordinator, answer
+from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
+from fastserve_mega.client.testing import WAIT_S, answer
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.text.tokenizer import Tokenizer
 
@@ -48,7 +49,7 @@ def tokenizer(tiny_tokenizer_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(tokenizer):
-    coordinator = FakeCoordinator(max_context=4096)
+    coordinator = start_fake_coordinator(max_context=4096)
     with serving(coordinator, tokenizer) as url:
         yield coordinator, url
     coordinator.close()
@@ -227,7 +228,7 @@ def test_what_is_wrong_is_refused(api, says, options, sentence):
 
 @pytest.mark.parametrize("parser", ["auto", "none"])
 def test_models_without_tools_refuse_them(tiny_tokenizer_dir, parser):
-    coordinator = FakeCoordinator()
+    coordinator = start_fake_coordinator()
     with (
         serving(coordinator, Tokenizer(tiny_tokenizer_dir), tool_parser=parser) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=WAIT_S) as api,
