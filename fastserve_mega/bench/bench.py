@@ -35,7 +35,7 @@ class BenchOptions:
     """What to measure, and how."""
 
     url: str | None
-    """Of an OpenAI-compatible server; None for the coordinator at `endpoint`."""
+    """Address of an OpenAI-compatible server; None for the coordinator at `endpoint`."""
     endpoint: str
     model: str | None
     """None takes the server's."""

@@ -20,7 +20,7 @@ class Record:
     index: int
     prompt_tokens: int
     output_tokens: int
-    """By the server's own count; the requested number when the request failed."""
+    """As the server counts them; the requested number when the request failed."""
     sent_s: float
     """Since the start of the run."""
     ttft_s: float = math.nan

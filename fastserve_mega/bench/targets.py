@@ -28,7 +28,7 @@ class Reply:
     """An answer that came to its end. Times are those of `time.perf_counter()`."""
 
     output_tokens: int
-    """By the server's own count."""
+    """As the server counts them."""
     first_at: float
     last_at: float
 

@@ -27,7 +27,7 @@ class Connection:
         endpoint: address of the coordinator.
         on_message: called with each message that arrives.
         on_reconnect: called when the connection was lost and is there again. The coordinator
-            then takes us for somebody new.
+            then takes us for a new client.
         on_failure: called with the error when receiving has ended for good.
 
     Raises:

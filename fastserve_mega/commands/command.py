@@ -130,7 +130,7 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--supervised",
         action="store_true",
-        help="somebody starts the ranks again when one is lost: leave requests unfinished then",
+        help="the ranks are started again when one is lost: leave requests unfinished then",
     )
     parser.add_argument(
         "--profile-to",

@@ -31,7 +31,7 @@ class Check:
         """What it found; a check that fails is a finding itself."""
         try:
             return list(self.run())
-        except Exception as error:  # a broken machine breaks checks in ways nobody thought of
+        except Exception as error:  # a broken machine breaks checks in unforeseen ways
             said = f"the check itself failed: {type(error).__name__}: {error}"
             return [Finding("problem", self.subject, said, "report it as a bug of fastserve-mega")]
 

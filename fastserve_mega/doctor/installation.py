@@ -54,7 +54,7 @@ print(json.dumps(getattr(transformer_engine, "__version__", "of unknown version"
 
 
 def check_python() -> Iterator[Finding]:
-    """Its version and platform."""
+    """Check the version of Python."""
     found = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info < _MIN_PYTHON:
         wanted = ".".join(map(str, _MIN_PYTHON))

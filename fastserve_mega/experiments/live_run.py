@@ -30,9 +30,9 @@ class ClientRun:
 
     records: list[RequestRecord]
     delivery_s: float
-    """To the coordinator and back, measured before the first request: see `_delivery_s`."""
+    """Time to the coordinator and back, measured before the first request: see `_delivery_s`."""
     copy_block_s: float
-    """To copy a KV block."""
+    """Time to copy a KV block."""
 
 
 @dataclass(frozen=True)

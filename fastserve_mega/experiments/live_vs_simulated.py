@@ -51,7 +51,7 @@ class Comparison:
 
     @property
     def difference(self) -> float:
-        """Of the simulation from the live run, as a share."""
+        """Deviation of the simulation from the live run, as a share of the live run."""
         return self.simulated_s / self.live_s - 1.0
 
 

@@ -25,11 +25,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of it."""
+    """How many plans came out as logged."""
 
     calls: int
     plans: int
-    """In the log."""
+    """Plans that the log has."""
     equal_plans: int
     difference: Difference | None
 

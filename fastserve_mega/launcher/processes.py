@@ -44,7 +44,7 @@ def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
 
 
 def _end_with_parent() -> None:
-    """In the child: have the kernel send SIGTERM when this process is killed outright."""
+    """Have the kernel send SIGTERM to this child when its parent is killed outright."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -67,7 +67,7 @@ class Answer:
         }
 
     def end(self) -> None:
-        """Whatever happened, nobody is left working for this request."""
+        """Cancel what still runs for this request, whatever happened."""
         for generation in self.generations:
             generation.cancel()
 

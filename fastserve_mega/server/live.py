@@ -23,7 +23,7 @@ _POLICY = (
 
 
 class _Feed:
-    """Asks the coordinator while somebody watches, once for all who do."""
+    """Asks the coordinator while there are viewers, once for all of them."""
 
     def __init__(self, client: AsyncClient, stopping: Callable[[], bool]) -> None:
         self._client = client

@@ -31,7 +31,7 @@ class ModelDistribution:
             self._logprobs = torch.log_softmax(rows, dim=-1)
 
     def of(self, tokens: Sequence[int]) -> tuple[TokenLogprobs | None, ...]:
-        """Of one sampled token for each row; None for rows that do not ask.
+        """Log probabilities of one sampled token for each row; None for rows that do not ask.
 
         Empty when no row asks.
         """

@@ -60,7 +60,7 @@ class ModelRunner(Protocol):
 
     @property
     def host_blocks(self) -> int:
-        """Likewise of its pool in host memory; 0 when there is none."""
+        """Blocks of this rank's pool in host memory; 0 when there is none."""
 
     @property
     def block_bytes(self) -> int:

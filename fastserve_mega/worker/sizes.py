@@ -83,7 +83,7 @@ def host_blocks(settings: KvCacheConfig, block_bytes: int) -> int:
 
 
 def _attention_parameters(architecture: Architecture, partition: Partition) -> int:
-    """Of a layer, all its norms included."""
+    """Parameters of a layer's attention, all norms of the layer included."""
     hidden, head_dim = architecture.hidden_size, architecture.head_dim
     query_size = len(partition.query_heads) * head_dim
     qkv_size = query_size + 2 * len(partition.kv_heads) * head_dim

@@ -4,11 +4,10 @@ import asyncio
 import json
 
 import pytest
+from system import check_swapping
+from system.check_swapping import Case
 from test_smollm2 import deployment
 from test_swapping import one_rank
-
-import check_swapping  # isort: skip  (found by test_swapping)
-from check_swapping import Case  # isort: skip
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput

@@ -87,7 +87,7 @@ class Run:
     step_wait_s: float
     idle_wait_s: float
     returns: tuple[Returns, ...] = ()
-    """Of each request."""
+    """How often each request returned."""
 
 
 def read_prompts(path: Path, model: Path, count: int) -> list[list[int]]:

@@ -84,7 +84,7 @@ class Run:
     outcomes: list[Outcome]
     samples: list[Sample]
     metrics: dict[str, float]
-    """At the end."""
+    """Metrics of the server at the end."""
     findings: list[Finding]
 
 

@@ -58,7 +58,7 @@ class Sample:
     at_s: float
     unfinished: int
     resident_bytes: Mapping[str, int]
-    """Of each server process."""
+    """Memory of each server process."""
     device: Blocks
     host: Blocks
 
@@ -132,7 +132,7 @@ def finished_requests(metrics: Mapping[str, float]) -> int:
 
 
 def samples_of_run(samples: Sequence[Sample], seconds: float) -> list[Sample]:
-    """Those from a fifth of the run to its end, or the last one if it was as short as that."""
+    """Samples from a fifth of the run to its end, or the last one if it was as short as that."""
     during = [sample for sample in samples if FIRST_SHARE * seconds <= sample.at_s <= seconds]
     return during or [samples[-1]]
 

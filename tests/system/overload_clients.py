@@ -148,7 +148,7 @@ async def take_sample(client: AsyncClient, begin: float) -> Sample:
 
 
 async def settled_sample(client: AsyncClient, begin: float, limit_s: float) -> Sample:
-    """When no block is owned any more, or after `limit_s`: copies may still be under way."""
+    """Sample when no block is owned any more, or after `limit_s`: copies may be under way."""
     deadline = time.monotonic() + limit_s
     while True:
         sample = await take_sample(client, begin)

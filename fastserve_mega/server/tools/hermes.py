@@ -21,7 +21,7 @@ class HermesParser:
         """Not told yet: it may be the beginning of a mark, or space before a call."""
         self._call: CallReader | None = None
         self._body = ""
-        """Of the call that is being read, in case it is none."""
+        """Text of the call that is being read, in case it is none."""
         self._calls = 0
 
     def push(self, text: str) -> Sequence[Piece]:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class CallPiece:
-    """A call of a tool, or the next part of its arguments."""
+    """A tool call, or the next part of its arguments."""
 
     index: int
-    """Of the call within the answer."""
+    """Number of the call within the answer."""
     name: str | None
     """Given with the first piece of a call."""
     arguments: str
