@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 from fastserve_mega.client.errors import (
     InvalidRequestError,
@@ -38,9 +38,6 @@ from fastserve_mega.text.output import OutputText
 from fastserve_mega.text.stop_strings import stop_strings
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 _log = logging.getLogger(__name__)
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5570"

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 from fastserve_mega.client.async_client import DEFAULT_ENDPOINT, AsyncClient
 from fastserve_mega.client.errors import ServerUnavailableError
@@ -20,9 +20,6 @@ from fastserve_mega.client.request_state import Chunk
 from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 5.0

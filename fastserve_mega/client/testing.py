@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -100,8 +101,11 @@ class FakeCoordinator:
                 tokenizer that clients on this machine find by themselves.
         """
         self._first_behaviour = say(behaviour) if isinstance(behaviour, str) else behaviour
-        self._directory = tempfile.TemporaryDirectory(prefix="fastserve-fake-")
-        self.welcome = welcome or _byte_model(Path(self._directory.name))
+        self._files = ExitStack()
+        if welcome is None:
+            directory = tempfile.TemporaryDirectory(prefix="fastserve-fake-")
+            welcome = _byte_model(Path(self._files.enter_context(directory)))
+        self.welcome = welcome
         self.reset()
         self._epochs = itertools.count(1)
         self._context = zmq.Context()
@@ -181,7 +185,7 @@ class FakeCoordinator:
         self._act(lambda: setattr(self, "_closing", True))
         self._thread.join(WAIT_S)
         self._context.destroy(linger=0)
-        self._directory.cleanup()
+        self._files.close()
 
     def _new_router(self) -> zmq.Socket[bytes]:
         router = self._context.socket(zmq.ROUTER)

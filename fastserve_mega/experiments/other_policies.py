@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fastserve_mega.bench.statistics import distribution
-from fastserve_mega.config import PolicyName
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.plan import BlockCopy, Plan
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone
@@ -23,7 +22,7 @@ from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.types import RequestId
 
-ORACLE_POLICY: PolicyName = "srpt"
+ORACLE_POLICY = "srpt"
 """The policy that is told how long each answer will be."""
 Latencies = dict[str, dict[str, float]]
 """Mean and percentiles by measure, seconds."""
@@ -105,7 +104,7 @@ def simulate(
 
 
 def simulate_policy(
-    setup: SchedulerSetup, recording: Recording, policy: PolicyName
+    setup: SchedulerSetup, recording: Recording, policy: str
 ) -> list[RequestRecord]:
     """Simulate the requests of a log under a policy.
 

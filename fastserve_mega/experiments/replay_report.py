@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fastserve_mega.config import PolicyName
 from fastserve_mega.coordinator.event_log import read_event_log
 from fastserve_mega.experiments.other_policies import (
     Latencies,
@@ -40,7 +39,7 @@ def run_replay(log: Path) -> int:
     return 1
 
 
-def run_other_policies(log: Path, policies: Sequence[PolicyName], json_path: Path | None) -> int:
+def run_other_policies(log: Path, policies: Sequence[str], json_path: Path | None) -> int:
     """Print the latencies of a log's requests as they were and under each policy; returns 0.
 
     The policy of the log is simulated too: only simulations are to be compared with each other.

@@ -4,14 +4,14 @@ import itertools
 from pathlib import Path
 
 import pytest
-from fastserve_mega.bench.report import show_comparison, show_run
-from fastserve_mega.doctor.report import print_findings
 from fastserve_mega.top import render
 from rendering import WIDTHS, assert_fits, assert_says, rendered
 from rich.progress_bar import ProgressBar
 
 from fastserve_mega.bench.statistics import Record, summarize
+from fastserve_mega.bench.tables import show_comparison, show_run
 from fastserve_mega.config_file import load_config
+from fastserve_mega.doctor.doctor import print_findings
 from fastserve_mega.doctor.finding import ok, problem, warning
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.planning.deployment import find_architecture, plan_deployment

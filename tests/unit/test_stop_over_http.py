@@ -7,9 +7,10 @@ import json
 import httpx
 import openai
 import pytest
-from fake_coordinator import WAIT_S, FakeCoordinator, answer
+from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
+from fastserve_mega.client.testing import WAIT_S, answer
 from fastserve_mega.messaging.messages import Cancel, Submit
 from fastserve_mega.text.stop_strings import MAX_STOPS
 from fastserve_mega.text.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ def tokenizer(tiny_tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def shared(tokenizer):
-    coordinator = FakeCoordinator()
+    coordinator = start_fake_coordinator()
     with serving(coordinator, tokenizer) as url:
         yield coordinator, url
     coordinator.close()

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from fastserve_mega.worker.runner import SequenceInput
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from fastserve_mega.types import RequestId, SamplingParams, StructuredOutput
 from fastserve_mega.worker import sampler as sampler_module
 from fastserve_mega.worker.grammar import GrammarError
 from fastserve_mega.worker.history import TokenHistory
+from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler
 
 VOCABULARY = 23
