@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from fastserve_mega import launcher
 from fastserve_mega.bench.statistics import percentile
@@ -31,6 +30,7 @@ from fastserve_mega.experiments.live_run import arguments_of, run_live
 from fastserve_mega.experiments.other_policies import simulate
 from fastserve_mega.experiments.replay import replay
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.printing import FittedTable
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.kv.manager import PoolSizes
@@ -119,10 +119,8 @@ def step_times(calls: Sequence[StepCall], engine: ProfiledEngine) -> tuple[StepT
     return tuple(StepTimes(name, int(n), live, model) for name, (n, live, model) in totals.items())
 
 
-def render(comparisons: Sequence[Comparison]) -> Table:
-    table = Table()
-    for name in ("", "live s", "simulated s", "difference"):
-        table.add_column(name, justify="right" if name else "left")
+def render(comparisons: Sequence[Comparison]) -> FittedTable:
+    table = FittedTable("", "live s", "simulated s", "difference")
     for row in comparisons:
         table.add_row(
             row.name, f"{row.live_s:.3f}", f"{row.simulated_s:.3f}", f"{row.difference:+.1%}"

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from fastserve_mega.coordinator.event_log import read_event_log
 from fastserve_mega.experiments.other_policies import (
@@ -17,6 +16,7 @@ from fastserve_mega.experiments.other_policies import (
     simulate_policy,
 )
 from fastserve_mega.experiments.replay import replay
+from fastserve_mega.printing import FittedTable
 
 _SHOWN = ("mean", "p50", "p95")
 
@@ -65,12 +65,9 @@ def run_other_policies(log: Path, policies: Sequence[str], json_path: Path | Non
     return 0
 
 
-def render(columns: Mapping[str, Latencies]) -> Table:
+def render(columns: Mapping[str, Latencies]) -> FittedTable:
     """Draw one column for each run, the first one on the left."""
-    table = Table()
-    table.add_column("")
-    for name in columns:
-        table.add_column(name.replace(", ", ",\n"), justify="right")
+    table = FittedTable("", *columns)
     measures = next(iter(columns.values()))
     for measure in measures:
         for statistic in _SHOWN:

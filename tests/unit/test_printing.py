@@ -4,7 +4,6 @@ import itertools
 from pathlib import Path
 
 import pytest
-from fastserve_mega.top import render
 from rendering import WIDTHS, assert_fits, assert_says, rendered
 from rich.progress_bar import ProgressBar
 
@@ -20,6 +19,7 @@ from fastserve_mega.printing import FittedTable
 from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.report import Distribution, Report, make_tables
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
+from fastserve_mega.terminal.top import render
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VERY_WIDE = 2000

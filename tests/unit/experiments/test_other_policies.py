@@ -1,7 +1,6 @@
 """A log of a few calls, written by hand: what its requests were, and what they would have been."""
 
 import pytest
-from fastserve_mega.scheduling.memory import PoolSizes
 
 from fastserve_mega.config import MlfqConfig, SchedulerConfig, SwapConfig
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
@@ -14,6 +13,7 @@ from fastserve_mega.experiments.other_policies import (
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
 from fastserve_mega.scheduling.cost_model import DecodePoint, PrefillPoint, Profile
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.types import RequestId
 
