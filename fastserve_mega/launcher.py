@@ -21,7 +21,7 @@ from types import FrameType, TracebackType
 from typing import NoReturn
 
 from fastserve_mega.client import Client, ServerUnavailableError
-from fastserve_mega.config import Config
+from fastserve_mega.system.config import Config
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md from the dataclasses of fastserve_mega/config.py.
+"""Write docs/configuration.md from the dataclasses of fastserve_mega/system/config.py.
 
 configuration_reference.py            # write it
 configuration_reference.py --check    # exit status 1 when it is not current
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "fastserve_mega" / "config.py"
+SOURCE = ROOT / "fastserve_mega" / "system" / "config.py"
 TARGET = ROOT / "docs" / "configuration.md"
 HEAD = """\
-<!-- Written by tools/configuration_reference.py from fastserve_mega/config.py; edit that. -->
+<!-- tools/configuration_reference.py writes this from fastserve_mega/system/config.py. -->
 # Configuration
 
 A deployment is one YAML file of the sections below, given with `--config`. Only `model.path` must

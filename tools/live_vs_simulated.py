@@ -26,8 +26,6 @@ from rich.table import Table
 
 from fastserve_mega import launcher
 from fastserve_mega.bench.statistics import percentile
-from fastserve_mega.config import Config
-from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.models.architecture import load_architecture
@@ -39,7 +37,9 @@ from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec, WorkloadConfig, make_requests
-from fastserve_mega.worker.partition import split_layers
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.partition import split_layers
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ from rich.table import Table
 from server_processes import resident_bytes
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.text.tokenizer import Tokenizer
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2-135m-cpu.yaml"

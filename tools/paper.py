@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
 from fastserve_mega.simulator.sweep import (
     SEARCH_SPAN,
@@ -40,6 +39,7 @@ from fastserve_mega.simulator.sweep import (
     saturation_rate,
 )
 from fastserve_mega.simulator.workload import load_lengths
+from fastserve_mega.system.config import PolicyName
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "sim"
 LIMIT_S = 0.3

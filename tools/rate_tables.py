@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastserve_mega.config import PolicyName
+from fastserve_mega.system.config import PolicyName
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
 from fastserve_mega.simulator.main import simulate, with_policy
 from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
 from fastserve_mega.simulator.sweep import saturation_rate
 from fastserve_mega.simulator.workload import LengthTable, draw_requests, load_lengths
+from fastserve_mega.system.config import PolicyName
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "sim"
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)

@@ -8,7 +8,7 @@ from typing import get_args
 
 from fastserve_mega.commands.benchmarking import BENCH
 from fastserve_mega.commands.command import DIRECTORY, FILE, Command, Group, fail, load
-from fastserve_mega.config import PolicyName
+from fastserve_mega.system.config import PolicyName
 
 
 def _simulate(options: argparse.Namespace) -> int:

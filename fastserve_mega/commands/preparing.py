@@ -15,12 +15,12 @@ from fastserve_mega.commands.command import (
     load_deployment,
     pass_on,
 )
-from fastserve_mega.config_file import load_config
+from fastserve_mega.system.config_file import load_config
 
 
 def _plan(options: argparse.Namespace) -> int:
     config = load(options, load_config)
-    from fastserve_mega.planning.report import run_plan
+    from fastserve_mega.commands.plan_report import run_plan
 
     try:
         return run_plan(config, Path(options.config), as_json=options.json)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastserve_mega.commands.command import Command, Group, load, load_deployment, pass_on
-from fastserve_mega.config_file import load_config
+from fastserve_mega.system.config_file import load_config
 
 
 def _worker(options: argparse.Namespace) -> int:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastserve_mega.config import Config
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.machine import GIB, memory_bytes
 from fastserve_mega.doctor.probe import ProbeError, python_probe
 from fastserve_mega.models.architecture import load_architecture
-from fastserve_mega.models.locate import resolve_model
-from fastserve_mega.planning.deployment import DeploymentPlan, find_architecture, plan_deployment
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.deployment import DeploymentPlan, find_architecture, plan_deployment
+from fastserve_mega.system.locate import resolve_model
 
 _CPU_POOL_BYTES = GIB
 """What a rank on a CPU takes for KV when nothing is configured."""

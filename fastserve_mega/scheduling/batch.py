@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastserve_mega.config import SchedulerConfig
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.memory import Admission, KvMemory
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.system.config import SchedulerConfig
 
 
 class BatchBuilder:

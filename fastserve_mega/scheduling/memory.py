@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from fastserve_mega.config import SwapStrategy
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv_blocks import BlockPool
 from fastserve_mega.scheduling.policy import Policy
@@ -14,6 +13,7 @@ from fastserve_mega.scheduling.prefix_cache import PrefixCache
 from fastserve_mega.scheduling.reclaim import Reclaimer
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.swapping import Swapper
+from fastserve_mega.system.config import SwapStrategy
 
 _PAYBACK = 4
 """Time a recomputed request runs before it can be preempted again, in times of its share of a

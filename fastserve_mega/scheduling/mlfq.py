@@ -7,10 +7,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from fastserve_mega.config import MlfqConfig
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.queues import LevelQueues
 from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.system.config import MlfqConfig
 
 _Watched = tuple[float, int, Request]
 """Deadline, arrival number, request."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastserve_mega.config import SchedulerConfig
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.fcfs import Fcfs
 from fastserve_mega.scheduling.fixed_priority import FixedPriority
 from fastserve_mega.scheduling.mlfq import Mlfq
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.srpt import Srpt
+from fastserve_mega.system.config import SchedulerConfig
 
 
 def make_policy(config: SchedulerConfig, cost_model: CostModel) -> Policy:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.scheduling.memory import KvMemory
 from fastserve_mega.scheduling.policy import Policy
 from fastserve_mega.scheduling.request import Place
+from fastserve_mega.system.config import SwapConfig
 
 _DEMAND_WINDOW_S = 10.0
 """The arrival rate is an exponential average over about this long."""

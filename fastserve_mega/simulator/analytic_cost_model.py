@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastserve_mega.plan import SequenceSlice
-from fastserve_mega.simulator.hardware import Device, Link, Mesh, ModelShape
+from fastserve_mega.system.hardware import Device, Link, Mesh, ModelShape
 from fastserve_mega.types import RequestId
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fastserve_mega.config import SchedulerConfig, SwapConfig
-from fastserve_mega.config_file import load_yaml
 from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel
-from fastserve_mega.simulator.hardware import (
+from fastserve_mega.simulator.workload import WorkloadConfig
+from fastserve_mega.system.config import SchedulerConfig, SwapConfig
+from fastserve_mega.system.config_file import load_yaml
+from fastserve_mega.system.hardware import (
     DEVICES,
     GIB,
     LINKS,
@@ -22,7 +23,6 @@ from fastserve_mega.simulator.hardware import (
     Mesh,
     ModelShape,
 )
-from fastserve_mega.simulator.workload import WorkloadConfig
 
 T = TypeVar("T")
 

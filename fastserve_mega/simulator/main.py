@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig, make_cost_model, make_scheduler
 from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
@@ -20,6 +19,7 @@ from fastserve_mega.simulator.workload import (
     draw_requests,
     load_lengths,
 )
+from fastserve_mega.system.config import PolicyName
 
 _TIMELINE_POINTS = 1000
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.worker.sizes import activation_bytes, free_for_blocks
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.sizes import activation_bytes, free_for_blocks
 
 _CPU_POOL_GB = 1.0
 """On a CPU the KV shares the memory with everything else, so it takes no share of all there is."""

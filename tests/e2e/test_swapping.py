@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_swapping
 from check_swapping import Case
 
-from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.scheduling.swapping import Swapper
+from fastserve_mega.system.config_file import load_config
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import live_run
 import live_vs_simulated as tool
 
-from fastserve_mega.config import MlfqConfig, SchedulerConfig, SwapConfig
 from fastserve_mega.coordinator.event_log import SchedulerSetup, read_event_log
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.scheduling.cost_model import Profile
@@ -23,6 +22,7 @@ from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.strict import from_plain
+from fastserve_mega.system.config import MlfqConfig, SchedulerConfig, SwapConfig
 
 STEP_S, TOKEN_S = 0.02, 0.001
 PROFILE = f"""{{

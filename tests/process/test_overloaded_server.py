@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from fake_server import VOCAB, GatedRunner
 
-from fastserve_mega.config import SwapConfig
+from fastserve_mega.system.config import SwapConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 

@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import check_swapping
 from check_swapping import Case, Returns
 
-from fastserve_mega.config_file import load_config
 from fastserve_mega.plan import Plan, SequenceSlice
+from fastserve_mega.system.config_file import load_config
 
 
 def plan(step_id, *slices):

@@ -13,9 +13,9 @@ import pytest
 import shtab
 
 from fastserve_mega import cli
-from fastserve_mega.config_file import load_config
 from fastserve_mega.logs import JsonFormatter, launched_rank
 from fastserve_mega.simulator.config import load_simulation_config
+from fastserve_mega.system.config_file import load_config
 
 COMMANDS = [command for group in cli.GROUPS for command in group.commands]
 EXAMPLES = [(command, example) for command in COMMANDS for example in command.examples]

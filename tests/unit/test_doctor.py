@@ -9,7 +9,10 @@ import socket
 import pytest
 
 from fastserve_mega import cli
-from fastserve_mega.config import (
+from fastserve_mega.doctor import deployment, installation, machine, mpi, report
+from fastserve_mega.doctor.finding import Check, ok, problem
+from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.system.config import (
     Config,
     CoordinatorConfig,
     HardwareConfig,
@@ -18,9 +21,6 @@ from fastserve_mega.config import (
     ParallelConfig,
     ServerConfig,
 )
-from fastserve_mega.doctor import deployment, installation, machine, mpi, report
-from fastserve_mega.doctor.finding import Check, ok, problem
-from fastserve_mega.doctor.probe import ProbeError, python_probe
 
 CONFIG = Config(model=ModelConfig(path="/nowhere/model"))
 

@@ -10,7 +10,7 @@ from fake_coordinator import WAIT_S
 
 PROGRAM = """
 import sys
-from fastserve_mega.config import Config
+from fastserve_mega.system.config import Config
 from fastserve_mega.strict import from_plain
 from fastserve_mega.server.main import run_server
 directory, endpoint, port = sys.argv[1:]

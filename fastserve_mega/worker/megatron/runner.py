@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture, AttentionKind, load_architecture
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.partition import Partition, partition_model
+from fastserve_mega.system.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.batch import StepBatch, build_step
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.grammar import Grammars
@@ -29,11 +31,9 @@ from fastserve_mega.worker.megatron.initialize import (
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import Stage, build_stage
 from fastserve_mega.worker.megatron.rotation import Rotation
-from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.runner import SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
-from fastserve_mega.worker.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.topology import Topology
 
 

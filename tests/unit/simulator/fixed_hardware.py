@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastserve_mega.config import MlfqConfig, SchedulerConfig
 from fastserve_mega.scheduling.memory import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import StepWork
 from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.system.config import MlfqConfig, SchedulerConfig
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel, StepWork, step_work
-from fastserve_mega.simulator.hardware import DEVICES, LINKS, MODELS, Device, Link, Mesh, ModelShape
+from fastserve_mega.system.hardware import DEVICES, LINKS, MODELS, Device, Link, Mesh, ModelShape
 from fastserve_mega.types import RequestId
 
 MEMORY = 1e9

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, SwapConfig
 from fastserve_mega.models.architecture import Experts, load_architecture
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, SwapConfig
 from fastserve_mega.worker import pool_sizes, sizes
 
 GB = 2**30

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastserve_mega.config import Config, ParallelConfig
 from fastserve_mega.models.architecture import Architecture, load_architecture
-from fastserve_mega.worker.partition import Partition, partition_model
-from fastserve_mega.worker.sizes import (
+from fastserve_mega.system.config import Config, ParallelConfig
+from fastserve_mega.system.partition import Partition, partition_model
+from fastserve_mega.system.sizes import (
     activation_bytes,
     block_bytes,
     free_for_blocks,

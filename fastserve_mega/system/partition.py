@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastserve_mega.config import ParallelConfig
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.config import ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from fastserve_mega.config import Config
-from fastserve_mega.planning.deployment import (
+from fastserve_mega.printing import FittedTable, print_sentence
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.deployment import (
     CONTEXT_BYTES,
     GIB,
     DeploymentPlan,
@@ -17,7 +18,6 @@ from fastserve_mega.planning.deployment import (
     find_architecture,
     plan_deployment,
 )
-from fastserve_mega.printing import FittedTable, print_sentence
 
 _LENGTHS = (512, 2048)
 """Tokens of prompt and answer for which the report says how many requests fit."""

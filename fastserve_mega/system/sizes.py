@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastserve_mega.config import Config, KvCacheConfig
 from fastserve_mega.models.architecture import Architecture, Experts, LearnedPositions
-from fastserve_mega.worker.partition import Partition
+from fastserve_mega.system.config import Config, KvCacheConfig
+from fastserve_mega.system.partition import Partition
 
 _HIDDEN_COPIES = 8
 """Activations of a layer that live at once, in hidden sizes: residual, normed, query, key, value,

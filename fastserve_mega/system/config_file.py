@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastserve_mega.config import Config
 from fastserve_mega.strict import from_plain
+from fastserve_mega.system.config import Config
 
 T = TypeVar("T")
 
