@@ -32,10 +32,11 @@ from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.memory import PoolSizes
-from fastserve_mega.simulator.analytic_cost_model import step_work
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
+from fastserve_mega.simulator.replica import SimulatedReplica
 from fastserve_mega.simulator.simulation import Simulation
+from fastserve_mega.simulator.step_work import step_work
 from fastserve_mega.simulator.workload import RequestSpec, WorkloadConfig, make_requests
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.config_file import load_config
@@ -86,12 +87,12 @@ def simulate(
         delivery_s: from a client to the coordinator and back.
     """
     way_s = delivery_s / 2
+    replica = SimulatedReplica(
+        setup.make_scheduler(), engine, stages=setup.window, block_size=setup.pools.block_size
+    )
     result = Simulation(
-        setup.make_scheduler(),
-        engine,
+        [replica],
         [spec._replace(arrival_s=spec.arrival_s + way_s) for spec in specs],
-        stages=setup.window,
-        block_size=setup.pools.block_size,
         max_queued_requests=setup.scheduler.max_queued_requests,
     ).run()
     if result.rejected:
@@ -173,7 +174,7 @@ def render(comparisons: Sequence[Comparison]) -> Table:
 def draw_specs(options: argparse.Namespace) -> list[RequestSpec]:
     """Lengths, and Poisson arrivals at one request per second."""
     workload = WorkloadConfig(
-        path=options.lengths,
+        source=options.lengths,
         max_prompt_tokens=options.max_prompt,
         max_total_tokens=options.max_total,
         rate=1.0,
@@ -248,8 +249,8 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, metavar="YAML")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--data", type=Path, required=True, help="where the length files are")
-    parser.add_argument("--lengths", default="sharegpt_8k_lengths.csv", help="the length file")
+    parser.add_argument("--data", type=Path, help="directory of length files of your own")
+    parser.add_argument("--lengths", default="sharegpt", help="a CSV file, or one that is shipped")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--max-prompt", type=int, default=200, help="longer rows are left out")
     parser.add_argument("--max-total", type=int, default=320)

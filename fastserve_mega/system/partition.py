@@ -34,7 +34,7 @@ class Partition:
     experts: range
     """The experts of each layer that this rank has a part in; empty in a model without experts."""
     expert_columns: range
-    """Its part of each of them."""
+    """Columns of each of those experts that this rank holds."""
     shared_expert_columns: range
     vocab_rows: range
     """Rows of the embedding and of the output layer, padding included."""

@@ -15,12 +15,12 @@ from fastserve_mega.doctor.probe import ProbeError, python_probe
 from fastserve_mega.system.config import (
     Config,
     CoordinatorConfig,
-    HardwareConfig,
     KvCacheConfig,
     ModelConfig,
     ParallelConfig,
     ServerConfig,
 )
+from fastserve_mega.system.hardware import HardwareConfig
 
 CONFIG = Config(model=ModelConfig(path="/nowhere/model"))
 

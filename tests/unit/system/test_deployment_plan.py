@@ -10,9 +10,11 @@ from tiny_models import MODELS, make_model
 
 from fastserve_mega.cli import main
 from fastserve_mega.models.architecture import load_architecture
-from fastserve_mega.system.config import Config, HardwareConfig, ModelConfig, ParallelConfig
+from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig
 from fastserve_mega.system.config_file import load_config
-from fastserve_mega.system.deployment import GIB, find_architecture, plan_deployment
+from fastserve_mega.system.deployment import plan_deployment
+from fastserve_mega.system.hardware import GIB, HardwareConfig
+from fastserve_mega.system.locate import find_architecture
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.system.sizes import parameter_count
 

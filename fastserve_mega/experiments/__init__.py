@@ -1,0 +1,1 @@
+"""The figures of docs/simulation.md: `python -m fastserve_mega.experiments.paper` and others."""
