@@ -18,7 +18,8 @@ from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.report import Distribution, Report, make_tables
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
 from fastserve_mega.system.config_file import load_config
-from fastserve_mega.system.deployment import find_architecture, plan_deployment
+from fastserve_mega.system.deployment import plan_deployment
+from fastserve_mega.system.locate import find_architecture
 from fastserve_mega.top import render
 
 CONFIGS = Path(__file__).parents[2] / "configs"
