@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 from fastserve_mega.commands.benchmarking import BENCH
 from fastserve_mega.commands.command import DIRECTORY, FILE, Command, Group, fail, load
-from fastserve_mega.system.config import PolicyName
+from fastserve_mega.system.config import SchedulerConfig
 from fastserve_mega.system.config_file import load_config
 
 
@@ -44,9 +43,11 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if unknown := sorted(set(names) - set(get_args(PolicyName))):
-        known = ", ".join(get_args(PolicyName))
-        raise argparse.ArgumentTypeError(f"unknown policy {unknown[0]!r}; known are {known}")
+    for name in names:
+        try:
+            SchedulerConfig(policy=name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
     return names
 
 

@@ -24,7 +24,7 @@ from fastserve_mega.scheduling.events import (
     StepDone,
     WorkersLost,
 )
-from fastserve_mega.scheduling.memory import PoolSizes
+from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.strict import from_plain
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastserve_mega.plan import SequenceSlice
-from fastserve_mega.scheduling.memory import Admission, KvMemory
-from fastserve_mega.scheduling.policy import Policy
-from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.scheduling.kv.manager import Admission, KvManager
+from fastserve_mega.scheduling.policies.policy import Policy
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
+
+_UNDER_WAY = (RequestStatus.RUNNING, RequestStatus.SWAPPING_IN, RequestStatus.SWAPPING_OUT)
 
 
 class BatchBuilder:
@@ -25,7 +27,7 @@ class BatchBuilder:
     def __init__(
         self,
         config: SchedulerConfig,
-        memory: KvMemory,
+        memory: KvManager,
         policy: Policy,
         max_requests: int,
         in_flight: int,
@@ -34,8 +36,8 @@ class BatchBuilder:
         self.requests: list[Request] = []
         self.slices: list[SequenceSlice] = []
         self._memory = memory
-        self._policy = policy
-        self._takes_hosted = Place.HOSTED in memory.runnable_places
+        self._queues = policy.queues
+        self._takes_swapped = Place.SWAPPED in memory.runnable_places
         self._max_requests = max_requests
         self._in_flight = in_flight
         self._tokens_left = config.max_batch_tokens
@@ -53,7 +55,7 @@ class BatchBuilder:
         """Take requests until nothing more fits."""
         self._take_by_priority()
         if self._has_room() and (self._prefills_wait or not self._admitting):
-            self._take(self._policy.walk(Place.RESIDENT))
+            self._take(self._queues.walk(Place.RESIDENT))
         if self._has_room() and self._prefills_wait:  # there were fewer decodes
             self._reserves_tokens = self._prefills_wait = False
             self._take_by_priority()
@@ -64,45 +66,46 @@ class BatchBuilder:
     def _take_by_priority(self) -> None:
         if self._admitting:
             enough = self._max_requests + self._lookahead + 1
-            self._take(self._policy.merged(self._memory.runnable_places, enough))
+            self._take(self._queues.merged(self._memory.runnable_places, enough))
         else:
-            self._take(self._policy.walk(Place.RESIDENT))
+            self._take(self._queues.walk(Place.RESIDENT))
 
     def _take(self, candidates: Iterable[Request]) -> None:
         # The one loop whose cost counts: it looks at each running request in each step.
         requests, slices = self.requests, self.slices
         block_size = self._memory.block_size
         prefills_waited = self._prefills_wait
+        ready, running = RequestStatus.READY, RequestStatus.RUNNING
         for request in candidates:
-            if request.in_flight_tokens or request.moving:
+            if request.status is not ready and request.status in _UNDER_WAY:
                 continue
-            start = request.computed_tokens
-            pending = request.known_tokens - start
+            start = request.num_computed_tokens
+            pending = request.num_tokens - start
             num_tokens = 1
             if pending > 1 and not (num_tokens := self._chunk(request, pending)):
                 if prefills_waited:
                     continue
                 return
-            table = request.block_table
+            kv = request.kv
+            table = kv.block_table
             if start + num_tokens > len(table) * block_size:
                 if not self._has_memory(request, start + num_tokens):
                     if self._stops:
                         return
                     continue
-                table, start = request.block_table, request.computed_tokens
-                pending = request.known_tokens - start  # some of it may have been cached
+                table, start = kv.block_table, request.num_computed_tokens
+                pending = request.num_tokens - start  # some of it may have been cached
                 num_tokens = min(num_tokens, pending)
-            request.in_flight_tokens = num_tokens
-            request.passed_over = 0
+            request.status = running
+            request.num_scheduled_tokens = num_tokens
+            request.num_passed_over = 0
             requests.append(request)
-            told = request.told_blocks
-            new: tuple[int, ...] = ()
-            if told != len(table):
-                new = tuple(table[told:])
-                request.told_blocks = len(table)
+            sent = kv.num_sent_blocks
+            new = self._memory.take_unsent(request) if sent != len(table) else ()
             samples = num_tokens == pending
-            self._prefills_wait |= not samples
-            slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, told, new))
+            if not samples:
+                self._prefills_wait = True
+            slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, sent, new))
             self._tokens_left -= num_tokens
             if not self._tokens_left or len(requests) == self._max_requests:
                 return
@@ -112,7 +115,7 @@ class BatchBuilder:
         self._stops = False
         if request.place is Place.RESIDENT:
             admission = self._memory.grow(request, tokens)
-        elif request.place is Place.HOSTED and not self._takes_hosted:
+        elif request.place is Place.SWAPPED and not self._takes_swapped:
             return False  # preempted in this very step
         else:
             admission = self._memory.make_resident(request, reserve=len(self.requests))
@@ -135,14 +138,14 @@ class BatchBuilder:
 
         Those who wait for their prefill are none of them: they share what the decodes leave.
         """
-        count = self._policy.count
-        started = count(Place.RESIDENT) + (count(Place.HOSTED) if self._takes_hosted else 0)
+        count = self._queues.count
+        started = count(Place.RESIDENT) + (count(Place.SWAPPED) if self._takes_swapped else 0)
         others = started - self._in_flight - (prefill.place is not Place.WAITING)
         return max(min(others, self._max_requests - 1) - len(self.requests), 0)
 
     def _pass_over(self, request: Request) -> None:
-        request.passed_over += 1
+        request.num_passed_over += 1
         self._lookahead -= 1
-        if self._lookahead < 0 or request.passed_over > self._max_passed_over:
+        if self._lookahead < 0 or request.num_passed_over > self._max_passed_over:
             self._stops = self._admitting
             self._admitting = False

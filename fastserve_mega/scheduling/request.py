@@ -1,87 +1,162 @@
-"""One request as the scheduler sees it."""
+"""One request as the scheduler sees it: its counts, its status, and parts for KV and queues."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Final
 
 from fastserve_mega.types import BlockHash, RequestId
 
 
-class Place(IntEnum):
-    """Where the KV of an unfinished request is; each has exactly one."""
+class RequestStatus(IntEnum):
+    """What can be done with a request now; `TRANSITIONS` says what can come after what."""
 
     WAITING = 0
-    """Nowhere: it never ran, or its KV was dropped."""
+    """It has no KV: it never ran, or its KV was dropped."""
+    READY = 1
+    """Its KV is in device blocks, and a step may take it."""
+    RUNNING = 2
+    """A dispatched step computes it."""
+    SWAPPING_OUT = 3
+    """Preempted; its KV is on its way to host blocks."""
+    SWAPPED = 4
+    """Preempted; its KV is in host blocks."""
+    SWAPPING_IN = 5
+    """It has device blocks, and KV is on its way into them."""
+    FINISHED = 6
+    """Ended for whatever reason. Its blocks are free as soon as no step and no copy uses them."""
+
+
+class Place(IntEnum):
+    """Where the KV of an unfinished request is, or where it goes: the queues are kept by it."""
+
+    WAITING = 0
     RESIDENT = 1
-    """In device blocks, or on its way there."""
-    HOSTED = 2
-    """In host blocks only, or on its way there."""
+    SWAPPED = 2
+
+
+_S = RequestStatus
+
+TRANSITIONS: Final[dict[RequestStatus, frozenset[RequestStatus]]] = {
+    # Admitted, with prefix KV from the host if need be.
+    _S.WAITING: frozenset({_S.READY, _S.SWAPPING_IN, _S.FINISHED}),
+    # Scheduled; or preempted: copied to the host, clean there already, or dropped.
+    _S.READY: frozenset({_S.RUNNING, _S.SWAPPING_OUT, _S.SWAPPED, _S.WAITING, _S.FINISHED}),
+    # The step is done; WAITING when the ranks were lost with it.
+    _S.RUNNING: frozenset({_S.READY, _S.WAITING, _S.FINISHED}),
+    _S.SWAPPING_OUT: frozenset({_S.SWAPPED, _S.WAITING, _S.FINISHED}),
+    # READY at once when the step itself waits for the copy, or all KV was still on the device.
+    _S.SWAPPED: frozenset({_S.SWAPPING_IN, _S.READY, _S.WAITING, _S.FINISHED}),
+    _S.SWAPPING_IN: frozenset({_S.READY, _S.WAITING, _S.FINISHED}),
+    _S.FINISHED: frozenset(),
+}
+
+_PLACES: Final = (
+    Place.WAITING,  # WAITING
+    Place.RESIDENT,  # READY
+    Place.RESIDENT,  # RUNNING
+    Place.SWAPPED,  # SWAPPING_OUT
+    Place.SWAPPED,  # SWAPPED
+    Place.RESIDENT,  # SWAPPING_IN
+)
+
+
+@dataclass(slots=True)
+class KvState:
+    """The blocks of a request; written by `scheduling/kv/` only.
+
+    ::
+
+        tokens      0 ........................ num_computed_tokens ...... num_tokens
+        block_table [published | computed ............ | room for what is scheduled]
+        host_table  [clean .... | being copied to]
+    """
+
+    block_table: list[int] = field(default_factory=list)
+    """Device blocks in order of position; empty when not resident."""
+    num_sent_blocks: int = 0
+    """Leading entries of `block_table` that the workers know."""
+    host_table: list[int] = field(default_factory=list)
+    """Host blocks of the leading blocks, those being copied to included."""
+    num_clean_blocks: int = 0
+    """Leading blocks whose copy on the host is complete. Full blocks never change again, so they
+    stay clean."""
+    block_hashes: list[BlockHash] = field(default_factory=list)
+    """One for each leading full block of its tokens; none when the prefix cache is off."""
+    num_published_blocks: int = 0
+    """Leading device blocks that others can find by their hashes."""
+    num_cached_tokens: int = 0
+    """Leading tokens whose KV was found in the prefix cache when it arrived."""
+    num_dropped_tokens: int = 0
+    """Computed tokens whose KV was dropped, until it is resident again."""
+    num_copies: int = 0
+    """Copies of its blocks that have not been reported done."""
+
+
+@dataclass(slots=True)
+class QueueState:
+    """Where a request stands in its queue; written by `scheduling/policies/` only."""
+
+    level: int = 0
+    """Level of the multi-level feedback queue, 0 is the highest."""
+    entry: int = 0
+    """Counts entries into levels: the order within a level."""
+    charged_s: float = 0.0
+    """Time of the steps it took part in since it entered its level."""
+    is_watched: bool = False
+    """Has an entry in the starvation heap."""
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Mutable state of an unfinished request; identity is equality."""
+    """Mutable state of a request; identity is equality.
+
+    The counts are the scheduler's, except that `num_computed_tokens` is set by `kv/` as well when
+    KV is found or dropped.
+    """
 
     request_id: RequestId
-    prompt_tokens: int
+    num_prompt_tokens: int
     max_tokens: int
     priority: int
     arrival_number: int
     """Counts arrivals; breaks ties so that plans are reproducible."""
-    known_tokens: int
+    num_tokens: int
     """Prompt and output tokens that exist; the KV of all of them is needed for the next one."""
     oracle_output_tokens: int | None = None
 
-    place: Place = Place.WAITING
-    computed_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed_tokens: int = 0
     """Leading tokens whose KV exists, on the device or on the host."""
-    in_flight_tokens: int = 0
-    """Tokens a dispatched step is computing now; 0 when the request may be scheduled."""
-    block_table: list[int] = field(default_factory=list)
-    """Device blocks in order of position; empty when not resident."""
-    told_blocks: int = 0
-    """Leading entries of block_table that the workers know."""
-    host_table: list[int] = field(default_factory=list)
-    """Host blocks of the leading blocks, those being copied to included."""
-    clean_blocks: int = 0
-    """Leading blocks whose copy on the host is complete. Full blocks never change again, so they
-    stay clean."""
-    block_hashes: list[BlockHash] = field(default_factory=list)
-    """Of the leading full blocks of its known tokens; empty when the prefix cache is off."""
-    published_blocks: int = 0
-    """Leading device blocks that others can find by their hashes."""
-    cached_tokens: int = 0
-    """Leading tokens whose KV was found in the prefix cache when it arrived."""
-    dropped_tokens: int = 0
-    """Computed tokens whose KV was dropped, until it is resident again."""
-    unread_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    """Tokens that a dispatched step computes; 0 outside of steps."""
+    num_unread_tokens: int = 0
     """Tokens it arrived with that no step has computed yet; a recomputation does not count."""
-    copies: int = 0
-    """Copies of its blocks that have not been reported done."""
-    moving: bool = False
-    """Being swapped out or in, and not to be scheduled until that is done."""
-    sampled_since_admission: bool = False
-    """Yielded a token since it last became resident. Until then its blocks are not taken away,
-    so that each admission makes progress."""
-    unpaid_s: float = 0.0
-    """Time it has to run before its blocks are taken away, in return for having been recomputed."""
-    passed_over: int = 0
-    """Steps in which it found no memory since it last ran."""
     waiting_since: float = 0.0
     """When it arrived or last left a step, seconds."""
-    ended: bool = False
+    has_progressed: bool = False
+    """Yielded a token since it last became resident. Until then its blocks are not taken away,
+    so that each admission makes progress."""
+    preemption_credit_s: float = 0.0
+    """Time it has to run before its blocks are taken away, in return for having been recomputed."""
 
-    level: int = 0
-    """Of the multi-level feedback queue, 0 is the highest."""
-    level_entry: int = 0
-    """Counts entries into levels: the order within a level."""
-    charged_s: float = 0.0
-    """Time of the steps it took part in since it entered its level."""
-    watched: bool = False
-    """Has an entry in the starvation heap."""
+    num_passed_over: int = 0
+    """Steps in which it found no memory since it last ran."""
+
+    kv: KvState = field(default_factory=KvState)
+    queue: QueueState = field(default_factory=QueueState)
 
     @property
-    def pending_tokens(self) -> int:
+    def num_pending_tokens(self) -> int:
         """Tokens to compute before the next token can be sampled; 1 means decode."""
-        return self.known_tokens - self.computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def place(self) -> Place:
+        """Which of the three queues it is in; unfinished requests only."""
+        return _PLACES[self.status]

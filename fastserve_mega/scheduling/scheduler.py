@@ -15,10 +15,11 @@ from fastserve_mega.scheduling.events import (
     StepDone,
     WorkersLost,
 )
-from fastserve_mega.scheduling.memory import KvMemory, PoolSizes
+from fastserve_mega.scheduling.kv.manager import KvManager, PoolSizes
+from fastserve_mega.scheduling.kv.swap_planner import SwapPlanner
 from fastserve_mega.scheduling.policies import make_policy
-from fastserve_mega.scheduling.request import Place, Request
-from fastserve_mega.scheduling.swap_planner import SwapPlanner
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+from fastserve_mega.scheduling.validate import validate
 from fastserve_mega.scheduling.view import view_replica
 from fastserve_mega.snapshot import ReplicaView
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig
@@ -55,8 +56,9 @@ class Scheduler:
         self._config = config
         self._cost_model = cost_model
         self._policy = make_policy(config, cost_model)
+        self._queues = self._policy.queues
         swap = swap or SwapConfig()
-        self._memory = KvMemory(
+        self._memory = KvManager(
             pools, swap.strategy, self._policy, cost_model, config.max_batch_size
         )
         self._planner = SwapPlanner(swap, self._memory, self._policy)
@@ -130,17 +132,17 @@ class Scheduler:
         return len(self._in_flight)
 
     @property
-    def memory(self) -> KvMemory:
+    def memory(self) -> KvManager:
         return self._memory
 
     def level_lengths(self) -> tuple[int, ...]:
         """Unfinished requests of each level, the highest first."""
-        return self._policy.level_lengths()
+        return self._queues.level_lengths()
 
     def place_lengths(self) -> tuple[int, int, int]:
         """Unfinished requests by where their KV is: waiting, resident, hosted."""
-        count = self._policy.count
-        return count(Place.WAITING), count(Place.RESIDENT), count(Place.HOSTED)
+        count = self._queues.count
+        return count(Place.WAITING), count(Place.RESIDENT), count(Place.SWAPPED)
 
     def view(self, now: float, max_requests: int) -> ReplicaView:
         """What is going on, with at most so many requests."""
@@ -150,23 +152,16 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""
         self._memory.check_integrity()
-        if self._unread_tokens != sum(each.unread_tokens for each in self._requests.values()):
+        if self._unread_tokens != sum(each.num_unread_tokens for each in self._requests.values()):
             raise RuntimeError("the tokens not yet read are miscounted")
-        flying = [request for batch in self._in_flight.values() for request in batch]
-        if len(set(flying)) != len(flying):
+        in_steps = [request for batch in self._in_flight.values() for request in batch]
+        if len(set(in_steps)) != len(in_steps):
             raise RuntimeError("a request is in two steps at once")
-        queued = [request for place in Place for request in self._policy.walk(place)]
+        queued = [request for place in Place for request in self._queues.walk(place)]
         if set(queued) != set(self._requests.values()) or len(queued) != len(self._requests):
             raise RuntimeError("the policy's queues and the unfinished requests differ")
-        for request in {*flying, *queued}:
-            if bool(request.in_flight_tokens) != (request in flying):
-                raise RuntimeError(f"request {request.request_id}: in flight or not?")
-            held = request.computed_tokens + request.in_flight_tokens
-            if not request.ended and request.place is not _place(request):
-                raise RuntimeError(f"request {request.request_id} is not {request.place.name}")
-            resident = request.in_flight_tokens or request.place is Place.RESIDENT
-            if resident and self._memory.blocks_for(held) > len(request.block_table):
-                raise RuntimeError(f"request {request.request_id} computes without blocks")
+        for request in {*in_steps, *queued}:
+            validate(request, self._memory.block_size, in_step=request in in_steps)
 
     # --- events --------------------------------------------------------------------------------
 
@@ -180,8 +175,8 @@ class Scheduler:
                 if request := self._requests.get(event.request_id):
                     self._end(request)
             case CopyDone():
-                self._memory.copy_done(event.copy_id)
-                self._planner.observe_copy_done(event.copy_id, now)
+                if copy := self._memory.copy_done(event.copy_id):
+                    self._planner.observe_copy(copy, now)
             case WorkersLost():
                 self._lose_workers(now)
 
@@ -191,79 +186,80 @@ class Scheduler:
         self._arrivals += 1
         request = Request(
             request_id=event.request_id,
-            prompt_tokens=event.prompt_tokens,
+            num_prompt_tokens=event.prompt_tokens,
             max_tokens=event.max_tokens,
             priority=event.priority,
             arrival_number=self._arrivals,
-            known_tokens=event.prompt_tokens + event.received_tokens,
+            num_tokens=event.prompt_tokens + event.received_tokens,
             oracle_output_tokens=event.oracle_output_tokens,
-            block_hashes=list(event.block_hashes),
             waiting_since=now,
         )
-        request.cached_tokens = self._memory.prefix_cache.known_tokens(request)
-        request.unread_tokens = request.known_tokens - request.cached_tokens
-        self._unread_tokens += request.unread_tokens
+        self._memory.look_up(request, event.block_hashes)
+        request.num_unread_tokens = request.num_tokens - request.kv.num_cached_tokens
+        self._unread_tokens += request.num_unread_tokens
         self._requests[request.request_id] = request
         self._policy.add(request, now)
-        self._planner.observe_arrival(self._memory.blocks_for(request.known_tokens), now)
+        self._planner.observe_arrival(self._memory.blocks_for(request.num_tokens), now)
 
     def _step_done(self, event: StepDone, now: float) -> None:
         finished = frozenset(event.finished)
         for request_id, block_hash in event.filled:
-            self._requests[request_id].block_hashes.append(block_hash)
+            self._memory.filled(self._requests[request_id], block_hash)
         block_size, publish = self._memory.block_size, self._memory.prefix_cache.publish
+        elapsed_s, shares = event.elapsed_s, self._memory.shares_prefixes
+        running, ready = RequestStatus.RUNNING, RequestStatus.READY
         prefill_tokens = decodes = 0
         going_on = []
         for request in self._in_flight.pop(event.step_id):
-            tokens = request.in_flight_tokens
+            tokens = request.num_scheduled_tokens
             if tokens > 1:
                 prefill_tokens += tokens
             else:
                 decodes += 1
-            request.computed_tokens += tokens
-            request.in_flight_tokens = 0
-            if request.unread_tokens:
+            request.num_computed_tokens += tokens
+            request.num_scheduled_tokens = 0
+            if request.num_unread_tokens:
                 self._read(request, tokens)
             request.waiting_since = now
-            request.unpaid_s -= event.elapsed_s
-            if request.ended:  # aborted while the step ran
+            request.preemption_credit_s -= elapsed_s
+            if request.status is not running:  # aborted while the step ran
                 self._memory.release(request)
                 continue
-            if request.block_hashes and request.computed_tokens // block_size > (
-                request.published_blocks
+            request.status = ready
+            if shares and request.num_computed_tokens // block_size > (
+                request.kv.num_published_blocks
             ):
                 publish(request)
             if request.request_id in finished:
                 self._end(request)
             else:
-                if request.computed_tokens == request.known_tokens:
-                    request.known_tokens += 1
-                    request.sampled_since_admission = True
+                if request.num_computed_tokens == request.num_tokens:
+                    request.num_tokens += 1
+                    request.has_progressed = True
                 going_on.append(request)
         self._cost_model.observe(prefill_tokens, decodes, event.elapsed_s)
         self._policy.charge(going_on, event.elapsed_s)
 
     def _read(self, request: Request, tokens: int) -> None:
-        read = min(tokens, request.unread_tokens)
-        request.unread_tokens -= read
+        read = min(tokens, request.num_unread_tokens)
+        request.num_unread_tokens -= read
         self._unread_tokens -= read
 
     def _end(self, request: Request) -> None:
-        request.ended = True
-        self._read(request, request.unread_tokens)
+        self._queues.remove(request)
+        request.status = RequestStatus.FINISHED
+        self._read(request, request.num_unread_tokens)
         del self._requests[request.request_id]
-        self._policy.remove(request)
         self._released.append(request.request_id)
         self._memory.release(request)
 
     def _lose_workers(self, now: float) -> None:
         for batch in self._in_flight.values():
             for request in batch:
-                request.in_flight_tokens = 0
+                request.num_scheduled_tokens = 0
                 request.waiting_since = now
         self._in_flight.clear()
         self._memory.lose_everything()
-        self._planner.forget_copies()
         self._released.clear()
 
     def _plan_step(self, now: float) -> Plan | None:
@@ -277,19 +273,11 @@ class Scheduler:
         batch.fill()
         if self._is_proactive:
             self._planner.plan(now)
-        copies = self._memory.copies.take_planned()
+        copies = self._memory.copies.take_planned(now)
         if not batch.requests and not copies:
             return None
         self._next_step_id += 1
-        for copy in copies:
-            self._planner.observe_copy_start(copy.copy_id, len(copy.source_ids), now)
         if batch.requests:
             self._in_flight[step_id] = batch.requests
         released, self._released = tuple(self._released), []
         return Plan(step_id, tuple(batch.slices), copies, released)
-
-
-def _place(request: Request) -> Place:
-    if request.block_table:
-        return Place.RESIDENT
-    return Place.HOSTED if request.computed_tokens else Place.WAITING

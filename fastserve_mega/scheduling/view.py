@@ -5,35 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
-from fastserve_mega.scheduling.kv_blocks import BlockPool
-from fastserve_mega.scheduling.memory import KvMemory
-from fastserve_mega.scheduling.policy import Policy
+from fastserve_mega.scheduling.kv.manager import KvManager
+from fastserve_mega.scheduling.kv.pool import BlockPool
+from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.snapshot import KvPlace, PoolView, ReplicaView, RequestView
 
 _PLACES: dict[Place, KvPlace] = {
     Place.WAITING: "waiting",
     Place.RESIDENT: "resident",
-    Place.HOSTED: "hosted",
+    Place.SWAPPED: "hosted",
 }
 
 
 def view_replica(
     policy: Policy,
-    memory: KvMemory,
+    memory: KvManager,
     steps_in_flight: Iterable[list[Request]],
     now: float,
     max_requests: int,
 ) -> ReplicaView:
     """See `ReplicaView`; the time it takes grows with `max_requests`, not with the queue."""
     steps = list(steps_in_flight)
-    running = [request for batch in steps for request in batch if not request.ended]
-    first = policy.merged((Place.WAITING, Place.RESIDENT, Place.HOSTED), max_requests)
+    running = [request for batch in steps for request in batch if not request.is_finished]
+    first = policy.queues.merged((Place.WAITING, Place.RESIDENT, Place.SWAPPED), max_requests)
     shown = list(dict.fromkeys((*running, *islice(first, max_requests))))[:max_requests]
     cache = memory.prefix_cache
     return ReplicaView(
-        levels=policy.level_lengths(),
-        quanta_s=policy.level_quanta_s(),
+        levels=policy.queues.level_lengths(),
+        quanta_s=policy.level_quanta_s,
         requests=tuple(_view_request(request, now) for request in shown),
         device=_view_pool(memory.device),
         host=_view_pool(memory.host),
@@ -48,15 +48,15 @@ def view_replica(
 
 
 def _view_request(request: Request, now: float) -> RequestView:
-    running = request.in_flight_tokens > 0
+    running = request.num_scheduled_tokens > 0
     return RequestView(
         request_id=request.request_id,
-        level=request.level,
+        level=request.queue.level,
         place=_PLACES[request.place],
         running=running,
-        prompt_tokens=request.prompt_tokens,
-        output_tokens=request.known_tokens - request.prompt_tokens,
-        computed_tokens=request.computed_tokens,
+        prompt_tokens=request.num_prompt_tokens,
+        output_tokens=request.num_tokens - request.num_prompt_tokens,
+        computed_tokens=request.num_computed_tokens,
         waited_s=0.0 if running else max(now - request.waiting_since, 0.0),
     )
 

@@ -17,7 +17,6 @@ from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec, draw_requests, load_lengths
-from fastserve_mega.system.config import PolicyName
 from fastserve_mega.system.deployment import plan_deployment
 
 _TIMELINE_POINTS = 1000
@@ -46,7 +45,7 @@ def simulate(
     return simulation.run()
 
 
-def with_policy(config: SimulationConfig, policy: PolicyName) -> SimulationConfig:
+def with_policy(config: SimulationConfig, policy: str) -> SimulationConfig:
     """The same simulation under another policy."""
     deployment = config.deployment
     scheduler = replace(deployment.scheduler, policy=policy)
@@ -62,7 +61,7 @@ def run_simulate(
     config: SimulationConfig,
     *,
     data: Path | None = None,
-    policies: Sequence[PolicyName] = (),
+    policies: Sequence[str] = (),
     rates: Sequence[float] = (),
     json_path: Path | None = None,
     plots: Path | None = None,

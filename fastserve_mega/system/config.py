@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from fastserve_mega.system.hardware import HardwareConfig
 
@@ -188,6 +189,8 @@ class KvCacheConfig:
         )
 
 
+_CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+
 PolicyName = Literal["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"]
 
 
@@ -225,8 +228,9 @@ class MlfqConfig:
 class SchedulerConfig:
     """Who runs in the next step, and how much of it."""
 
-    policy: PolicyName = "skip_join_mlfq"
-    """Who comes first; docs/scheduling.md. srpt knows the future: for the simulator only."""
+    policy: str = "skip_join_mlfq"
+    """Who comes first (docs/scheduling.md): skip_join_mlfq, mlfq, fcfs, fixed_priority, srpt (which
+    knows the future, so for the simulator only), or a class of your own as module:Class."""
     max_batch_size: int = 16
     """Requests in one step."""
     max_batch_tokens: int = 512
@@ -244,6 +248,12 @@ class SchedulerConfig:
     mlfq: MlfqConfig = field(default_factory=MlfqConfig)
 
     def __post_init__(self) -> None:
+        known = get_args(PolicyName)
+        _require(
+            self.policy in known or bool(_CLASS_PATH.fullmatch(self.policy)),
+            f"scheduler.policy must be one of {', '.join(known)}, or a class of your own as "
+            f"my_package.my_module:Class, got {self.policy!r}",
+        )
         for name in ("max_batch_size", "max_batch_tokens", "max_queued_requests"):
             value = getattr(self, name)
             _require(value >= 1, f"scheduler.{name} must be at least 1, got {value}")

@@ -17,7 +17,7 @@ import check_swapping
 from check_swapping import Case
 
 from fastserve_mega.coordinator.main import CoordinatorProcess
-from fastserve_mega.scheduling.swapping import Swapper
+from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.system.config_file import load_config
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
@@ -127,7 +127,7 @@ class HastySwapper(Swapper):
 def test_the_check_can_fail(swapper, run, prompts, model_directory, monkeypatch):
     """With copies of several steps' time, freeing blocks before CopyDone gives wrong tokens."""
     expected, _ = run(Case("none", 1, PLENTY))
-    monkeypatch.setattr("fastserve_mega.scheduling.memory.Swapper", swapper)
+    monkeypatch.setattr("fastserve_mega.scheduling.kv.manager.Swapper", swapper)
     case = Case("proactive", 1, SCARCE)
     with one_rank(model_directory, case, copy_delay_s=SLOW_COPY_S) as endpoint:
         outputs, _ = asyncio.run(check_swapping.generate(endpoint, case, prompts, TOKENS))

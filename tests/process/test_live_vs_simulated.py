@@ -17,7 +17,7 @@ import live_vs_simulated as tool
 from fastserve_mega.coordinator.event_log import SchedulerSetup, read_event_log
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.scheduling.cost_model import Profile
-from fastserve_mega.scheduling.memory import PoolSizes
+from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec

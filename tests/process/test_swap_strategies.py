@@ -21,7 +21,7 @@ from fastserve_mega.messaging.messages import (
     WorkerReady,
 )
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
-from fastserve_mega.scheduling.swapping import Swapper
+from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.copy_engine import CopyEngine
@@ -149,7 +149,7 @@ def test_a_rank_that_reports_before_it_has_copied_is_noticed(start_server):
 
 
 def test_blocks_freed_before_copy_done_are_noticed(start_server, monkeypatch):
-    monkeypatch.setattr("fastserve_mega.scheduling.memory.Swapper", HastySwapper)
+    monkeypatch.setattr("fastserve_mega.scheduling.kv.manager.Swapper", HastySwapper)
     options = {"swap": swap("proactive"), "host_blocks": PLENTY, **SCARCE}
     with start_server(make_runner=SlowCopies, **options) as server:
         assert_wrong_tokens(server)

@@ -6,7 +6,7 @@ from fastserve_mega.scheduling.events import StepDone
 
 
 def level_of(scheduler, name):
-    return scheduler._requests[name].level
+    return scheduler._requests[name].queue.level
 
 
 def test_a_request_joins_the_highest_level_whose_quantum_holds_its_prefill():
@@ -56,7 +56,7 @@ def test_a_prefill_in_chunks_is_one_iteration_and_is_not_demoted_within():
     driver = Driver(scheduler, {"long": 5})
     driver.step([arrived("long", 300)])
     # Promoted by hand: the first chunk of 10 s uses the quantum of Q1 up ten times.
-    scheduler._policy._queues.move(scheduler._requests["long"], 0)
+    scheduler._policy.queues.move(scheduler._requests["long"], 0)
     driver.step()
     driver.step()
     assert level_of(scheduler, "long") == 0
@@ -80,15 +80,15 @@ def test_who_is_overdue_but_cannot_be_promoted_is_not_expected_before_the_promot
     scheduler.step(9.0, [StepDone(0, 3.0, ("short",))])  # all are overdue by 6 s, one is promoted
     assert [level_of(scheduler, f"l{i}") for i in range(3)] == [0, 5, 5]
     policy, requests = scheduler._policy, scheduler._requests
-    assert policy.scheduled_in_s(requests["l0"], 9.0) == 0.0
+    assert policy.enst(9.0)(requests["l0"]) == 0.0
     # T_execute of the lowest level: l0 comes down from Q1 first, 1 + 2 + 4 + 8 + 16 s.
-    assert policy.scheduled_in_s(requests["l1"], 9.0) == 31.0
+    assert policy.enst(9.0)(requests["l1"]) == 31.0
 
 
 def test_a_promotion_that_is_overdue_is_expected_at_once_and_not_in_the_past():
     scheduler = make_scheduler(max_batch_size=2, window=1, starvation_limit_s=3.0)
     scheduler.step(0.0, [arrived("a", 10), arrived("b", 10), arrived("late", 320)])
-    assert scheduler._policy.scheduled_in_s(scheduler._requests["late"], 8.0) == 0.0
+    assert scheduler._policy.enst(8.0)(scheduler._requests["late"]) == 0.0
 
 
 def test_the_lowest_level_is_round_robin():

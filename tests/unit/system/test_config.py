@@ -46,7 +46,7 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
         ("- 1", None, "top level must be a mapping"),
         ("a: [", None, "not valid YAML"),
         ("model: {path: 3}", None, "Expected `str`, got `int` - at `model.path`"),
-        ("model: {path: /m}", "scheduler.policy=lifo", "Invalid enum value 'lifo'"),
+        ("model: {path: /m}", "scheduler.policy=lifo", "srpt, or a class of your own as"),
         ("model: {path: /m}", "scheduler.max_batch_size=0", "must be at least 1, got 0"),
         ("model: {path: /m}", "scheduler.max_batch_size=1.5", "Expected `int`, got `float`"),
         ("model: {path: /m}", "kv_cache.device_blocks=1", "block 0 is the null block"),

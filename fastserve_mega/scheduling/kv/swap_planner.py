@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fastserve_mega.scheduling.memory import KvMemory
-from fastserve_mega.scheduling.policy import Policy
+from fastserve_mega.scheduling.kv.copies import Copy
+from fastserve_mega.scheduling.kv.manager import KvManager
+from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place
 from fastserve_mega.system.config import SwapConfig
 
@@ -33,15 +34,15 @@ class SwapPlanner:
     them later costs at most their last block.
     """
 
-    def __init__(self, config: SwapConfig, memory: KvMemory, policy: Policy) -> None:
+    def __init__(self, config: SwapConfig, memory: KvManager, policy: Policy) -> None:
         self._config = config
         self._memory = memory
         self._policy = policy
+        self._queues = policy.queues
         self._demand_blocks_per_s = 0.0
         self._last_arrival: float | None = None
         self._copy_s_per_block = 0.0
         self._looks_to_skip = 0
-        self._started: dict[int, tuple[float, int]] = {}
 
     def observe_arrival(self, blocks: int, now: float) -> None:
         """A request arrived whose prompt fills this many blocks."""
@@ -50,25 +51,18 @@ class SwapPlanner:
         self._demand_blocks_per_s *= math.exp(-elapsed_s / _DEMAND_WINDOW_S)
         self._demand_blocks_per_s += blocks / _DEMAND_WINDOW_S
 
-    def observe_copy_start(self, copy_id: int, blocks: int, now: float) -> None:
-        self._started[copy_id] = (now, blocks)
-
-    def observe_copy_done(self, copy_id: int, now: float) -> None:
-        """All ranks have finished a copy; its time includes that spent in their queues."""
-        if (started := self._started.pop(copy_id, None)) and started[1]:
-            measured = (now - started[0]) / started[1]
+    def observe_copy(self, copy: Copy, now: float) -> None:
+        """Learn from a copy that is done; its time includes that spent in the ranks' queues."""
+        if copy.num_blocks:
+            measured = (now - copy.started_s) / copy.num_blocks
             smoothing = _SMOOTHING if self._copy_s_per_block else 1.0
             self._copy_s_per_block += smoothing * (measured - self._copy_s_per_block)
-
-    def forget_copies(self) -> None:
-        """The ranks were lost, and with them what they were copying."""
-        self._started.clear()
 
     def plan(self, now: float) -> None:
         """Decide the copies that go with this step."""
         reserve = self._reserve()
         self._memory.hold_blocks_for(())
-        if self._policy.count(Place.HOSTED):
+        if self._queues.count(Place.SWAPPED):
             self._bring_back(now, reserve)
         if self._memory.device.free_count + self._memory.copies.leaving_blocks < reserve:
             self._memory.reclaimer.swap_out_for(reserve)
@@ -79,22 +73,22 @@ class SwapPlanner:
         """Blocks that the arrivals of one swap time will ask for."""
         capacity = self._memory.device.capacity
         # One swap moves about what one request holds.
-        swap_s = self._copy_s_per_block * capacity / max(self._policy.count(Place.RESIDENT), 1)
+        swap_s = self._copy_s_per_block * capacity / max(self._queues.count(Place.RESIDENT), 1)
         return min(int(self._demand_blocks_per_s * swap_s), int(capacity * _MAX_RESERVE))
 
     def _bring_back(self, now: float, reserve: int) -> None:
         memory = self._memory
-        if not self._policy.count(Place.RESIDENT):
+        if not self._queues.count(Place.RESIDENT):
             reserve = 0  # nothing else runs, and nothing else would make room
-        soonest = self._policy.soonest_hosted(now, _MAX_SWAP_INS)
+        soonest = self._policy.soonest_swapped(now, _MAX_SWAP_INS)
         for request in soonest:
             # Some have not quite left; one may be dropped meanwhile, to make room on the host.
-            if request.copies or request.place is not Place.HOSTED:
+            if request.kv.num_copies or request.place is not Place.SWAPPED:
                 continue
-            blocks = memory.blocks_for(request.known_tokens)
+            blocks = memory.blocks_for(request.num_tokens)
             lead_s = _LEAD * blocks * self._copy_s_per_block
             fits = blocks + reserve <= memory.device.free_count
-            if not fits and self._policy.scheduled_in_s(request, now) > lead_s:
+            if not fits and self._policy.enst(now)(request) > lead_s:
                 break
             if not memory.bring_back(request, reserve if fits else 0, None):
                 break

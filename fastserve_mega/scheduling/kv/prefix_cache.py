@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastserve_mega.scheduling.kv_blocks import BlockPool
+from fastserve_mega.scheduling.kv.pool import BlockPool
 from fastserve_mega.scheduling.request import Request
 from fastserve_mega.types import BlockHash
 
@@ -45,7 +45,7 @@ class PrefixCache:
 
     def known_tokens(self, request: Request) -> int:
         """How many leading tokens of a request would be found now."""
-        return self.tokens_of(request.block_hashes[: self._usable(request)])
+        return self.tokens_of(request.kv.block_hashes[: self._usable(request)])
 
     def tokens_of(self, block_hashes: Sequence[BlockHash]) -> int:
         """How many tokens the leading blocks hold that would be found now."""
@@ -59,7 +59,7 @@ class PrefixCache:
     def find(self, request: Request) -> Found:
         """Become an owner of the leading blocks that exist, on the device or on the host."""
         found = Found()
-        for block_hash in request.block_hashes[: self._usable(request)]:
+        for block_hash in request.kv.block_hashes[: self._usable(request)]:
             block = self._device.share(block_hash)
             if block is None:
                 host_block = self._host.share(block_hash)
@@ -78,38 +78,40 @@ class PrefixCache:
         """Whether a step that is under way computes the block after the first `blocks`."""
         if blocks >= self._usable(request):
             return False
-        other = self._computing.get(request.block_hashes[blocks])
-        if other is None or not other.in_flight_tokens:
+        other = self._computing.get(request.kv.block_hashes[blocks])
+        if other is None or not other.num_scheduled_tokens:
             return False
-        end = other.computed_tokens + other.in_flight_tokens
-        return other.computed_tokens < (blocks + 1) * self._block_size <= end
+        end = other.num_computed_tokens + other.num_scheduled_tokens
+        return other.num_computed_tokens < (blocks + 1) * self._block_size <= end
 
     def admitted(self, request: Request, found: Found) -> None:
         """It computes what was not found."""
-        for block_hash in request.block_hashes[len(found.table) :]:
+        for block_hash in request.kv.block_hashes[len(found.table) :]:
             self._computing.setdefault(block_hash, request)
-        self.queried_tokens += request.known_tokens
+        self.queried_tokens += request.num_tokens
         self.hit_tokens += len(found.table) * self._block_size
-        request.published_blocks = 0 if found.host_blocks else len(found.table)
+        request.kv.num_published_blocks = 0 if found.host_blocks else len(found.table)
 
     def publish(self, request: Request) -> None:
         """Let others find the full device blocks that it has computed since the last call."""
-        full = min(request.computed_tokens // self._block_size, len(request.block_hashes))
-        for index in range(request.published_blocks, full):
-            block_hash = request.block_hashes[index]
-            self._device.publish(request.block_table[index], block_hash)
+        full = min(request.num_computed_tokens // self._block_size, len(request.kv.block_hashes))
+        for index in range(request.kv.num_published_blocks, full):
+            block_hash = request.kv.block_hashes[index]
+            self._device.publish(request.kv.block_table[index], block_hash)
             self._computing.pop(block_hash, None)
-        request.published_blocks = max(full, request.published_blocks)
+        request.kv.num_published_blocks = max(full, request.kv.num_published_blocks)
 
     def publish_on_host(self, request: Request, first: int, last: int) -> None:
         """Let others find clean blocks [first, last) on the host."""
-        full = min(request.computed_tokens // self._block_size, len(request.block_hashes), last)
+        full = min(
+            request.num_computed_tokens // self._block_size, len(request.kv.block_hashes), last
+        )
         for index in range(first, full):
-            self._host.publish(request.host_table[index], request.block_hashes[index])
+            self._host.publish(request.kv.host_table[index], request.kv.block_hashes[index])
 
     def left(self, request: Request) -> None:
         """It is no longer resident, and computes nothing."""
-        for block_hash in request.block_hashes[request.published_blocks :]:
+        for block_hash in request.kv.block_hashes[request.kv.num_published_blocks :]:
             if self._computing.get(block_hash) is request:
                 del self._computing[block_hash]
 
@@ -121,4 +123,4 @@ class PrefixCache:
 
     def _usable(self, request: Request) -> int:
         """Full blocks that leave at least one token to compute."""
-        return (request.known_tokens - 1) // self._block_size
+        return (request.num_tokens - 1) // self._block_size

@@ -11,12 +11,53 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from operator import attrgetter
-from typing import Any
+from typing import Any, Protocol
 
-from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 
-_level_entry = attrgetter("level_entry")
+_entry = attrgetter("queue.entry")
 _PIECE = 512
+
+
+class RequestQueues(Protocol):
+    """Ordered requests; each has one place, and each place an order of its own."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, request: Request) -> None:
+        """Queue a request that arrived."""
+
+    def remove(self, request: Request) -> None:
+        """Take out a request, which is about to end."""
+
+    def put(self, request: Request, status: RequestStatus) -> None:
+        """Set the status of a request whose KV is somewhere else now."""
+
+    def update(self, request: Request) -> None:
+        """Sort a request in again when its key has changed."""
+
+    def rank(self, request: Request) -> tuple[Any, ...]:
+        """Return what sorts requests; the greatest is the first to give up memory."""
+
+    def walk(self, place: Place) -> Iterator[Request]:
+        """Iterate over a place, the first first, those in a step included."""
+
+    def iter_reversed(self, place: Place) -> Iterator[Request]:
+        """Iterate over a place, the last first; over those who have KV only."""
+
+    def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
+        """Iterate over several places as one.
+
+        Args:
+            places: the waiting first.
+            limit: so many of the waiting are enough, a step admits but a few.
+        """
+
+    def count(self, place: Place) -> int:
+        """Return how many requests a place has."""
+
+    def level_lengths(self) -> tuple[int, ...]:
+        """Return how many requests each level has, the highest first."""
 
 
 class SortedQueues:
@@ -39,9 +80,12 @@ class SortedQueues:
     def count(self, place: Place) -> int:
         return len(self._keys[place])
 
-    def key(self, request: Request) -> tuple[Any, ...]:
-        """The key under which it is queued now."""
+    def rank(self, request: Request) -> tuple[Any, ...]:
+        """Return the key under which it is queued now."""
         return self._key_of[request]
+
+    def level_lengths(self) -> tuple[int, ...]:
+        return (len(self._by_key),)
 
     def add(self, request: Request) -> None:
         key = self._key(request)
@@ -55,31 +99,24 @@ class SortedQueues:
         keys = self._keys[request.place]
         del keys[bisect_left(keys, key)]
 
-    def put(self, request: Request, place: Place) -> None:
-        """Its KV is somewhere else now."""
+    def put(self, request: Request, status: RequestStatus) -> None:
         self.remove(request)
-        request.place = place
+        request.status = status
         self.add(request)
 
     def update(self, request: Request) -> None:
-        """Sort it in again when its key has changed."""
         if self._key(request) != self._key_of[request]:
             self.remove(request)
             self.add(request)
 
     def walk(self, place: Place) -> Iterator[Request]:
-        """The first one first; whose key changes meanwhile is left out."""
+        """Iterate over a place; a request whose key changes meanwhile is left out."""
         return filter(None, map(self._by_key.get, _forwards(self._keys[place])))
 
-    def walk_back(self, place: Place) -> Iterator[Request]:
-        """The last one first."""
+    def iter_reversed(self, place: Place) -> Iterator[Request]:
         return filter(None, map(self._by_key.get, _backwards(self._keys[place])))
 
     def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
-        """Several places as one, with the first `limit` of each.
-
-        The waiting are the first of `places`: a step admits but a few of them.
-        """
         waiting, *others = places
         keys: Iterator[tuple[Any, ...]] = iter(self._keys[waiting][:limit])
         for place in others:
@@ -96,31 +133,39 @@ class LevelQueues:
     others are few, and sorted lists.
     """
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int, on_swapped: Callable[[Request], None]) -> None:
+        """Make empty levels; `on_swapped` is told whose KV went to the host."""
+        self._on_swapped = on_swapped
+        self.lifted: set[Request] = set()
+        """Those on the highest level that were lifted to it."""
         self._waiting: list[OrderedDict[Request, None]] = [OrderedDict() for _ in range(levels)]
-        self._sorted: dict[Place, list[list[Request]]] = {
-            place: [[] for _ in range(levels)] for place in (Place.RESIDENT, Place.HOSTED)
-        }
+        self._sorted: tuple[list[list[Request]], ...] = tuple(
+            [[] for _ in range(levels)] for _ in Place
+        )
+        """By place; that of the waiting stays empty."""
         self._lengths = [0] * levels
         self._entries = 0
 
     def __len__(self) -> int:
         return sum(self._lengths)
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
+    def level_lengths(self) -> tuple[int, ...]:
         return tuple(self._lengths)
+
+    def rank(self, request: Request) -> tuple[int, int]:
+        return request.queue.level, request.queue.entry
 
     def count(self, place: Place) -> int:
         levels = self._waiting if place is Place.WAITING else self._sorted[place]
         return sum(map(len, levels))
 
-    def add(self, request: Request, level: int) -> None:
+    def add(self, request: Request, level: int = 0) -> None:
         """Put it at the end of a level."""
         self._entries += 1
-        request.level = level
-        request.level_entry = self._entries
-        request.charged_s = 0.0
+        state = request.queue
+        state.level = level
+        state.entry = self._entries
+        state.charged_s = 0.0
         self._lengths[level] += 1
         if request.place is Place.WAITING:
             self._waiting[level][request] = None
@@ -128,7 +173,23 @@ class LevelQueues:
             self._sorted[request.place][level].append(request)
 
     def remove(self, request: Request) -> None:
-        level = request.level
+        self.lifted.discard(request)
+        self._take_out(request)
+
+    def move(self, request: Request, level: int) -> None:
+        """Put it at the end of another level, or of its own."""
+        self.lifted.discard(request)
+        self._take_out(request)
+        self.add(request, level)
+
+    def lift(self, request: Request) -> None:
+        """Put it at the end of the highest level, and remember that it did not come there."""
+        self._take_out(request)
+        self.add(request, 0)
+        self.lifted.add(request)
+
+    def _take_out(self, request: Request) -> None:
+        level = request.queue.level
         self._lengths[level] -= 1
         if request.place is Place.WAITING:
             del self._waiting[level][request]
@@ -140,50 +201,46 @@ class LevelQueues:
             elif queue[0] is request:
                 del queue[0]
             else:
-                del queue[bisect_left(queue, request.level_entry, key=_level_entry)]
+                del queue[bisect_left(queue, request.queue.entry, key=_entry)]
 
-    def move(self, request: Request, level: int) -> None:
-        """Put it at the end of another level, or of its own."""
-        self.remove(request)
-        self.add(request, level)
+    def update(self, request: Request) -> None:
+        """Do nothing: running changes no level, a demotion does (`move`)."""
 
-    def put(self, request: Request, place: Place) -> None:
-        """Its KV is somewhere else now, or gone."""
-        self.remove(request)
-        request.place = place
+    def put(self, request: Request, status: RequestStatus) -> None:
+        """Keep its place in its level, except that one whose KV was dropped goes to the end."""
+        self._take_out(request)
+        request.status = status
+        state, place = request.queue, request.place
         if place is Place.WAITING:
-            charged_s = request.charged_s
-            self.add(request, request.level)
-            request.charged_s = charged_s
+            charged_s = state.charged_s
+            self.add(request, state.level)
+            state.charged_s = charged_s
+            return
+        self._lengths[state.level] += 1
+        queue = self._sorted[place][state.level]
+        if not queue or queue[-1].queue.entry < state.entry:
+            queue.append(request)
         else:
-            self._lengths[request.level] += 1
-            queue = self._sorted[place][request.level]
-            if not queue or queue[-1].level_entry < request.level_entry:
-                queue.append(request)
-            else:
-                insort(queue, request, key=_level_entry)
+            insort(queue, request, key=_entry)
+        if place is Place.SWAPPED:
+            self._on_swapped(request)
 
     def walk(self, place: Place) -> Iterator[Request]:
-        """The first one first."""
         if place is Place.WAITING:
             return chain.from_iterable(map(tuple, self._waiting))
         return chain.from_iterable(map(_forwards, self._sorted[place]))
 
-    def walk_back(self, place: Place) -> Iterator[Request]:
-        """The last one first; of those who have KV."""
+    def iter_reversed(self, place: Place) -> Iterator[Request]:
         return chain.from_iterable(map(_backwards, reversed(self._sorted[place])))
 
     def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
-        """Several places as one, with the first `limit` of each level of the waiting.
-
-        The waiting are the first of `places`: a step admits but a few of them.
-        """
+        """Iterate over several places, with the first `limit` of each level of the waiting."""
         _, *others = places
         for level, waiting in enumerate(self._waiting):
             requests = iter(tuple(islice(waiting, limit)))
             for place in others:
                 if queue := self._sorted[place][level]:
-                    requests = _merge(requests, _forwards(queue), key=_level_entry)
+                    requests = _merge(requests, _forwards(queue), key=_entry)
             yield from requests
 
 

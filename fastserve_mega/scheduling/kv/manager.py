@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from fastserve_mega.scheduling.cost_model import CostModel
-from fastserve_mega.scheduling.kv_blocks import BlockPool
-from fastserve_mega.scheduling.policy import Policy
-from fastserve_mega.scheduling.prefix_cache import PrefixCache
-from fastserve_mega.scheduling.reclaim import Reclaimer
-from fastserve_mega.scheduling.request import Place, Request
-from fastserve_mega.scheduling.swapping import Swapper
+from fastserve_mega.scheduling.kv.copies import Copy
+from fastserve_mega.scheduling.kv.pool import BlockPool
+from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.kv.reclaim import Reclaimer
+from fastserve_mega.scheduling.kv.swapper import Swapper
+from fastserve_mega.scheduling.policies.policy import Policy
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 from fastserve_mega.system.config import SwapStrategy
+from fastserve_mega.types import BlockHash
 
 _PAYBACK = 4
 """Time a recomputed request runs before it can be preempted again, in times of its share of a
@@ -40,7 +42,7 @@ class Admission(Enum):
     NO_MEMORY = 2
 
 
-class KvMemory:
+class KvManager:
     """Gives blocks to requests, and takes them from those of lower priority when none are free.
 
     A request is admitted with the blocks of all its known tokens at once and keeps them at least
@@ -69,6 +71,8 @@ class KvMemory:
         self.host = BlockPool(sizes.host_blocks)
         self.block_size = sizes.block_size
         self.prefix_cache = PrefixCache(self.device, self.host, sizes.block_size)
+        self.shares_prefixes = False
+        """Whether a request ever came with hashes: the prefix cache is on."""
         self.swapper = Swapper(
             device=self.device,
             host=self.host,
@@ -80,10 +84,10 @@ class KvMemory:
         self.copies = self.swapper.copies
         self.reclaimer = Reclaimer(self.device, policy, self.swapper, preempts=strategy != "none")
         self._strategy: SwapStrategy = strategy
-        self._policy = policy
+        self._queues = policy.queues
         self._prefill_s = cost_model.prefill_s
         self._payback = _PAYBACK * max_batch_size
-        self._ended: dict[Request, None] = {}
+        self._finished: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
 
@@ -106,8 +110,14 @@ class KvMemory:
         With `proactive`, those on the host come back before their step, and not at it.
         """
         if self._strategy == "reactive":
-            return Place.WAITING, Place.RESIDENT, Place.HOSTED
+            return Place.WAITING, Place.RESIDENT, Place.SWAPPED
         return Place.WAITING, Place.RESIDENT
+
+    def look_up(self, request: Request, block_hashes: Sequence[BlockHash]) -> None:
+        """Take in the hashes of a request that arrived, and see how much of it exists already."""
+        request.kv.block_hashes = list(block_hashes)
+        self.shares_prefixes |= bool(block_hashes)
+        request.kv.num_cached_tokens = self.prefix_cache.known_tokens(request)
 
     # --- one step ------------------------------------------------------------------------------
 
@@ -123,46 +133,57 @@ class KvMemory:
             request: not resident and not moving.
             reserve: blocks to leave free for the growth of those running.
         """
-        if request.place is Place.HOSTED:
+        if request.place is Place.SWAPPED:
             # It may not have quite left.
-            if request.copies:
+            if request.kv.num_copies:
                 return Admission.COMING
             came = self.bring_back(request, reserve, self._step_id)
             return Admission.READY if came else Admission.NO_MEMORY
-        if request.block_hashes:
+        if request.kv.block_hashes:
             return self._admit_with_prefix(request, reserve)
         table = self.reclaimer.take(
             request, self._blocks_wanted(request), reserve + self.reclaimer.held_before(request)
         )
         if table is None:
             return Admission.NO_MEMORY
-        self._settle(request, table)
+        self._settle(request, table, RequestStatus.READY)
         return Admission.READY
+
+    def filled(self, request: Request, block_hash: BlockHash) -> None:
+        """Take in the hash of a block that a new token filled."""
+        request.kv.block_hashes.append(block_hash)
 
     def grow(self, request: Request, tokens: int) -> Admission:
         """Let a resident request hold `tokens` tokens."""
-        missing = -(-tokens // self.block_size) - len(request.block_table)
+        missing = -(-tokens // self.block_size) - len(request.kv.block_table)
         added = self.reclaimer.take(request, missing, 0)
         if added is None:
             return Admission.NO_MEMORY
-        request.block_table.extend(added)
+        request.kv.block_table.extend(added)
         return Admission.READY
+
+    def take_unsent(self, request: Request) -> tuple[int, ...]:
+        """Return the device blocks of a request that the workers do not know, for the next plan."""
+        kv = request.kv
+        unsent = tuple(kv.block_table[kv.num_sent_blocks :])
+        kv.num_sent_blocks = len(kv.block_table)
+        return unsent
 
     def bring_back(self, request: Request, reserve: int, precedes_step: int | None) -> bool:
         """Start to copy a hosted request back; False when there is no memory for it now."""
-        used = self.blocks_for(request.computed_tokens)
-        full = request.computed_tokens // self.block_size
+        used = self.blocks_for(request.num_computed_tokens)
+        full = request.num_computed_tokens // self.block_size
         # What the device still has by its content needs no copy.
-        table: list[int | None] = [self.device.share(h) for h in request.block_hashes[:full]]
-        table += [None] * (self.blocks_for(request.known_tokens) - len(table))
+        table: list[int | None] = [self.device.share(h) for h in request.kv.block_hashes[:full]]
+        table += [None] * (self.blocks_for(request.num_tokens) - len(table))
         filled = self._fill(request, table, reserve)
         if filled is None:
             return False
         copied = [index for index in range(used) if table[index] is None]
-        self._settle(request, filled)
+        self._settle(request, filled, _coming(precedes_step))
         self.swapper.swap_in(
             request,
-            [request.host_table[index] for index in copied],
+            [request.kv.host_table[index] for index in copied],
             [filled[index] for index in copied],
             precedes_step,
         )
@@ -171,30 +192,31 @@ class KvMemory:
     def hold_blocks_for(self, requests: Iterable[Request]) -> None:
         """Keep blocks that become free for these on the host, from the waiting behind them."""
         self.reclaimer.hold(
-            (request, self.blocks_for(request.known_tokens))
+            (request, self.blocks_for(request.num_tokens))
             for request in requests
-            if request.place is Place.HOSTED
+            if request.place is Place.SWAPPED
         )
 
     # --- ends ----------------------------------------------------------------------------------
 
-    def copy_done(self, copy_id: int) -> None:
-        """All ranks have finished a copy. Copies from before the ranks were lost are ignored."""
+    def copy_done(self, copy_id: int) -> Copy | None:
+        """Take in that all ranks have finished a copy; one from before they were lost is None."""
         copy = self.copies.done(copy_id)
         if copy is None:
-            return
-        if copy.request in self._ended:
+            return None
+        if copy.request in self._finished:
             self.release(copy.request)
         else:
             self.swapper.finish(copy)
         self.swapper.release(copy)
+        return copy
 
     def release(self, request: Request) -> None:
         """Take all blocks of an ended request, as soon as nothing uses them any more."""
-        if request.copies or request.in_flight_tokens:
-            self._ended[request] = None
+        if request.kv.num_copies or request.num_scheduled_tokens:
+            self._finished[request] = None
         else:
-            self._ended.pop(request, None)
+            self._finished.pop(request, None)
             self.swapper.free_tables(request)
 
     def lose_everything(self) -> None:
@@ -204,29 +226,24 @@ class KvMemory:
             self.device.free(copy.leaving)
             self.host.free(copy.host_blocks)
         self.copies.forget_all()
-        for place in (Place.RESIDENT, Place.HOSTED):
-            for request in self._policy.walk(place):
+        for place in (Place.RESIDENT, Place.SWAPPED):
+            for request in self._queues.walk(place):
                 self.swapper.drop(request)
-        for request in self._ended:
+        for request in self._finished:
             self.swapper.free_tables(request)
-        self._ended.clear()
+        self._finished.clear()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each block is free or has exactly the owners it should have."""
-        hosted = list(self._policy.walk(Place.HOSTED))
-        owners = [*self._policy.walk(Place.RESIDENT), *hosted, *self._ended]
+        owners = [*self._queues.walk(Place.RESIDENT), *self._queues.walk(Place.SWAPPED)]
+        owners += self._finished
         copies = list(self.copies.outstanding)
-        device = [block for owner in owners for block in owner.block_table]
+        device = [block for owner in owners for block in owner.kv.block_table]
         device += [block for copy in copies for block in copy.leaving]
         self.device.check_integrity(device)
-        host = [block for owner in owners for block in owner.host_table]
+        host = [block for owner in owners for block in owner.kv.host_table]
         host += [block for copy in copies for block in copy.host_blocks]
         self.host.check_integrity(host)
-        for request in hosted:
-            if request.block_table or len(request.host_table) < self.blocks_for(
-                request.computed_tokens
-            ):
-                raise RuntimeError(f"request {request.request_id} is on the host only in part")
 
     # --- within --------------------------------------------------------------------------------
 
@@ -244,16 +261,15 @@ class KvMemory:
         if filled is None:
             self.host.free(found.host_blocks)
             return Admission.NO_MEMORY
-        request.computed_tokens = len(found.table) * self.block_size
-        self._settle(request, filled)
+        request.num_computed_tokens = len(found.table) * self.block_size
+        is_ahead = self._strategy == "proactive" and bool(found.host_blocks)
+        step = None if is_ahead else self._step_id
+        self._settle(request, filled, _coming(step))
         cache.admitted(request, found)
-        if not found.host_blocks:
-            return Admission.READY
-        targets = [filled[index] for index, block in enumerate(found.table) if block is None]
-        ahead = self._strategy == "proactive"
-        step = None if ahead else self._step_id
-        self.swapper.swap_in(request, found.host_blocks, targets, step, found.host_blocks)
-        return Admission.COMING if ahead else Admission.READY
+        if found.host_blocks:
+            targets = [filled[index] for index, block in enumerate(found.table) if block is None]
+            self.swapper.swap_in(request, found.host_blocks, targets, step, found.host_blocks)
+        return Admission.COMING if is_ahead else Admission.READY
 
     def _fill(self, request: Request, table: list[int | None], reserve: int) -> list[int] | None:
         """Replace each None by a block of its own; None, and all given up, without memory."""
@@ -266,20 +282,25 @@ class KvMemory:
 
     def _blocks_wanted(self, request: Request) -> int:
         if self._strategy == "none":
-            return self.blocks_for(request.prompt_tokens + request.max_tokens)
-        return self.blocks_for(request.known_tokens)
+            return self.blocks_for(request.num_prompt_tokens + request.max_tokens)
+        return self.blocks_for(request.num_tokens)
 
-    def _settle(self, request: Request, table: list[int]) -> None:
-        request.block_table = table
-        request.told_blocks = 0
-        request.sampled_since_admission = False
-        if request.dropped_tokens:
+    def _settle(self, request: Request, table: list[int], status: RequestStatus) -> None:
+        request.kv.block_table = table
+        request.kv.num_sent_blocks = 0
+        request.has_progressed = False
+        if request.kv.num_dropped_tokens:
             self._recompute(request)
-        self._policy.put(request, Place.RESIDENT)
+        self._queues.put(request, status)
 
     def _recompute(self, request: Request) -> None:
         """What was dropped has to be prefilled again, and the time for it to be paid back."""
-        tokens = max(request.dropped_tokens - request.computed_tokens, 0)
-        request.dropped_tokens = 0
+        tokens = max(request.kv.num_dropped_tokens - request.num_computed_tokens, 0)
+        request.kv.num_dropped_tokens = 0
         self.swapper.recomputed_tokens += tokens
-        request.unpaid_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
+        request.preemption_credit_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
+
+
+def _coming(precedes_step: int | None) -> RequestStatus:
+    """Return the status of a request whose KV is being copied in."""
+    return RequestStatus.SWAPPING_IN if precedes_step is None else RequestStatus.READY

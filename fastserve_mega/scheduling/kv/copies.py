@@ -24,6 +24,10 @@ class Copy:
     """Host blocks that are owned by the copy itself, and given up when it is done."""
     host_hashes: tuple[BlockHash, ...] = ()
     """Their contents when it is done; empty when they are only read."""
+    num_blocks: int = 0
+    """Copied."""
+    started_s: float = 0.0
+    """When its plan was made."""
 
 
 class CopyLedger:
@@ -60,7 +64,8 @@ class CopyLedger:
             self.swapped_in_blocks += len(sources)
         self.leaving_blocks += len(copy.leaving)
         if copy.request:
-            copy.request.copies += 1
+            copy.request.kv.num_copies += 1
+        copy.num_blocks = len(sources)
         copy_id = self._next_id
         self._next_id += 1
         self._outstanding[copy_id] = copy
@@ -68,17 +73,19 @@ class CopyLedger:
             BlockCopy(copy_id, copy.direction, tuple(sources), tuple(targets), precedes_step)
         )
 
-    def take_planned(self) -> tuple[BlockCopy, ...]:
-        """The copies started since the last call."""
+    def take_planned(self, now: float) -> tuple[BlockCopy, ...]:
+        """Return the copies started since the last call, for the plan that is made now."""
         planned, self._planned = self._planned, []
+        for block_copy in planned:
+            self._outstanding[block_copy.copy_id].started_s = now
         return tuple(planned)
 
     def done(self, copy_id: int) -> Copy | None:
-        """Strike off a finished copy; None for one from before the ranks were lost."""
+        """Strike off and return a finished copy; None for one from before the ranks were lost."""
         copy = self._outstanding.pop(copy_id, None)
         if copy is not None:
             if copy.request:
-                copy.request.copies -= 1
+                copy.request.kv.num_copies -= 1
             self.leaving_blocks -= len(copy.leaving)
             if copy.direction is CopyDirection.SWAP_OUT:
                 self.copying_out -= 1
@@ -88,7 +95,7 @@ class CopyLedger:
         """The ranks were lost, and with them what they were copying."""
         for copy in self._outstanding.values():
             if copy.request:
-                copy.request.copies = 0
+                copy.request.kv.num_copies = 0
         self._outstanding.clear()
         self._planned.clear()
         self.leaving_blocks = 0

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from itertools import islice
 
 from fastserve_mega.plan import CopyDirection
-from fastserve_mega.scheduling.copies import Copy, CopyLedger
-from fastserve_mega.scheduling.kv_blocks import BlockPool
-from fastserve_mega.scheduling.policy import Policy
-from fastserve_mega.scheduling.prefix_cache import PrefixCache
-from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.scheduling.kv.copies import Copy, CopyLedger
+from fastserve_mega.scheduling.kv.pool import BlockPool
+from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.policies.policy import Policy
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 from fastserve_mega.system.config import SwapStrategy
 from fastserve_mega.types import BlockHash
 
@@ -38,7 +38,7 @@ class Swapper:
         self._device = device
         self._host = host
         self._prefix_cache = prefix_cache
-        self._policy = policy
+        self._queues = policy.queues
         self._strategy = strategy
         self._block_size = block_size
 
@@ -56,18 +56,19 @@ class Swapper:
         """Start to copy host blocks into the device blocks of a request.
 
         Args:
-            request: resident as of now.
+            request: resident as of now, SWAPPING_IN unless a step waits for the copy.
             sources: host blocks.
             targets: its device blocks, as many.
-            precedes_step: the step that waits for the copy; None keeps the request from running
-                until it is done.
+            precedes_step: the step that waits for the copy; None when no step takes the request
+                before it is done.
             host_blocks: those of the sources that belong to the prefix cache.
         """
-        request.moving = precedes_step is None
         copy = Copy(
             request,
             CopyDirection.SWAP_IN,
-            makes_clean=min(len(request.host_table), request.computed_tokens // self._block_size),
+            makes_clean=min(
+                len(request.kv.host_table), request.num_computed_tokens // self._block_size
+            ),
             host_blocks=tuple(host_blocks),
         )
         self.copies.start(copy, sources, targets, precedes_step)
@@ -75,35 +76,35 @@ class Swapper:
     def preempt(self, victim: Request, step_id: int) -> None:
         """Take the device blocks of a resident; they are free now, or when its copy is done."""
         self.preemptions += 1
-        used = self.blocks_for(victim.computed_tokens)
+        used = self.blocks_for(victim.num_computed_tokens)
         if self._strategy == "recompute" or not self._make_host_room(
             victim, used - self._find_copies(victim)
         ):
             self.drop(victim)
             return
-        if victim.block_hashes:
+        if victim.kv.block_hashes:
             self._prefix_cache.left(victim)
-        self._policy.put(victim, Place.HOSTED)
-        table, victim.block_table = victim.block_table, []
-        clean = victim.clean_blocks
+        clean = victim.kv.num_clean_blocks
+        reactive = self._strategy == "reactive"
+        moves = clean < used and not reactive
+        self._queues.put(victim, RequestStatus.SWAPPING_OUT if moves else RequestStatus.SWAPPED)
+        table, victim.kv.block_table = victim.kv.block_table, []
         self._device.free(table[:clean])
         self._device.free(table[used:])
         if clean < used:
             leaving = tuple(table[clean:used])
-            reactive = self._strategy == "reactive"
-            victim.moving = not reactive
             self._copy_out(victim, leaving, leaving, step_id if reactive else None)
 
     def write_through(self, request: Request, limit: int) -> int:
         """Copy up to `limit` full blocks ahead of need; returns how many."""
         if not self._host.capacity:
             return 0
-        dirty = request.computed_tokens // self._block_size - self._find_copies(request)
+        dirty = request.num_computed_tokens // self._block_size - self._find_copies(request)
         count = min(dirty, limit, self._host.free_count)
         if count <= 0:
             return 0
-        clean = request.clean_blocks
-        self._copy_out(request, request.block_table[clean : clean + count], (), None)
+        clean = request.kv.num_clean_blocks
+        self._copy_out(request, request.kv.block_table[clean : clean + count], (), None)
         return count
 
     def evict_kept(self, limit: int) -> None:
@@ -133,17 +134,18 @@ class Swapper:
         request = copy.request
         if request is None:
             return
-        first, request.clean_blocks = request.clean_blocks, copy.makes_clean
+        first, request.kv.num_clean_blocks = request.kv.num_clean_blocks, copy.makes_clean
         if copy.direction is CopyDirection.SWAP_IN:
             # The last block grows again, so its copy on the host is worth nothing.
-            self._host.free(request.host_table[copy.makes_clean :])
-            del request.host_table[copy.makes_clean :]
-            request.moving = False
+            self._host.free(request.kv.host_table[copy.makes_clean :])
+            del request.kv.host_table[copy.makes_clean :]
+            if request.status is RequestStatus.SWAPPING_IN:
+                request.status = RequestStatus.READY
             self._prefix_cache.publish(request)
         else:
             self._prefix_cache.publish_on_host(request, first, copy.makes_clean)
-            if request.place is Place.HOSTED:
-                request.moving = False
+            if request.status is RequestStatus.SWAPPING_OUT:
+                request.status = RequestStatus.SWAPPED
 
     def release(self, copy: Copy) -> None:
         """Give up what a finished copy itself owned."""
@@ -154,33 +156,36 @@ class Swapper:
 
     def drop(self, request: Request) -> None:
         """Give up the KV of a request that is not copied just now; it is prefilled again."""
-        request.dropped_tokens += request.computed_tokens
+        request.kv.num_dropped_tokens += request.num_computed_tokens
         self.free_tables(request)
-        self._policy.put(request, Place.WAITING)
+        self._queues.put(request, RequestStatus.WAITING)
 
     def free_tables(self, request: Request) -> None:
         """Give up all blocks of a request that nothing uses any more."""
         self._prefix_cache.left(request)
-        self._device.free(request.block_table)
-        self._host.free(request.host_table)
-        request.block_table = []
-        request.host_table = []
-        request.clean_blocks = request.published_blocks = request.computed_tokens = 0
-        request.moving = False
+        self._device.free(request.kv.block_table)
+        self._host.free(request.kv.host_table)
+        request.kv.block_table = []
+        request.kv.host_table = []
+        request.kv.num_clean_blocks = request.kv.num_published_blocks = (
+            request.num_computed_tokens
+        ) = 0
 
     # --- within --------------------------------------------------------------------------------
 
     def _find_copies(self, request: Request) -> int:
         """Clean blocks of a request, after taking those the host has by their content."""
-        if not request.copies:
-            full = min(request.computed_tokens // self._block_size, len(request.block_hashes))
-            for index in range(request.clean_blocks, full):
-                block = self._host.share(request.block_hashes[index])
+        if not request.kv.num_copies:
+            full = min(
+                request.num_computed_tokens // self._block_size, len(request.kv.block_hashes)
+            )
+            for index in range(request.kv.num_clean_blocks, full):
+                block = self._host.share(request.kv.block_hashes[index])
                 if block is None:
                     break
-                request.host_table.append(block)
-                request.clean_blocks += 1
-        return request.clean_blocks
+                request.kv.host_table.append(block)
+                request.kv.num_clean_blocks += 1
+        return request.kv.num_clean_blocks
 
     def _make_host_room(self, victim: Request, count: int) -> bool:
         """Free host blocks for the victim's, if others need theirs less.
@@ -194,18 +199,18 @@ class Swapper:
         if count > host.capacity:
             return False
         # Those who run first do not need theirs soon.
-        for resident in islice(self._policy.walk(Place.RESIDENT), _LOOKED_AT):
-            if resident is not victim and resident.host_table and not resident.copies:
-                host.free(resident.host_table)
-                resident.host_table = []
-                resident.clean_blocks = 0
+        for resident in islice(self._queues.walk(Place.RESIDENT), _LOOKED_AT):
+            if resident is not victim and resident.kv.host_table and not resident.kv.num_copies:
+                host.free(resident.kv.host_table)
+                resident.kv.host_table = []
+                resident.kv.num_clean_blocks = 0
                 if host.free_count >= count:
                     return True
-        rank = self._policy.rank(victim)
-        for hosted in self._policy.walk_back(Place.HOSTED):
-            if host.free_count >= count or self._policy.rank(hosted) < rank:
+        rank = self._queues.rank(victim)
+        for hosted in self._queues.iter_reversed(Place.SWAPPED):
+            if host.free_count >= count or self._queues.rank(hosted) < rank:
                 break
-            if not hosted.copies:
+            if not hosted.kv.num_copies:
                 self.drop(hosted)
         return host.free_count >= count
 
@@ -217,11 +222,11 @@ class Swapper:
         precedes_step: int | None,
     ) -> None:
         targets = self._host.allocate(len(sources))
-        request.host_table.extend(targets)
+        request.kv.host_table.extend(targets)
         if precedes_step is not None:
             # The step waits for the copy on every rank, so its blocks can be given away now.
             self._device.free(leaving)
             leaving = ()
-        clean = len(request.host_table)
+        clean = len(request.kv.host_table)
         copy = Copy(request, CopyDirection.SWAP_OUT, leaving=leaving, makes_clean=clean)
         self.copies.start(copy, sources, targets, precedes_step)

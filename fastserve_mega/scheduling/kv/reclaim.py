@@ -1,15 +1,76 @@
-"""Finds device blocks for a request, if need be those of requests with lower priority."""
+"""Finds device blocks for a request, if need be those of requests with lower priority.
+
+`Victims` says whose, `Reclaimer` takes them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fastserve_mega.scheduling.kv_blocks import BlockPool
-from fastserve_mega.scheduling.policy import Policy
+from fastserve_mega.scheduling.kv.pool import BlockPool
+from fastserve_mega.scheduling.kv.swapper import Swapper
+from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request
-from fastserve_mega.scheduling.swapping import Swapper
-from fastserve_mega.scheduling.victims import Victims
+
+_LOOKED_AT = 64
+"""Residents among which a step looks for victims: those of lowest priority. With more of them
+nobody notices who exactly it is, and a step's cost does not grow with the residents."""
+
+
+class Victims:
+    """The residents that may be preempted in this step, whoever will run last (ENST) first."""
+
+    def __init__(self, policy: Policy, device: BlockPool) -> None:
+        self._policy = policy
+        self._queues = policy.queues
+        self._device = device
+        self._found: list[Request] | None = None
+        self._now = 0.0
+
+    def begin_step(self, now: float) -> None:
+        """Forget who was found in the step before."""
+        self._found = None
+        self._now = now
+
+    def __iter__(self) -> Iterator[Request]:
+        """Those whose preemption costs nobody anything that is not paid back."""
+        return (victim for victim in self._all() if victim.preemption_credit_s <= 0)
+
+    def _all(self) -> Iterator[Request]:
+        if self._found is None:
+            latest = self._policy.latest_residents(self._now, _LOOKED_AT)
+            self._found = [r for r in latest if r.has_progressed and not r.kv.num_copies]
+            self._found.sort(key=_is_unpaid)
+        return (
+            victim
+            for victim in self._found
+            if victim.kv.block_table
+            and not victim.num_scheduled_tokens
+            and not victim.kv.num_copies
+        )
+
+    def choose(self, request: Request, blocks: int) -> tuple[list[Request], int]:
+        """Victims of lower priority that hold `blocks` blocks alone together, or all of them.
+
+        Whoever runs already may take them from anybody, else all could wait for each other; who is
+        to be admitted, only from those who have paid back.
+
+        Returns:
+            The victims, and the blocks that come free with them.
+        """
+        own_rank = self._queues.rank(request)
+        candidates = self._all() if request.place is Place.RESIDENT else self
+        rank = self._queues.rank
+        chosen: list[Request] = []
+        held = 0
+        for victim in candidates:
+            if held >= blocks:
+                break
+            if rank(victim) > own_rank:
+                chosen.append(victim)
+                held += self._device.exclusive(victim.kv.block_table)
+        return chosen, held
 
 
 class Reclaimer:
@@ -20,7 +81,7 @@ class Reclaimer:
     ) -> None:
         self.victims = Victims(policy, device)
         self._device = device
-        self._policy = policy
+        self._queues = policy.queues
         self._swapper = swapper
         self._copies = swapper.copies
         self._preempts = preempts
@@ -58,13 +119,13 @@ class Reclaimer:
         """Blocks that are kept for those of higher priority than a waiting request."""
         if not self._held:
             return 0
-        rank = self._policy.rank
+        rank = self._queues.rank
         own_rank = rank(request)
         return sum(
             blocks
             for held, blocks in self._held
             # It may have ended or lost its KV since.
-            if held.place is Place.HOSTED and not held.ended and rank(held) < own_rank
+            if not held.is_finished and held.place is Place.SWAPPED and rank(held) < own_rank
         )
 
     def swap_out_for(self, blocks: int) -> None:
@@ -73,7 +134,7 @@ class Reclaimer:
         for victim in self.victims:
             if shortage <= 0:
                 return
-            shortage -= self._device.exclusive(victim.block_table)
+            shortage -= self._device.exclusive(victim.kv.block_table)
             self._swapper.preempt(victim, self._step_id)
 
     def _is_beyond_reach(self, request: Request, blocks: int) -> bool:
@@ -81,7 +142,7 @@ class Reclaimer:
         if self._attainable is None or request.place is Place.RESIDENT:
             return False
         rank, attainable = self._attainable
-        return blocks > attainable and self._policy.rank(request) >= rank
+        return blocks > attainable and self._queues.rank(request) >= rank
 
     def _preempt_below(self, request: Request, shortage: int) -> None:
         """Preempt requests of lower priority to free `shortage` blocks, or none at all.
@@ -95,8 +156,12 @@ class Reclaimer:
         chosen, held = self.victims.choose(request, shortage - coming)
         if held < shortage - coming:
             free = self._device.free_count
-            self._attainable = (self._policy.rank(request), free + coming + held)
+            self._attainable = (self._queues.rank(request), free + coming + held)
             return
         for victim in chosen:
             self._swapper.preempt(victim, self._step_id)
         self._claimed += coming + self._copies.leaving_blocks - leaving
+
+
+def _is_unpaid(request: Request) -> bool:
+    return request.preemption_credit_s > 0

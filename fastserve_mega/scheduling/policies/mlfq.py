@@ -1,0 +1,244 @@
+"""The multi-level feedback queue, with the paper's skip-join (section 4.1) or without."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import ClassVar
+
+from fastserve_mega.scheduling.cost_model import CostModel
+from fastserve_mega.scheduling.policies.policy import Policy
+from fastserve_mega.scheduling.policies.queues import LevelQueues
+from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.system.config import SchedulerConfig
+
+_Watched = tuple[float, int, Request]
+"""Deadline, arrival number, request."""
+_FEW = 16
+
+
+class Mlfq(Policy):
+    """Levels Q1 (index 0, highest) to Qn with growing quanta; first in, first out within a level.
+
+    A request is charged the time of the steps it takes part in and demoted when it has used up
+    the quantum of its level. One that waited for `starvation_limit_s` since it last ran, or since
+    it arrived, returns to Q1, up to a batch of them at a time.
+
+    All join at Q1 and are demoted one level at a time: the naive MLFQ of the paper's comparison.
+    """
+
+    skip_join: ClassVar[bool] = False
+
+    def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
+        super().__init__(config, cost_model)
+        mlfq = config.mlfq
+        base_s = mlfq.base_quantum_s or cost_model.decode_s(1, 1)
+        self.level_quanta_s = tuple(
+            base_s * mlfq.quantum_ratio**level for level in range(mlfq.levels)
+        )
+        self._lowest = mlfq.levels - 1
+        self._max_batch_size = config.max_batch_size
+        self._starvation_limit_s = mlfq.starvation_limit_s
+        self.queues: LevelQueues = LevelQueues(mlfq.levels, self._watch_swapped)
+        self._watch: list[_Watched] = []
+        """Heap of (deadline, arrival number, request). A deadline is corrected when it is looked
+        at, not when the request runs: one heap operation per starvation limit, not per step."""
+        self._swapped_watch: list[_Watched] = []
+        """The same for the swapped, who do not run and so keep their deadlines."""
+
+    def key(self, request: Request) -> tuple[int, int]:
+        return self.queues.rank(request)
+
+    def add(self, request: Request, now: float) -> None:
+        level = self._level_that_holds(self._next_iteration_s(request)) if self.skip_join else 0
+        level = min(max(level + request.priority, 0), self._lowest)
+        self.queues.add(request, level)
+        self._watch_starvation(request)
+
+    def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
+        quanta_s = self.level_quanta_s
+        used_up = []
+        for request in batch:
+            state = request.queue
+            state.charged_s += elapsed_s
+            # A prefill is one iteration (paper section 4.1), however many chunks it is cut into:
+            # what it used up counts when it is done. Else half-read prompts would queue behind
+            # each other with the blocks of the whole prompt in their hands.
+            if state.charged_s >= quanta_s[state.level] and request.num_pending_tokens == 1:
+                used_up.append(request)
+        if used_up:
+            # One prediction for the longest context, instead of one for each.
+            longest = max(request.num_tokens for request in used_up)
+            decode_s = self.cost_model.decode_s(1, longest)
+            for request in used_up:
+                self._demote(request, decode_s)
+
+    def promote(self, now: float) -> None:
+        """Find the starving by their deadlines; each is O(log n).
+
+        No more than a batch of them at a time: under overload everybody starves, and with all of
+        them in Q1 the levels would be worth nothing.
+        """
+        watch = self._watch
+        while watch and watch[0][0] <= now and self._may_promote():
+            _, _, request = watch[0]
+            if request.is_finished or request.queue.level == 0:
+                heapq.heappop(watch)
+                request.queue.is_watched = False
+            elif (deadline := self._starvation_deadline(request, now)) > now:
+                heapq.heapreplace(watch, (deadline, request.arrival_number, request))
+            else:
+                heapq.heappop(watch)
+                request.queue.is_watched = False
+                self.queues.lift(request)
+
+    def next_deadline(self, now: float) -> float | None:
+        if not self._may_promote():
+            return None  # before a step has made room there is nothing to do
+        watch = self._watch
+        while watch:
+            deadline, _, request = watch[0]
+            if request.is_finished or request.queue.level == 0:
+                heapq.heappop(watch)
+                request.queue.is_watched = False
+                continue
+            corrected = self._starvation_deadline(request, now)
+            if corrected <= deadline:
+                return deadline
+            heapq.heapreplace(watch, (corrected, request.arrival_number, request))
+        return None
+
+    def enst(self, now: float) -> Callable[[Request], float]:
+        """Return what estimates the time until a request runs (paper section 4.2).
+
+        It is the sooner of promotion and execution.
+
+        T_promote is the time left until the starvation promotion, and counts only while there may
+        be another: those who are overdue but cannot be promoted would else return to the device
+        before the promoted, find no place in a batch, and keep the promoted out. T_execute is the
+        time until all requests of higher levels have come down to the level of this one, which is
+        the sum of the quanta on their way, shared by a batch.
+        """
+        execute_s = [0.0]
+        work_s, above = 0.0, 0
+        for length, quantum_s in zip(self.queues.level_lengths(), self.level_quanta_s, strict=True):
+            above += length
+            work_s += above * quantum_s
+            execute_s.append(work_s / self._max_batch_size)
+        limit_s = self._starvation_limit_s
+        if limit_s is None or not self._may_promote():
+            return lambda request: execute_s[request.queue.level]
+
+        promoted_in_s = limit_s - now
+
+        def sooner_s(request: Request) -> float:
+            level = request.queue.level
+            until_s = execute_s[level]
+            if level and (promoted_s := request.waiting_since + promoted_in_s) < until_s:
+                until_s = max(promoted_s, 0.0)
+            return until_s
+
+        return sooner_s
+
+    def soonest_swapped(self, now: float, count: int) -> list[Request]:
+        """Look at the first of the queue, and at those whose promotion comes before them."""
+        enst, rank = self.enst(now), self.queues.rank
+        first = list(islice(self.queues.walk(Place.SWAPPED), count))
+        if len(first) == count and self._may_promote():
+            until_s = enst(first[-1])
+            first = list({*first, *self._first_promoted(now + until_s, count)})
+        return sorted(first, key=lambda request: (enst(request), rank(request)))[:count]
+
+    # --- starvation ------------------------------------------------------------------------------
+
+    def _may_promote(self) -> bool:
+        return len(self.queues.lifted) < self._max_batch_size
+
+    def _first_promoted(self, until: float, count: int) -> list[Request]:
+        """Up to `count` swapped requests whose promotion comes first, and before `until`."""
+        watch = self._swapped_watch
+        valid: list[_Watched] = []
+        while watch and watch[0][0] < until and len(valid) < count:
+            entry = heapq.heappop(watch)
+            if self._is_swapped_until(entry):
+                valid.append(entry)
+        for entry in valid:
+            heapq.heappush(watch, entry)
+        return [request for _, _, request in valid]
+
+    def _watch_swapped(self, request: Request) -> None:
+        if self._starvation_limit_s is not None:
+            entry = (self._deadline(request), request.arrival_number, request)
+            heapq.heappush(self._swapped_watch, entry)
+            _prune(self._swapped_watch, self.queues.count(Place.SWAPPED), self._is_swapped_until)
+
+    def _is_swapped_until(self, entry: _Watched) -> bool:
+        """Whether an entry says when a request on the host will be promoted."""
+        deadline, _, request = entry
+        is_swapped = not request.is_finished and request.place is Place.SWAPPED
+        return is_swapped and request.queue.level > 0 and deadline == self._deadline(request)
+
+    def _watch_starvation(self, request: Request) -> None:
+        state = request.queue
+        if self._starvation_limit_s is not None and state.level > 0 and not state.is_watched:
+            state.is_watched = True
+            entry = (self._deadline(request), request.arrival_number, request)
+            heapq.heappush(self._watch, entry)
+            _prune(self._watch, len(self.queues), _is_watched)
+
+    def _starvation_deadline(self, request: Request, now: float) -> float:
+        if request.num_scheduled_tokens:
+            return now + (self._starvation_limit_s or 0.0)
+        return self._deadline(request)
+
+    def _deadline(self, request: Request) -> float:
+        """When it is promoted unless it runs before."""
+        return request.waiting_since + (self._starvation_limit_s or 0.0)
+
+    # --- demotion --------------------------------------------------------------------------------
+
+    def _demote(self, request: Request, decode_s: float) -> None:
+        """Move it down; `decode_s` is at least the time of its next iteration if it decodes."""
+        level = min(request.queue.level + 1, self._lowest)
+        decodes_in_time = request.num_pending_tokens == 1 and decode_s <= self.level_quanta_s[level]
+        if self.skip_join and not decodes_in_time:
+            level = max(level, self._level_that_holds(self._next_iteration_s(request)))
+        self.queues.move(request, level)
+        self._watch_starvation(request)
+
+    def _level_that_holds(self, seconds: float) -> int:
+        """The highest level whose quantum is at least this long, else the lowest level."""
+        return min(bisect_left(self.level_quanta_s, seconds), self._lowest)
+
+    def _next_iteration_s(self, request: Request) -> float:
+        pending = request.num_pending_tokens
+        if not request.num_computed_tokens:
+            pending -= request.kv.num_cached_tokens
+        if pending > 1:
+            return self.cost_model.prefill_s(pending)
+        return self.cost_model.decode_s(1, request.num_tokens)
+
+
+class SkipJoinMlfq(Mlfq):
+    """The MLFQ of the paper (section 4.1).
+
+    A request joins the highest level whose quantum holds its prefill, and a demoted one skips the
+    levels whose quantum could not hold its next iteration.
+    """
+
+    skip_join = True
+
+
+def _is_watched(entry: _Watched) -> bool:
+    _, _, request = entry
+    request.queue.is_watched = not request.is_finished and request.queue.level > 0
+    return request.queue.is_watched
+
+
+def _prune(watch: list[_Watched], live: int, is_valid: Callable[[_Watched], bool]) -> None:
+    """Forget what is out of date in a heap when it is more than half: O(1) for each push."""
+    if len(watch) > 2 * live + _FEW:
+        watch[:] = filter(is_valid, watch)
+        heapq.heapify(watch)

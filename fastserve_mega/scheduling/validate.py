@@ -1,0 +1,50 @@
+"""What must hold of a request in each status; checked after every unit test."""
+
+from __future__ import annotations
+
+from fastserve_mega.scheduling.request import Request, RequestStatus
+
+
+def validate(request: Request, block_size: int, *, in_step: bool) -> None:
+    """Raise RuntimeError when a request contradicts its status.
+
+    Args:
+        request: any.
+        block_size: tokens of a KV block.
+        in_step: whether a dispatched step has it.
+    """
+    kv, status = request.kv, request.status
+    device = len(kv.block_table) * block_size
+    host = len(kv.host_table) * block_size
+    computed = request.num_computed_tokens
+    holds = {
+        "it computes outside of a step": bool(request.num_scheduled_tokens) == in_step,
+        "it computes beyond its tokens": computed + request.num_scheduled_tokens
+        <= request.num_tokens,
+        "more blocks are clean than were copied": kv.num_clean_blocks <= len(kv.host_table),
+        "the workers know more blocks than it has": kv.num_sent_blocks <= len(kv.block_table)
+        or not kv.block_table,
+    }
+    match status:
+        case RequestStatus.WAITING:
+            holds["it waits with KV"] = not kv.block_table and not kv.host_table and not computed
+            holds["its blocks are copied though it has none"] = kv.num_copies == 0
+        case RequestStatus.READY:
+            holds["its KV is not on the device"] = bool(kv.block_table) and device >= computed
+        case RequestStatus.RUNNING:
+            holds["no step has it"] = in_step
+            room = computed + request.num_scheduled_tokens
+            holds["it computes without blocks"] = device >= room
+        case RequestStatus.SWAPPING_OUT:
+            holds["nothing is copied"] = kv.num_copies > 0
+            holds["it is on the host only in part"] = not kv.block_table and host >= computed > 0
+        case RequestStatus.SWAPPED:
+            holds["it is on the host only in part"] = not kv.block_table and host >= computed > 0
+        case RequestStatus.SWAPPING_IN:
+            holds["nothing is copied"] = kv.num_copies > 0
+            holds["it has no room on the device"] = device >= request.num_tokens
+        case RequestStatus.FINISHED:
+            holds["nothing uses it any more"] = in_step or kv.num_copies > 0
+    for complaint, is_so in holds.items():
+        if not is_so:
+            raise RuntimeError(f"request {request.request_id} is {status.name}, but {complaint}")
