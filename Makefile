@@ -13,6 +13,7 @@ test:
 model:
 	@tools/setup_venv.sh && .venv/bin/python tools/fetch_smollm2.py
 
-# The paper's table, simulated: tens of minutes. `make paper ARGS=--quick` is one seed.
+# The paper's table, simulated: tens of minutes. `make paper ARGS=--quick` is one seed; with
+# ARGS="--data DIRECTORY" Alpaca's lengths are those of alpaca_lengths.csv there.
 paper:
-	@tools/setup_venv.sh && .venv/bin/python tools/paper.py --data ../shared/data $(ARGS)
+	@tools/setup_venv.sh && .venv/bin/python -m fastserve_mega.experiments.paper $(ARGS)

@@ -18,7 +18,6 @@ from typing import get_args
 
 from rich.console import Console
 
-from fastserve_mega.config import MlfqConfig, PolicyName, SchedulerConfig, SwapConfig, SwapStrategy
 from fastserve_mega.plan import Plan
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.scheduling.cost_model import (
@@ -30,6 +29,13 @@ from fastserve_mega.scheduling.cost_model import (
 from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
 from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.system.config import (
+    MlfqConfig,
+    PolicyName,
+    SchedulerConfig,
+    SwapConfig,
+    SwapStrategy,
+)
 from fastserve_mega.types import RequestId
 
 STEP_S = 0.03

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md from the dataclasses of fastserve_mega/config.py.
+"""Write docs/configuration.md from the dataclasses of configurations and workloads.
 
 configuration_reference.py            # write it
 configuration_reference.py --check    # exit status 1 when it is not current
@@ -16,10 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SOURCE = ROOT / "fastserve_mega" / "config.py"
+SOURCE = ROOT / "fastserve_mega" / "system" / "config.py"
+HARDWARE = ROOT / "fastserve_mega" / "system" / "hardware.py"
+WORKLOADS = (
+    ROOT / "fastserve_mega" / "simulator" / "workload.py",
+    ROOT / "fastserve_mega" / "simulator" / "lengths.py",
+)
 TARGET = ROOT / "docs" / "configuration.md"
 HEAD = """\
-<!-- Written by tools/configuration_reference.py from fastserve_mega/config.py; edit that. -->
+<!-- tools/configuration_reference.py writes this from fastserve_mega/system/config.py. -->
 # Configuration
 
 A deployment is one YAML file of the sections below, given with `--config`. Only `model.path` must
@@ -29,9 +34,18 @@ is YAML. A name or a value that is not allowed ends the program with one sentenc
 `fastserve-mega doctor --config YAML` checks a machine against the file, `fastserve-mega plan` says
 what it means in memory.
 """
+WORKLOAD_HEAD = """\
+# Workloads
+
+`fastserve-mega simulate` takes a second file, with `--workload`: which requests arrive, and when;
+examples are in [`configs/workloads`](../configs/workloads/synthetic.yaml).
+`--set workload.NAME=value` overrides one value.
+"""
 NAMES = {
     "None": "null", "True": "true", "False": "false", "str": "string", "int": "integer",
-    "float": "number", "bool": "true or false",
+    "float": "number", "bool": "true or false", "Mapping[str, int]": "mapping", "Device": "mapping",
+    "Link": "mapping", "SyntheticLengths": "mapping", "Lognormal": "mapping",
+    "field(default_factory=dict)": "{}",
 }  # fmt: skip
 
 
@@ -55,13 +69,13 @@ class Section:
     settings: tuple[Setting, ...]
 
 
-def read_sections(source: str) -> dict[str, Section]:
-    """All dataclasses of a module, by name."""
-    module = ast.parse(source)
-    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+def read_sections(*sources: str) -> dict[str, Section]:
+    """All dataclasses of modules, by name."""
+    body = [node for source in sources for node in ast.parse(source).body]
+    classes = [node for node in body if isinstance(node, ast.ClassDef)]
     aliases = {
         target.id: node.value
-        for node in module.body
+        for node in body
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
@@ -145,13 +159,40 @@ def reference(sections: dict[str, Section]) -> str:
     return "\n".join(parts)
 
 
+def figures(title: str, section: Section) -> str:
+    """A mapping that is not a section: its fields without a section's name."""
+    rows = [
+        f"| `{each.name}` | {each.type} | `{each.default}` | {each.meaning} |"
+        for each in section.settings
+    ]
+    table = "\n".join(("| name | type | default | meaning |", "|---|---|---|---|", *rows))
+    return f"{title}\n\n{section.meaning}\n\n{table}\n"
+
+
+def whole_page() -> str:
+    """Deployments, the figures of hardware, and workloads."""
+    deployment = read_sections(*(path.read_text(encoding="utf-8") for path in (SOURCE, HARDWARE)))
+    workload = read_sections(*(path.read_text(encoding="utf-8") for path in WORKLOADS))
+    return "\n".join(
+        (
+            reference(deployment),
+            figures("### A device of one's own", deployment["Device"]),
+            figures("### A link of one's own", deployment["Link"]),
+            WORKLOAD_HEAD,
+            figures("## Settings of a workload", workload["WorkloadConfig"]),
+            figures("## Distributions as a source", workload["SyntheticLengths"]),
+            figures("### Prompt and output lengths", workload["Lognormal"]),
+        )
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(argv)
-    page = reference(read_sections(SOURCE.read_text(encoding="utf-8")))
+    page = whole_page()
     if not options.check:
         TARGET.write_text(page, encoding="utf-8")
     elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:

@@ -20,10 +20,10 @@ from rich.live import Live
 from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config import Config
-from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment, LaunchError
 from fastserve_mega.printing import FittedTable, print_sentence
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.types import SamplingParams
 
 POLICIES = ("skip_join_mlfq", "fcfs")

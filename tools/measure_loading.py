@@ -90,7 +90,7 @@ def memory_mb() -> dict[str, float]:
 
 def be_a_rank(directory: Path, dtype: str, tensor: int, results: Path) -> None:
     """Load as a worker does, and write what it took."""
-    from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+    from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
     from fastserve_mega.worker.exchange import make_exchange
     from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
     from fastserve_mega.worker.network import choose_master

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastserve_mega.commands.command import FILE, Command, complete_with, fail, load
-from fastserve_mega.config import CoordinatorConfig
-from fastserve_mega.config_file import load_config
+from fastserve_mega.system.config import CoordinatorConfig
+from fastserve_mega.system.config_file import load_config
 
 Number = TypeVar("Number", int, float)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from fastserve_mega.config import Config, SchedulerConfig
-from fastserve_mega.config_file import load_config
 from fastserve_mega.logs import LOG_FORMATS
+from fastserve_mega.system.config import Config, SchedulerConfig
+from fastserve_mega.system.config_file import load_config
 
 T = TypeVar("T")
 
@@ -176,7 +176,7 @@ def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Co
 
     Whether its directory is usable is seen, and said, by the processes that read it.
     """
-    from fastserve_mega.models.locate import resolve_model
+    from fastserve_mega.system.locate import resolve_model
 
     def read(path: str, overrides: Sequence[str]) -> Config:
         config = load_config(path, overrides)

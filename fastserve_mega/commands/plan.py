@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 
 from fastserve_mega.commands.command import Command, fail, load
-from fastserve_mega.config_file import load_config
+from fastserve_mega.system.config_file import load_config
 
 
 def _plan(options: argparse.Namespace) -> int:
     config = load(options, load_config)
-    from fastserve_mega.planning.report import run_plan
+    from fastserve_mega.commands.plan_report import run_plan
 
     try:
         return run_plan(config, Path(options.config), as_json=options.json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastserve_mega.commands.command import (
@@ -14,13 +15,25 @@ from fastserve_mega.commands.command import (
     load,
     policy_names,
 )
+from fastserve_mega.system.config_file import load_config
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    from fastserve_mega.simulator.config import load_simulation_config
+    from fastserve_mega.coordinator.profile_file import load_profile
+    from fastserve_mega.simulator.config import (
+        SimulationConfig,
+        load_simulation_config,
+        split_overrides,
+    )
     from fastserve_mega.simulator.main import run_simulate
 
-    config = load(options, load_simulation_config)
+    def read(path: str, overrides: Sequence[str]) -> SimulationConfig:
+        deployment, _ = split_overrides(overrides)
+        measured = options.profile or load_config(path, deployment).scheduler.profile
+        profile = load_profile(measured) if measured else None
+        return load_simulation_config(path, options.workload, overrides, profile=profile)
+
+    config = load(options, read)
     try:
         return run_simulate(
             config,
@@ -42,8 +55,25 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
+    workload = parser.add_argument(
+        "--workload",
+        type=Path,
+        metavar="YAML",
+        help="which requests, and when, as in configs/workloads; --set workload.field=value "
+        "overrides it; default: lengths like ShareGPT's, which need --rates",
+    )
+    profile = parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="step times that `fastserve-mega profile` measured, in place of those of "
+        "hardware.device; default: scheduler.profile",
+    )
     data = parser.add_argument(
-        "--data", type=Path, default=Path(), metavar="DIRECTORY", help="where the workload file is"
+        "--data",
+        type=Path,
+        metavar="DIRECTORY",
+        help="of length files of your own; taken before those that are shipped",
     )
     parser.add_argument(
         "--policies",
@@ -64,18 +94,21 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     complete_with(data, DIRECTORY)
     complete_with(plots, DIRECTORY)
     complete_with(json, FILE)
+    complete_with(workload, FILE)
+    complete_with(profile, FILE)
 
 
 COMMAND = Command(
     name="simulate",
     summary="run the scheduler on a virtual clock",
-    description="Runs the live scheduler on a virtual clock under a recorded workload, "
-    "with step times from data sheets or from `profile`. Compares policies and rates in "
-    "seconds, without a GPU; docs/simulation.md.",
+    description="Runs a deployment's own scheduler, pools and mesh on a virtual clock, "
+    "with step times from data sheets (hardware.device) or from `profile`. Compares "
+    "policies and rates in seconds, without a GPU or weights; docs/simulation.md.",
     examples=(
-        "--config configs/sim/opt-13b-a100.yaml --data DIRECTORY",
-        "--config configs/sim/opt-13b-a100.yaml --data DIRECTORY "
-        "--policies fcfs,skip_join_mlfq --rates 2,4 --json result.json",
+        "--config configs/opt-13b-a100.yaml --workload configs/workloads/sharegpt.yaml",
+        "--config configs/opt-13b-a100.yaml --rates 2,4 "
+        "--policies fcfs,skip_join_mlfq --json result.json",
+        "--config configs/smollm2-135m-cpu.yaml --profile profile.json --rates 0.5",
     ),
     run=_simulate,
     add_arguments=_add_simulate,

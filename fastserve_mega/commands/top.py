@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastserve_mega.commands.command import Command, load
-from fastserve_mega.config_file import load_config
+from fastserve_mega.system.config_file import load_config
 
 
 def _top(options: argparse.Namespace) -> int:

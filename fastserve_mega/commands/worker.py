@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastserve_mega.commands.command import Command, add_rank_options, load, pass_on
-from fastserve_mega.config_file import load_config
+from fastserve_mega.system.config_file import load_config
 
 
 def _worker(options: argparse.Namespace) -> int:

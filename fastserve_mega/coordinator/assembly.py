@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastserve_mega.config import Config
 from fastserve_mega.coordinator.event_log import (
     EventLogWriter,
     RecordingScheduler,
@@ -20,6 +19,7 @@ from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.system.config import Config
 
 _log = logging.getLogger(__name__)
 

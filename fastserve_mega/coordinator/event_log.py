@@ -14,7 +14,6 @@ from typing import BinaryIO, TypeVar
 
 import msgspec
 
-from fastserve_mega.config import SchedulerConfig, SwapConfig
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.cost_model import Profile, ProfiledCostModel
 from fastserve_mega.scheduling.events import (
@@ -28,6 +27,7 @@ from fastserve_mega.scheduling.events import (
 from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.strict import from_plain
+from fastserve_mega.system.config import SchedulerConfig, SwapConfig
 
 T = TypeVar("T")
 _EVENTS: dict[str, type[Event]] = {

@@ -16,7 +16,6 @@ from pathlib import Path
 import zmq
 
 from fastserve_mega import __version__
-from fastserve_mega.config import Config
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.assembly import make_profiler, make_replicas, open_event_logs
 from fastserve_mega.coordinator.coordinator import Coordinator
@@ -28,6 +27,7 @@ from fastserve_mega.messaging.messages import STOP_WORD, Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
+from fastserve_mega.system.config import Config
 from fastserve_mega.types import FinishReason
 
 _LAST_WORDS_MS = 1000

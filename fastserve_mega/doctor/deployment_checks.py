@@ -12,16 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from fastserve_mega.config import Config
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.machine import GIB, memory_bytes
 from fastserve_mega.doctor.probe import ProbeError, python_probe
 from fastserve_mega.models.architecture import load_architecture
-from fastserve_mega.models.locate import resolve_model
-from fastserve_mega.planning.deployment import DeploymentPlan, find_architecture, plan_deployment
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.deployment import DeploymentPlan, plan_deployment
+from fastserve_mega.system.locate import find_architecture, resolve_model
+from fastserve_mega.system.sizes import CPU_POOL_GB
 
-_CPU_POOL_BYTES = GIB
-"""What a rank on a CPU takes for KV when nothing is configured."""
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", "iter_*/*.distcp")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DEVICE_BYTES = """
@@ -180,7 +179,7 @@ def _host_bytes(config: Config, plan: DeploymentPlan, *, on_device: bool) -> int
         block = settings.block_size * stage.kv_bytes_per_token
         size = stage.host_blocks * block
         if not on_device:
-            pool = _CPU_POOL_BYTES
+            pool = int(CPU_POOL_GB * GIB)
             if settings.device_blocks is not None:
                 pool = settings.device_blocks * block
             elif settings.device_memory_gb is not None:

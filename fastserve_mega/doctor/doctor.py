@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fastserve_mega.config import Config
-from fastserve_mega.config_file import load_config
 from fastserve_mega.doctor import deployment_checks, installation, machine, mpi
 from fastserve_mega.doctor.finding import Check, Finding, Status, ok, problem
 from fastserve_mega.printing import wrap_words
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.config_file import load_config
 
 _COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "problem": "red"}
 

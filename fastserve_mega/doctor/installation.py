@@ -11,9 +11,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from fastserve_mega.config import Config
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.system.config import Config
 
 _DISTRIBUTION = "fastserve_mega"
 _MIN_PYTHON = (3, 11)

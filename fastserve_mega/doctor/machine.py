@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastserve_mega.config import Config
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.system.config import Config
 
 GIB = 2**30
 _SPACE_BYTES = 256 * 2**20

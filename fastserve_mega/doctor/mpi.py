@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from fastserve_mega.config import Config
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.probe import ProbeError, python_probe, run_probe
 from fastserve_mega.launcher import LaunchError, mpirun_command
+from fastserve_mega.system.config import Config
 
 _TIMEOUT_S = 60.0
 _LIBRARY = """

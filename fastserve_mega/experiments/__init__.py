@@ -1,1 +1,1 @@
-"""Experiments that anyone can repeat with the installed package."""
+"""Experiments to repeat: the figures of docs/simulation.md, live runs beside simulated ones."""

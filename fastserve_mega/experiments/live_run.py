@@ -13,10 +13,10 @@ from pathlib import Path
 
 from fastserve_mega import launcher
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall, read_event_log
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.types import SamplingParams
 
 _CALIBRATION_REQUESTS = 4

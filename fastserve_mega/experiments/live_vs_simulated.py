@@ -1,6 +1,6 @@
 """Run the live engine, simulate the same arrivals from its profile, and compare the latencies.
 
-    python -m fastserve_mega.experiments.live_vs_simulated --data DIRECTORY \
+    python -m fastserve_mega.experiments.live_vs_simulated \
         --config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1 --json result.json
 
 Measures a profile first (or takes one), sets the rate to a share of the rate at which the
@@ -22,8 +22,6 @@ from rich.console import Console
 
 from fastserve_mega import launcher
 from fastserve_mega.bench.statistics import percentile
-from fastserve_mega.config import Config
-from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.experiments.live_run import arguments_of, run_live
@@ -34,11 +32,13 @@ from fastserve_mega.printing import FittedTable
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.kv.manager import PoolSizes
-from fastserve_mega.simulator.analytic_cost_model import step_work
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
+from fastserve_mega.simulator.step_work import step_work
 from fastserve_mega.simulator.workload import RequestSpec, WorkloadConfig, make_requests
-from fastserve_mega.worker.partition import split_layers
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.partition import split_layers
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def render(comparisons: Sequence[Comparison]) -> FittedTable:
 def draw_specs(options: argparse.Namespace) -> list[RequestSpec]:
     """Lengths, and Poisson arrivals at one request per second."""
     workload = WorkloadConfig(
-        path=options.lengths,
+        source=options.lengths,
         max_prompt_tokens=options.max_prompt,
         max_total_tokens=options.max_total,
         rate=1.0,
@@ -206,8 +206,8 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, metavar="YAML")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--data", type=Path, required=True, help="where the length files are")
-    parser.add_argument("--lengths", default="sharegpt_8k_lengths.csv", help="the length file")
+    parser.add_argument("--data", type=Path, help="directory of length files of your own")
+    parser.add_argument("--lengths", default="sharegpt", help="a CSV file, or one that is shipped")
     parser.add_argument("--requests", type=int, default=60)
     parser.add_argument("--max-prompt", type=int, default=200, help="longer rows are left out")
     parser.add_argument("--max-total", type=int, default=320)

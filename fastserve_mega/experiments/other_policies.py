@@ -18,6 +18,7 @@ from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDon
 from fastserve_mega.simulator.engine_model import EngineModel
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
+from fastserve_mega.simulator.replica import SimulatedReplica
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.types import RequestId
@@ -78,12 +79,12 @@ def simulate(
         ValueError: some requests do not fit into the pools or the queue.
     """
     way_s = delivery_s / 2
+    replica = SimulatedReplica(
+        setup.make_scheduler(), engine, stages=setup.window, block_size=setup.pools.block_size
+    )
     result = Simulation(
-        setup.make_scheduler(),
-        engine,
+        [replica],
         [spec._replace(arrival_s=spec.arrival_s + way_s) for spec in specs],
-        stages=setup.window,
-        block_size=setup.pools.block_size,
         max_queued_requests=setup.scheduler.max_queued_requests,
         oracle=setup.scheduler.policy == ORACLE_POLICY,
     ).run()

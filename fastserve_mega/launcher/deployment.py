@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from fastserve_mega.client import Client, ServerUnavailableError
-from fastserve_mega.config import Config
 from fastserve_mega.launcher.processes import (
     KILL_AFTER_S,
     LaunchError,
@@ -20,6 +19,7 @@ from fastserve_mega.launcher.processes import (
     ranks_prefix,
     spawn,
 )
+from fastserve_mega.system.config import Config
 
 PROBE_S = 1.0
 """Time between two looks at the processes."""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastserve_mega.config import Config
+from fastserve_mega.system.config import Config
 
 KILL_AFTER_S = 10.0
 """How long a process may take to end by itself when it holds no requests."""

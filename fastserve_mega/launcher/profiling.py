@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastserve_mega.config import Config
 from fastserve_mega.launcher.processes import (
     KILL_AFTER_S,
     LaunchError,
@@ -18,6 +17,7 @@ from fastserve_mega.launcher.processes import (
     ranks_prefix,
     spawn,
 )
+from fastserve_mega.system.config import Config
 
 
 def profile(config: Config, arguments: Sequence[str], output: Path) -> int:

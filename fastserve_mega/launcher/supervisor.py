@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from fastserve_mega.config import Config
 from fastserve_mega.launcher.deployment import PROBE_S, Deployment, http_url
 from fastserve_mega.launcher.processes import LaunchError
+from fastserve_mega.system.config import Config
 
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 600.0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fastserve_mega.config import SchedulerConfig
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.kv.manager import Admission, KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+from fastserve_mega.system.config import SchedulerConfig
 
 _UNDER_WAY = (RequestStatus.RUNNING, RequestStatus.SWAPPING_IN, RequestStatus.SWAPPING_OUT)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastserve_mega.config import SchedulerConfig, SwapConfig
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.batch import BatchBuilder
 from fastserve_mega.scheduling.cost_model import CostModel
@@ -23,6 +22,7 @@ from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 from fastserve_mega.scheduling.validate import validate
 from fastserve_mega.scheduling.view import view_replica
 from fastserve_mega.snapshot import ReplicaView
+from fastserve_mega.system.config import SchedulerConfig, SwapConfig
 from fastserve_mega.types import RequestId
 
 

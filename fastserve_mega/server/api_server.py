@@ -8,8 +8,8 @@ from pathlib import Path
 import uvicorn
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config import Config
 from fastserve_mega.server.app import create_app
+from fastserve_mega.system.config import Config
 from fastserve_mega.text.tokenizer import Tokenizer
 
 _DRAIN_TIMEOUT_S = 30

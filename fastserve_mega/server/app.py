@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
-from fastserve_mega.config import ToolParserName
 from fastserve_mega.server.access import NameRequests, RequireKey
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat_completions import chat_router
@@ -23,6 +22,7 @@ from fastserve_mega.server.live import live_router
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.tokens import tokens_router
 from fastserve_mega.server.tools.formats import choose_parser
+from fastserve_mega.system.config import ToolParserName
 from fastserve_mega.text.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 32 * 2**20

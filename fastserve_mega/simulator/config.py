@@ -1,156 +1,146 @@
-"""What a simulation is made of, read from YAML with the strictness of the live configuration."""
+"""What a simulation is made of: a deployment's own configuration, and a workload."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from fastserve_mega.config import SchedulerConfig, SwapConfig
-from fastserve_mega.config_file import load_yaml
+from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.scheduling.cost_model import CostModel, Profile, ProfiledCostModel
 from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel
-from fastserve_mega.simulator.hardware import (
-    DEVICES,
-    GIB,
-    LINKS,
-    MODELS,
-    Device,
-    Link,
-    Mesh,
-    ModelShape,
-)
-from fastserve_mega.simulator.workload import WorkloadConfig
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HardwareConfig:
-    """Figures by name from `simulator/hardware.py`, or written out as a mapping."""
-
-    device: str | Device
-    interconnect: str | Link = "pcie-4"
-    """Between the devices of a node."""
-    network: str | Link = "network-400g"
-    """Between nodes."""
-    layer_overhead_s: float = 10e-6
-    """Small kernels and launches of a layer, in each step."""
-    step_overhead_s: float = 1e-3
-    """Scheduling, messages and sampling between a step's result and the next plan."""
-
-    def __post_init__(self) -> None:
-        for name in ("layer_overhead_s", "step_overhead_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"hardware.{name} must not be negative, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KvMemoryConfig:
-    """The pools of KV blocks."""
-
-    block_size: int = 16
-    device_blocks: int | None = None
-    """Blocks on the device, the null block included; None takes what the weights leave."""
-    memory_utilization: float = 0.9
-    """Fraction of device memory the server may use (as in the paper's scripts)."""
-    reserved_gb: float = 1.0
-    """Of that, memory (GiB) for activations, the CUDA context and workspaces."""
-    host_blocks: int | None = None
-    """Blocks in host memory, the null block included; None takes host_memory_gb. Only swap
-    strategies that swap have a host pool."""
-    host_memory_gb: float = 56.0
-    """Host memory of each device (GiB) when host_blocks is None; as in the authors' scripts."""
-    swap: SwapConfig = field(default_factory=SwapConfig)
-
-    def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"kv_cache.block_size must be at least 1, got {self.block_size}")
-        if not 0 < self.memory_utilization <= 1:
-            raise ValueError(
-                "kv_cache.memory_utilization must be above 0 and at most 1, "
-                f"got {self.memory_utilization}"
-            )
-        for name in ("reserved_gb", "host_memory_gb", "host_blocks"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"kv_cache.{name} must not be negative, got {getattr(self, name)}")
+from fastserve_mega.simulator.engine_model import EngineModel
+from fastserve_mega.simulator.profiled_engine import ProfiledEngine
+from fastserve_mega.simulator.replica import SimulatedReplica
+from fastserve_mega.simulator.workload import WorkloadConfig, load_workload
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.config_file import load_yaml
+from fastserve_mega.system.deployment import DeploymentPlan, plan_deployment
+from fastserve_mega.system.locate import find_architecture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulationConfig:
-    """Everything a simulation depends on; the files in `configs/sim/` explain it."""
+    """Everything a simulation depends on."""
 
-    model: str | ModelShape
-    hardware: HardwareConfig
-    mesh: Mesh = field(default_factory=Mesh)
-    kv_cache: KvMemoryConfig = field(default_factory=KvMemoryConfig)
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    deployment: Config
+    architecture: Architecture
     workload: WorkloadConfig
-
-    def __post_init__(self) -> None:
-        if self.scheduler.profile is not None:
-            raise ValueError(
-                "scheduler.profile is for a live server; here step times come from `hardware`"
-            )
+    profile: Profile | None = None
+    """Step times measured on the ranks, in place of those from `deployment.hardware`."""
 
 
-def load_simulation_config(path: str | Path, overrides: Sequence[str] = ()) -> SimulationConfig:
-    """Read a YAML file and apply overrides of the form `section.field=value`.
+def load_simulation_config(
+    path: str | Path,
+    workload: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    profile: Profile | None = None,
+) -> SimulationConfig:
+    """Read a deployment and a workload.
+
+    Args:
+        path: the YAML file of the deployment.
+        workload: the YAML file of the workload; None takes the defaults.
+        overrides: `section.field=value` of the deployment, or `workload.field=value`.
+        profile: measured on the ranks.
 
     Raises:
-        ValueError: the file or an override is not valid; the message names which of them, and
-            the field.
-        OSError: the file cannot be read.
+        ValueError: a file or an override is not valid, or the model is not found; the message
+            names which of them, and the field.
+        OSError: a file cannot be read.
     """
-    return load_yaml(path, SimulationConfig, overrides, check=make_cost_model)
+    of_deployment, of_workload = split_overrides(overrides)
+    requests = load_workload(workload, of_workload)
 
-
-def make_cost_model(config: SimulationConfig) -> AnalyticCostModel:
-    """The cost model of the configured hardware and model."""
-    hardware = config.hardware
-    return AnalyticCostModel(
-        _look_up("hardware.device", hardware.device, DEVICES),
-        _look_up("model", config.model, MODELS),
-        config.mesh,
-        interconnect=_look_up("hardware.interconnect", hardware.interconnect, LINKS),
-        network=_look_up("hardware.network", hardware.network, LINKS),
-        max_batch_tokens=config.scheduler.max_batch_tokens,
-        layer_overhead_s=hardware.layer_overhead_s,
-        step_overhead_s=hardware.step_overhead_s,
-    )
-
-
-def make_scheduler(config: SimulationConfig, cost_model: AnalyticCostModel) -> Scheduler:
-    """A fresh scheduler for one run."""
-    return Scheduler(
-        config.scheduler,
-        cost_model,
-        make_pools(config.kv_cache, cost_model),
-        swap=config.kv_cache.swap,
-        window=config.mesh.pipeline,
-    )
-
-
-def make_pools(kv_cache: KvMemoryConfig, cost_model: AnalyticCostModel) -> PoolSizes:
-    """The KV blocks that fit into the memories of a rank."""
-    block_size = kv_cache.block_size
-    device_blocks, host_blocks = kv_cache.device_blocks, kv_cache.host_blocks
-    if device_blocks is None:
-        device_blocks = cost_model.device_blocks(
-            block_size, kv_cache.memory_utilization, kv_cache.reserved_gb * GIB
+    def assemble(deployment: Config) -> SimulationConfig:
+        config = SimulationConfig(
+            deployment=deployment,
+            architecture=find_architecture(deployment, Path(path))[0],
+            workload=requests,
+            profile=profile,
         )
-    if kv_cache.swap.strategy not in ("proactive", "reactive"):
-        host_blocks = 0
-    elif host_blocks is None:
-        host_blocks = int(kv_cache.host_memory_gb * GIB // cost_model.block_bytes(block_size))
-    return PoolSizes(device_blocks, host_blocks, block_size)
+        make_replicas(config)
+        return config
+
+    return assemble(load_yaml(path, Config, of_deployment, check=assemble))
 
 
-def _look_up(name: str, value: str | T, known: Mapping[str, T]) -> T:
-    if not isinstance(value, str):
-        return value
-    if value not in known:
-        raise ValueError(f"{name}: {value!r} is not known; known are {', '.join(known)}")
-    return known[value]
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tell overrides of the deployment from those of the workload."""
+    of_workload = [each for each in overrides if each.strip().startswith("workload.")]
+    return [each for each in overrides if each not in of_workload], of_workload
+
+
+def make_replicas(config: SimulationConfig) -> list[SimulatedReplica]:
+    """Fresh replicas for one run.
+
+    Raises:
+        ValueError: the model cannot be split over the ranks or does not fit, or nothing says how
+            long a step takes.
+    """
+    deployment = config.deployment
+    plan = plan_deployment(deployment, config.architecture)
+    pools = make_pools(plan)
+    replicas = []
+    for replica in range(plan.replicas):
+        engine, cost_model = _make_models(config, plan, replica)
+        scheduler = Scheduler(
+            deployment.scheduler,
+            cost_model,
+            pools,
+            swap=deployment.kv_cache.swap,
+            window=deployment.parallel.pipeline,
+        )
+        replicas.append(
+            SimulatedReplica(
+                scheduler,
+                engine,
+                stages=deployment.parallel.pipeline,
+                block_size=plan.block_size,
+            )
+        )
+    return replicas
+
+
+def make_pools(plan: DeploymentPlan) -> PoolSizes:
+    """The KV blocks of a replica.
+
+    Raises:
+        ValueError: nothing says how many there are, or there are fewer than two.
+    """
+    blocks = plan.device_blocks
+    if blocks is None:
+        raise ValueError(
+            "nothing says how many KV blocks there are: give hardware.device, "
+            "kv_cache.device_memory_gb or kv_cache.device_blocks"
+        )
+    if blocks < 2:
+        raise ValueError(
+            f"{plan.model} does not fit: {plan.stages[0].weight_bytes / 1e9:.1f} GB of weights on "
+            f"each rank leave {max(blocks, 0)} KV blocks, and at least 2 are needed"
+        )
+    return PoolSizes(blocks, plan.host_blocks, plan.block_size)
+
+
+def _make_models(
+    config: SimulationConfig, plan: DeploymentPlan, replica: int
+) -> tuple[EngineModel, CostModel]:
+    """How long steps take, and what the scheduler expects of them."""
+    if config.profile is None:
+        analytic = AnalyticCostModel(config.deployment, plan, replica)
+        return analytic, analytic
+    layers = [len(stage.layers) for stage in plan.stages]
+    engine = ProfiledEngine(config.profile, layers, _copy_block_s(config.deployment, plan))
+    return engine, ProfiledCostModel(config.profile)
+
+
+def _copy_block_s(deployment: Config, plan: DeploymentPlan) -> float:
+    """Seconds to copy a KV block to the host; 0 when no device is named: then it is not known."""
+    device = deployment.hardware.device_figures
+    if device is None:
+        return 0.0
+    block = plan.rank_kv_bytes_per_token * plan.block_size
+    return block / (device.host_bandwidth * device.host_efficiency)

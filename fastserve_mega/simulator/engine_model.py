@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from fastserve_mega.simulator.analytic_cost_model import StepWork
+from fastserve_mega.simulator.step_work import StepWork
 
 
 class EngineModel(Protocol):

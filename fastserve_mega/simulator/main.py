@@ -7,18 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastserve_mega.simulator.config import SimulationConfig, make_cost_model, make_scheduler
+from fastserve_mega.printing import print_sentence
+from fastserve_mega.simulator.config import SimulationConfig, make_replicas
+from fastserve_mega.simulator.lengths import LengthTable
 from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
 from fastserve_mega.simulator.simulation import Simulation
-from fastserve_mega.simulator.workload import (
-    LengthTable,
-    RequestSpec,
-    draw_requests,
-    load_lengths,
-)
+from fastserve_mega.simulator.workload import RequestSpec, draw_requests, load_lengths
+from fastserve_mega.system.deployment import plan_deployment
 
 _TIMELINE_POINTS = 1000
 
@@ -31,15 +30,13 @@ def simulate(
     on_finished: Callable[[], None] | None = None,
 ) -> SimulationResult:
     """Run one simulation; the same configuration and requests give the same result."""
-    cost_model = make_cost_model(config)
+    deployment = config.deployment
     simulation = Simulation(
-        make_scheduler(config, cost_model),
-        cost_model,
+        make_replicas(config),
         requests,
-        stages=config.mesh.pipeline,
-        block_size=config.kv_cache.block_size,
-        max_queued_requests=config.scheduler.max_queued_requests,
-        oracle=config.scheduler.policy == "srpt",
+        max_queued_requests=deployment.scheduler.max_queued_requests,
+        max_context=deployment.model.max_context or config.architecture.max_context,
+        oracle=deployment.scheduler.policy == "srpt",
         warmup=config.workload.warmup_requests,
         cooldown=config.workload.cooldown_requests,
         timeline_interval_s=timeline_interval_s,
@@ -50,7 +47,9 @@ def simulate(
 
 def with_policy(config: SimulationConfig, policy: str) -> SimulationConfig:
     """The same simulation under another policy."""
-    return replace(config, scheduler=replace(config.scheduler, policy=policy))
+    deployment = config.deployment
+    scheduler = replace(deployment.scheduler, policy=policy)
+    return replace(config, deployment=replace(deployment, scheduler=scheduler))
 
 
 def with_rate(config: SimulationConfig, rate: float | None) -> SimulationConfig:
@@ -61,7 +60,7 @@ def with_rate(config: SimulationConfig, rate: float | None) -> SimulationConfig:
 def run_simulate(
     config: SimulationConfig,
     *,
-    data: Path = Path(),
+    data: Path | None = None,
     policies: Sequence[str] = (),
     rates: Sequence[float] = (),
     json_path: Path | None = None,
@@ -71,7 +70,7 @@ def run_simulate(
 
     Args:
         config: what to simulate.
-        data: directory of the workload's file.
+        data: directory of workload files; see `read_source`.
         policies: to compare; none is the configured one.
         rates: requests per second; none is the configured one.
         json_path: file for all figures.
@@ -81,19 +80,23 @@ def run_simulate(
         The exit status.
 
     Raises:
-        ValueError: the workload's file is not valid.
+        ValueError: the workload's source is not valid.
         OSError: a file cannot be read or written.
     """
+    for problem in plan_deployment(config.deployment, config.architecture).problems:
+        print_sentence(Console(stderr=True), f"[yellow]note:[/yellow] {escape(problem)}")
+    if rates:
+        config = with_rate(config, rates[0])
     table = load_lengths(config.workload, data)
     chosen = [
         with_rate(with_policy(config, policy), rate)
-        for policy in policies or (config.scheduler.policy,)
+        for policy in policies or (config.deployment.scheduler.policy,)
         for rate in rates or (config.workload.rate,)
     ]
     runs = _run_all(chosen, table, with_timeline=plots is not None)
     reports = [report for report, _ in runs]
     prompt, output = table.means
-    title = f"{config.workload.path}: {prompt:.0f} prompt and {output:.0f} output tokens on average"
+    title = f"{table.origin}: {prompt:.0f} prompt and {output:.0f} output tokens on average"
     for view in make_tables(reports, title):
         Console().print(view)
     if json_path is not None:
@@ -110,7 +113,7 @@ def _run_all(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         for config in configs:
-            policy, rate = config.scheduler.policy, config.workload.rate
+            policy, rate = config.deployment.scheduler.policy, config.workload.rate
             requests = draw_requests(config.workload, table)
             span_s = requests[-1].arrival_s - requests[0].arrival_s
             name = policy if rate is None else f"{policy} at {rate:g}/s"

@@ -52,8 +52,17 @@ class CopyStats:
 
     @property
     def hidden_s(self) -> float:
-        """Copy time nobody waited for."""
+        """Copy time that no step waited for."""
         return max(self.busy_s - self.exposed_s, 0.0)
+
+    def __add__(self, other: CopyStats) -> CopyStats:
+        """Both together, as of two replicas."""
+        return CopyStats(
+            self.swapped_out_blocks + other.swapped_out_blocks,
+            self.swapped_in_blocks + other.swapped_in_blocks,
+            self.busy_s + other.busy_s,
+            self.exposed_s + other.exposed_s,
+        )
 
 
 class CopyEngine:

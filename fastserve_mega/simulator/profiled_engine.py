@@ -13,7 +13,7 @@ from fastserve_mega.scheduling.cost_model import (
     ProfiledCostModel,
     interpolate,
 )
-from fastserve_mega.simulator.analytic_cost_model import StepWork
+from fastserve_mega.simulator.step_work import StepWork
 
 _NEAREST_FIRSTS = 5
 
@@ -111,7 +111,7 @@ class StepTimes:
         self._mixing_s = _median_of(0.0, (p.seconds - self._mixed_s(p) for p in _both(profile)))
 
     def seconds(self, work: StepWork) -> float:
-        """Of a step that is no longer new."""
+        """Time of a step that is no longer new."""
         decodes = work.decode_slices
         prefill_tokens = work.tokens - decodes
         context = work.decode_context / decodes - 1 if decodes else 0.0

@@ -57,7 +57,7 @@ class SimulationResult:
     records: tuple[RequestRecord, ...]
     """Measured requests in order of arrival."""
     rejected: int
-    """Requests that exceed the queue or could never fit into memory."""
+    """Requests that exceed the queue or the context, or could never fit into memory."""
     elapsed_s: float
     """Virtual time from the first arrival to the end of the run."""
     steps: int
@@ -72,7 +72,7 @@ class SimulationResult:
     finished: int
     """Requests, the unmeasured ones included."""
     busy_s: float
-    """Time the first stage computed."""
+    """Time the first stage computed; of several replicas the mean."""
     preemptions: int
     recomputed_tokens: int
     copies: CopyStats

@@ -19,7 +19,7 @@ _SLOWEST_FRACTION = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Of one measure over requests, seconds."""
+    """One measure over requests, seconds."""
 
     mean: float
     p50: float
@@ -45,7 +45,7 @@ class Report:
     slowest_long_jct_s: float
     """Mean of the slowest tenth of long requests: those in the top quarter of output lengths."""
     slowest_long_normalized_latency_s: float
-    """Of the same requests."""
+    """Mean over the same requests."""
     requests_per_s: float
     output_tokens_per_s: float
     utilization: float

@@ -1,18 +1,16 @@
-"""The coordinator's loop with a heap for sockets and a cost model for workers."""
+"""The coordinator's loop with a heap for sockets and engine models for workers."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
-from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.analytic_cost_model import step_work
-from fastserve_mega.simulator.engine_model import EngineModel
-from fastserve_mega.simulator.pipeline import CopyEngine, Pipeline
+from fastserve_mega.scheduling.placement import Placement
+from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.records import RequestRecord, SimulationResult, TimelinePoint
+from fastserve_mega.simulator.replica import DispatchedStep, SimulatedReplica
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.types import RequestId
 
@@ -29,24 +27,16 @@ class _LiveRequest:
         self.first_token_s = -1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _DispatchedStep:
-    plan: Plan
-    dispatched_s: float
-
-
 class Simulation:
-    """One run of the live `Scheduler` on a virtual clock. Used once."""
+    """One run of the live `Scheduler` of each replica on a virtual clock. Used once."""
 
     def __init__(
         self,
-        scheduler: Scheduler,
-        cost_model: EngineModel,
+        replicas: Sequence[SimulatedReplica],
         requests: Sequence[RequestSpec],
         *,
-        stages: int,
-        block_size: int,
         max_queued_requests: int,
+        max_context: int | None = None,
         oracle: bool = False,
         warmup: int = 0,
         cooldown: int = 0,
@@ -56,12 +46,10 @@ class Simulation:
         """Prepare a run.
 
         Args:
-            scheduler: fresh, with a window of `stages`.
-            cost_model: the times of steps and copies.
+            replicas: fresh.
             requests: in order of arrival.
-            stages: pipeline stages.
-            block_size: tokens of a KV block.
             max_queued_requests: unfinished requests held at once; one more is rejected.
+            max_context: tokens of prompt and answer together, of which more are rejected.
             oracle: tell the scheduler the true output lengths (policy srpt).
             warmup: so many first requests are not measured.
             cooldown: so many last requests keep up the load and are not measured; the run ends
@@ -69,10 +57,11 @@ class Simulation:
             timeline_interval_s: least time between points of the timeline; None records none.
             on_finished: called for each finished request.
         """
-        self._scheduler = scheduler
-        self._cost_model = cost_model
+        self._replicas = replicas
+        self._placement = Placement([replica.scheduler for replica in replicas])
         self._requests = requests
         self._max_queued_requests = max_queued_requests
+        self._max_context = max_context
         # Clients ask for as many tokens as the longest answer has: it says nothing of their own.
         self._max_tokens = max((spec.output_tokens for spec in requests), default=1)
         self._oracle = oracle
@@ -80,19 +69,15 @@ class Simulation:
         self._unmeasured_left = len(self._measured)
         self._timeline_interval_s = timeline_interval_s
         self._on_finished = on_finished
-        self._pipeline = Pipeline(stages)
-        self._copy_engine = CopyEngine(cost_model, block_size)
 
-        self._heap: list[tuple[float, int, _DispatchedStep | CopyDone]] = []
+        self._heap: list[tuple[float, int, int, DispatchedStep | CopyDone]] = []
+        """(time, running number, replica, what happens then)."""
         self._pushed = 0
         self._next_arrival = 0
         self._live: dict[RequestId, _LiveRequest] = {}
         self._records: dict[int, RequestRecord] = {}
         self._timeline: list[TimelinePoint] = []
-        self._rejected = self._finished = 0
-        self._steps = self._slices = self._decode_tokens = self._prefill_tokens = (
-            self._output_tokens
-        ) = 0
+        self._rejected = self._finished = self._output_tokens = 0
 
     def run(self) -> SimulationResult:
         """Run until every measured request has finished.
@@ -100,17 +85,20 @@ class Simulation:
         Raises:
             RuntimeError: the scheduler left requests unfinished though nothing is under way.
         """
-        step = self._scheduler.step
         now: float | None = 0.0
         end_s = 0.0
         while self._unmeasured_left and (now := self._next_time(end_s)) is not None:
             end_s = now
-            plan = step(now, self._events_until(now))
-            while plan is not None:
-                self._dispatch(plan, now)
-                plan = step(now)
+            for index, events in enumerate(self._events_until(now)):
+                step = self._replicas[index].scheduler.step
+                plan = step(now, events)
+                while plan is not None:
+                    self._dispatch(index, plan, now)
+                    plan = step(now)
+            self._placement.settle()
         if self._unmeasured_left:
-            raise RuntimeError(f"{self._scheduler.unfinished} requests are stuck at {end_s:g} s")
+            unfinished = sum(replica.scheduler.unfinished for replica in self._replicas)
+            raise RuntimeError(f"{unfinished} requests are stuck at {end_s:g} s")
         return self._result(end_s)
 
     # --- time ------------------------------------------------------------------------------------
@@ -125,38 +113,35 @@ class Simulation:
             return time_s if arrival_s is None or time_s < arrival_s else arrival_s
         if arrival_s is not None:
             return arrival_s
-        deadline_s = self._scheduler.next_deadline(now)
-        return deadline_s if deadline_s is not None and deadline_s > now else None
+        deadlines = (replica.scheduler.next_deadline(now) for replica in self._replicas)
+        return min(
+            (time_s for time_s in deadlines if time_s is not None and time_s > now), default=None
+        )
 
-    def _events_until(self, now: float) -> list[Event]:
-        """Like the coordinator: what the workers did first, then what clients sent."""
-        events: list[Event] = []
+    def _events_until(self, now: float) -> list[list[Event]]:
+        """Events of each replica in the coordinator's order: ranks first, then new requests."""
+        events: list[list[Event]] = [[] for _ in self._replicas]
         heap = self._heap
         while heap and heap[0][0] <= now:
-            happened = heapq.heappop(heap)[2]
-            if isinstance(happened, _DispatchedStep):
-                events.append(self._step_done(happened, now))
+            _, _, index, happened = heapq.heappop(heap)
+            if isinstance(happened, DispatchedStep):
+                events[index].append(self._step_done(happened, now))
             else:
-                events.append(happened)
+                events[index].append(happened)
         requests = self._requests
         while self._next_arrival < len(requests):
             spec = requests[self._next_arrival]
             if spec.arrival_s > now:
                 break
             if arrived := self._arrive(spec, self._next_arrival):
-                events.append(arrived)
+                events[self._placement.choose(arrived)].append(arrived)
             self._next_arrival += 1
         return events
-
-    def _push(self, time_s: float, happened: _DispatchedStep | CopyDone) -> None:
-        self._pushed += 1
-        heapq.heappush(self._heap, (time_s, self._pushed, happened))
 
     # --- clients and workers ---------------------------------------------------------------------
 
     def _arrive(self, spec: RequestSpec, index: int) -> Arrived | None:
-        is_full = len(self._live) >= self._max_queued_requests
-        if is_full or self._scheduler.refusal(spec.prompt_tokens, self._max_tokens):
+        if self._is_rejected(spec):
             self._rejected += 1
             self._unmeasured_left -= index in self._measured
             return None
@@ -169,27 +154,24 @@ class Simulation:
             oracle_output_tokens=spec.output_tokens if self._oracle else None,
         )
 
-    def _dispatch(self, plan: Plan, now: float) -> None:
-        engine = self._copy_engine
-        for copy in plan.copies:
-            self._push(engine.start(copy, now), CopyDone(copy.copy_id))
-        if not plan.batch:
-            return
-        work = step_work(plan.batch)
-        self._steps += 1
-        self._slices += len(plan.batch)
-        self._decode_tokens += work.decode_slices
-        self._prefill_tokens += work.tokens - work.decode_slices
-        pipeline, cost_model = self._pipeline, self._cost_model
-        ready_s = engine.ready_s(plan.step_id, now, pipeline.first_stage_free_s)
-        done_s = pipeline.run(
-            ready_s, cost_model.stage_times(work), cost_model.hop_times(work.tokens)
-        )
-        self._push(done_s + cost_model.step_overhead_s, _DispatchedStep(plan, now))
-        if self._timeline_interval_s is not None:
+    def _is_rejected(self, spec: RequestSpec) -> bool:
+        if len(self._live) >= self._max_queued_requests:
+            return True
+        tokens = spec.prompt_tokens + spec.output_tokens
+        if self._max_context is not None and tokens > self._max_context:
+            return True
+        # The replicas are alike: what one of them has no room for, none has.
+        scheduler = self._replicas[0].scheduler
+        return bool(scheduler.refusal(spec.prompt_tokens, self._max_tokens))
+
+    def _dispatch(self, index: int, plan: Plan, now: float) -> None:
+        for time_s, happened in self._replicas[index].dispatch(plan, now):
+            self._pushed += 1
+            heapq.heappush(self._heap, (time_s, self._pushed, index, happened))
+        if plan.batch and self._timeline_interval_s is not None:
             self._extend_timeline(plan, now, self._timeline_interval_s)
 
-    def _step_done(self, step: _DispatchedStep, now: float) -> StepDone:
+    def _step_done(self, step: DispatchedStep, now: float) -> StepDone:
         """Each sampling slice yields one token; the simulation knows which is the last."""
         finished: list[RequestId] = []
         live = self._live
@@ -215,6 +197,7 @@ class Simulation:
                 spec.prompt_tokens, spec.output_tokens, spec.arrival_s, request.first_token_s, now
             )
             self._unmeasured_left -= 1
+        self._placement.observe_finish(request.spec.output_tokens)
         if self._on_finished:
             self._on_finished()
 
@@ -223,32 +206,36 @@ class Simulation:
     def _extend_timeline(self, plan: Plan, now: float, interval_s: float) -> None:
         if self._timeline and now < self._timeline[-1].time_s + interval_s:
             return
-        device, host = self._scheduler.memory.device, self._scheduler.memory.host
+        schedulers = [replica.scheduler for replica in self._replicas]
+        levels = zip(*(each.level_lengths() for each in schedulers), strict=True)
+        devices = [each.memory.device for each in schedulers]
+        hosts = [each.memory.host for each in schedulers]
         self._timeline.append(
             TimelinePoint(
                 now,
-                self._scheduler.level_lengths(),
-                device.capacity - device.free_count,
-                host.capacity - host.free_count,
+                tuple(sum(lengths) for lengths in levels),
+                sum(pool.capacity - pool.free_count for pool in devices),
+                sum(pool.capacity - pool.free_count for pool in hosts),
                 len(plan.batch),
             )
         )
 
     def _result(self, end_s: float) -> SimulationResult:
-        memory = self._scheduler.memory
+        replicas = self._replicas
+        memories = [replica.scheduler.memory for replica in replicas]
         return SimulationResult(
             records=tuple(self._records[index] for index in sorted(self._records)),
             rejected=self._rejected,
             elapsed_s=end_s - (self._requests[0].arrival_s if self._requests else 0.0),
-            steps=self._steps,
-            slices=self._slices,
-            decode_tokens=self._decode_tokens,
-            prefill_tokens=self._prefill_tokens,
+            steps=sum(replica.steps for replica in replicas),
+            slices=sum(replica.slices for replica in replicas),
+            decode_tokens=sum(replica.decode_tokens for replica in replicas),
+            prefill_tokens=sum(replica.prefill_tokens for replica in replicas),
             output_tokens=self._output_tokens,
             finished=self._finished,
-            busy_s=self._pipeline.busy_s,
-            preemptions=memory.preemptions,
-            recomputed_tokens=memory.recomputed_tokens,
-            copies=self._copy_engine.stats(),
+            busy_s=sum(replica.pipeline.busy_s for replica in replicas) / len(replicas),
+            preemptions=sum(memory.preemptions for memory in memories),
+            recomputed_tokens=sum(memory.recomputed_tokens for memory in memories),
+            copies=sum((replica.copy_engine.stats() for replica in replicas), CopyStats()),
             timeline=tuple(self._timeline),
         )

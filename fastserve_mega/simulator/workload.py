@@ -1,9 +1,8 @@
-"""Requests for the simulation: lengths from a file, arrival times drawn or from the file too."""
+"""Requests for the simulation: lengths from a source, arrival times drawn or from there too."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,14 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_LENGTH_COLUMNS = ("prompt_tokens", "output_tokens")
-_TIME_COLUMN = "timestamp_s"
+from fastserve_mega.simulator.lengths import Lengths, LengthTable, SyntheticLengths, read_source
+from fastserve_mega.system.config_file import load_yaml
 
 _SCALING_ROUNDS = 20
 _SCALING_TOLERANCE = 0.002
-
-Lengths = npt.NDArray[np.int64]
-"""Rows of (prompt tokens, output tokens)."""
 
 
 class RequestSpec(NamedTuple):
@@ -33,20 +29,23 @@ class RequestSpec(NamedTuple):
 class WorkloadConfig:
     """Which requests, and when. Rows are filtered, scaled within the limits, then sampled."""
 
-    path: str
-    """CSV file with a header: prompt_tokens, output_tokens, and timestamp_s for a trace. Rows
-    with 0 tokens are skipped."""
+    source: str | SyntheticLengths = "synthetic-sharegpt"
+    """synthetic-sharegpt, synthetic-alpaca, sharegpt, arxiv, azure_conv_2023, alpaca; or a CSV
+    file, perhaps gzipped, with a header: prompt_tokens, output_tokens, and timestamp_s for a trace;
+    or distributions to draw from. Rows with 0 tokens are skipped."""
     where: Mapping[str, int] = field(default_factory=dict)
     """Takes only the rows whose columns have these values, for example {turn: 0}."""
     max_prompt_tokens: int | None = None
+    """Longer prompts are left out, before and after scaling."""
     max_total_tokens: int | None = None
-    """Longer rows are left out, before and after scaling."""
+    """Rows with more tokens of prompt and output together are left out in the same way."""
     mean_prompt_tokens: float | None = None
+    """Scale the prompts so that those within the limits have this mean."""
     mean_output_tokens: float | None = None
-    """Scale the lengths so that what is within the limits has these means."""
+    """Scale the outputs in the same way."""
     rate: float | None = None
     """Requests per second; rows are sampled without replacement as long as there are enough.
-    None replays the file's own timestamps."""
+    None replays the timestamps of a trace."""
     cv: float = 1.0
     """Coefficient of variation of the times between arrivals: 1 is Poisson, else Gamma."""
     speedup: float = 1.0
@@ -58,6 +57,7 @@ class WorkloadConfig:
     cooldown_requests: int = 0
     """Arrive after the measured ones and keep up the load until those have finished."""
     seed: int = 0
+    """Decides the times and the rows that are drawn."""
 
     def __post_init__(self) -> None:
         if self.rate is None and self.cv != 1.0:
@@ -79,74 +79,50 @@ class WorkloadConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class LengthTable:
-    """The rows of a workload file that passed the filters."""
-
-    lengths: Lengths
-    timestamps_s: npt.NDArray[np.float64] | None
-    """Ascending, None when the file has none."""
-
-    @property
-    def means(self) -> tuple[float, float]:
-        """Of prompt and output tokens."""
-        prompt, output = self.lengths.mean(axis=0)
-        return float(prompt), float(output)
+class _WorkloadFile:
+    workload: WorkloadConfig
 
 
-def make_requests(config: WorkloadConfig, directory: Path = Path()) -> list[RequestSpec]:
+def load_workload(path: str | Path | None, overrides: Sequence[str] = ()) -> WorkloadConfig:
+    """Read a workload's YAML file and apply overrides of the form `workload.field=value`.
+
+    Args:
+        path: of the file; None takes the defaults, which lack a rate.
+        overrides: as of a deployment's configuration.
+
+    Raises:
+        ValueError: the file or an override is not valid; the message names which of them, and
+            the field.
+        OSError: the file cannot be read.
+    """
+    return load_yaml(path, _WorkloadFile, overrides, section="workload").workload
+
+
+def make_requests(config: WorkloadConfig, directory: Path | None = None) -> list[RequestSpec]:
     """The requests of a workload, in order of arrival; the same for the same seed.
 
     Raises:
-        ValueError: the file has no usable rows or not these columns; the message names it.
+        ValueError: the source has no usable rows or not these columns; the message names it.
         OSError: the file cannot be read.
     """
     return draw_requests(config, load_lengths(config, directory))
 
 
 def draw_requests(config: WorkloadConfig, table: LengthTable) -> list[RequestSpec]:
-    """Like `make_requests`, from a file read before."""
+    """The requests of a workload, as `make_requests`, from lengths that are loaded already."""
     if config.rate is None:
         return _replay(config, table)
     return _sample(config, table, config.rate)
 
 
-def load_lengths(config: WorkloadConfig, directory: Path = Path()) -> LengthTable:
-    """Read, filter and scale the rows of `config.path`, relative to `directory`."""
-    path = directory / config.path
-    table = _filter(config, _read(path, config))
-    if not len(table.lengths):
-        raise ValueError(f"{path}: no row passes the filters of the workload")
-    return _scale(config, table)
-
-
-def _read(path: Path, config: WorkloadConfig) -> LengthTable:
+def load_lengths(config: WorkloadConfig, directory: Path | None = None) -> LengthTable:
+    """Read, filter and scale the rows of a workload's source; see `read_source`."""
     is_trace = config.rate is None
-    needed = [*_LENGTH_COLUMNS, *config.where, *([_TIME_COLUMN] if is_trace else [])]
-    wanted = list(config.where.values())
-    numbers: list[list[float]] = []
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, restval="")
-        for column in needed:
-            if column not in (rows.fieldnames or ()):
-                raise ValueError(f"{path}: has no column {column!r}")
-        for row in rows:
-            values = [_number(row[column], column, path, rows.line_num) for column in needed]
-            if values[2 : 2 + len(wanted)] == wanted:
-                numbers.append(values)
-    table = np.array(numbers, dtype=np.float64).reshape(-1, len(needed))
-    return LengthTable(table[:, :2].astype(np.int64), table[:, -1] if is_trace else None)
-
-
-def _number(text: str, column: str, path: Path, line: int) -> float:
-    try:
-        value = float(text) if column == _TIME_COLUMN else int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value < 2**40:
-        raise ValueError(
-            f"{path}, line {line}: {column} must be a number that is not negative, got {text!r}"
-        )
-    return value
+    rows = read_source(config.source, directory, where=config.where, with_times=is_trace)
+    table = _filter(config, rows)
+    if not len(table.lengths):
+        raise ValueError(f"{table.origin}: no row passes the filters of the workload")
+    return _scale(config, table)
 
 
 def _filter(config: WorkloadConfig, table: LengthTable) -> LengthTable:
@@ -156,8 +132,7 @@ def _filter(config: WorkloadConfig, table: LengthTable) -> LengthTable:
         keep &= prompt <= config.max_prompt_tokens
     if config.max_total_tokens is not None:
         keep &= prompt + output <= config.max_total_tokens
-    times = table.timestamps_s
-    return LengthTable(table.lengths[keep], None if times is None else times[keep])
+    return table.where(keep)
 
 
 def _scale(config: WorkloadConfig, table: LengthTable) -> LengthTable:
@@ -178,13 +153,13 @@ def _scale(config: WorkloadConfig, table: LengthTable) -> LengthTable:
         lengths = np.maximum(np.rint(table.lengths * factors).astype(np.int64), 1)
         scaled = _filter(config, replace(table, lengths=lengths))
         if not len(scaled.lengths):
-            raise ValueError(f"{config.path}: no row is left within the limits after scaling")
+            raise ValueError(f"{table.origin}: no row is left within the limits after scaling")
     return scaled
 
 
 def _replay(config: WorkloadConfig, table: LengthTable) -> list[RequestSpec]:
     if table.timestamps_s is None:
-        raise ValueError(f"{config.path}: has no timestamps")
+        raise ValueError(f"{table.origin}: has no timestamps")
     order = np.argsort(table.timestamps_s, kind="stable")[: config.total_requests]
     times = table.timestamps_s[order]
     return _specs((times - times[0]) / config.speedup, table.lengths[order])

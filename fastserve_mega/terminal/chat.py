@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from fastserve_mega.client import Client, ClientError
-from fastserve_mega.config import Config
+from fastserve_mega.system.config import Config
 from fastserve_mega.types import SamplingParams
 
 _MAX_TOKENS = 512

@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from fastserve_mega.client import Client, ServerUnavailableError
-from fastserve_mega.config import Config
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.snapshot import PoolView, ReplicaView, RequestView
+from fastserve_mega.system.config import Config
 
 _STYLES = {"running": "green", "resident": "blue", "hosted": "yellow", "waiting": "bright_black"}
 _MARK = "■"

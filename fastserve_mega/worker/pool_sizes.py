@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.worker.sizes import activation_bytes, free_for_blocks
-
-_CPU_POOL_GB = 1.0
-"""On a CPU the KV shares the memory with everything else, so it takes no share of all there is."""
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.sizes import CPU_POOL_GB, activation_bytes, free_for_blocks
 
 
 def device_blocks(
@@ -34,7 +31,7 @@ def device_blocks(
             f"{memory / 2**30:.2f} GB of {total / 2**30:.2f} beside the weights"
         )
     else:
-        memory_gb = settings.device_memory_gb or _CPU_POOL_GB
+        memory_gb = settings.device_memory_gb or CPU_POOL_GB
         memory = int(memory_gb * 2**30)
         how = f"kv_cache.device_memory_gb={memory_gb} is too little"
     if memory < 2 * block_bytes:

@@ -13,16 +13,16 @@ from typing import Literal
 
 import zmq
 
-from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import load_architecture
-from fastserve_mega.models.locate import resolve_model
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.locate import resolve_model
+from fastserve_mega.system.partition import partition_model
 from fastserve_mega.worker.coordinator_child import CoordinatorChild
 from fastserve_mega.worker.exchange import MissingRanksError, make_exchange
 from fastserve_mega.worker.fake_runner import FakeModelRunner
 from fastserve_mega.worker.loop import CoordinatorLostError, WorkerLoop, connect_to_coordinator
 from fastserve_mega.worker.model_runner import ModelRunner
 from fastserve_mega.worker.network import choose_master, endpoint_for_other_hosts, lead_gloo
-from fastserve_mega.worker.partition import partition_model
 from fastserve_mega.worker.rank_group import OthersFailedError, RankGroup, SaidError, is_expected
 from fastserve_mega.worker.topology import Topology, find_launcher, read_topology
 

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import fastserve_mega
-from fastserve_mega.config import Config
+from fastserve_mega.system.config import Config
 from fastserve_mega.worker.exchange import Exchange, MissingRanksError
 from fastserve_mega.worker.topology import Topology, place_on_hosts
 

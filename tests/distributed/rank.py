@@ -13,7 +13,7 @@ from pathlib import Path
 from generation import generate
 from mpi4py import MPI
 
-from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron.distributed_saving import save_stage
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner

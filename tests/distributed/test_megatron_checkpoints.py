@@ -9,7 +9,7 @@ from generation import generate
 from test_parity import LAYOUTS, MAX_TOKENS, job, mpirun
 from tiny_models import greedy, make_model, prompts
 
-from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron.convert import convert
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner

@@ -7,8 +7,8 @@ import yaml
 from tiny_models import greedy, make_model, prompts
 
 from fastserve_mega.client import Client
-from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.types import SamplingParams
 
 pytestmark = pytest.mark.distributed

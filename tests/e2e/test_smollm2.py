@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment, http_url
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams
 

@@ -11,9 +11,9 @@ import zmq
 from system import check_swapping
 from system.check_swapping import Case
 
-from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.scheduling.kv.swapper import Swapper
+from fastserve_mega.system.config_file import load_config
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
 

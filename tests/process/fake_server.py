@@ -12,7 +12,11 @@ from pathlib import Path
 
 import zmq
 
-from fastserve_mega.config import (
+from fastserve_mega.coordinator.main import CoordinatorProcess
+from fastserve_mega.coordinator.worker_group import WorkersLostError
+from fastserve_mega.messaging.codec import decode, encode
+from fastserve_mega.messaging.messages import Hello, Message, Welcome
+from fastserve_mega.system.config import (
     Config,
     CoordinatorConfig,
     KvCacheConfig,
@@ -22,10 +26,6 @@ from fastserve_mega.config import (
     SchedulerConfig,
     SwapConfig,
 )
-from fastserve_mega.coordinator.main import CoordinatorProcess
-from fastserve_mega.coordinator.worker_group import WorkersLostError
-from fastserve_mega.messaging.codec import decode, encode
-from fastserve_mega.messaging.messages import Hello, Message, Welcome
 from fastserve_mega.worker.fake_runner import FakeModelRunner, fake_token
 from fastserve_mega.worker.loop import WorkerLoop, connect_to_coordinator
 

@@ -9,8 +9,8 @@ import pytest
 from fake_server import VOCAB, expected_tokens
 
 from fastserve_mega.client import Client
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.coordinator.event_log import EventLogWriter, StepCall, read_event_log
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import FinishReason, SamplingParams
 
 ENDLESS = SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True)

@@ -16,8 +16,8 @@ import uvicorn
 from fake_server import VOCAB, WAIT_MS
 
 from fastserve_mega.client import AsyncClient, Client
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.server.app import create_app
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import SamplingParams
 

@@ -7,7 +7,6 @@ import time
 import pytest
 from fake_server import GatedRunner
 
-from fastserve_mega.config import MlfqConfig, SchedulerConfig, SwapConfig
 from fastserve_mega.coordinator.event_log import SchedulerSetup, read_event_log
 from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.experiments import live_run
@@ -19,6 +18,7 @@ from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.strict import from_plain
+from fastserve_mega.system.config import MlfqConfig, SchedulerConfig, SwapConfig
 
 STEP_S, TOKEN_S = 0.02, 0.001
 PROFILE = f"""{{

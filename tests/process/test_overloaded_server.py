@@ -10,7 +10,7 @@ from fake_server import VOCAB, GatedRunner
 from system import overload
 from system.overload_checks import Workload
 
-from fastserve_mega.config import SwapConfig
+from fastserve_mega.system.config import SwapConfig
 
 WORKLOAD = Workload(
     prompts=[[1 + (7 * i + j) % (VOCAB - 1) for j in range(3 + 2 * i)] for i in range(12)],

@@ -6,7 +6,7 @@ import pytest
 from fake_server import GatedRunner, expected_tokens
 
 from fastserve_mega.client import Client
-from fastserve_mega.config import SwapConfig
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import SamplingParams
 
 DEVICE_BLOCKS, HOST_BLOCKS = (64, 24, 40), (30, 90, 60)

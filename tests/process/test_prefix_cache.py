@@ -7,7 +7,7 @@ import pytest
 from fake_server import VOCAB, GatedRunner, expected_tokens
 
 from fastserve_mega.client import Client
-from fastserve_mega.config import SwapConfig
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import SamplingParams
 
 SYSTEM_PROMPT = [1 + (7 * i) % (VOCAB - 1) for i in range(30)]  # 7 blocks of 4, and 2 tokens

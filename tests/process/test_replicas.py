@@ -4,8 +4,8 @@ import pytest
 from fake_server import VOCAB, GatedRunner, expected_tokens
 
 from fastserve_mega.client import Client, ServerError
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.coordinator.event_log import read_event_log
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import FinishReason, SamplingParams
 
 PROFILE = """{

@@ -9,8 +9,8 @@ from fake_server import fake_server
 from test_sampling_options import SamplingRunner
 
 from fastserve_mega.client import Client
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.messaging.messages import Finished, Submit, Tokens
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import SamplingParams
 
 PROMPT = tuple(range(5, 25))

@@ -4,8 +4,8 @@ import pytest
 from fake_server import VOCAB
 
 from fastserve_mega.client import Client
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.messaging.messages import GetSnapshot, Refused
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import SamplingParams
 
 ENDLESS = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)

@@ -10,7 +10,6 @@ import zmq
 from fake_server import VOCAB, WAIT_MS, GatedRunner, expected_tokens
 
 from fastserve_mega.client import Client, ServerError
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight, CopyDoneEverywhere
 from fastserve_mega.messaging.codec import decode, encode
 from fastserve_mega.messaging.messages import (
@@ -23,6 +22,7 @@ from fastserve_mega.messaging.messages import (
 )
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
 from fastserve_mega.scheduling.kv.swapper import Swapper
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.fake_runner import fake_token

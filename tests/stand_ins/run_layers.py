@@ -13,7 +13,7 @@ import sys
 import torch
 from generation import generate
 
-from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron import layer_spec
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner

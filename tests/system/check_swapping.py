@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config_file import load_config
 from fastserve_mega.coordinator.event_log import read_event_log
 from fastserve_mega.launcher import Deployment
 from fastserve_mega.plan import Plan
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams
 

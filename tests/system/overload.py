@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.config_file import load_config
 from fastserve_mega.launcher import Deployment
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.text.tokenizer import Tokenizer
 
 from .check_swapping import read_prompts

@@ -11,7 +11,7 @@ from fastserve_mega.client.testing import WAIT_S
 
 PROGRAM = """
 import sys
-from fastserve_mega.config import Config
+from fastserve_mega.system.config import Config
 from fastserve_mega.strict import from_plain
 from fastserve_mega.server.api_server import run_server
 directory, endpoint, port = sys.argv[1:]

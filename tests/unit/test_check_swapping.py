@@ -5,8 +5,8 @@ from pathlib import Path
 from system import check_swapping
 from system.check_swapping import Case, Returns
 
-from fastserve_mega.config_file import load_config
 from fastserve_mega.plan import Plan, SequenceSlice
+from fastserve_mega.system.config_file import load_config
 
 
 def plan(step_id, *slices):

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what fastserve_mega/config.py says."""
+"""docs/configuration.md says what fastserve_mega/system/config.py says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import configuration_reference as tool
 
-from fastserve_mega.config import Config
+from fastserve_mega.system.config import Config
 
 EXAMPLE = '''
 Word = Literal["a", "b"]

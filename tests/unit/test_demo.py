@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import demo
 from demo import Job, Outcome
 
-from fastserve_mega.config import Config
-from fastserve_mega.config_file import load_config
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.config_file import load_config
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2-135m-cpu.yaml"
 

@@ -9,18 +9,24 @@ import socket
 import pytest
 
 from fastserve_mega import cli
-from fastserve_mega.config import (
+from fastserve_mega.doctor import (
+    deployment_checks,
+    doctor,
+    installation,
+    machine,
+    mpi,
+)
+from fastserve_mega.doctor.finding import Check, ok, problem
+from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.system.config import (
     Config,
     CoordinatorConfig,
-    HardwareConfig,
     KvCacheConfig,
     ModelConfig,
     ParallelConfig,
     ServerConfig,
 )
-from fastserve_mega.doctor import deployment_checks, doctor, installation, machine, mpi
-from fastserve_mega.doctor.finding import Check, ok, problem
-from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.system.hardware import HardwareConfig
 
 CONFIG = Config(model=ModelConfig(path="/nowhere/model"))
 

@@ -9,16 +9,17 @@ from rich.progress_bar import ProgressBar
 
 from fastserve_mega.bench.statistics import Record, summarize
 from fastserve_mega.bench.tables import show_comparison, show_run
-from fastserve_mega.config_file import load_config
+from fastserve_mega.commands.plan_report import print_plan
 from fastserve_mega.doctor.doctor import print_findings
 from fastserve_mega.doctor.finding import ok, problem, warning
 from fastserve_mega.messaging.messages import Snapshot
-from fastserve_mega.planning.deployment import find_architecture, plan_deployment
-from fastserve_mega.planning.report import print_plan
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.report import Distribution, Report, make_tables
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
+from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.deployment import plan_deployment
+from fastserve_mega.system.locate import find_architecture
 from fastserve_mega.terminal.top import render
 
 CONFIGS = Path(__file__).parents[2] / "configs"

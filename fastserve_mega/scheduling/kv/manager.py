@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from fastserve_mega.config import SwapStrategy
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv.copies import Copy
 from fastserve_mega.scheduling.kv.pool import BlockPool
@@ -15,6 +14,7 @@ from fastserve_mega.scheduling.kv.reclaim import Reclaimer
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+from fastserve_mega.system.config import SwapStrategy
 from fastserve_mega.types import BlockHash
 
 _PAYBACK = 4

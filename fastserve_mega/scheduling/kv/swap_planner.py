@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.scheduling.kv.copies import Copy
 from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place
+from fastserve_mega.system.config import SwapConfig
 
 _DEMAND_WINDOW_S = 10.0
 """The arrival rate is an exponential average over about this long."""

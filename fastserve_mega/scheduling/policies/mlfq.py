@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import ClassVar
 
-from fastserve_mega.config import SchedulerConfig
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.policies.queues import LevelQueues
 from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.system.config import SchedulerConfig
 
 _Watched = tuple[float, int, Request]
 """Deadline, arrival number, request."""

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
-from fastserve_mega.config import SchedulerConfig
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.policies.queues import RequestQueues, SortedQueues
 from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.system.config import SchedulerConfig
 
 
 class Policy:

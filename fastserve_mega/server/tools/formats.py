@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fastserve_mega.config import ToolParserName
 from fastserve_mega.server.tools.hermes import HermesParser
 from fastserve_mega.server.tools.llama3_json import Llama3JsonParser
 from fastserve_mega.server.tools.pieces import ToolParser
+from fastserve_mega.system.config import ToolParserName
 
 PARSERS: Mapping[str, Callable[[], ToolParser]] = {
     "hermes": HermesParser,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
     DistributedCheckpoint,
     find_distributed_checkpoint,
@@ -19,7 +20,6 @@ from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.pieces import Piece, Weight
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles, has_safetensors
 from fastserve_mega.worker.megatron.weights import weights_of
-from fastserve_mega.worker.partition import Partition
 
 _FUSED_EXPERTS = ".experts.gate_up_proj"
 

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from fastserve_mega.config import ParallelConfig
 from fastserve_mega.models.architecture import Architecture, load_architecture
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
@@ -38,7 +39,6 @@ from fastserve_mega.worker.megatron.pieces import Weight
 from fastserve_mega.worker.megatron.safetensors_files import INDEX_FILE, has_safetensors
 from fastserve_mega.worker.megatron.safetensors_writer import TensorInfo, write_safetensors
 from fastserve_mega.worker.megatron.weights import unused_positions, weights_of
-from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.topology import Topology
 
 Format = Literal["huggingface", "torch_dist"]

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.megatron.metadata_names import check_names
 from fastserve_mega.worker.megatron.model import Stage
-from fastserve_mega.worker.partition import Partition
 
 FORMAT_FILE = "metadata.json"
 """Says which format the directory has."""

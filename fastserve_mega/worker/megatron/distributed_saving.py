@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.megatron.distributed_checkpoint import one_sentence, sharded_tensors
 from fastserve_mega.worker.megatron.model import Stage
-from fastserve_mega.worker.partition import Partition
 
 Fill = Callable[[str, tuple[int, ...]], Tensor]
 """Makes the values of a part of a tensor: (name, offset of the part) → a tensor on the CPU."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from fastserve_mega.config import ModelConfig, ParallelConfig
+from fastserve_mega.system.config import ModelConfig, ParallelConfig
 from fastserve_mega.worker.topology import Topology
 
 _DTYPES = {

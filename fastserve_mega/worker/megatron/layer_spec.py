@@ -17,6 +17,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.megatron.attention import PagedAttention
 from fastserve_mega.worker.megatron.experts import PartialRowLinear
 from fastserve_mega.worker.megatron.layers import (
@@ -25,7 +26,6 @@ from fastserve_mega.worker.megatron.layers import (
     RowLinear,
     ZeroCenteredRMSNorm,
 )
-from fastserve_mega.worker.partition import Partition
 
 _log = logging.getLogger(__name__)
 

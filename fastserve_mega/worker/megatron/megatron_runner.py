@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastserve_mega.config import Config
 from fastserve_mega.models.architecture import Architecture, AttentionKind, load_architecture
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.partition import Partition, partition_model
+from fastserve_mega.system.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.grammar import Grammars
 from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
@@ -29,10 +31,8 @@ from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import Stage, build_stage
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
-from fastserve_mega.worker.partition import Partition, partition_model
 from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.sampler import Sampler
-from fastserve_mega.worker.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.step_batch import StepBatch, build_step
 from fastserve_mega.worker.topology import Topology
 

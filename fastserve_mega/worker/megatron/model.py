@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastserve_mega.models.architecture import Architecture, LearnedPositions
+from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.megatron.attention import StepAttention
 from fastserve_mega.worker.megatron.experts import ExpertMixture
 from fastserve_mega.worker.megatron.initialize import ProcessGroups
 from fastserve_mega.worker.megatron.layer_spec import LayerChoice, block_spec
 from fastserve_mega.worker.megatron.layers import ACTIVATIONS, InferenceLayer
 from fastserve_mega.worker.megatron.packing import Packable, can_pack, pack, packed_linear
-from fastserve_mega.worker.partition import Partition
 
 
 class Stage:

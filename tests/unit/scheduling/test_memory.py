@@ -3,8 +3,8 @@
 import pytest
 from fixed_costs import Driver, arrived, make_scheduler, names
 
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.scheduling.events import Aborted, CopyDone, StepDone, WorkersLost
+from fastserve_mega.system.config import SwapConfig
 
 
 def test_flaw_8_a_long_prompt_blocks_nobody_behind_it():

@@ -5,9 +5,9 @@ import gc
 import pytest
 from fixed_costs import arrived, make_scheduler
 
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.scheduling.events import CopyDone, StepDone
 from fastserve_mega.scheduling.request import Request
+from fastserve_mega.system.config import SwapConfig
 
 AT_ONCE = 6
 ROUNDS = 60

@@ -14,8 +14,8 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone, WorkersLost
+from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import RequestId
 
 BLOCK_SIZE = 4

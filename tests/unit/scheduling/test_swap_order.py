@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from fixed_costs import arrived, make_scheduler
 
-from fastserve_mega.config import SwapConfig
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan
 from fastserve_mega.scheduling.events import CopyDone, Event, StepDone
+from fastserve_mega.system.config import SwapConfig
 
 STEP_S = 0.01
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastserve_mega.config import MlfqConfig, SchedulerConfig
 from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.analytic_cost_model import StepWork
 from fastserve_mega.simulator.records import SimulationResult
+from fastserve_mega.simulator.replica import SimulatedReplica
 from fastserve_mega.simulator.simulation import Simulation
+from fastserve_mega.simulator.step_work import StepWork
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.system.config import MlfqConfig, SchedulerConfig
 
 
 @dataclass
@@ -51,21 +52,32 @@ def run(costs: Any, requests: Sequence[tuple[float, int, int]], **options: Any) 
     """Simulate (arrival, prompt, output) requests; options are the scheduler's or the run's."""
     run_options = {
         name: options.pop(name)
-        for name in ("oracle", "warmup", "cooldown", "timeline_interval_s", "on_finished")
+        for name in (
+            "oracle",
+            "max_context",
+            "warmup",
+            "cooldown",
+            "timeline_interval_s",
+            "on_finished",
+        )
         if name in options
-    }
+    }  # fmt: skip
     blocks = options.pop("device_blocks", 100)
+    num_replicas = options.pop("replicas", 1)
     max_queued = options.pop("max_queued_requests", 1000)
     mlfq = MlfqConfig(starvation_limit_s=None)
     config = SchedulerConfig(**{"policy": "fcfs", "mlfq": mlfq, **options})
     stages = len(costs.stages)
-    scheduler = Scheduler(config, costs, PoolSizes(blocks, 0, 16), window=stages)
+    pools = PoolSizes(blocks, 0, 16)
+    replicas = [
+        SimulatedReplica(
+            Scheduler(config, costs, pools, window=stages), costs, stages=stages, block_size=16
+        )
+        for _ in range(num_replicas)
+    ]
     return Simulation(
-        scheduler,
-        costs,
+        replicas,
         [RequestSpec(*request) for request in requests],
-        stages=stages,
-        block_size=16,
         max_queued_requests=max_queued,
         **run_options,
     ).run()

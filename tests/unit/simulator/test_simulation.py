@@ -10,6 +10,7 @@ from fixed_hardware import RoundCosts, run
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
 from fastserve_mega.scheduling.events import CopyDone, StepDone
 from fastserve_mega.simulator.records import SimulationResult
+from fastserve_mega.simulator.replica import SimulatedReplica
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.types import RequestId
@@ -74,6 +75,21 @@ def test_requests_beyond_queue_or_memory_are_rejected() -> None:
     assert (len(result.records), result.rejected) == (1, 2)
 
 
+def test_requests_beyond_the_context_are_rejected() -> None:
+    result = run(RoundCosts(), [(0.0, 6, 4), (0.0, 6, 5)], max_context=10)
+    assert (len(result.records), result.rejected) == (1, 1)
+
+
+def test_replicas_share_the_requests_and_run_side_by_side() -> None:
+    requests = [(0.0, 2, 3), (0.0, 2, 3)]
+    alone = run(RoundCosts(), requests, max_batch_size=1)
+    assert times(alone) == [(1.0, 3.0), (4.0, 6.0)]
+    both = run(RoundCosts(), requests, max_batch_size=1, replicas=2, timeline_interval_s=1.0)
+    assert times(both) == [(1.0, 3.0), (1.0, 3.0)]
+    assert (both.steps, both.busy_s, both.output_tokens) == (6, 3.0, 6)
+    assert both.timeline[1].level_lengths == (2,)
+
+
 def test_timeline_samples_levels_and_blocks() -> None:
     result = run(RoundCosts(), [(0.0, 20, 3)], timeline_interval_s=2.0)
     assert [point.time_s for point in result.timeline] == [0.0, 2.0]
@@ -111,9 +127,8 @@ class Script:
 
 def simulate(script: Script, costs: RoundCosts, output_tokens: int) -> SimulationResult:
     requests = [RequestSpec(0.0, 2, output_tokens)]
-    return Simulation(
-        script, costs, requests, stages=1, block_size=16, max_queued_requests=9  # type: ignore[arg-type]
-    ).run()  # fmt: skip
+    replica = SimulatedReplica(script, costs, stages=1, block_size=16)  # type: ignore[arg-type]
+    return Simulation([replica], requests, max_queued_requests=9).run()
 
 
 def plan(step_id: int, *copies: BlockCopy, batch: bool = True) -> Plan:

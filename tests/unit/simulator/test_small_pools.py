@@ -13,7 +13,7 @@ from fastserve_mega.simulator.main import simulate
 from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.workload import RequestSpec
 
-CONFIG = Path(__file__).parents[3] / "configs" / "sim" / "opt-13b-a100.yaml"
+CONFIG = Path(__file__).parents[3] / "configs" / "opt-13b-a100.yaml"
 DEVICE_BLOCKS = 912
 RATE = 8.0
 REQUESTS = 120
@@ -35,7 +35,7 @@ def sharegpt_like() -> list[RequestSpec]:
 
 def survive(*settings: str) -> SimulationResult:
     overrides = [f"kv_cache.device_blocks={DEVICE_BLOCKS}", *settings]
-    config = load_simulation_config(CONFIG, overrides)
+    config = load_simulation_config(CONFIG, overrides=overrides)
     result = simulate(config, sharegpt_like(), timeline_interval_s=0.1)
     assert (result.finished, result.rejected) == (REQUESTS, 0)
     assert len(result.records) == REQUESTS

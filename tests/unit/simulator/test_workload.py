@@ -27,15 +27,15 @@ TRACE = "timestamp_s,prompt_tokens,output_tokens\n5.0,10,3\n7.5,20,4\n6.0,9000,5
 
 
 def test_a_trace_keeps_its_arrival_times_from_its_first_row(write: Any) -> None:
-    requests = make_requests(WorkloadConfig(path="w.csv"), write(TRACE))
+    requests = make_requests(WorkloadConfig(source="w.csv"), write(TRACE))
     assert requests == [(0.0, 10, 3), (1.0, 9000, 5), (2.5, 20, 4)]
     assert isinstance(requests[0], RequestSpec)
 
 
 def test_a_trace_can_be_filtered_cut_and_sped_up(write: Any) -> None:
-    config = WorkloadConfig(path="w.csv", max_prompt_tokens=100, speedup=2.5)
+    config = WorkloadConfig(source="w.csv", max_prompt_tokens=100, speedup=2.5)
     assert make_requests(config, write(TRACE)) == [(0.0, 10, 3), (1.0, 20, 4)]
-    config = WorkloadConfig(path="w.csv", num_requests=1)
+    config = WorkloadConfig(source="w.csv", num_requests=1)
     assert make_requests(config, write(TRACE)) == [(0.0, 10, 3)]
 
 
@@ -47,7 +47,7 @@ LENGTHS = "prompt_tokens,output_tokens,turn\n" + "".join(
 def test_arrivals_have_the_rate_and_variation_asked_for(write: Any) -> None:
     directory = write(LENGTHS)
     for cv in (1.0, 3.0):
-        config = WorkloadConfig(path="w.csv", rate=4.0, cv=cv, num_requests=20_000)
+        config = WorkloadConfig(source="w.csv", rate=4.0, cv=cv, num_requests=20_000)
         gaps = np.diff([request.arrival_s for request in make_requests(config, directory)])
         assert gaps.mean() == pytest.approx(0.25, rel=0.06)
         assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.06)
@@ -57,7 +57,7 @@ def test_rows_are_drawn_without_replacement_and_by_seed(write: Any) -> None:
     directory = write(LENGTHS)
     draws = [
         make_requests(
-            WorkloadConfig(path="w.csv", rate=1.0, num_requests=400, seed=seed), directory
+            WorkloadConfig(source="w.csv", rate=1.0, num_requests=400, seed=seed), directory
         )
         for seed in (1, 1, 2)
     ]
@@ -68,7 +68,7 @@ def test_rows_are_drawn_without_replacement_and_by_seed(write: Any) -> None:
 
 def test_where_takes_a_subset_and_scaling_reaches_the_means(write: Any) -> None:
     config = WorkloadConfig(
-        path="w.csv", rate=1.0, where={"turn": 1}, mean_prompt_tokens=130, mean_output_tokens=100
+        source="w.csv", rate=1.0, where={"turn": 1}, mean_prompt_tokens=130, mean_output_tokens=100
     )
     table = load_lengths(config, write(LENGTHS))
     assert len(table.lengths) == 200
@@ -77,7 +77,7 @@ def test_where_takes_a_subset_and_scaling_reaches_the_means(write: Any) -> None:
 
 def test_limits_hold_after_scaling_and_empty_rows_are_skipped(write: Any) -> None:
     text = "prompt_tokens,output_tokens\n10,10\n30,10\n0,5\n5,0\n900,900\n"
-    config = WorkloadConfig(path="w.csv", rate=1.0, max_total_tokens=50, mean_prompt_tokens=40)
+    config = WorkloadConfig(source="w.csv", rate=1.0, max_total_tokens=50, mean_prompt_tokens=40)
     assert load_lengths(config, write(text)).lengths.tolist() == [[40, 10]]
 
 
@@ -94,12 +94,12 @@ def test_limits_hold_after_scaling_and_empty_rows_are_skipped(write: Any) -> Non
 )
 def test_a_bad_file_is_one_clear_error(write: Any, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_requests(WorkloadConfig(path="w.csv", rate=1.0), write(text))
+        make_requests(WorkloadConfig(source="w.csv", rate=1.0), write(text))
 
 
 def test_a_trace_without_timestamps_is_refused(write: Any) -> None:
     with pytest.raises(ValueError, match="has no column 'timestamp_s'"):
-        make_requests(WorkloadConfig(path="w.csv"), write(LENGTHS))
+        make_requests(WorkloadConfig(source="w.csv"), write(LENGTHS))
 
 
 @pytest.mark.parametrize(
@@ -108,4 +108,4 @@ def test_a_trace_without_timestamps_is_refused(write: Any) -> None:
 )
 def test_values_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"workload\."):
-        WorkloadConfig(path="w.csv", **options)
+        WorkloadConfig(source="w.csv", **options)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastserve_mega.config import ParallelConfig
 from fastserve_mega.models.architecture import Architecture, Experts, Rope
 from fastserve_mega.models.llama import WEIGHTS
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.partition import partition_model
 from fastserve_mega.worker.megatron.experts import route
-from fastserve_mega.worker.partition import partition_model
 
 SIZES = {"count": 4, "chosen": 2, "ffn_hidden_size": 24}
 LOGITS = torch.tensor([[0.0, 3.0, 1.0, 2.0], [5.0, 4.0, 4.5, -1.0]])

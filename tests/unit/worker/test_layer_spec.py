@@ -15,11 +15,11 @@ import pytest
 import torch
 from tiny_models import greedy, make_model, prompts
 
-from fastserve_mega.config import ParallelConfig
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.partition import partition_model
 from fastserve_mega.worker.megatron import layer_spec
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
-from fastserve_mega.worker.partition import partition_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TESTS = Path(__file__).parent.parent.parent

@@ -14,8 +14,9 @@ import torch
 from generation import generate
 from tiny_models import greedy, make_model, prompts
 
-from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.system.partition import partition_model
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint
 from fastserve_mega.worker.megatron.convert import convert
@@ -23,7 +24,6 @@ from fastserve_mega.worker.megatron.initialize import join_process_groups
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.megatron.metadata_names import check_names
 from fastserve_mega.worker.megatron.model import build_stage
-from fastserve_mega.worker.partition import partition_model
 from fastserve_mega.worker.topology import Topology
 
 MAX_TOKENS = 8

@@ -11,7 +11,7 @@ import torch
 from generation import generate
 from tiny_models import LAYERS, MODELS, SMOLLM2, greedy, make_model, prompts
 
-from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles

@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 
-from fastserve_mega.config import Config, KvCacheConfig, ModelConfig, SwapConfig
 from fastserve_mega.models.architecture import Experts, load_architecture
-from fastserve_mega.worker import pool_sizes, sizes
+from fastserve_mega.system import sizes
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, SwapConfig
+from fastserve_mega.worker import pool_sizes
 
 GB = 2**30
 BLOCK_BYTES = 2**20

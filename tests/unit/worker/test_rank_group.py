@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from fastserve_mega.config import Config, ModelConfig, SchedulerConfig
+from fastserve_mega.system.config import Config, ModelConfig, SchedulerConfig
 from fastserve_mega.worker import rank_group as module
 from fastserve_mega.worker.exchange import MissingRanksError
 from fastserve_mega.worker.rank_group import OthersFailedError, RankGroup

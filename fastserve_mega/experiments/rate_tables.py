@@ -1,4 +1,4 @@
-"""Tables of the rates that policies reach; used by `paper.py`."""
+"""Tables of the rates that policies reach."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastserve_mega.config import PolicyName
+from fastserve_mega.system.config import PolicyName
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Line:
     name: str
     measure: str
     means: tuple[float, float]
-    """Of prompt and output tokens."""
+    """Mean prompt and output tokens."""
     cap: float
     """Where the search ended; a finite run may stay within the limit at any rate."""
     rates: dict[str, list[float]]

@@ -8,16 +8,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from fastserve_mega.config import Config
-from fastserve_mega.planning.deployment import (
+from fastserve_mega.printing import FittedTable, print_sentence
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.deployment import (
     CONTEXT_BYTES,
-    GIB,
     DeploymentPlan,
     StagePlan,
-    find_architecture,
     plan_deployment,
 )
-from fastserve_mega.printing import FittedTable, print_sentence
+from fastserve_mega.system.hardware import GIB
+from fastserve_mega.system.locate import find_architecture
 
 _LENGTHS = (512, 2048)
 """Tokens of prompt and answer for which the report says how many requests fit."""
@@ -134,7 +134,7 @@ def _request_table(plan: DeploymentPlan) -> FittedTable:
     )  # fmt: skip
     for name, blocks in (("device", plan.device_blocks), ("host", plan.host_blocks)):
         if blocks is None:
-            table.add_row(name, "unknown: give hardware.device_memory_gb")
+            table.add_row(name, "unknown: give hardware.device")
             continue
         counts = [f"{plan.requests_of(length, blocks):,}" for length in lengths]
         tokens = max(blocks - 1, 0) * plan.block_size

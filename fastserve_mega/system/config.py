@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from fastserve_mega.system.hardware import HardwareConfig
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -112,7 +114,7 @@ class SwapConfig:
 
     strategy: SwapStrategy = "proactive"
     """proactive: to the host ahead of need; reactive: to the host at the moment of need;
-    recompute: dropped and prefilled again; none: nobody is preempted for memory."""
+    recompute: dropped and prefilled again; none: no request is preempted for memory."""
     write_through_blocks: int = 16
     """Full blocks copied to the host per step while nothing else is, so that a later preemption
     finds them clean; 0 switches it off. For `proactive` only."""
@@ -239,7 +241,7 @@ class SchedulerConfig:
     """How many requests that find no memory are passed over in one step in search of one that
     does."""
     max_passed_over: int = 64
-    """Steps a request may be passed over; then nobody behind it is given memory before it."""
+    """Steps a request may be passed over; then no request behind it is given memory before it."""
     profile: str | None = None
     """File that `fastserve-mega profile` wrote; ~ is expanded. None measures a few steps at
     start-up instead."""
@@ -315,30 +317,6 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _require(
             0 <= self.port <= 65535, f"server.port must be between 0 and 65535, got {self.port}"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HardwareConfig:
-    """The machines a deployment is meant for.
-
-    `fastserve-mega plan` computes with them, on any machine; ranks look at the device they have.
-    """
-
-    device_memory_gb: float | None = None
-    """Memory of a device, GiB. None leaves open what fits."""
-    devices_per_node: int = 8
-    """GPUs of a node, one per rank."""
-    host_memory_gb: float | None = None
-    """Memory of a node, GiB."""
-
-    def __post_init__(self) -> None:
-        for name in ("device_memory_gb", "host_memory_gb"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"hardware.{name} must be positive, got {value}")
-        _require(
-            self.devices_per_node >= 1,
-            f"hardware.devices_per_node must be at least 1, got {self.devices_per_node}",
         )
 
 

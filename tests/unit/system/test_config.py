@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from fastserve_mega.config import Config, ModelConfig, SchedulerConfig
-from fastserve_mega.config_file import load_config, load_yaml
+from fastserve_mega.system.config import Config, ModelConfig, SchedulerConfig
+from fastserve_mega.system.config_file import load_config, load_yaml
 
 REFERENCE = "configs/smollm2-135m-cpu.yaml"
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from fastserve_mega.config import Config, KvCacheConfig
 from fastserve_mega.models.architecture import Architecture, Experts, LearnedPositions
-from fastserve_mega.worker.partition import Partition
+from fastserve_mega.system.config import Config, KvCacheConfig
+from fastserve_mega.system.hardware import GIB
+from fastserve_mega.system.partition import Partition
 
+VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+"""Bytes of a parameter and a KV element by `model.dtype`; auto is taken for half precision."""
+CPU_POOL_GB = 1.0
+"""GiB of a rank's KV pool on a CPU, where it shares the memory with everything else."""
 _HIDDEN_COPIES = 8
 """Activations of a layer that live at once, in hidden sizes: residual, normed, query, key, value,
 attention output, and two of the allocator's leftovers."""
 _WIDE_COPIES = 3
-"""Likewise in intermediate sizes: gate, up, product."""
+"""Activations of a feed-forward layer that live at once, in its sizes: gate, up, product."""
 _LOGIT_BYTES = 4 * 2
 """Logits in float32, and their probabilities."""
 
@@ -79,11 +84,11 @@ def host_blocks(settings: KvCacheConfig, block_bytes: int) -> int:
         return 0
     if settings.host_blocks is not None:
         return settings.host_blocks
-    return int(settings.host_memory_gb * 2**30) // block_bytes
+    return int(settings.host_memory_gb * GIB) // block_bytes
 
 
 def _attention_parameters(architecture: Architecture, partition: Partition) -> int:
-    """Parameters of a layer's attention, all norms of the layer included."""
+    """Parameters of the attention of a layer, and of all its norms."""
     hidden, head_dim = architecture.hidden_size, architecture.head_dim
     query_size = len(partition.query_heads) * head_dim
     qkv_size = query_size + 2 * len(partition.kv_heads) * head_dim

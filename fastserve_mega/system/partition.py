@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fastserve_mega.config import ParallelConfig
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.config import ParallelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Partition:
     experts: range
     """The experts of each layer that this rank has a part in; empty in a model without experts."""
     expert_columns: range
-    """Columns of each expert that this rank holds."""
+    """Columns of each of those experts that this rank holds."""
     shared_expert_columns: range
     vocab_rows: range
     """Rows of the embedding and of the output layer, padding included."""

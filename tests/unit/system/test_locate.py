@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastserve_mega.config import Config, ModelConfig, ParallelConfig
-from fastserve_mega.models import locate
-from fastserve_mega.models.locate import resolve_model
+from fastserve_mega.system import locate
+from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig
+from fastserve_mega.system.locate import resolve_model
 from fastserve_mega.worker import rank as worker_rank
 from fastserve_mega.worker.topology import Topology
 

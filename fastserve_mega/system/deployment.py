@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from fastserve_mega.config import Config, ParallelConfig
-from fastserve_mega.models.architecture import Architecture, load_architecture
-from fastserve_mega.worker.partition import Partition, partition_model
-from fastserve_mega.worker.sizes import (
+from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.config import Config, ParallelConfig
+from fastserve_mega.system.hardware import GIB, HardwareConfig
+from fastserve_mega.system.partition import Partition, partition_model
+from fastserve_mega.system.sizes import (
+    CPU_POOL_GB,
+    VALUE_BYTES,
     activation_bytes,
     block_bytes,
     free_for_blocks,
@@ -16,10 +18,8 @@ from fastserve_mega.worker.sizes import (
     parameter_count,
 )
 
-GIB = 2**30
 CONTEXT_BYTES = GIB // 2
-"""Of a CUDA context with its libraries, before anything is allocated; about so on an A100."""
-_VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+"""Memory of a CUDA context with its libraries before anything is allocated, about, on an A100."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +28,7 @@ class StagePlan:
 
     stage: int
     ranks: tuple[range, ...]
-    """Of this stage, for each replica."""
+    """Ranks of this stage, for each replica."""
     layers: range
     query_heads: int
     kv_heads: int
@@ -36,7 +36,7 @@ class StagePlan:
     weight_bytes: int
     kv_bytes_per_token: int
     device_blocks: int | None
-    """That its device has room for; None when hardware.device_memory_gb is not given."""
+    """That its device has room for; None when nothing says what memory it has."""
     host_blocks: int
 
 
@@ -47,22 +47,27 @@ class DeploymentPlan:
     model: str
     architecture: Architecture
     value_bytes: int
-    """Of a parameter and a KV element."""
+    """Bytes of a parameter and of a KV element."""
     block_size: int
     parameters: int
-    """Of the model, each counted once."""
+    """Parameters of the model, each counted once."""
     weight_bytes: int
-    """Of all ranks of a replica together, with what several of them hold."""
+    """Weights on all ranks of a replica together, with what several of them hold."""
     kv_bytes_per_token: int
-    """Of all ranks of a replica together."""
+    """KV of a token on all ranks of a replica together."""
     activation_bytes: int
-    """Of a step on one rank, at most."""
+    """Activations of a step on one rank, at most."""
     max_context: int
     stages: tuple[StagePlan, ...]
     replicas: int
     nodes: int
     problems: tuple[str, ...]
     """Why it does not fit, or would be slow; one sentence each."""
+
+    @property
+    def rank_kv_bytes_per_token(self) -> int:
+        """KV of a token on the rank that holds most of it."""
+        return max(stage.kv_bytes_per_token for stage in self.stages)
 
     @property
     def device_blocks(self) -> int | None:
@@ -72,34 +77,12 @@ class DeploymentPlan:
 
     @property
     def host_blocks(self) -> int:
-        """Likewise in host memory."""
+        """KV blocks in the host memory of a replica, those of its smallest pool."""
         return min(stage.host_blocks for stage in self.stages)
 
     def requests_of(self, tokens: int, blocks: int) -> int:
         """How many requests of so many tokens fit into a pool of `blocks`, in one replica."""
         return max(blocks - 1, 0) // -(-tokens // self.block_size)
-
-
-def find_architecture(config: Config, config_file: Path) -> tuple[Architecture, Path]:
-    """The model's config.json: at model.path, or else beside the configuration file.
-
-    Returns:
-        The architecture, and the directory it was found in: `architectures/NAME` beside the file
-        has it for models that are not on this machine yet.
-
-    Raises:
-        ValueError: it is in neither place, or not usable.
-    """
-    directory = config.model.directory
-    beside = config_file.parent / "architectures" / config.model.name
-    if not (directory / "config.json").is_file() and (beside / "config.json").is_file():
-        directory = beside
-    try:
-        return load_architecture(directory), directory
-    except ValueError as error:
-        if directory.is_dir():
-            raise
-        raise ValueError(f"{error}, and there is no {beside / 'config.json'}") from None
 
 
 def plan_deployment(config: Config, architecture: Architecture) -> DeploymentPlan:
@@ -108,7 +91,7 @@ def plan_deployment(config: Config, architecture: Architecture) -> DeploymentPla
     Raises:
         ValueError: the model cannot be split over this mesh, or model.max_context is too much.
     """
-    value_bytes = _VALUE_BYTES[config.model.dtype]
+    value_bytes = VALUE_BYTES[config.model.dtype]
     parallel = config.parallel
     partitions = [
         partition_model(architecture, parallel, rank, parallel.replica_size)
@@ -144,7 +127,7 @@ def _plan_stage(
     config: Config, architecture: Architecture, partition: Partition, activations: int
 ) -> StagePlan:
     parallel, settings = config.parallel, config.kv_cache
-    value_bytes = _VALUE_BYTES[config.model.dtype]
+    value_bytes = VALUE_BYTES[config.model.dtype]
     parameters = parameter_count(architecture, partition)
     block = block_bytes(architecture, partition, settings.block_size, value_bytes)
     first = partition.stage * parallel.tensor
@@ -166,14 +149,15 @@ def _plan_stage(
 
 
 def _device_blocks(config: Config, weights: int, activations: int, block: int) -> int | None:
-    settings, memory_gb = config.kv_cache, config.hardware.device_memory_gb
+    settings, total = config.kv_cache, config.hardware.device_memory_bytes
     if settings.device_blocks is not None:
         return settings.device_blocks
     if settings.device_memory_gb is not None:
         return int(settings.device_memory_gb * GIB) // block
-    if memory_gb is None:
+    if config.parallel.device == "cpu":
+        return int(CPU_POOL_GB * GIB) // block
+    if total is None:
         return None
-    total = int(memory_gb * GIB)
     return free_for_blocks(settings, total - weights - CONTEXT_BYTES, total, activations) // block
 
 
@@ -182,16 +166,16 @@ def _problems(
 ) -> list[str]:
     problems = []
     hardware, block_size = config.hardware, config.kv_cache.block_size
-    memory_gb = hardware.device_memory_gb
+    memory = hardware.device_memory_bytes
     for stage in stages:
-        if memory_gb is None or stage.device_blocks is None:
+        if memory is None or stage.device_blocks is None:
             continue
         pool = stage.device_blocks * block_size * stage.kv_bytes_per_token
         needed = stage.weight_bytes + CONTEXT_BYTES + activations + pool
-        if needed > memory_gb * GIB:
+        if needed > memory:
             problems.append(
                 f"a rank of stage {stage.stage} needs {needed / GIB:.1f} GiB, its device has "
-                f"{memory_gb:g} (hardware.device_memory_gb)"
+                f"{memory / GIB:g} ({_memory_setting(hardware)})"
             )
         if (stage.device_blocks - 1) * block_size < max_context:
             problems.append(
@@ -209,7 +193,7 @@ def _problems(
                 f"{hardware.host_memory_gb:g} (hardware.host_memory_gb)"
             )
     if config.parallel.tensor > 1 and any(
-        ranks.start // hardware.devices_per_node != (ranks.stop - 1) // hardware.devices_per_node
+        hardware.spans_nodes(ranks.start, ranks.stop - 1)
         for stage in stages
         for ranks in stage.ranks
     ):
@@ -218,3 +202,8 @@ def _problems(
             f"{hardware.devices_per_node} devices: every layer waits for the network twice"
         )
     return problems
+
+
+def _memory_setting(hardware: HardwareConfig) -> str:
+    """What the configuration says the memory of a device with."""
+    return "hardware.device" if hardware.device_memory_gb is None else "hardware.device_memory_gb"

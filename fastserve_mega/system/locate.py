@@ -1,4 +1,4 @@
-"""Finds a model's directory, from the Hugging Face hub if it is not a local one."""
+"""Finds a model: its directory, from the Hugging Face hub if need be, and its description."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from fastserve_mega.config import ModelConfig
+from fastserve_mega.models.architecture import Architecture, load_architecture
+from fastserve_mega.system.config import Config, ModelConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """organization/name."""
@@ -57,6 +58,28 @@ def resolve_model(
                 f"the hub: {_first_line(error)}"
             ) from None
     return dataclasses.replace(model, path=str(directory), served_name=model.name)
+
+
+def find_architecture(config: Config, config_file: Path) -> tuple[Architecture, Path]:
+    """The model's config.json: at model.path, or else beside the configuration file.
+
+    Returns:
+        The architecture, and the directory it was found in: `architectures/NAME` beside the file
+        has it for models that are not on this machine yet.
+
+    Raises:
+        ValueError: it is in neither place, or not usable.
+    """
+    directory = config.model.directory
+    beside = config_file.parent / "architectures" / config.model.name
+    if not (directory / "config.json").is_file() and (beside / "config.json").is_file():
+        directory = beside
+    try:
+        return load_architecture(directory), directory
+    except ValueError as error:
+        if directory.is_dir():
+            raise
+        raise ValueError(f"{error}, and there is no {beside / 'config.json'}") from None
 
 
 def _cached(name: str, download: Download, *, weights: bool) -> Path | None:

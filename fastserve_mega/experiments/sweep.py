@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fastserve_mega.config import PolicyName
 from fastserve_mega.simulator.config import SimulationConfig
+from fastserve_mega.simulator.lengths import LengthTable
 from fastserve_mega.simulator.main import simulate, with_policy, with_rate
 from fastserve_mega.simulator.report import Report, summarize
-from fastserve_mega.simulator.workload import LengthTable, draw_requests
+from fastserve_mega.simulator.workload import draw_requests
+from fastserve_mega.system.config import PolicyName
 
 Measure = Callable[[Report], float]
 

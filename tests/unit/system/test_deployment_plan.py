@@ -9,14 +9,16 @@ import pytest
 from tiny_models import MODELS, make_model
 
 from fastserve_mega.cli import main
-from fastserve_mega.config import Config, HardwareConfig, ModelConfig, ParallelConfig
-from fastserve_mega.config_file import load_config
 from fastserve_mega.models.architecture import load_architecture
-from fastserve_mega.planning.deployment import GIB, find_architecture, plan_deployment
-from fastserve_mega.worker.partition import partition_model
-from fastserve_mega.worker.sizes import parameter_count
+from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig
+from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.deployment import plan_deployment
+from fastserve_mega.system.hardware import GIB, HardwareConfig
+from fastserve_mega.system.locate import find_architecture
+from fastserve_mega.system.partition import partition_model
+from fastserve_mega.system.sizes import parameter_count
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def plan_of(name, *overrides):

@@ -1,11 +1,12 @@
 """Policies below saturation, in the steady state, and under a real trace, on the simulator.
 
-    python tools/steady_state.py --data DIRECTORY_OF_LENGTH_FILES [--quick]
+    python -m fastserve_mega.experiments.steady_state [--quick]
 
-Beyond saturation a finite run flatters any policy that lets long jobs wait, so `tools/paper.py`
-needs this beside it: 0.7, 0.8, 0.9 and 0.95 of the rate that fcfs completes when there is always
-more to do; at least 2,000 requests are measured after a warm-up, and requests keep arriving until
-the last of those has finished. Distances are to srpt, which knows the true output lengths.
+Beyond saturation a finite run flatters any policy that lets long jobs wait, so
+`fastserve_mega.experiments.paper` needs this beside it: 0.7, 0.8, 0.9 and 0.95 of the rate that
+fcfs completes when there is always more to do; at least 2,000 requests are measured after a
+warm-up, and requests keep arriving until the last of those has finished. Distances are to srpt,
+which knows the true output lengths.
 
 The Azure conversation trace is replayed at the speed at which fcfs begins to queue: there its mean
 time to first token is twice what it is at a quarter of that speed.
@@ -23,14 +24,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve_mega.config import PolicyName
-from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
+from fastserve_mega.experiments.sweep import saturation_rate
+from fastserve_mega.experiments.systems import load_system
+from fastserve_mega.simulator.config import SimulationConfig
+from fastserve_mega.simulator.lengths import LengthTable
 from fastserve_mega.simulator.main import simulate, with_policy
 from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
-from fastserve_mega.simulator.sweep import saturation_rate
-from fastserve_mega.simulator.workload import LengthTable, draw_requests, load_lengths
+from fastserve_mega.simulator.workload import draw_requests, load_lengths
+from fastserve_mega.system.config import PolicyName
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "sim"
+DESCRIPTION = "Policies below saturation, in the steady state, and under a real trace, simulated."
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 LOADS = (0.7, 0.8, 0.9, 0.95)
 QUEUEING_TTFT_RATIO = 2.0
@@ -39,33 +42,33 @@ SPEEDUP_STEP = 1.1
 FASTEST = 100.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="DIR")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="of length files of your own")
     parser.add_argument("--quick", action="store_true", help="a fifth of the requests")
-    parser.add_argument("--config", default="opt-13b-a100", help="of configs/sim, for the loads")
-    parser.add_argument("--trace", default="llama-3-8b-h200", help="of configs/sim, for the trace")
+    parser.add_argument("--config", default="opt-13b-a100", help="deployment for the loads")
+    parser.add_argument("--trace", default="llama-3-8b-h200", help="deployment for the trace")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures here")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE",
         help="override one value of both configurations",
     )  # fmt: skip
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     share = 0.2 if options.quick else 1.0
     reports = []
     if options.config:
-        config = load_simulation_config(CONFIGS / f"{options.config}.yaml", options.overrides)
+        config = load_system(options.config, "paper-sharegpt", options.overrides)
         reports += loads(config, options.data, options.policies, share)
     if options.trace:
-        config = load_simulation_config(CONFIGS / f"{options.trace}.yaml", options.overrides)
+        config = load_system(options.trace, "azure-conv-2023", options.overrides)
         reports += trace(config, options.data, options.policies, share)
     if options.json:
         options.json.write_text(to_json(reports), encoding="utf-8")
 
 
 def loads(
-    config: SimulationConfig, data: Path, policies: Sequence[PolicyName], share: float
+    config: SimulationConfig, data: Path | None, policies: Sequence[PolicyName], share: float
 ) -> list[Report]:
     """All policies at fractions of the saturation rate."""
     lengths = load_lengths(config.workload, data)
@@ -76,7 +79,7 @@ def loads(
             config.workload, rate=load * saturation, warmup_requests=round(500 * share),
             num_requests=round(2000 * share), cooldown_requests=round(1000 * share),
         )  # fmt: skip
-        name = f"{config.model}: {load:.2f} of {saturation:.2f} requests/s"
+        name = f"{config.deployment.model.name}: {load:.2f} of {saturation:.2f} requests/s"
         at_load = run_policies(replace(config, workload=workload), lengths, policies, name)
         show(at_load, name)
         reports += at_load
@@ -84,7 +87,7 @@ def loads(
 
 
 def trace(
-    config: SimulationConfig, data: Path, policies: Sequence[PolicyName], share: float
+    config: SimulationConfig, data: Path | None, policies: Sequence[PolicyName], share: float
 ) -> list[Report]:
     """All policies on a trace, at the speed where fcfs begins to queue."""
     workload = config.workload
@@ -97,7 +100,7 @@ def trace(
     lengths = load_lengths(workload, data)
     speedup = queueing_speedup(replace(config, workload=workload), lengths)
     config = replace(config, workload=replace(workload, speedup=speedup))
-    name = f"{config.model}: {workload.path} at {speedup:.2f} times its own speed"
+    name = f"{config.deployment.model.name}: {lengths.origin} at {speedup:.2f} times its own speed"
     reports = run_policies(config, lengths, policies, name)
     show(reports, name)
     return reports

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from fastserve_mega.config import ParallelConfig
 from fastserve_mega.models.architecture import Architecture, Rope
 from fastserve_mega.models.llama import WEIGHTS
-from fastserve_mega.worker.partition import partition_model, split_layers
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.partition import partition_model, split_layers
 
 MODEL = Architecture(
     name="LlamaForCausalLM",

@@ -1,15 +1,17 @@
 """The FastServe paper's comparison, by its own protocol, on the simulator.
 
-    python tools/paper.py --data DIRECTORY_OF_LENGTH_FILES [--quick]
+    python -m fastserve_mega.experiments.paper [--quick] [--data DIRECTORY_OF_LENGTH_FILES]
 
 The protocol is that of the authors' scripts (github.com/LLMServe/FastServe, benchmarks/
 artifact-evaluation): prompt <= 1024, total <= 2048, Poisson arrivals, a finite run per rate whose
 number of prompts depends on the rate, and the highest rate at which the mean of latency / output
 tokens stays within 0.3 s. Beyond saturation a finite run flatters policies that let long jobs
-wait; `tools/steady_state.py` shows the other side.
+wait; `fastserve_mega.experiments.steady_state` shows the other side.
 
-The length files are scaled to the paper's means (161 in, 338 out; Alpaca 19 and 58): first turns
-of ShareGPT conversations have 137 and 468 in our tokenizer, Alpaca 18 and 57.
+The lengths are scaled to the paper's means (161 in, 338 out; Alpaca 19 and 58): first turns of
+ShareGPT conversations have 137 and 468, Alpaca 18 and 57. Alpaca's are not shipped (its licence is
+CC-BY-NC-4.0): a stand-in with their means and variation takes their place unless --data has
+alpaca_lengths.csv.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from rate_tables import Line, Row, add_columns, add_line, print_tables
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve_mega.config import PolicyName
-from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
-from fastserve_mega.simulator.sweep import (
+from fastserve_mega.experiments.rate_tables import (
+    Line,
+    Row,
+    add_columns,
+    add_line,
+    print_tables,
+)
+from fastserve_mega.experiments.sweep import (
     SEARCH_SPAN,
     Measure,
     RateSearch,
@@ -39,9 +45,12 @@ from fastserve_mega.simulator.sweep import (
     p95_normalized_latency,
     saturation_rate,
 )
+from fastserve_mega.experiments.systems import load_system
+from fastserve_mega.simulator.config import SimulationConfig
 from fastserve_mega.simulator.workload import load_lengths
+from fastserve_mega.system.config import PolicyName
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "sim"
+DESCRIPTION = "The FastServe paper's comparison, by its own protocol, on the simulator."
 LIMIT_S = 0.3
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
 
@@ -76,7 +85,7 @@ ROWS = (
 class Options:
     """What the command line asks for."""
 
-    data: Path
+    data: Path | None
     policies: tuple[PolicyName, ...]
     seeds: range
     tolerance: float
@@ -84,9 +93,12 @@ class Options:
     jobs: int
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="DIR")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="of length files of your own; alpaca_lengths.csv is not shipped",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one seed, coarser crossings")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
@@ -100,7 +112,7 @@ def main() -> None:
         "--set", action="append", default=[], dest="overrides", metavar="SECTION.FIELD=VALUE",
         help="override one value of all configurations",
     )  # fmt: skip
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     options = Options(
         arguments.data,
         tuple(arguments.policies),
@@ -127,7 +139,7 @@ def paper_table(options: Options) -> list[Line]:
     add_columns(tables[1], options.policies)
     lines = []
     for row in ROWS:
-        config = _with_data(load(row.config, options), row.data)
+        config = load(row.config, options, workload=f"paper-{row.data.lower()}")
         prompts = SHAREGPT_PROMPTS if row.data == "ShareGPT" else ALPACA_PROMPTS
         found = search(f"{row.config} {row.data}", config, options, prompts)
         lines += found
@@ -203,19 +215,11 @@ SECTIONS: dict[str, Callable[[Options], list[Line]]] = {
 MEASURES: dict[str, Measure] = {"mean": mean_normalized_latency, "P95": p95_normalized_latency}
 
 
-def load(name: str, options: Options, *overrides: str) -> SimulationConfig:
-    """A shipped configuration, changed by what the command line and the caller say."""
-    return load_simulation_config(CONFIGS / f"{name}.yaml", (*options.overrides, *overrides))
-
-
-def _with_data(config: SimulationConfig, data: str) -> SimulationConfig:
-    if data == "ShareGPT":
-        return config
-    workload = replace(
-        config.workload, path="alpaca_lengths.csv", where={},
-        mean_prompt_tokens=19.0, mean_output_tokens=58.0,
-    )  # fmt: skip
-    return replace(config, workload=workload)
+def load(
+    name: str, options: Options, *overrides: str, workload: str = "paper-sharegpt"
+) -> SimulationConfig:
+    """A shipped system, changed by what the command line and the caller say."""
+    return load_system(name, workload, (*options.overrides, *overrides))
 
 
 def search(
@@ -227,6 +231,9 @@ def search(
 ) -> list[Line]:
     """Maximum rates of all policies and seeds, one line per measure."""
     lengths = load_lengths(config.workload, options.data)
+    if lengths.is_synthetic:
+        name += " (stand-in)"
+        Console(stderr=True).print(f"{name}: lengths of {lengths.origin}", soft_wrap=True)
     runs = RateSearch(config, lengths, tuple(prompts), options.tolerance)
     start = 0.8 * saturation_rate(config, lengths, num_requests=200)
     lines = [

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastserve_mega.config import Config
 from fastserve_mega.strict import from_plain
+from fastserve_mega.system.config import Config
 
 T = TypeVar("T")
 
@@ -20,18 +20,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_yaml(
-    path: str | Path,
+    path: str | Path | None,
     target: type[T],
     overrides: Sequence[str] = (),
     check: Callable[[T], object] = lambda _: None,
+    section: str | None = None,
 ) -> T:
     """Read a YAML file and apply overrides of the form `section.field=value` (value in YAML).
 
     Args:
-        path: of the file; its top level is a mapping.
+        path: of the file; its top level is a mapping. None stands for an empty one.
         target: the dataclass it describes.
         overrides: applied in order, before validation.
         check: raises ValueError for what only the whole configuration can tell.
+        section: the file holds this section of `target` alone; overrides name it all the same.
 
     Raises:
         ValueError: the file or an override is not valid; the message names which of them, and
@@ -39,10 +41,8 @@ def load_yaml(
         OSError: the file cannot be read.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
-        if not isinstance(raw, dict):
-            raise ValueError("the top level must be a mapping of sections")
+        text = "{}" if path is None else Path(path).read_text(encoding="utf-8")
+        raw = _settings_of(text, section)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
@@ -61,8 +61,15 @@ def load_yaml(
     try:
         return convert(raw)
     except ValueError as error:
-        origin = _origin(str(error), yaml.safe_load(text), overrides, convert) or path
+        origin = _origin(str(error), _settings_of(text, section), overrides, convert) or path
         raise ValueError(f"{origin}: {error}") from None
+
+
+def _settings_of(text: str, section: str | None) -> dict[str, Any]:
+    raw = yaml.safe_load(text)
+    if not isinstance(raw, dict):
+        raise ValueError("the top level must be a mapping of settings")
+    return raw if section is None else {section: raw}
 
 
 def _origin(

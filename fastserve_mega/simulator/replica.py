@@ -1,0 +1,58 @@
+"""One copy of the model in a simulation: a live scheduler, and ranks that are numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastserve_mega.plan import Plan
+from fastserve_mega.scheduling.events import CopyDone
+from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.simulator.engine_model import EngineModel
+from fastserve_mega.simulator.pipeline import CopyEngine, Pipeline
+from fastserve_mega.simulator.step_work import step_work
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchedStep:
+    """A plan that the simulated ranks execute."""
+
+    plan: Plan
+    dispatched_s: float
+
+
+class SimulatedReplica:
+    """What a replica's ranks are busy with, and what they have done. Used for one run."""
+
+    def __init__(
+        self, scheduler: Scheduler, engine: EngineModel, *, stages: int, block_size: int
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            scheduler: fresh, with a window of `stages`.
+            engine: the times of steps and copies.
+            stages: pipeline stages.
+            block_size: tokens of a KV block.
+        """
+        self.scheduler = scheduler
+        self.pipeline = Pipeline(stages)
+        self.copy_engine = CopyEngine(engine, block_size)
+        self._engine = engine
+        self.steps = self.slices = self.decode_tokens = self.prefill_tokens = 0
+
+    def dispatch(self, plan: Plan, now: float) -> Iterator[tuple[float, DispatchedStep | CopyDone]]:
+        """Begin what a plan says; yields when each part of it will be done."""
+        for copy in plan.copies:
+            yield self.copy_engine.start(copy, now), CopyDone(copy.copy_id)
+        if not plan.batch:
+            return
+        work = step_work(plan.batch)
+        self.steps += 1
+        self.slices += len(plan.batch)
+        self.decode_tokens += work.decode_slices
+        self.prefill_tokens += work.tokens - work.decode_slices
+        pipeline, engine = self.pipeline, self._engine
+        ready_s = self.copy_engine.ready_s(plan.step_id, now, pipeline.first_stage_free_s)
+        done_s = pipeline.run(ready_s, engine.stage_times(work), engine.hop_times(work.tokens))
+        yield done_s + engine.step_overhead_s, DispatchedStep(plan, now)

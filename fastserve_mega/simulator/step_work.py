@@ -1,0 +1,47 @@
+"""What a step has to do, in numbers that decide how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fastserve_mega.plan import SequenceSlice
+
+
+class StepWork(NamedTuple):
+    """What the slices of one step add up to."""
+
+    tokens: int
+    sampled: int
+    """Slices that yield a token."""
+    decode_slices: int
+    """Slices of one token."""
+    decode_context: int
+    """KV tokens they read."""
+    prefill_context: int
+    """KV tokens read by longer slices."""
+    prefill_pairs: int
+    """Query-key pairs of longer slices, the causal half only."""
+    earlier_pairs: int = 0
+    """Query-key pairs of longer slices with tokens of earlier steps."""
+
+
+def step_work(batch: Iterable[SequenceSlice]) -> StepWork:
+    """Add up a batch."""
+    tokens = sampled = decode_slices = decode_context = prefill_context = prefill_pairs = 0
+    earlier_pairs = 0
+    for _, start, num_tokens, samples, _, _ in batch:
+        tokens += num_tokens
+        if samples:
+            sampled += 1
+        if num_tokens == 1:
+            decode_slices += 1
+            decode_context += start + 1
+        else:
+            prefill_context += start + num_tokens
+            earlier_pairs += num_tokens * start
+            prefill_pairs += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+    return StepWork(
+        tokens, sampled, decode_slices, decode_context, prefill_context, prefill_pairs,
+        earlier_pairs,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a deployment is: its configuration, and what follows from it without a device."""

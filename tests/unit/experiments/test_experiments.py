@@ -1,0 +1,79 @@
+"""The experiments run from what is installed, on small samples."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from fastserve_mega.experiments import paper, steady_state
+from fastserve_mega.experiments.rate_tables import Line
+from fastserve_mega.experiments.sweep import RateSearch, saturation_rate
+from fastserve_mega.experiments.systems import SETTINGS, load_system
+from fastserve_mega.simulator.config import make_pools
+from fastserve_mega.simulator.workload import load_lengths
+from fastserve_mega.system.deployment import plan_deployment
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_system_has_the_pools_its_figures_are_for(name):
+    config = load_system(name, "paper-sharegpt")
+    pools = make_pools(plan_deployment(config.deployment, config.architecture))
+    assert f"kv_cache.device_blocks={pools.device_blocks}" in SETTINGS[name]
+    changed = load_system(name, "paper-sharegpt", ["kv_cache.device_blocks=7"])
+    assert changed.deployment.kv_cache.device_blocks == 7
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"there is no opt-1b\.yaml; there are .*opt-13b-a100"):
+        load_system("opt-1b", "paper-sharegpt")
+    with pytest.raises(ValueError, match=r"there is no alpacca\.yaml; there are .*paper-alpaca"):
+        load_system("opt-13b-a100", "alpacca")
+
+
+def test_a_crossing_is_found_and_interpolated(monkeypatch):
+    config = load_system("opt-13b-a100", "paper-sharegpt")
+    search = RateSearch(config, load_lengths(config.workload), ((1, 10),), tolerance=0.1)
+    monkeypatch.setattr(
+        RateSearch, "report", lambda self, policy, rate, seed: SimpleNamespace(rate=rate)
+    )
+
+    def latency_s(report):
+        return report.rate / 10
+
+    assert search.max_rate("fcfs", 0, latency_s, 0.3, start=1.0) == pytest.approx(3.0)
+    assert search.max_rate("fcfs", 0, latency_s, 0.3, start=20.0) == pytest.approx(3.0)
+    assert search.max_rate("fcfs", 0, lambda report: 0.0, 0.3, start=1.0) >= 8.0
+    assert search.max_rate("fcfs", 0, lambda report: 1.0, 0.3, start=1.0) == 0.0
+
+
+def test_skip_join_is_faster_than_fcfs_in_a_crowded_run():
+    config = load_system("opt-13b-a100", "paper-sharegpt")
+    lengths = load_lengths(config.workload)
+    rate = 2 * saturation_rate(config, lengths, num_requests=50)
+    search = RateSearch(config, lengths, ((1, 100),))
+    fcfs, skip_join = (
+        paper.MEASURES["mean"](search.report(policy, rate, 0))
+        for policy in ("fcfs", "skip_join_mlfq")
+    )
+    assert 0 < skip_join < fcfs
+
+
+def test_rates_of_several_seeds_are_told_by_mean_and_range():
+    line = Line("x", "mean", (161.0, 338.0), 8.0, {"fcfs": [1.0, 3.0], "srpt": [9.0, 8.0]})
+    assert line.mean("fcfs") == 2.0
+    assert line.spread("fcfs") == "2.00 (1.00-3.00)"
+    assert line.spread("srpt") == "> 8.0"
+
+
+def test_the_steady_state_compares_policies_at_each_load(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steady_state, "LOADS", (0.5,))
+    config = load_system("opt-13b-a100", "paper-sharegpt")
+    reports = steady_state.loads(config, None, ("fcfs", "srpt"), share=0.02)
+    assert [report.policy for report in reports] == ["fcfs", "srpt"]
+    assert [report.requests for report in reports] == [40, 40]
+    assert "times of srpt" in capsys.readouterr().out
+    json_path = tmp_path / "none.json"
+    steady_state.main(["--config", "", "--trace", "", "--json", str(json_path)])
+    assert json.loads(json_path.read_text()) == []
