@@ -9,9 +9,7 @@ import { randomUUID } from "node:crypto";
 import { decode, encode } from "@msgpack/msgpack";
 import { Dealer } from "zeromq";
 
-const VERSION = 1;
-const HELLO = 1, SUBMIT = 2, CANCEL = 3, PING = 4;
-const WELCOME = 32, TOKENS = 33, FINISHED = 34, REFUSED = 35, PONG = 36, RESTARTING = 38;
+const VERSION = 2;
 const PING_MS = Number(process.env.PING_MS ?? 5_000), ANSWER_MS = 10_000, SILENCE_MS = 30_000;
 
 export class Client {
@@ -26,7 +24,7 @@ export class Client {
   constructor(endpoint) {
     this.#socket.connect(endpoint);
     this.#read();
-    this.#send(HELLO);
+    this.#send("Hello");
   }
 
   /** The server's model, context length and vocabulary. */
@@ -40,7 +38,7 @@ export class Client {
     const submit = { request_id: requestId, prompt, params, received: [], failed_attempts: 0 };
     const request = { queue: [], submit };
     this.#requests.set(requestId, request);
-    this.#send(SUBMIT, submit);
+    this.#send("Submit", submit);
     try {
       for (;;) {
         while (request.queue.length === 0) await new Promise((wake) => (request.wake = wake));
@@ -56,7 +54,7 @@ export class Client {
 
   /** Its stream ends with the reason `abort`. */
   cancel(requestId) {
-    this.#send(CANCEL, { request_id: requestId });
+    this.#send("Cancel", { request_id: requestId });
   }
 
   close() {
@@ -65,43 +63,52 @@ export class Client {
   }
 
   #outbox = Promise.resolve(); // zeromq.js allows one send at a time
-  #send(kind, fields = {}) {
-    const frame = Buffer.concat([Buffer.from([VERSION, kind]), encode(fields)]);
+  #send(type, fields = {}) {
+    const frame = Buffer.concat([Buffer.from([VERSION]), encode({ type, ...fields })]);
     this.#outbox = this.#outbox.then(() => this.#socket.send(frame)).catch(() => {});
   }
 
   #beat() {
     const silent = Date.now() - this.#heardAt > SILENCE_MS && Date.now() > this.#patientUntil;
     if (silent) for (const request of this.#requests.values()) push(request, new Error("silence"));
-    this.#send(PING);
+    this.#send("Ping");
   }
 
   async #read() {
     for await (const [frame] of this.#socket) {
       this.#heardAt = Date.now();
-      this.#handle(frame[1], decode(frame.subarray(2)));
+      if (frame[0] === VERSION) this.#handle(decode(frame.subarray(1)));
+      else this.#refuse(`the server speaks protocol version ${frame[0]}, not ${VERSION}`);
     }
   }
 
-  #handle(kind, message) {
+  /** A message of ours was wrong, and nobody knows which. */
+  #refuse(reason) {
+    this.#welcome.reject(new Error(reason));
+    for (const request of this.#requests.values()) push(request, new Error(reason));
+  }
+
+  #handle({ type, ...message }) {
     const request = this.#requests.get(message.request_id);
-    if (kind === WELCOME || kind === PONG) {
+    if (type === "Welcome" || type === "Pong") {
       const restarted = this.#epoch !== null && message.epoch !== this.#epoch;
       this.#epoch = message.epoch;
-      if (kind === WELCOME) this.#welcome.resolve(message);
-      if (restarted) for (const each of this.#requests.values()) this.#send(SUBMIT, each.submit);
-    } else if (kind === TOKENS && request) {
+      if (type === "Welcome") this.#welcome.resolve(message);
+      if (restarted) for (const each of this.#requests.values()) this.#send("Submit", each.submit);
+    } else if (type === "Tokens" && request) {
       const received = request.submit.received;
       const news = message.token_ids.slice(received.length - message.offset);
       received.push(...news);
       if (news.length === 0) return;
       request.submit.failed_attempts = 0;
       push(request, news);
-    } else if (kind === FINISHED && request) {
+    } else if (type === "Finished" && request) {
       push(request, message);
-    } else if (kind === REFUSED && request) {
+    } else if (type === "Refused" && request) {
       push(request, new Error(message.message));
-    } else if (kind === RESTARTING) {
+    } else if (type === "Refused" && message.request_id === null) {
+      this.#refuse(message.message);
+    } else if (type === "Restarting") {
       this.#patientUntil = Date.now() + 1000 * message.within_s;
       for (const id of message.suspects)
         if (this.#requests.has(id)) this.#requests.get(id).submit.failed_attempts += 1;

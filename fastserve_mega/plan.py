@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
 
+from fastserve_mega.records import Count, Record
 from fastserve_mega.types import RequestId
 
 
-class SequenceSlice(NamedTuple):
+class SequenceSlice(Record, frozen=True, array_like=True, gc=False):
     """The part of one request that a step computes: tokens [start, start + num_tokens).
 
-    A NamedTuple, not a dataclass: a step makes one per running request, and this is the cheapest
-    immutable record of the standard library (docs/performance.md).
+    A step makes one per running request: so it travels as an array, and the garbage collector,
+    which finds only cycles, does not follow it.
     """
 
     request_id: RequestId
-    start: int
+    start: Count
     """Position of the first token, counted from the start of the prompt; tokens before it have
     their KV in the block table already."""
-    num_tokens: int
+    num_tokens: Count
     samples: bool
     """True when the last token of the slice is the last known one, so the step yields a token."""
-    block_start: int
+    block_start: Count
     """Index into the request's block table from which `block_ids` replace it."""
-    block_ids: tuple[int, ...]
+    block_ids: tuple[Count, ...]
     """Device blocks of block_table[block_start:]; empty when the table is unchanged."""
 
 
@@ -36,26 +35,22 @@ class CopyDirection(StrEnum):
     SWAP_IN = "swap_in"  # host to device
 
 
-class BlockCopy(NamedTuple):
-    """Blocks to copy between device and host memory, the same ids on every rank.
+class BlockCopy(Record, frozen=True, array_like=True, gc=False):
+    """Blocks to copy between device and host memory, the same ids on every rank."""
 
-    A NamedTuple for the same reason as SequenceSlice.
-    """
-
-    copy_id: int
+    copy_id: Count
     """Named by the CopyDone of every rank."""
     direction: CopyDirection
-    source_ids: tuple[int, ...]
-    target_ids: tuple[int, ...]
-    precedes_step: int | None
+    source_ids: tuple[Count, ...]
+    target_ids: tuple[Count, ...]
+    precedes_step: Count | None
     """The step that reads the target blocks and must wait for this copy, if any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Record, frozen=True):
     """One step of all ranks: decided by the scheduler, executed by the workers."""
 
-    step_id: int
+    step_id: Count
     """Strictly increasing by one; a worker refuses a gap."""
     batch: tuple[SequenceSlice, ...]
     """May be empty when there are only copies; such a plan yields no result."""

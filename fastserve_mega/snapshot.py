@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Literal
 
+from fastserve_mega.records import OpenRecord
 from fastserve_mega.types import RequestId
 
-KvPlace = Literal["waiting", "resident", "hosted"]
+KvPlace = Literal["waiting", "resident", "swapped"]
 """Where a request's KV is: nowhere, in device blocks, in host blocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestView:
+class RequestView(OpenRecord, frozen=True):
     """An unfinished request."""
 
     request_id: RequestId
     level: int
-    """Of the queue, 0 is the highest."""
+    """Level of the queue, 0 is the highest."""
     place: KvPlace
     running: bool
     """A dispatched step computes it."""
-    prompt_tokens: int
-    output_tokens: int
-    computed_tokens: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_computed_tokens: int
     """Leading tokens whose KV exists."""
     waited_s: float
     """Since it arrived or last left a step; 0 while it is running."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolView:
+class PoolView(OpenRecord, frozen=True):
     """Blocks of one pool, the null block not counted."""
 
     owned: int
@@ -39,14 +38,13 @@ class PoolView:
     capacity: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
+class ReplicaView(OpenRecord, frozen=True):
     """One scheduler and its memory. Counters count from the start of the server."""
 
     levels: tuple[int, ...]
     """Unfinished requests of each level, the highest first."""
     quanta_s: tuple[float, ...]
-    """Of each level, seconds; empty for policies without quanta."""
+    """The quantum of each level, seconds; empty for policies without quanta."""
     requests: tuple[RequestView, ...]
     """The first ones by priority, and all that are running."""
     device: PoolView
@@ -60,11 +58,22 @@ class ReplicaView:
     prefix_hit_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Percentiles:
-    """Of the last few hundred requests, seconds; zero before the first."""
+class Percentiles(OpenRecord, frozen=True):
+    """Seconds of the last few hundred requests, by nearest rank; zero before the first."""
 
     mean: float = 0.0
     p50: float = 0.0
     p95: float = 0.0
     p99: float = 0.0
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> Percentiles:
+        """Summarize measurements."""
+        ordered = sorted(seconds)
+        if not ordered:
+            return cls()
+
+        def at(share: float) -> float:
+            return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+        return cls(sum(ordered) / len(ordered), at(0.5), at(0.95), at(0.99))

@@ -1,11 +1,14 @@
-"""The vocabulary every other module shares. No third-party import."""
+"""The vocabulary every other module shares."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
+
+import msgspec
+
+from fastserve_mega.records import Count, OpenRecord, Record
 
 RequestId = NewType("RequestId", str)
 """Chosen by the client, unique among its unfinished requests; resubmitting it is idempotent."""
@@ -34,15 +37,14 @@ class FinishReason(StrEnum):
     ABORT = "abort"
     """Cancelled by its client, or the client went away."""
     TIMEOUT = "timeout"
-    """Its own `timeout_s` ran out."""
+    """The request's own `timeout_s` ran out."""
     ERROR = "error"
     """The server failed; nothing was wrong with the request."""
     REJECTED = "rejected"
     """Not accepted because the server is full; try again later."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StructuredOutput:
+class StructuredOutput(Record, frozen=True, kw_only=True):
     """A form that the output is held to; exactly one of the fields says which.
 
     Raises:
@@ -76,8 +78,7 @@ class StructuredOutput:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
+class SamplingParams(Record, frozen=True, kw_only=True):
     """How tokens are chosen and when to end, as token-level rules.
 
     Stop *strings* are a matter of text and are handled where text is (`fastserve_mega.text`).
@@ -108,7 +109,7 @@ class SamplingParams:
     """Taken off the logits of tokens as often as the output has them."""
     repetition_penalty: float = 1.0
     """Divides the positive logits of tokens that prompt or output have, multiplies the others."""
-    logit_bias: dict[int, float] = field(default_factory=dict)
+    logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
     """Token id to what is added to its logit, -100 to 100."""
     logprobs: int | None = None
     """Report the log probability of each output token, and of so many of the most probable
@@ -198,23 +199,21 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(OpenRecord, frozen=True):
     """How probable the model itself found a token, and which ones it found most probable."""
 
     logprob: float
-    """Of the token that was sampled; natural logarithm."""
+    """Natural logarithm of the sampled token's probability."""
     top_ids: tuple[int, ...] = ()
     """The most probable tokens, most probable first; as many as were asked for."""
     top_logprobs: tuple[float, ...] = ()
-    """Theirs."""
+    """Their logarithms, in the same order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(OpenRecord, frozen=True):
     """Token counts of one finished request."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
+    prompt_tokens: Count
+    completion_tokens: Count
+    cached_tokens: Count = 0
     """Prompt tokens whose KV existed when the request first ran."""

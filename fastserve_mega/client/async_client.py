@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import math
 import secrets
@@ -13,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Unpack
+
+import msgspec
 
 from fastserve_mega.client.errors import (
     InvalidRequestError,
@@ -200,7 +201,7 @@ class AsyncClient:
         params = params or SamplingParams()
         if params.seed is None:
             # Drawn here, so that the rest of a resumed answer is the one it would have had.
-            params = dataclasses.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
+            params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequestError(f"timeout_s must be positive and finite, got {timeout_s}")
         submit = Submit(

@@ -11,7 +11,7 @@ import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
 from fastserve_mega.messaging import codec
-from fastserve_mega.messaging.messages import Message
+from fastserve_mega.messaging.messages import Message, Refused
 
 _log = logging.getLogger(__name__)
 _HEARTBEAT_MS = 5_000
@@ -94,7 +94,9 @@ class Connection:
         while True:
             frame = await self._socket.recv()
             try:
-                message = codec.decode(frame, trusted=True)
+                message = codec.decode(frame)
+            except codec.OtherVersionError as error:
+                message = Refused(str(error))
             except codec.BadFrameError as error:
                 _log.warning("the coordinator sent a bad frame: %s", error)
                 continue

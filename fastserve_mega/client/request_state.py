@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections import deque
 from dataclasses import dataclass
+
+import msgspec
 
 from fastserve_mega.client.errors import ClientError, ServerBusyError, ServerError
 from fastserve_mega.messaging.messages import Finished, Submit, Tokens
@@ -143,7 +144,7 @@ class RequestState:
         timeout_s = self._submit.timeout_s
         if timeout_s is not None:
             timeout_s = max(timeout_s - (now - self._submitted_at), _SHORTEST_TIMEOUT_S)
-        return dataclasses.replace(
+        return msgspec.structs.replace(
             self._submit,
             received=tuple(self.received),
             timeout_s=timeout_s,

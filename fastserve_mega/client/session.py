@@ -108,8 +108,8 @@ class Session:
             raise InvalidRequestError(f"request {state.request_id!r} is not finished yet")
         try:
             frame = codec.encode(submit)
-            # The coordinator could not say to which request a frame it cannot read belongs.
-            codec.decode(frame, trusted=True)
+            # The caller is told here what the coordinator would say later.
+            codec.decode(frame)
         except codec.BadFrameError as error:
             raise InvalidRequestError(str(error)) from None
         except OverflowError:

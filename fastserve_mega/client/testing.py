@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import zmq
+from msgspec.structs import replace
 
 from fastserve_mega.messaging import codec
 from fastserve_mega.messaging.messages import (

@@ -19,7 +19,7 @@ _TOKEN_BYTES = 5
 _NUMBER_BYTES = 9
 _CHARACTER_BYTES = 4
 _OTHER_BYTES = 4096
-"""Of what is left in a frame that tells a rank of a request, at most."""
+"""What else is in a frame that tells a rank of a request, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Admission:
     max_context: int
     max_queued_requests: int
     schedulers: Sequence[Scheduler]
-    """Of all replicas: a request must fit into each of them."""
+    """All replicas': a request must fit into each of them."""
 
     def refusal(self, submit: Submit) -> str | None:
         """What is wrong with a request, as one sentence with the value and the limit."""
@@ -105,15 +105,18 @@ class Admission:
         return None
 
     def _bad_length(self, submit: Submit) -> str | None:
-        prompt, limit = len(submit.prompt), submit.params.max_tokens
-        if prompt + limit > self.max_context:
+        # The one place where max_tokens meets what the server can hold.
+        num_prompt_tokens, max_tokens = len(submit.prompt), submit.params.max_tokens
+        if num_prompt_tokens + max_tokens > self.max_context:
             return (
-                f"{prompt} prompt tokens and max_tokens {limit} exceed the context of "
-                f"{self.max_context} tokens"
+                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the context "
+                f"of {self.max_context} tokens"
             )
-        if len(submit.received) >= limit:
-            return f"{len(submit.received)} tokens were received already, max_tokens is {limit}"
-        refusals = (scheduler.refusal(prompt, limit) for scheduler in self.schedulers)
+        if len(submit.received) >= max_tokens:
+            return (
+                f"{len(submit.received)} tokens were received already, max_tokens is {max_tokens}"
+            )
+        refusals = (each.refusal(num_prompt_tokens, max_tokens) for each in self.schedulers)
         return next((refusal for refusal in refusals if refusal), None)
 
     def _nothing_to_sample(self, params: SamplingParams) -> str | None:

@@ -1,16 +1,21 @@
-"""Puts replicas together: measures their ranks, makes their schedulers, opens event logs."""
+"""Puts a coordinator together: measures the ranks, makes schedulers, opens event logs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fastserve_mega import __version__
+from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.event_log import (
     EventLogWriter,
     RecordingScheduler,
     SchedulerSetup,
 )
+from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.profile_grid import ProfileLimits
 from fastserve_mega.coordinator.profiler import Profiler
 from fastserve_mega.coordinator.replica import Replica
@@ -54,7 +59,53 @@ def make_profiler(config: Config, welcome: Welcome, group: ZmqWorkerGroup) -> Pr
     return Profiler(group, limits, config.coordinator.step_timeout_s)
 
 
-def make_replicas(
+def make_coordinator(
+    config: Config,
+    welcome: Welcome,
+    front_door: FrontDoor,
+    groups: Sequence[ZmqWorkerGroup],
+    *,
+    profile: Profile | None,
+    event_logs: Sequence[EventLogWriter | None],
+    poll: Callable[[float | None], None],
+) -> Coordinator:
+    """A coordinator whose ranks are warm.
+
+    Raises:
+        WorkersLostError: a rank failed meanwhile.
+    """
+    metrics = ServingMetrics(
+        block_bytes=max(group.block_bytes for group in groups),
+        info={
+            "model_name": config.model.name,
+            "policy": config.scheduler.policy,
+            "version": __version__,
+        },
+    )
+    replicas = _make_replicas(
+        config, welcome, groups, profile=profile, metrics=metrics, event_logs=event_logs
+    )
+    schedulers = [replica.scheduler for replica in replicas]
+    metrics.watch_schedulers(schedulers)
+    return Coordinator(
+        welcome=welcome,
+        replicas=replicas,
+        front_door=front_door,
+        metrics=metrics,
+        admission=Admission(
+            vocab_size=welcome.vocab_size,
+            eos_token_ids=welcome.eos_token_ids,
+            max_context=welcome.max_context,
+            max_queued_requests=config.scheduler.max_queued_requests,
+            schedulers=schedulers,
+        ),
+        prefix_block_size=config.kv_cache.block_size if config.kv_cache.prefix_cache else None,
+        clock=time.monotonic,
+        poll=poll,
+    )
+
+
+def _make_replicas(
     config: Config,
     welcome: Welcome,
     groups: Sequence[ZmqWorkerGroup],
@@ -67,9 +118,6 @@ def make_replicas(
 
     All begin with the same expectations, so that chance does not make one look faster; each then
     learns from its own steps.
-
-    Raises:
-        WorkersLostError: a rank failed meanwhile.
     """
     replicas = []
     for group, event_log in zip(groups, event_logs, strict=True):

@@ -9,7 +9,7 @@ from hashlib import blake2b
 from fastserve_mega.types import BlockHash
 
 _DIGEST_BYTES = 16
-"""128 bits: nobody finds two contents with the same hash."""
+"""128 bits: no two contents with the same hash are ever found."""
 
 
 class BlockHashChain:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.block_hashes import BlockHashChain
-from fastserve_mega.coordinator.front_door import FrontDoor
-from fastserve_mega.coordinator.live_request import LiveRequest
-from fastserve_mega.coordinator.replica import DispatchedStep, Replica
+from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
+from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
+from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.coordinator.suspects import Gate
-from fastserve_mega.coordinator.timeouts import Timeouts
-from fastserve_mega.coordinator.traffic import Traffic
 from fastserve_mega.messaging.messages import (
     Cancel,
+    CopyResult,
     Finished,
     GetMetrics,
     GetSnapshot,
@@ -24,6 +23,7 @@ from fastserve_mega.messaging.messages import (
     Pong,
     Refused,
     Restarting,
+    Snapshot,
     StepResult,
     Submit,
     Welcome,
@@ -32,6 +32,7 @@ from fastserve_mega.messaging.router import Identity
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.events import Aborted, Arrived, StepDone
 from fastserve_mega.scheduling.placement import Placement
+from fastserve_mega.snapshot import Percentiles
 from fastserve_mega.types import BlockHash, FinishReason, RequestId, Usage
 
 _MAX_VIEWS = 1_000
@@ -51,8 +52,20 @@ class Coordinator:
         admission: Admission,
         prefix_block_size: int | None,
         clock: Callable[[], float],
+        poll: Callable[[float | None], None],
     ) -> None:
-        """Put the parts together; `prefix_block_size` is None without prefix cache."""
+        """Put the parts together.
+
+        Args:
+            welcome: what clients are told of the server.
+            replicas: with ranks that are ready.
+            front_door: the clients' end.
+            metrics: of the server.
+            admission: its limits.
+            prefix_block_size: tokens of a block; None without prefix cache.
+            clock: in seconds; does not go back.
+            poll: waits until a socket has something, or to a time of the clock, or less long.
+        """
         self._welcome = welcome
         self._eos_token_ids = frozenset(welcome.eos_token_ids)
         self._replicas = replicas
@@ -62,42 +75,58 @@ class Coordinator:
         self._admission = admission
         self._prefix_block_size = prefix_block_size
         self._clock = clock
-        self._requests: dict[RequestId, LiveRequest] = {}
-        self._by_client: dict[Identity, set[RequestId]] = {}
-        self._timeouts = Timeouts()
+        self._poll = poll
+        self._requests = LiveRequests()
+        self._gate = Gate(clock())
         self._replies: list[tuple[Identity, Message]] = []
         self._draining = False
-        self._traffic = Traffic()
-        self._gate = Gate(clock())
 
-    @property
-    def unfinished(self) -> int:
-        return len(self._requests)
+    # The invariant of `turn`: when it ends, all that had arrived when it began to look
+    #   - is answered, if it is a question or was refused, or else
+    #   - is an event that its replica's scheduler has been told, once and in order of arrival
+    #     (a request only when the gate lets it through, where it waits for suspects);
+    # all ranks of a replica have every plan of its scheduler, in order; and the scheduler has
+    # nothing more to run. So between two turns requests wait for memory and for ranks, and never
+    # for this process. Plans go out before replies, since ranks stand still and clients do not.
 
-    def run_once(self) -> None:
-        """Handle everything that has arrived, without waiting.
+    def turn(self) -> None:
+        """Poll, then results and messages → events → plans → dispatch → replies.
 
         Raises:
             WorkersLostError: a rank failed, or a step or copy overran `step_timeout_s`.
         """
+        self._poll(self._next_deadline())
         now = self._clock()
-        self._take_results(now)
-        self._take_messages(now)
-        self._end_overdue(now)
+        for replica in self._replicas:
+            for result in replica.workers.results():
+                match result:
+                    case StepResult():
+                        replica.tell(self._step_done(replica, result, now))
+                    case CopyResult():
+                        replica.take_copy(result)
+        for client, message in self._front_door.receive(now):
+            self._answer(client, message, now)
+        for client, reason in self._front_door.take_lost(now):
+            for live in self._requests.of_client(client):
+                self._abort(live, FinishReason.ABORT, reason)
+        for live in self._requests.take_overdue(now):
+            reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
+            self._abort(live, FinishReason.TIMEOUT, reason)
         for live in self._gate.pass_through():
             self._place(live)
         for replica in self._replicas:
-            replica.advance(now, self._requests)
+            replica.check_deadlines(now)
+            events = replica.take_events()
+            while plan := replica.step(now, events):
+                replica.dispatch(plan, self._requests, now)
+                events = ()
+            replica.observe_stall(now)
         self._placement.settle()
-        for client, message in self._replies:
-            self._front_door.send(client, message)
-        self._replies.clear()
+        self._send_replies()
 
-    def next_deadline(self) -> float | None:
-        """When `run_once` has something to do though nothing arrives."""
-        deadlines = [self._timeouts.next_deadline()]
-        deadlines += [replica.next_deadline() for replica in self._replicas]
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
 
     def drain(self) -> None:
         """Accept nothing new from here on."""
@@ -105,27 +134,37 @@ class Coordinator:
 
     def end_all(self, reason: FinishReason, message: str) -> None:
         """End every request, as the last thing that is done for clients."""
-        for live in list(self._requests.values()):
+        for live in self._requests.all():
             self._finish(live, reason, message)
-        for client, reply in self._replies:
-            self._front_door.send(client, reply)
-        self._replies.clear()
+        self._send_replies()
 
     def announce_restart(self, within_s: float, reason: str) -> None:
         """Leave every request unfinished, for its client to submit again to the next epoch."""
-        computing = set().union(*(replica.computing for replica in self._replicas))
-        for client, request_ids in self._by_client.items():
-            suspects = tuple(sorted(request_ids & computing))
+        computing = set[RequestId]().union(*(replica.computing for replica in self._replicas))
+        for client in self._requests.clients():
+            names = {live.request_id for live in self._requests.of_client(client)}
+            suspects = tuple(sorted(names & computing))
             self._front_door.send(client, Restarting(within_s, reason, suspects))
 
-    # --- what came in --------------------------------------------------------------------------
+    def _next_deadline(self) -> float | None:
+        """When a turn has something to do though nothing arrives."""
+        deadlines = [self._requests.next_deadline()]
+        deadlines += [replica.next_deadline() for replica in self._replicas]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
-    def _take_results(self, now: float) -> None:
-        for replica in self._replicas:
-            for step, result in replica.returned_steps():
-                replica.tell(self._step_done(step, result, now))
+    def _reply(self, client: Identity, message: Message) -> None:
+        self._replies.append((client, message))
 
-    def _step_done(self, step: DispatchedStep, result: StepResult, now: float) -> StepDone:
+    def _send_replies(self) -> None:
+        for client, message in self._replies:
+            self._front_door.send(client, message)
+        self._replies.clear()
+
+    # --- what the ranks computed ---------------------------------------------------------------
+
+    def _step_done(self, replica: Replica, result: StepResult, now: float) -> StepDone:
+        """Hand out the tokens of a step, and end the requests whose last ones they are."""
+        step = replica.take_step(result)
         sampled = [
             live
             for live, piece in zip(step.requests, step.plan.batch, strict=True)
@@ -136,22 +175,19 @@ class Coordinator:
         logprobs = result.logprobs or (None,) * len(sampled)
         failures = {failure.index: failure.message for failure in result.failures}
         for index, (live, token) in enumerate(zip(sampled, result.token_ids, strict=True)):
-            if self._requests.get(live.request_id) is not live:
+            if live not in self._requests:
                 continue  # ended while the step ran
             if index in failures:
                 finished.append(live.request_id)
                 self._finish(live, FinishReason.ERROR, failures[index])
                 continue
             self._gate.clear(live)
-            reason = live.accept(token, logprobs[index], self._eos_token_ids)
-            self._traffic.generated(now - live.arrived, is_first=live.last_token_at is None)
-            self._metrics.observe_token(live.arrived, live.last_token_at, now)
-            live.first_token_at = live.first_token_at or now
-            live.last_token_at = now
+            self._metrics.requests.observe_token(live, now)
+            live.append(token, logprobs[index], now)
             if live.block_hashes:
                 filled += [(live.request_id, each) for each in live.block_hashes.extend((token,))]
-            self._replies.append((live.client, live.tokens_from(len(live.output) - 1)))
-            if reason:
+            self._reply(live.client, live.tokens_from(len(live.output) - 1))
+            if reason := self._end_reason(live):
                 finished.append(live.request_id)
                 self._placement.observe_finish(len(live.output))
                 self._finish(live, reason)
@@ -159,26 +195,22 @@ class Coordinator:
         self._metrics.observe_step(step.plan, elapsed_s, result.copy_wait_s)
         return StepDone(step.plan.step_id, elapsed_s, tuple(finished), tuple(filled))
 
-    def _take_messages(self, now: float) -> None:
-        for client, message in self._front_door.receive(now):
-            match message:
-                case Submit():
-                    self._submit(client, message, now)
-                case Cancel():
-                    self._cancel(client, message)
-                case Hello():
-                    self._replies.append((client, self._welcome))
-                case Ping():
-                    self._replies.append((client, Pong(self._welcome.epoch)))
-                case GetMetrics():
-                    self._replies.append((client, Metrics(self._metrics.render())))
-                case GetSnapshot():
-                    limit = min(message.max_requests, _MAX_VIEWS)
-                    views = [each.scheduler.view(now, limit) for each in self._replicas]
-                    self._replies.append((client, self._traffic.snapshot(now, views)))
-        for client, reason in self._front_door.take_lost(now):
-            for request_id in list(self._by_client.get(client, ())):
-                self._abort(self._requests[request_id], FinishReason.ABORT, reason)
+    # --- what clients ask ----------------------------------------------------------------------
+
+    def _answer(self, client: Identity, message: ClientMessage, now: float) -> None:
+        match message:
+            case Submit():
+                self._submit(client, message, now)
+            case Cancel():
+                self._cancel(client, message)
+            case Hello():
+                self._reply(client, self._welcome)
+            case Ping():
+                self._reply(client, Pong(self._welcome.epoch))
+            case GetMetrics():
+                self._reply(client, Metrics(self._metrics.render()))
+            case GetSnapshot():
+                self._reply(client, self._snapshot(min(message.max_requests, _MAX_VIEWS), now))
 
     def _submit(self, client: Identity, submit: Submit, now: float) -> None:
         request_id = submit.request_id
@@ -186,33 +218,27 @@ class Coordinator:
             self._resume(client, live, submit)
             return
         if refusal := self._admission.refusal(submit):
-            self._replies.append((client, Refused(refusal, request_id)))
+            self._reply(client, Refused(refusal, request_id))
             return
         if busy := self._admission.rejection(len(self._requests), draining=self._draining):
             usage = Usage(len(submit.prompt), len(submit.received))
-            finished = Finished(request_id, FinishReason.REJECTED, usage, busy)
-            self._replies.append((client, finished))
-            self._metrics.observe_finish(FinishReason.REJECTED, None, usage)
+            self._reply(client, Finished(request_id, FinishReason.REJECTED, usage, busy))
+            self._metrics.requests.observe_rejection()
             return
-        deadline = None if submit.timeout_s is None else now + submit.timeout_s
-        live = LiveRequest(submit, client, now, deadline, list(submit.received))
+        live = LiveRequest(submit, client, now, list(submit.received))
         if self._prefix_block_size:
             live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
-        self._requests[request_id] = live
-        self._by_client.setdefault(client, set()).add(request_id)
-        if deadline is not None:
-            self._timeouts.add(request_id, deadline)
-        self._traffic.arrived(len(submit.prompt))
-        self._metrics.observe_arrival(len(submit.prompt))
+        self._requests.add(live)
+        self._metrics.requests.observe_arrival(len(submit.prompt))
         self._gate.enter(live, now)
 
     def _place(self, live: LiveRequest) -> None:
         submit = live.submit
         arrived = Arrived(
             live.request_id,
-            prompt_tokens=len(submit.prompt),
+            num_prompt_tokens=len(submit.prompt),
             max_tokens=submit.params.max_tokens,
-            received_tokens=len(submit.received),
+            num_received_tokens=len(submit.received),
             priority=submit.priority,
             block_hashes=(
                 live.block_hashes.extend((*submit.prompt, *submit.received))
@@ -221,55 +247,60 @@ class Coordinator:
             ),
         )
         live.replica = self._placement.choose(arrived)
-        live.placed = True
         self._replicas[live.replica].tell(arrived)
 
     def _resume(self, client: Identity, live: LiveRequest, submit: Submit) -> None:
-        """The same request again: its client lost the connection and holds some of the tokens."""
+        """Take the same request again: its client lost the connection and holds some tokens."""
         if (submit.prompt, submit.params) != (live.submit.prompt, live.submit.params):
             message = f"request id {submit.request_id!r} is in use by an unfinished request"
-            self._replies.append((client, Refused(message, submit.request_id)))
+            self._reply(client, Refused(message, submit.request_id))
             return
-        self._by_client[live.client].discard(live.request_id)
-        live.client = client
-        self._by_client.setdefault(client, set()).add(live.request_id)
+        self._requests.move(live, client)
         held = len(submit.received)
         if held < len(live.output):
-            self._replies.append((client, live.tokens_from(held)))
+            self._reply(client, live.tokens_from(held))
 
     def _cancel(self, client: Identity, cancel: Cancel) -> None:
         live = self._requests.get(cancel.request_id)
         if live is None or live.client != client:
             # It may have finished while the message travelled: an answer, but no harm done.
             message = f"no unfinished request {cancel.request_id!r} of this client"
-            self._replies.append((client, Refused(message, cancel.request_id)))
+            self._reply(client, Refused(message, cancel.request_id))
             return
         self._abort(live, FinishReason.ABORT)
 
-    def _end_overdue(self, now: float) -> None:
-        for request_id in self._timeouts.take_overdue(now):
-            live = self._requests[request_id]
-            message = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
-            self._abort(live, FinishReason.TIMEOUT, message)
+    def _snapshot(self, max_requests: int, now: float) -> Snapshot:
+        requests = self._metrics.requests
+        return Snapshot(
+            clock_s=now,
+            replicas=tuple(each.scheduler.view(now, max_requests) for each in self._replicas),
+            prompt_tokens=requests.num_prompt_tokens,
+            generation_tokens=requests.num_generation_tokens,
+            finished_requests=requests.num_finished,
+            ttft_s=Percentiles.of(requests.recent_ttft_s),
+            jct_s=Percentiles.of(requests.recent_jct_s),
+        )
 
     # --- ends ----------------------------------------------------------------------------------
 
+    def _end_reason(self, live: LiveRequest) -> FinishReason | None:
+        """Why a request ends with its newest token; None when it goes on."""
+        params, output = live.params, live.output
+        if len(output) >= params.min_tokens and (
+            output[-1] in live.stop_token_ids
+            or (output[-1] in self._eos_token_ids and not params.ignore_eos)
+        ):
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(output) >= params.max_tokens else None
+
     def _abort(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
         """End a request that its replica would go on with."""
-        if live.placed:
+        if live.replica is not None:
             self._replicas[live.replica].tell(Aborted(live.request_id))
         self._finish(live, reason, message)
 
     def _finish(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
-        del self._requests[live.request_id]
+        self._requests.remove(live)
         self._gate.leave(live)
-        self._timeouts.remove(live.request_id)
-        requests = self._by_client[live.client]
-        requests.discard(live.request_id)
-        if not requests:
-            del self._by_client[live.client]
-        times = live.times(self._clock())
-        self._traffic.finished(times.ended - times.arrived)
-        self._metrics.observe_finish(reason, times, live.usage)
-        finished = Finished(live.request_id, reason, live.usage, message)
-        self._replies.append((live.client, finished))
+        self._metrics.requests.observe_finish(reason, live, self._clock())
+        self._reply(live.client, Finished(live.request_id, reason, live.usage, message))

@@ -1,7 +1,7 @@
 """The scheduler's log: all it was told and all it answered, so that a run can be repeated.
 
 One JSON object per line. The first has what a `Scheduler` is made of; each other one is a call of
-`Scheduler.step`: `{"now": …, "events": [{"Arrived": {…}}, …], "plan": {…}}`.
+`Scheduler.step`: `{"now": …, "events": [{"type": "Arrived", …}, …], "plan": {…}}`.
 """
 
 from __future__ import annotations
@@ -10,29 +10,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import msgspec
 
 from fastserve_mega.plan import Plan
+from fastserve_mega.records import Record, explain
 from fastserve_mega.scheduling.cost_model import Profile, ProfiledCostModel
-from fastserve_mega.scheduling.events import (
-    Aborted,
-    Arrived,
-    CopyDone,
-    Event,
-    StepDone,
-    WorkersLost,
-)
+from fastserve_mega.scheduling.events import Event
 from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.strict import from_plain
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig
 
-T = TypeVar("T")
-_EVENTS: dict[str, type[Event]] = {
-    cls.__name__: cls for cls in (Arrived, Aborted, StepDone, CopyDone, WorkersLost)
-}
 _log = logging.getLogger(__name__)
 
 
@@ -60,8 +50,7 @@ class SchedulerSetup:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StepCall:
+class StepCall(Record, frozen=True):
     """One call of `Scheduler.step`."""
 
     now: float
@@ -72,14 +61,7 @@ class StepCall:
     """What the scheduler raised instead of a plan."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    """A `StepCall` as JSON has it: each event under its name."""
-
-    now: float
-    events: tuple[dict[str, object], ...]
-    plan: Plan | None
-    error: str | None = None
+_decoder = msgspec.json.Decoder(type=StepCall)
 
 
 class EventLogWriter:
@@ -101,10 +83,7 @@ class EventLogWriter:
 
     def record(self, call: StepCall) -> None:
         """Write one more line."""
-        events: tuple[dict[str, object], ...] = tuple(
-            {type(event).__name__: event} for event in call.events
-        )
-        self._write(_Line(call.now, events, call.plan, call.error))
+        self._write(call)
 
     def close(self) -> None:
         if self._file is not None:
@@ -152,10 +131,13 @@ def read_event_log(path: Path) -> tuple[SchedulerSetup, Iterator[StepCall]]:
         OSError: the file cannot be read.
     """
     lines = _numbered_lines(path)
-    first = next(lines, None)
-    if first is None:
+    number, first = next(lines, (0, b""))
+    if not number:
         raise ValueError(f"{path} is empty")
-    setup = _decode(path, *first, SchedulerSetup)
+    try:
+        setup = from_plain(msgspec.json.decode(first), SchedulerSetup)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: {error}") from None
     return setup, (_step_call(path, *line) for line in lines)
 
 
@@ -164,23 +146,11 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         yield from enumerate(file, 1)
 
 
-def _decode(path: Path, number: int, line: bytes, target: type[T]) -> T:
+def _step_call(path: Path, number: int, line: bytes) -> StepCall:
     try:
-        return from_plain(msgspec.json.decode(line), target)
+        return _decoder.decode(line)
+    except msgspec.ValidationError as error:
+        message = explain(error, msgspec.json.decode(line), StepCall)
     except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from None
-
-
-def _step_call(path: Path, number: int, text: bytes) -> StepCall:
-    line = _decode(path, number, text, _Line)
-    try:
-        events = tuple(_event(raw) for raw in line.events)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: {error}") from None
-    return StepCall(line.now, events, line.plan, line.error)
-
-
-def _event(raw: dict[str, object]) -> Event:
-    if len(raw) != 1 or (name := next(iter(raw))) not in _EVENTS:
-        raise ValueError(f"an event is one of {', '.join(_EVENTS)}, got {sorted(raw)}")
-    return from_plain(raw[name], _EVENTS[name])
+        message = str(error)
+    raise ValueError(f"{path}, line {number}: {message}")

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from fastserve_mega.messaging.codec import BadFrameError, decode
+from fastserve_mega.messaging.codec import (
+    BadFrameError,
+    OtherVersionError,
+    decode,
+    encode,
+    encode_refusal,
+)
 from fastserve_mega.messaging.messages import (
     Cancel,
     Finished,
@@ -60,28 +66,38 @@ class FrontDoor:
         return self._router.endpoint
 
     def receive(self, now: float) -> Iterator[tuple[Identity, ClientMessage]]:
-        """Valid messages; anything else is answered with Refused and goes no further."""
+        """Yield valid messages; anything else is answered with Refused and goes no further."""
         for client, frames in self._router.receive():
-            session = self._sessions.setdefault(client, _Session(now))
+            if (session := self._sessions.get(client)) is None:
+                session = self._sessions[client] = _Session(now)
             session.last_heard = now
             self._settle(client, session)
             try:
                 message = self._decode(frames)
+            except OtherVersionError as error:
+                self._send_frame(client, encode_refusal(Refused(str(error)), error.version))
+                continue
             except BadFrameError as error:
-                self.send(client, Refused(str(error)))
+                self.send(client, Refused(str(error), error.request_id))
                 continue
             yield client, message
 
     def send(self, client: Identity, message: Message) -> None:
         """Deliver, or note that the client is gone or too slow (see `take_lost`)."""
+        delivered = self._send_frame(client, encode(message))
+        if not delivered and isinstance(message, Finished) and client in self._sessions:
+            self._sessions[client].owed.append(message)
+
+    def _send_frame(self, client: Identity, frame: bytes) -> bool:
+        """False when the client's buffer is full."""
         try:
-            self._router.send(client, message)
+            self._router.send_frame(client, frame)
         except PeerGoneError:
             self._gone.add(client)
         except PeerBusyError:
             self._too_slow.add(client)
-            if isinstance(message, Finished) and client in self._sessions:
-                self._sessions[client].owed.append(message)
+            return False
+        return True
 
     def take_lost(self, now: float) -> Iterator[tuple[Identity, str]]:
         """Clients whose requests must end, with the reason; each is named once."""

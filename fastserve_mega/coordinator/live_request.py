@@ -1,22 +1,20 @@
-"""One request as the coordinator holds it: its tokens, its client, and when it ends."""
+"""Unfinished requests as the coordinator holds them: their tokens, clients and deadlines."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastserve_mega.coordinator.block_hashes import BlockHashChain
 from fastserve_mega.messaging.messages import SequenceStart, Submit, Tokens
 from fastserve_mega.messaging.router import Identity
-from fastserve_mega.metrics import RequestTimes
 from fastserve_mega.plan import SequenceSlice
-from fastserve_mega.types import (
-    FinishReason,
-    RequestId,
-    SamplingParams,
-    TokenLogprobs,
-    Usage,
-)
+from fastserve_mega.types import RequestId, SamplingParams, TokenLogprobs, Usage
+
+_FEW_DEADLINES = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -25,33 +23,29 @@ class LiveRequest:
 
     submit: Submit
     client: Identity
-    arrived: float
-    deadline: float | None
-    """When it ends with `timeout`, on the coordinator's clock."""
+    arrived_at: float
+    """All times are the coordinator's clock's, in seconds."""
     output: list[int]
     """All output tokens, those the client brought along included."""
     block_hashes: BlockHashChain | None = None
-    """Of all its tokens; None without prefix cache."""
-    replica: int = 0
-    """Where it was placed."""
-    placed: bool = False
-    """Its replica knows of it."""
-    started: bool = False
-    """The workers know its sampling parameters."""
-    cached_tokens: int = 0
+    """Hashes all its tokens; None without prefix cache."""
+    replica: int | None = None
+    """Where it was placed; None while no replica knows of it."""
+    num_cached_tokens: int = 0
     """Prompt tokens whose KV existed when it first ran."""
     started_at: float | None = None
-    """Its first step was dispatched."""
+    """When its first step was dispatched; from then on the workers know its parameters."""
     first_token_at: float | None = None
-    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    """Of the output, None for what the client brought along; empty when not asked for."""
     last_token_at: float | None = None
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """One for each output token, None for what the client brought along; empty when not asked
+    for."""
     seed: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         # A client that sends no seed cannot rely on one, but resubmits under the same id.
-        chosen = self.submit.params.seed
+        chosen = self.params.seed
         self.seed = zlib.crc32(self.request_id.encode()) if chosen is None else chosen
         self.stop_token_ids = frozenset(self.params.stop_token_ids)
         if self.params.logprobs is not None:
@@ -66,11 +60,18 @@ class LiveRequest:
         return self.submit.params
 
     @property
+    def deadline(self) -> float | None:
+        """When it ends with `timeout`."""
+        timeout_s = self.submit.timeout_s
+        return None if timeout_s is None else self.arrived_at + timeout_s
+
+    @property
     def usage(self) -> Usage:
-        return Usage(len(self.submit.prompt), len(self.output), self.cached_tokens)
+        return Usage(len(self.submit.prompt), len(self.output), self.num_cached_tokens)
 
     @property
     def sequence_start(self) -> SequenceStart:
+        """What the workers must know before its first slice."""
         prompt, params = self.submit.prompt, self.params
         return SequenceStart(
             self.request_id,
@@ -81,17 +82,10 @@ class LiveRequest:
             tuple(self.output) if params.needs_history else (),
         )
 
-    def times(self, ended: float) -> RequestTimes:
-        """For the metrics, at its end."""
-        return RequestTimes(
-            self.arrived, self.started_at, self.first_token_at, self.last_token_at, ended
-        )
-
-    def begin(self, computed_tokens: int, now: float) -> None:
-        """It takes part in its first step, with this many tokens computed already."""
-        self.started = True
+    def begin(self, num_computed_tokens: int, now: float) -> None:
+        """Take part in a first step, with so many tokens computed already."""
         self.started_at = now
-        self.cached_tokens = min(computed_tokens, len(self.submit.prompt))
+        self.num_cached_tokens = min(num_computed_tokens, len(self.submit.prompt))
 
     def input_tokens(self, piece: SequenceSlice) -> tuple[int, ...]:
         """The tokens of a slice, from the prompt and the output so far."""
@@ -102,22 +96,92 @@ class LiveRequest:
         tail = self.output[max(start - len(prompt), 0) : end - len(prompt)]
         return (*prompt[start:], *tail)
 
+    def append(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
+        """Take an output token."""
+        self.output.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        self.first_token_at = self.first_token_at or now
+        self.last_token_at = now
+
     def tokens_from(self, offset: int) -> Tokens:
         """The output from `offset` on, as its client is told."""
         return Tokens(
             self.request_id, offset, tuple(self.output[offset:]), tuple(self.logprobs[offset:])
         )
 
-    def accept(
-        self, token: int, logprobs: TokenLogprobs | None, eos_token_ids: frozenset[int]
-    ) -> FinishReason | None:
-        """Append an output token; the reason when it is the last one."""
-        self.output.append(token)
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
-        params = self.params
-        if len(self.output) >= params.min_tokens and (
-            token in self.stop_token_ids or (token in eos_token_ids and not params.ignore_eos)
-        ):
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(self.output) >= params.max_tokens else None
+
+class LiveRequests:
+    """All unfinished requests, found by id, by client, and by when their time runs out.
+
+    Most requests end long before their deadline, so entries of the heap become worthless; they are
+    removed when they are more than those that count, which costs nothing on average.
+    """
+
+    def __init__(self) -> None:
+        self._by_id: dict[RequestId, LiveRequest] = {}
+        self._by_client: dict[Identity, dict[RequestId, LiveRequest]] = {}
+        self._deadlines: list[tuple[float, int, LiveRequest]] = []
+        """A heap; the number makes entries comparable."""
+        self._numbers = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __getitem__(self, request_id: RequestId) -> LiveRequest:
+        return self._by_id[request_id]
+
+    def __contains__(self, live: LiveRequest) -> bool:
+        """Whether this very request is unfinished; its id may have been given again."""
+        return self._by_id.get(live.request_id) is live
+
+    def get(self, request_id: RequestId) -> LiveRequest | None:
+        return self._by_id.get(request_id)
+
+    def all(self) -> list[LiveRequest]:
+        return list(self._by_id.values())
+
+    def of_client(self, client: Identity) -> list[LiveRequest]:
+        return list(self._by_client.get(client, {}).values())
+
+    def clients(self) -> Iterable[Identity]:
+        """The clients that have unfinished requests."""
+        return self._by_client.keys()
+
+    def add(self, live: LiveRequest) -> None:
+        self._by_id[live.request_id] = live
+        self._by_client.setdefault(live.client, {})[live.request_id] = live
+        if live.deadline is not None:
+            heapq.heappush(self._deadlines, (live.deadline, next(self._numbers), live))
+
+    def move(self, live: LiveRequest, client: Identity) -> None:
+        """Another connection takes a request over."""
+        self._leave_client(live)
+        live.client = client
+        self._by_client.setdefault(client, {})[live.request_id] = live
+
+    def remove(self, live: LiveRequest) -> None:
+        """Forget a request that has ended."""
+        del self._by_id[live.request_id]
+        self._leave_client(live)
+        if len(self._deadlines) > 2 * len(self._by_id) + _FEW_DEADLINES:
+            self._deadlines = sorted(entry for entry in self._deadlines if entry[2] in self)
+
+    def next_deadline(self) -> float | None:
+        """When the first of them runs out of its time."""
+        while self._deadlines and self._deadlines[0][2] not in self:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def take_overdue(self, now: float) -> list[LiveRequest]:
+        """Requests whose deadline has come, the earliest first; each is named once."""
+        overdue = []
+        while (deadline := self.next_deadline()) is not None and deadline <= now:
+            overdue.append(heapq.heappop(self._deadlines)[2])
+        return overdue
+
+    def _leave_client(self, live: LiveRequest) -> None:
+        requests = self._by_client[live.client]
+        del requests[live.request_id]
+        if not requests:
+            del self._by_client[live.client]

@@ -15,16 +15,12 @@ from pathlib import Path
 
 import zmq
 
-from fastserve_mega import __version__
-from fastserve_mega.coordinator.admission import Admission
-from fastserve_mega.coordinator.assembly import make_profiler, make_replicas, open_event_logs
-from fastserve_mega.coordinator.coordinator import Coordinator
+from fastserve_mega.coordinator.assembly import make_coordinator, make_profiler, open_event_logs
 from fastserve_mega.coordinator.front_door import FrontDoor
-from fastserve_mega.coordinator.measuring import measure
 from fastserve_mega.coordinator.profile_file import load_profile, save_profile
+from fastserve_mega.coordinator.profiler import measure
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.messaging.messages import STOP_WORD, Welcome
-from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.system.config import Config
@@ -58,8 +54,8 @@ class CoordinatorProcess:
         Args:
             config: of the deployment.
             stop_on_stdin_close: end when the parent (rank 0), which holds the other end, is gone.
-            supervised: somebody starts everything again when the ranks are lost, so that requests
-                can go on.
+            supervised: a launcher starts everything again when the ranks are lost, so that
+                requests can go on.
 
         Raises:
             ValueError: the model directory, the configuration or the profile is not usable.
@@ -95,10 +91,13 @@ class CoordinatorProcess:
         if self._stdin is not None:
             self._poller.register(self._stdin, zmq.POLLIN)
 
+    def addresses(self) -> dict[str, str]:
+        """Where it listens: for the clients, and for the ranks."""
+        return {"client": self._front_door.endpoint, "worker": self._workers.endpoint}
+
     def announce(self) -> None:
         """Tell the parent the addresses, as one line of JSON on stdout."""
-        addresses = {"client": self._front_door.endpoint, "worker": self._workers.endpoint}
-        print(json.dumps(addresses), flush=True)
+        print(json.dumps(self.addresses()), flush=True)
 
     def stop(self, *_: object) -> None:
         """Drain and end; also the signal handler."""
@@ -153,7 +152,7 @@ class CoordinatorProcess:
             raise
 
     def _rank_0_ends(self) -> bool:
-        """Whether it has ended, or does so in a moment."""
+        """Wait a moment for rank 0 to end; whether it has."""
         if self._stdin is None:
             return self._stop_on_stdin_close
         return bool(select.select([self._stdin], [], [], _RANKS_END_S)[0])
@@ -181,56 +180,25 @@ class CoordinatorProcess:
         profiler = make_profiler(self._config, self._welcome, self._workers.groups[0])
         return measure(profiler, look_around)
 
-    def _make_coordinator(self) -> Coordinator:
-        config = self._config
-        metrics = ServingMetrics(
-            block_bytes=max(group.block_bytes for group in self._workers.groups),
-            info={
-                "model_name": config.model.name,
-                "policy": config.scheduler.policy,
-                "version": __version__,
-            },
-        )
-        replicas = make_replicas(
-            config,
+    def _serve(self) -> None:
+        coordinator = make_coordinator(
+            self._config,
             self._welcome,
+            self._front_door,
             self._workers.groups,
             profile=self._profile,
-            metrics=metrics,
             event_logs=self._event_logs,
+            poll=self._poll_until,
         )
-        schedulers = [replica.scheduler for replica in replicas]
-        metrics.watch_schedulers(schedulers)
-        admission = Admission(
-            vocab_size=self._welcome.vocab_size,
-            eos_token_ids=self._welcome.eos_token_ids,
-            max_context=self._welcome.max_context,
-            max_queued_requests=config.scheduler.max_queued_requests,
-            schedulers=schedulers,
-        )
-        return Coordinator(
-            welcome=self._welcome,
-            replicas=replicas,
-            front_door=self._front_door,
-            metrics=metrics,
-            admission=admission,
-            prefix_block_size=(
-                config.kv_cache.block_size if config.kv_cache.prefix_cache else None
-            ),
-            clock=time.monotonic,
-        )
-
-    def _serve(self) -> None:
-        coordinator = self._make_coordinator()
         self._poller.register(self._front_door.socket, zmq.POLLIN)
         _log.info("serving %s on %s", self._welcome.model_name, self._front_door.endpoint)
         try:
             while not self._stop:
-                self._turn(coordinator)
+                coordinator.turn()
             coordinator.drain()
             deadline = time.monotonic() + self._config.coordinator.drain_timeout_s
-            while coordinator.unfinished and time.monotonic() < deadline:
-                self._turn(coordinator)
+            while coordinator.num_unfinished and time.monotonic() < deadline:
+                coordinator.turn()
             coordinator.end_all(FinishReason.ERROR, "the server was shut down")
         except WorkersLostError as error:
             if self._supervised:
@@ -240,13 +208,11 @@ class CoordinatorProcess:
                 coordinator.end_all(FinishReason.ERROR, str(error))
             raise
 
-    def _turn(self, coordinator: Coordinator) -> None:
-        deadline = coordinator.next_deadline()
+    def _poll_until(self, deadline: float | None) -> None:
         wait_ms = float(_LOOK_AROUND_MS)
         if deadline is not None:
             wait_ms = min(max((deadline - time.monotonic()) * 1000 + 1, 0), wait_ms)
         self._poll(int(wait_ms))
-        coordinator.run_once()
 
     def _poll(self, wait_ms: int) -> None:
         ready = dict(self._poller.poll(wait_ms))
@@ -287,7 +253,7 @@ def run_coordinator(
     Args:
         config: of the deployment.
         stop_on_stdin_close: see `CoordinatorProcess`.
-        supervised: likewise.
+        supervised: see there too.
         profile_to: measure, write this file and end, instead of serving.
     """
     try:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
 import msgspec
 
+from fastserve_mega.records import explain
 from fastserve_mega.scheduling.cost_model import Profile
-from fastserve_mega.strict import from_plain
 
 
 def save_profile(profile: Profile, path: Path) -> None:
@@ -26,8 +25,8 @@ def save_profile(profile: Profile, path: Path) -> None:
 def _one_point_a_line(profile: Profile, indent: str = "") -> str:
     """Fully indented, the contexts of a mixed step alone would take a screen."""
     sections = []
-    for field in dataclasses.fields(profile):
-        value = getattr(profile, field.name)
+    for name in profile.__struct_fields__:
+        value = getattr(profile, name)
         if isinstance(value, Profile):
             text = _one_point_a_line(value, f"{indent} ")
         elif isinstance(value, tuple) and value:
@@ -35,7 +34,7 @@ def _one_point_a_line(profile: Profile, indent: str = "") -> str:
             text = f"[\n{indent}  {points}\n{indent} ]"
         else:
             text = _on_one_line(value)
-        sections.append(f'{indent} "{field.name}": {text}')
+        sections.append(f'{indent} "{name}": {text}')
     return "{\n" + ",\n".join(sections) + f"\n{indent}}}"
 
 
@@ -50,7 +49,10 @@ def load_profile(path: str | Path) -> Profile:
         ValueError: it is not what `save_profile` writes; one sentence that names the file.
         OSError: it cannot be read.
     """
+    text = Path(path).expanduser().read_bytes()
     try:
-        return from_plain(msgspec.json.decode(Path(path).expanduser().read_bytes()), Profile)
+        return msgspec.json.decode(text, type=Profile)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path}: {explain(error, msgspec.json.decode(text), Profile)}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

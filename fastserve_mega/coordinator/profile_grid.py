@@ -40,7 +40,7 @@ class ProfileLimits:
 
     @property
     def max_decode_context(self) -> int:
-        """Of the longest request that can decode alone."""
+        """Tokens of the longest request that can decode alone."""
         return min(self.max_context - 1, (self.device_blocks - 1) * self.block_size - 1)
 
     def prefill_grid(self) -> list[int]:

@@ -7,6 +7,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from fastserve_mega.coordinator.profile_grid import ProfileLimits
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
 from fastserve_mega.messaging.messages import SequenceStart, StepCommand, StepResult
@@ -28,7 +31,7 @@ _QUICK_S = 2.0
 """A starting server measures no further round when it has taken this long."""
 
 _DIGITS = 6
-"""Of seconds in a profile: microseconds."""
+"""Decimals of seconds in a profile: microseconds."""
 
 Shape = Sequence[tuple[int, int]]
 """(start, num_tokens) of each slice of a step."""
@@ -181,6 +184,24 @@ class Profiler:
             if isinstance(result, StepResult) and result.step_id == step_id:
                 return True  # a later one stays where it is
         return False
+
+
+def measure(profiler: Profiler, look_around: Callable[[], None]) -> Profile:
+    """Measure the whole grid, with a progress bar on stderr.
+
+    Args:
+        profiler: of the ranks.
+        look_around: called after each step; may raise to end it all.
+    """
+    columns = (TextColumn("measuring steps"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(made: int, count: int) -> None:
+            progress.update(task, completed=made, total=count)
+            look_around()
+
+        return profiler.grid(show)
 
 
 class _Grid:

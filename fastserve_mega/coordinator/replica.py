@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight
-from fastserve_mega.coordinator.live_request import LiveRequest
+from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
 from fastserve_mega.messaging.messages import CopyResult, StepCommand, StepResult
 from fastserve_mega.metrics import ServingMetrics
-from fastserve_mega.plan import Plan
+from fastserve_mega.plan import BlockCopy, Plan
 from fastserve_mega.scheduling.events import CopyDone, Event
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import RequestId
@@ -27,11 +26,26 @@ class DispatchedStep:
     plan: Plan
     dispatched_at: float
     requests: tuple[LiveRequest, ...]
-    """Of the plan's batch, in its order."""
+    """One for each slice of the plan's batch, in its order."""
+
+
+@dataclass(slots=True)
+class _CopyInFlight:
+    """A copy of KV blocks that some rank has not reported: until then its blocks may be read."""
+
+    copy: BlockCopy
+    dispatched_at: float
+    ranks: set[int]
+    """Ranks that have not reported it."""
+    copy_s: float = 0.0
+    """What it took on the slowest rank so far."""
 
 
 class Replica:
-    """Carries events to a scheduler and its plans to the ranks."""
+    """What one scheduler has been told, and what its ranks have been given to do.
+
+    Steps return in the order of their dispatch. A copy is done when the last rank has reported it.
+    """
 
     def __init__(
         self,
@@ -51,60 +65,61 @@ class Replica:
             metrics: of the server.
         """
         self.scheduler = scheduler
-        self._step = step
-        self._workers = workers
+        self.step = step
+        self.workers = workers
         self._step_timeout_s = step_timeout_s
         self._metrics = metrics
         self._events: list[Event] = []
         self._steps: deque[DispatchedStep] = deque()
-        self._copies = CopiesInFlight(workers.ranks, step_timeout_s)
+        self._copies: dict[int, _CopyInFlight] = {}
+        """In the order of their dispatch."""
         self._stalled_since: float | None = None
+
+    # --- what the scheduler is to be told ------------------------------------------------------
+
+    def tell(self, event: Event) -> None:
+        """Keep an event for the next call of `step`."""
+        self._events.append(event)
+
+    def take_events(self) -> Sequence[Event]:
+        """What the scheduler has not been told yet."""
+        events, self._events = self._events, []
+        return events
+
+    # --- what the ranks are doing --------------------------------------------------------------
 
     @property
     def computing(self) -> set[RequestId]:
         """Requests of the steps that have not returned."""
         return {live.request_id for step in self._steps for live in step.requests}
 
-    def tell(self, event: Event) -> None:
-        """Let the scheduler know with the next `advance`."""
-        self._events.append(event)
-
-    def returned_steps(self) -> Iterator[tuple[DispatchedStep, StepResult]]:
-        """Steps whose results have arrived. Finished copies are told to the scheduler.
+    def dispatch(self, plan: Plan, requests: LiveRequests, now: float) -> None:
+        """Give the ranks a plan, with the tokens that belong to it.
 
         Raises:
-            WorkersLostError: a rank failed or sent nonsense.
+            WorkersLostError: a rank does not take it.
         """
-        for result in self._workers.results():
-            match result:
-                case StepResult():
-                    yield self._returned(result), result
-                case CopyResult():
-                    self._copy_done(result)
+        batch = tuple(requests[piece.request_id] for piece in plan.batch)
+        token_ids = []
+        started = []
+        for live, piece in zip(batch, plan.batch, strict=True):
+            token_ids.append(live.input_tokens(piece))
+            if live.started_at is None:
+                started.append(live.sequence_start)
+                live.begin(piece.start, now)
+                self._metrics.requests.observe_start(now - live.arrived_at)
+        if batch:
+            self._steps.append(DispatchedStep(plan, now, batch))
+        for copy in plan.copies:
+            self._copies[copy.copy_id] = _CopyInFlight(copy, now, set(self.workers.ranks))
+        self.workers.dispatch(StepCommand(plan, tuple(token_ids), tuple(started)))
 
-    def advance(self, now: float, requests: Mapping[RequestId, LiveRequest]) -> None:
-        """Dispatch what the scheduler plans in answer to all it was not told yet.
+    def take_step(self, result: StepResult) -> DispatchedStep:
+        """The step that a result belongs to.
 
         Raises:
-            WorkersLostError: a rank does not take its steps, or a step or copy is overdue.
+            WorkersLostError: it is not the oldest one, or has another number of tokens.
         """
-        self._check_deadlines(now)
-        events, self._events = self._events, []
-        while plan := self._step(now, events):
-            self._dispatch(plan, now, requests)
-            events = []
-        self._observe_stall(now)
-
-    def next_deadline(self) -> float | None:
-        """When a step or copy is overdue."""
-        deadlines = []
-        if self._steps:
-            deadlines.append(self._steps[0].dispatched_at + self._step_timeout_s)
-        if (copies_due := self._copies.deadline()) is not None:
-            deadlines.append(copies_due)
-        return min(deadlines, default=None)
-
-    def _returned(self, result: StepResult) -> DispatchedStep:
         if not self._steps or self._steps[0].plan.step_id != result.step_id:
             raise WorkersLostError(f"the workers answered step {result.step_id} out of order")
         step = self._steps.popleft()
@@ -116,36 +131,44 @@ class Replica:
             )
         return step
 
-    def _copy_done(self, result: CopyResult) -> None:
-        done = self._copies.reported(result)
-        if done is not None:
-            self._metrics.observe_copy(done.direction, done.copy_s)
-            self.tell(CopyDone(done.copy_id))
+    def take_copy(self, result: CopyResult) -> None:
+        """Note that a rank has made a copy; the last one's report becomes an event.
 
-    def _check_deadlines(self, now: float) -> None:
-        self._copies.check_deadline(now)
-        if self._steps and now - self._steps[0].dispatched_at > self._step_timeout_s:
+        Raises:
+            WorkersLostError: the rank was not asked for it.
+        """
+        flying = self._copies.get(result.copy_id)
+        if flying is None or result.rank not in flying.ranks:
             raise WorkersLostError(
-                f"step {self._steps[0].plan.step_id} has not returned within "
-                f"{self._step_timeout_s:g} s (coordinator.step_timeout_s)"
+                f"rank {result.rank} reported copy {result.copy_id}, which it was not asked for"
             )
+        flying.ranks.remove(result.rank)
+        flying.copy_s = max(flying.copy_s, result.copy_s)
+        if not flying.ranks:
+            del self._copies[result.copy_id]
+            self._metrics.observe_copy(flying.copy.direction, flying.copy_s)
+            self.tell(CopyDone(result.copy_id))
 
-    def _dispatch(self, plan: Plan, now: float, requests: Mapping[RequestId, LiveRequest]) -> None:
-        batch = tuple(requests[piece.request_id] for piece in plan.batch)
-        token_ids = tuple(
-            live.input_tokens(piece) for live, piece in zip(batch, plan.batch, strict=True)
-        )
-        started = tuple(live.sequence_start for live in batch if not live.started)
-        for live, piece in zip(batch, plan.batch, strict=True):
-            if not live.started:
-                live.begin(piece.start, now)
-                self._metrics.observe_start(now - live.arrived)
-        if plan.batch:
-            self._steps.append(DispatchedStep(plan, now, batch))
-        self._copies.dispatched(plan.copies, now)
-        self._workers.dispatch(StepCommand(plan, token_ids, started))
+    def next_deadline(self) -> float | None:
+        """When a step or copy is overdue."""
+        oldest = [flying.dispatched_at for flying in self._oldest_copies()]
+        if self._steps:
+            oldest.append(self._steps[0].dispatched_at)
+        return min(oldest) + self._step_timeout_s if oldest else None
 
-    def _observe_stall(self, now: float) -> None:
+    def check_deadlines(self, now: float) -> None:
+        """Raise WorkersLostError when a step or copy is overdue."""
+        limit = f"within {self._step_timeout_s:g} s (coordinator.step_timeout_s)"
+        for flying in self._oldest_copies():
+            if now - flying.dispatched_at > self._step_timeout_s:
+                raise WorkersLostError(
+                    f"copy {flying.copy.copy_id} has not been reported by ranks "
+                    f"{sorted(flying.ranks)} {limit}"
+                )
+        if self._steps and now - self._steps[0].dispatched_at > self._step_timeout_s:
+            raise WorkersLostError(f"step {self._steps[0].plan.step_id} has not returned {limit}")
+
+    def observe_stall(self, now: float) -> None:
         """Count the time in which nothing is computed since what could be is being copied."""
         stalled = bool(self._copies and self.scheduler.unfinished and not self._steps)
         if stalled and self._stalled_since is None:
@@ -153,3 +176,7 @@ class Replica:
         elif not stalled and self._stalled_since is not None:
             self._metrics.observe_stall(now - self._stalled_since)
             self._stalled_since = None
+
+    def _oldest_copies(self) -> list[_CopyInFlight]:
+        """The copy that is due first, if any."""
+        return [next(iter(self._copies.values()))] if self._copies else []

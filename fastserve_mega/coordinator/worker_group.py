@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
+import msgspec
 import zmq
 
-from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, decode, encode
+from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, BadFrameError, decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
@@ -108,7 +108,7 @@ class ZmqWorkers:
         return [rank for rank in range(self._world_size) if rank not in ready]
 
     def members(self, ranks: range) -> list[tuple[Identity, WorkerReady]]:
-        """Those of these ranks that are ready."""
+        """The ranks among these that are ready."""
         return [(peer, worker) for peer, worker in self._ready.items() if worker.rank in ranks]
 
     def send(self, peer: Identity, frame: bytes) -> None:
@@ -132,7 +132,11 @@ class ZmqWorkers:
             WorkersLostError: a rank reported that it failed, or sent nonsense.
         """
         for peer, frames in self._router.receive():
-            match message := decode(b"".join(frames), trusted=True):
+            try:
+                message = decode(b"".join(frames))
+            except BadFrameError as error:
+                raise WorkersLostError(f"{peer.decode(errors='replace')}: {error}") from None
+            match message:
                 case StepResult() | CopyResult():
                     replica = self._ready[peer].rank // self._ranks_per_replica
                     self.groups[replica].inbox.append(message)
@@ -193,7 +197,7 @@ class ZmqWorkerGroup:
     def __init__(self, workers: ZmqWorkers, ranks: range) -> None:
         self.ranks = ranks
         self.inbox: deque[StepResult | CopyResult] = deque()
-        """Results of these ranks that nobody has asked for yet."""
+        """Results of these ranks that `results` has not yielded yet."""
         self._workers = workers
 
     @property
@@ -203,7 +207,7 @@ class ZmqWorkerGroup:
 
     @property
     def host_blocks(self) -> int:
-        """Likewise of the smallest pool in host memory."""
+        """Blocks of the smallest pool in host memory."""
         return min(worker.host_blocks for _, worker in self._workers.members(self.ranks))
 
     @property
@@ -234,4 +238,4 @@ def _frames(command: StepCommand) -> list[bytes]:
     if len(whole) <= MAX_FRAME_BYTES:
         return [whole]
     ahead = [encode(SequencesStarted((start,))) for start in command.started]
-    return [*ahead, encode(dataclasses.replace(command, started=()))]
+    return [*ahead, encode(msgspec.structs.replace(command, started=()))]

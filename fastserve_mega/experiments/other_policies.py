@@ -152,7 +152,7 @@ class _Reader:
         for event in call.events:
             if isinstance(event, Arrived):
                 # What had been answered before is prefilled with the prompt.
-                request = _Request(call.now, event.prompt_tokens + event.received_tokens)
+                request = _Request(call.now, event.num_prompt_tokens + event.num_received_tokens)
                 self._all.append(request)
                 self._unfinished[event.request_id] = request
             elif isinstance(event, Aborted):

@@ -1,11 +1,9 @@
-"""Every message on the wire, as a frozen dataclass. `docs/protocol.md` describes the encoding."""
+"""Every message on the wire. `docs/protocol.md` describes the encoding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import IntEnum
-
 from fastserve_mega.plan import Plan
+from fastserve_mega.records import Count, OpenRecord, Record, Seconds
 from fastserve_mega.snapshot import Percentiles, ReplicaView
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
 
@@ -19,45 +17,22 @@ def worker_identity(rank: int) -> bytes:
     return f"rank-{rank}".encode()
 
 
-class Kind(IntEnum):
-    """Second byte of each frame. Numbers are never reused."""
+class _Message(Record, frozen=True, tag=True):
+    """Carries its class name as `type`."""
 
-    HELLO = 1
-    SUBMIT = 2
-    CANCEL = 3
-    PING = 4
-    GET_METRICS = 5
-    GET_SNAPSHOT = 6
 
-    WELCOME = 32
-    TOKENS = 33
-    FINISHED = 34
-    REFUSED = 35
-    PONG = 36
-    METRICS = 37
-    RESTARTING = 38
-    SNAPSHOT = 39
-
-    WORKER_READY = 64
-    STEP_COMMAND = 65
-    STEP_RESULT = 66
-    WORKER_FAILED = 67
-    SHUTDOWN = 68
-    COPY_RESULT = 69
-    KEEP_ALIVE = 70
-    SEQUENCES_STARTED = 71
+class _Answer(OpenRecord, frozen=True, tag=True):
+    """Goes to a client, which may be older than the coordinator and skips unknown fields."""
 
 
 # --- client to coordinator ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Hello:
+class Hello(_Message, frozen=True):
     """First message of a client; answered by Welcome."""
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(_Message, frozen=True):
     """Start a request, or go on with one of which `received` tokens already reached the client."""
 
     request_id: RequestId
@@ -71,44 +46,35 @@ class Submit:
     """End with `timeout` when unfinished after this many seconds."""
     cache_salt: str = ""
     """The prefix cache shares KV among requests with the same salt only."""
-    failed_attempts: int = 0
+    failed_attempts: Count = 0
     """How often in a row `Restarting` has named it, without a token of it since."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(_Message, frozen=True):
     """End a request; answered by its Finished, or Refused when it is unknown."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class Ping:
+class Ping(_Message, frozen=True):
     """A sign of life; answered by Pong. A client with unfinished requests sends them regularly."""
 
 
-@dataclass(frozen=True, slots=True)
-class GetMetrics:
+class GetMetrics(_Message, frozen=True):
     """Answered by Metrics."""
 
 
-@dataclass(frozen=True, slots=True)
-class GetSnapshot:
+class GetSnapshot(_Message, frozen=True):
     """Answered by Snapshot."""
 
-    max_requests: int = 200
+    max_requests: Count = 200
     """Views of requests of each replica, at most."""
-
-    def __post_init__(self) -> None:
-        if self.max_requests < 0:
-            raise ValueError(f"max_requests must not be negative, got {self.max_requests}")
 
 
 # --- coordinator to client ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class Welcome(_Answer, frozen=True):
     """What a client needs to know about the server."""
 
     epoch: str
@@ -116,26 +82,24 @@ class Welcome:
     model_name: str
     model_path: str
     """Directory on the server's machine; a client on it can load the tokenizer from there."""
-    max_context: int
+    max_context: Count
     """Tokens of prompt and answer together."""
-    vocab_size: int
+    vocab_size: Count
     eos_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(_Answer, frozen=True):
     """Output tokens [offset, offset + len(token_ids)) of a request."""
 
     request_id: RequestId
-    offset: int
+    offset: Count
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """One for each token when the request asks for them, else empty. None for a token that the
     client must have received before it submitted the request to this coordinator."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(_Answer, frozen=True):
     """The last message of an accepted or rejected request."""
 
     request_id: RequestId
@@ -145,8 +109,7 @@ class Finished:
     """One sentence when the reason needs one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(_Answer, frozen=True):
     """The sender's message was wrong; nothing else happened."""
 
     message: str
@@ -154,11 +117,10 @@ class Refused:
     request_id: RequestId | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Restarting:
+class Restarting(_Answer, frozen=True):
     """The ranks were lost and are started again; unfinished requests go on after that."""
 
-    within_s: float
+    within_s: Seconds
     """How long it may take, seconds. Then a new epoch answers pings, and wants the requests
     submitted again."""
     reason: str
@@ -166,28 +128,25 @@ class Restarting:
     """Requests of this client that were being computed when the ranks were lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pong:
+class Pong(_Answer, frozen=True):
     epoch: str
 
 
-@dataclass(frozen=True, slots=True)
-class Metrics:
+class Metrics(_Answer, frozen=True):
     """Prometheus exposition text."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(_Answer, frozen=True):
     """What the server is doing. Counters count from its start."""
 
     clock_s: float
-    """Of the coordinator, for rates between two snapshots."""
+    """The coordinator's clock, for rates between two snapshots."""
     replicas: tuple[ReplicaView, ...]
-    prompt_tokens: int
-    generation_tokens: int
-    finished_requests: int
+    prompt_tokens: Count
+    generation_tokens: Count
+    finished_requests: Count
     ttft_s: Percentiles
     jct_s: Percentiles
 
@@ -195,27 +154,25 @@ class Snapshot:
 # --- coordinator and workers -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerReady:
+class WorkerReady(_Message, frozen=True):
     """A rank has loaded its part of the model and allocated its pools."""
 
-    rank: int
-    device_blocks: int
+    rank: Count
+    device_blocks: Count
     """Blocks of its pool, the null block included."""
-    host_blocks: int
-    """Likewise of its pool in host memory; 0 when the strategy does not swap."""
-    block_bytes: int
+    host_blocks: Count
+    """Blocks of its pool in host memory; 0 when the strategy does not swap."""
+    block_bytes: Count
     """Memory of its share of a block."""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceStart:
+class SequenceStart(Record, frozen=True):
     """Told to the workers with the first slice of a request."""
 
     request_id: RequestId
     params: SamplingParams
-    seed: int
-    prompt_tokens: int
+    seed: Count
+    num_prompt_tokens: Count
     prompt: tuple[int, ...] = ()
     """The prompt's tokens, where sampling depends on them, else empty. The slices need not show
     all of them: those that the prefix cache knows are not computed."""
@@ -223,18 +180,16 @@ class SequenceStart:
     """Output tokens from before, where sampling depends on them, else empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingFailure:
+class SamplingFailure(Record, frozen=True):
     """Why a request got no token, though nothing is wrong with the rank."""
 
-    index: int
-    """Of its place in StepResult.token_ids, which holds no token."""
+    index: Count
+    """Its place in StepResult.token_ids, which holds no token."""
     message: str
     """One sentence."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepCommand:
+class StepCommand(_Message, frozen=True):
     """One step for all ranks."""
 
     plan: Plan
@@ -243,53 +198,47 @@ class StepCommand:
     started: tuple[SequenceStart, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SequencesStarted:
+class SequencesStarted(_Message, frozen=True):
     """Requests that are new in the next StepCommand, where one frame could not hold them all."""
 
     started: tuple[SequenceStart, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(_Message, frozen=True):
     """Sent by the rank that sampled, after each step with a batch."""
 
-    step_id: int
+    step_id: Count
     token_ids: tuple[int, ...]
     """One token for each slice of plan.batch with `samples`, in its order."""
-    copy_wait_s: float = 0.0
+    copy_wait_s: Seconds = 0.0
     """How long the step stood still on that rank for the copies that precede it."""
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """One for each token when any request of the batch asks for them, else empty."""
     failures: tuple[SamplingFailure, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class CopyResult:
+class CopyResult(_Message, frozen=True):
     """Sent by every rank for each BlockCopy, once its blocks have been copied there."""
 
-    copy_id: int
-    rank: int
-    copy_s: float
+    copy_id: Count
+    rank: Count
+    copy_s: Seconds
     """What the copying took, without the wait for copies before it."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerFailed:
-    rank: int
+class WorkerFailed(_Message, frozen=True):
+    rank: Count
     message: str
 
 
-@dataclass(frozen=True, slots=True)
-class Shutdown:
+class Shutdown(_Message, frozen=True):
     """The worker ends its loop."""
 
     failed: bool = False
-    """Another rank was lost: exit with a non-zero status, without waiting for anybody."""
+    """Another rank was lost: exit with a non-zero status, without waiting for the others."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeepAlive:
+class KeepAlive(_Message, frozen=True):
     """Sent to every rank every few seconds: an idle coordinator is not a lost one.
 
     A rank that it cannot be sent to is lost.
@@ -302,28 +251,3 @@ Message = (
     | WorkerReady | SequencesStarted | StepCommand | StepResult | CopyResult | WorkerFailed
     | Shutdown | KeepAlive
 )  # fmt: skip
-
-KIND_OF: dict[type, Kind] = {
-    Hello: Kind.HELLO,
-    Submit: Kind.SUBMIT,
-    Cancel: Kind.CANCEL,
-    Ping: Kind.PING,
-    GetMetrics: Kind.GET_METRICS,
-    GetSnapshot: Kind.GET_SNAPSHOT,
-    Welcome: Kind.WELCOME,
-    Tokens: Kind.TOKENS,
-    Finished: Kind.FINISHED,
-    Refused: Kind.REFUSED,
-    Pong: Kind.PONG,
-    Metrics: Kind.METRICS,
-    Snapshot: Kind.SNAPSHOT,
-    Restarting: Kind.RESTARTING,
-    WorkerReady: Kind.WORKER_READY,
-    SequencesStarted: Kind.SEQUENCES_STARTED,
-    StepCommand: Kind.STEP_COMMAND,
-    StepResult: Kind.STEP_RESULT,
-    WorkerFailed: Kind.WORKER_FAILED,
-    Shutdown: Kind.SHUTDOWN,
-    CopyResult: Kind.COPY_RESULT,
-    KeepAlive: Kind.KEEP_ALIVE,
-}

@@ -3,7 +3,6 @@
 What vLLM measures too has vLLM's name, with `fastserve_` for `vllm:`.
 """
 
-from fastserve_mega.metrics.requests import RequestTimes
 from fastserve_mega.metrics.serving import ServingMetrics
 
-__all__ = ["RequestTimes", "ServingMetrics"]
+__all__ = ["ServingMetrics"]

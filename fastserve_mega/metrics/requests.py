@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -19,22 +20,35 @@ TOKENS = (
 _SUCCESSES = (FinishReason.STOP, FinishReason.LENGTH)
 
 
-@dataclass(frozen=True, slots=True)
-class RequestTimes:
+_NUM_RECENT = 500
+"""Requests whose latencies a snapshot shows."""
+
+
+class ObservedRequest(Protocol):
     """When things happened to a request, on the coordinator's clock; None for what did not."""
 
-    arrived: float
-    started: float | None
-    """Its first step was dispatched."""
-    first_token: float | None
-    last_token: float | None
-    ended: float
+    @property
+    def arrived_at(self) -> float: ...
+    @property
+    def started_at(self) -> float | None: ...
+    @property
+    def first_token_at(self) -> float | None: ...
+    @property
+    def last_token_at(self) -> float | None: ...
+    @property
+    def usage(self) -> Usage: ...
 
 
 class RequestMetrics:
-    """Counters and histograms of requests."""
+    """Counters and histograms of requests; the plain numbers are for snapshots."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.num_finished = 0
+        """Requests that were accepted, and have ended."""
+        self.recent_ttft_s: deque[float] = deque(maxlen=_NUM_RECENT)
+        self.recent_jct_s: deque[float] = deque(maxlen=_NUM_RECENT)
         self._registry = registry
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens accepted")
         self._generation_tokens = self._counter("generation_tokens", "Output tokens generated")
@@ -82,20 +96,24 @@ class RequestMetrics:
     def _tokens(self, name: str, text: str) -> Histogram:
         return Histogram(f"fastserve_{name}", text, buckets=TOKENS, registry=self._registry)
 
-    def observe_arrival(self, prompt_tokens: int) -> None:
-        self._prompt_tokens.inc(prompt_tokens)
+    def observe_arrival(self, num_prompt_tokens: int) -> None:
+        self.num_prompt_tokens += num_prompt_tokens
+        self._prompt_tokens.inc(num_prompt_tokens)
 
     def observe_start(self, queue_s: float) -> None:
-        """Its first step is dispatched."""
+        """A request's first step is dispatched, `queue_s` after it arrived."""
         self._queue.observe(queue_s)
 
-    def observe_token(self, arrived: float, last_token: float | None, now: float) -> None:
-        """A request has a token, and had its last one at `last_token`."""
+    def observe_token(self, request: ObservedRequest, now: float) -> None:
+        """A request gets a token; its times are those before that."""
+        self.num_generation_tokens += 1
         self._generation_tokens.inc()
-        if last_token is None:
-            self._ttft.observe(now - arrived)
+        if request.last_token_at is None:
+            ttft_s = now - request.arrived_at
+            self.recent_ttft_s.append(ttft_s)
+            self._ttft.observe(ttft_s)
         else:
-            gap = now - last_token
+            gap = now - request.last_token_at
             self._gaps[gap] = self._gaps.get(gap, 0) + 1
 
     def end_step(self) -> None:
@@ -104,22 +122,29 @@ class RequestMetrics:
             self._inter_token.observe(gap, count)
         self._gaps.clear()
 
-    def observe_finish(
-        self, reason: FinishReason, times: RequestTimes | None, usage: Usage
-    ) -> None:
-        """A request ended; `times` is None for one that was never accepted."""
+    def observe_rejection(self) -> None:
+        """A request was not accepted, since the server is full."""
+        self._finished.labels(FinishReason.REJECTED.value).inc()
+
+    def observe_finish(self, reason: FinishReason, request: ObservedRequest, now: float) -> None:
+        """An accepted request ended."""
+        self.num_finished += 1
         self._finished.labels(reason.value).inc()
-        if times is None:
-            return
-        self._jct.observe(times.ended - times.arrived)
+        jct_s, usage = now - request.arrived_at, request.usage
+        self.recent_jct_s.append(jct_s)
+        self._jct.observe(jct_s)
         self._prompt_lengths.observe(usage.prompt_tokens)
         self._output_lengths.observe(usage.completion_tokens)
         if reason in _SUCCESSES:
             self._success.labels(reason.value).inc()
-        if times.started is None or times.first_token is None or times.last_token is None:
+        if (
+            request.started_at is None
+            or request.first_token_at is None
+            or request.last_token_at is None
+        ):
             return
-        self._prefill.observe(times.first_token - times.started)
-        decode_s = times.last_token - times.first_token
+        self._prefill.observe(request.first_token_at - request.started_at)
+        decode_s = request.last_token_at - request.first_token_at
         self._decode.observe(decode_s)
         if usage.completion_tokens > 1:
             self._tpot.observe(decode_s / (usage.completion_tokens - 1))

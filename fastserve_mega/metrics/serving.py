@@ -8,9 +8,8 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 
 from fastserve_mega.metrics.memory import COPY_DIRECTIONS, MemoryMetrics, ObservedMemory
-from fastserve_mega.metrics.requests import SECONDS, TOKENS, RequestMetrics, RequestTimes
+from fastserve_mega.metrics.requests import SECONDS, TOKENS, RequestMetrics
 from fastserve_mega.plan import CopyDirection, Plan
-from fastserve_mega.types import FinishReason, Usage
 
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -37,7 +36,7 @@ class ServingMetrics:
             info: labels of fastserve_info, by which dashboards know what is served.
         """
         registry = self._registry = CollectorRegistry()
-        self._requests = RequestMetrics(registry)
+        self.requests = RequestMetrics(registry)
         labels = dict(info or {})
         served = Gauge("fastserve_info", "1; its labels say what is served", list(labels),
                        registry=registry)  # fmt: skip
@@ -76,20 +75,9 @@ class ServingMetrics:
         self._memory = MemoryMetrics(registry, block_bytes)
         self._schedulers: Sequence[ObservedScheduler] = ()
 
-    def observe_arrival(self, prompt_tokens: int) -> None:
-        self._requests.observe_arrival(prompt_tokens)
-
-    def observe_start(self, queue_s: float) -> None:
-        """The first step of a request is dispatched, `queue_s` after it arrived."""
-        self._requests.observe_start(queue_s)
-
-    def observe_token(self, arrived: float, last_token: float | None, now: float) -> None:
-        """A request has a token, and had its last one at `last_token`."""
-        self._requests.observe_token(arrived, last_token, now)
-
     def observe_step(self, plan: Plan, elapsed_s: float, copy_wait_s: float) -> None:
         """A step has returned, and all its tokens have been observed."""
-        self._requests.end_step()
+        self.requests.end_step()
         self._step.observe(elapsed_s)
         self._batch.observe(len(plan.batch))
         self._step_tokens.observe(plan.num_tokens)
@@ -102,12 +90,6 @@ class ServingMetrics:
     def observe_stall(self, stall_s: float) -> None:
         """Nothing was computed for `stall_s`, since copies were under way."""
         self._memory.wait.labels("idle").inc(stall_s)
-
-    def observe_finish(
-        self, reason: FinishReason, times: RequestTimes | None, usage: Usage
-    ) -> None:
-        """A request ended; `times` is None for one that was never accepted."""
-        self._requests.observe_finish(reason, times, usage)
 
     def watch_schedulers(self, schedulers: Sequence[ObservedScheduler]) -> None:
         """Read the queues and pools of all replicas whenever the metrics are asked for."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+from fastserve_mega.records import Record
 
 
 class CostModel(Protocol):
@@ -21,16 +22,14 @@ class CostModel(Protocol):
         """Learn from a step that ran: its prefill tokens, its decoding requests, its time."""
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillPoint:
+class PrefillPoint(Record, frozen=True):
     """One measurement of a prefill."""
 
     tokens: int
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class DecodePoint:
+class DecodePoint(Record, frozen=True):
     """One measurement of a decode step."""
 
     batch: int
@@ -38,19 +37,17 @@ class DecodePoint:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class MixedPoint:
+class MixedPoint(Record, frozen=True):
     """One measurement of a step as they are in practice."""
 
     prefill_tokens: int
-    """Of one prompt that is prefilled beside the decodes; 0 for decodes only."""
+    """Tokens of one prompt that is prefilled beside the decodes; 0 for decodes only."""
     contexts: tuple[int, ...]
-    """Of each decoding request."""
+    """Tokens of each decoding request."""
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkPoint:
+class ChunkPoint(Record, frozen=True):
     """One measurement of a later chunk of a long prompt."""
 
     start: int
@@ -59,17 +56,15 @@ class ChunkPoint:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class FirstPoint:
+class FirstPoint(Record, frozen=True):
     """What the first step of a size took longer than the second."""
 
     tokens: int
-    """Of all requests of the step."""
+    """Tokens of all requests of the step."""
     extra_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Profile:
+class Profile(Record, frozen=True):
     """What `fastserve-mega profile` measures; stored as JSON."""
 
     prefill: tuple[PrefillPoint, ...]

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from fastserve_mega.records import Count, Record, Seconds
 from fastserve_mega.types import BlockHash, RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class _Event(Record, frozen=True, tag=True):
+    """Named by its class in the event log."""
+
+
+class Arrived(_Event, frozen=True):
     """A request was accepted."""
 
     request_id: RequestId
-    prompt_tokens: int
-    max_tokens: int
-    received_tokens: int = 0
+    num_prompt_tokens: Count
+    max_tokens: Count
+    num_received_tokens: Count = 0
     """Output tokens that exist already; prompt and these are prefilled together."""
     priority: int = 0
     """0 is normal, lower is sooner."""
     block_hashes: tuple[BlockHash, ...] = ()
-    """Of the full blocks of these tokens, for the prefix cache; none when it is off."""
-    oracle_output_tokens: int | None = None
+    """Hashes of the full blocks of these tokens, for the prefix cache; none when it is off."""
+    oracle_output_tokens: Count | None = None
     """The true output length. Only the simulator knows it, only `srpt` reads it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Aborted:
+class Aborted(_Event, frozen=True):
     """A request must end now, for whatever reason; unknown ids are ignored."""
 
     request_id: RequestId
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(_Event, frozen=True):
     """A dispatched plan was executed by all ranks."""
 
-    step_id: int
-    elapsed_s: float
+    step_id: Count
+    elapsed_s: Seconds
     """From dispatch to result."""
     finished: tuple[RequestId, ...] = ()
     """Requests whose last token this step yielded."""
@@ -44,15 +44,13 @@ class StepDone:
     """Requests whose new token is the last one of a block, and the hash of that block."""
 
 
-@dataclass(frozen=True, slots=True)
-class CopyDone:
+class CopyDone(_Event, frozen=True):
     """All ranks have finished a BlockCopy."""
 
-    copy_id: int
+    copy_id: Count
 
 
-@dataclass(frozen=True, slots=True)
-class WorkersLost:
+class WorkersLost(_Event, frozen=True):
     """The ranks restarted: no plan is in flight any more and all device KV is gone."""
 
 

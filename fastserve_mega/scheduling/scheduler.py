@@ -114,7 +114,7 @@ class Scheduler:
 
     def added_work_s(self, arrived: Arrived, output_tokens: float) -> float:
         """What a request that has not been added would add; what is cached is not prefilled."""
-        tokens = arrived.prompt_tokens + arrived.received_tokens
+        tokens = arrived.num_prompt_tokens + arrived.num_received_tokens
         cached = self._memory.prefix_cache.tokens_of(arrived.block_hashes)
         return self._cost_model.prefill_s(max(tokens - cached, 1)) + self._decode_s(output_tokens)
 
@@ -186,11 +186,11 @@ class Scheduler:
         self._arrivals += 1
         request = Request(
             request_id=event.request_id,
-            num_prompt_tokens=event.prompt_tokens,
+            num_prompt_tokens=event.num_prompt_tokens,
             max_tokens=event.max_tokens,
             priority=event.priority,
             arrival_number=self._arrivals,
-            num_tokens=event.prompt_tokens + event.received_tokens,
+            num_tokens=event.num_prompt_tokens + event.num_received_tokens,
             oracle_output_tokens=event.oracle_output_tokens,
             waiting_since=now,
         )

@@ -14,7 +14,7 @@ from fastserve_mega.snapshot import KvPlace, PoolView, ReplicaView, RequestView
 _PLACES: dict[Place, KvPlace] = {
     Place.WAITING: "waiting",
     Place.RESIDENT: "resident",
-    Place.SWAPPED: "hosted",
+    Place.SWAPPED: "swapped",
 }
 
 
@@ -54,9 +54,9 @@ def _view_request(request: Request, now: float) -> RequestView:
         level=request.queue.level,
         place=_PLACES[request.place],
         running=running,
-        prompt_tokens=request.num_prompt_tokens,
-        output_tokens=request.num_tokens - request.num_prompt_tokens,
-        computed_tokens=request.num_computed_tokens,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=request.num_tokens - request.num_prompt_tokens,
+        num_computed_tokens=request.num_computed_tokens,
         waited_s=0.0 if running else max(now - request.waiting_since, 0.0),
     )
 

@@ -51,7 +51,7 @@ def create_app(
         api_keys: a client must have one of them; none are needed when there are none.
         cors_origins: web pages of these origins may ask from a browser.
         stopping: whether the server is about to end.
-        tool_parser: how the model writes calls of tools.
+        tool_parser: how the model writes tool calls.
     """
 
     @asynccontextmanager

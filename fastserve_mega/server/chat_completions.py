@@ -24,7 +24,7 @@ class ChatChoice:
     Args:
         index: of the answer.
         logprobs: writes the log probabilities of a piece.
-        parser: tells calls of tools from content.
+        parser: tells tool calls from content.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def chat_router(
 
     Args:
         service: what it needs.
-        new_tool_parser: reads calls of tools as the model writes them; None refuses tools.
+        new_tool_parser: reads tool calls as the model writes them; None refuses tools.
     """
     router = APIRouter()
 
@@ -124,7 +124,7 @@ def chat_router(
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
         tokens = await service.encode_chat(messages, body.offered_tools)
-        budget = await service.token_budget(tokens, body.token_limit)
+        max_tokens = await service.max_tokens_of(tokens, body.max_tokens_asked)
         ends = await service.end_token_ids(body)
 
         def logprobs(chunk: Chunk) -> Json | None:
@@ -133,6 +133,6 @@ def chat_router(
         def choice(index: int) -> ChatChoice:
             return ChatChoice(index, logprobs, body.tool_parser(new_tool_parser))
 
-        return await service.answer(http, body, [(tokens, budget)], ENDPOINT, choice)
+        return await service.answer(http, body, [(tokens, max_tokens)], ENDPOINT, choice)
 
     return router

@@ -259,7 +259,7 @@ class ChatRequest(GenerationRequest):
         return None
 
     @property
-    def token_limit(self) -> int | None:
+    def max_tokens_asked(self) -> int | None:
         """Longest answer in tokens; None is the rest of the context."""
         if self.max_completion_tokens is not None:
             return self.max_completion_tokens

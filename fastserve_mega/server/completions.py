@@ -55,10 +55,10 @@ def completions_router(service: Service) -> APIRouter:
         prompts, echoes = [], []
         for prompt in body.prompts:
             tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
-            budget = await service.token_budget(tokens, body.max_tokens)
+            max_tokens = await service.max_tokens_of(tokens, body.max_tokens)
             if body.max_tokens is None:
-                budget = min(budget, DEFAULT_MAX_TOKENS)
-            prompts.append((tokens, budget))
+                max_tokens = min(max_tokens, DEFAULT_MAX_TOKENS)
+            prompts.append((tokens, max_tokens))
             echoes.append(service.text_of(prompt) if body.echo else "")
         ends = await service.end_token_ids(body)
 

@@ -75,8 +75,8 @@ class Service:
             )
         return served
 
-    async def token_budget(self, prompt: Sequence[int], max_tokens: int | None) -> int:
-        """Check a prompt; returns how many tokens its answer may have, `max_tokens` if given."""
+    async def max_tokens_of(self, prompt: Sequence[int], max_tokens: int | None) -> int:
+        """Check a prompt; returns `max_tokens`, or what fits into the context if that is None."""
         welcome = await self.client.info()
         if not prompt:
             raise ApiError(400, "the prompt is empty", param="prompt")

@@ -175,9 +175,10 @@ class Simulation:
         """Each sampling slice yields one token; the simulation knows which is the last."""
         finished: list[RequestId] = []
         live = self._live
-        for request_id, _, _, samples, _, _ in step.plan.batch:
-            if not samples:
+        for piece in step.plan.batch:
+            if not piece.samples:
                 continue
+            request_id = piece.request_id
             request = live[request_id]
             request.output_left -= 1
             self._output_tokens += 1

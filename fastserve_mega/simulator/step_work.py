@@ -30,7 +30,8 @@ def step_work(batch: Iterable[SequenceSlice]) -> StepWork:
     """Add up a batch."""
     tokens = sampled = decode_slices = decode_context = prefill_context = prefill_pairs = 0
     earlier_pairs = 0
-    for _, start, num_tokens, samples, _, _ in batch:
+    for piece in batch:
+        start, num_tokens, samples = piece.start, piece.num_tokens, piece.samples
         tokens += num_tokens
         if samples:
             sampled += 1

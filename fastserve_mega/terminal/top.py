@@ -17,7 +17,7 @@ from fastserve_mega.printing import FittedTable
 from fastserve_mega.snapshot import PoolView, ReplicaView, RequestView
 from fastserve_mega.system.config import Config
 
-_STYLES = {"running": "green", "resident": "blue", "hosted": "yellow", "waiting": "bright_black"}
+_STYLES = {"running": "green", "resident": "blue", "swapped": "yellow", "waiting": "bright_black"}
 _MARK = "■"
 _MARKS_IN_A_WORD = 10
 """So that they can be counted, and wrap."""

@@ -145,7 +145,7 @@ class WorkerLoop:
             if self._copies.fileno() in ready:
                 self._report_copies()
             if self._socket in ready:
-                return decode(self._socket.recv(), trusted=True)
+                return decode(self._socket.recv())
             if not ready and not self._coordinator_alive():
                 raise CoordinatorLostError("the coordinator has ended without a word")
             if time.monotonic() > give_up_at:

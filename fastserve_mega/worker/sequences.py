@@ -74,7 +74,7 @@ class SequenceTable:
                     samples=piece.samples,
                     params=sequence.start.params,
                     seed=sequence.start.seed,
-                    prompt_tokens=sequence.start.prompt_tokens,
+                    prompt_tokens=sequence.start.num_prompt_tokens,
                     history=sequence.history,
                 )
             )
@@ -83,4 +83,4 @@ class SequenceTable:
     def _history(self, start: SequenceStart) -> TokenHistory | None:
         if not (self._samples and start.params.needs_history):
             return None
-        return TokenHistory(start.prompt_tokens, start.prompt, start.output)
+        return TokenHistory(start.num_prompt_tokens, start.prompt, start.output)

@@ -203,8 +203,11 @@ class RawClient:
         self._socket.send_multipart(frames)
 
     def receive(self) -> Message:
+        return decode(self.receive_frame())
+
+    def receive_frame(self) -> bytes:
         assert self._socket.poll(WAIT_MS), "no answer"
-        return decode(self._socket.recv(), trusted=True)
+        return self._socket.recv()
 
     def receive_until(self, kind: type) -> Iterator[Message]:
         while True:

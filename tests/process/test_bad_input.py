@@ -11,7 +11,6 @@ from fastserve_mega.messaging.codec import PROTOCOL_VERSION
 from fastserve_mega.messaging.messages import (
     Cancel,
     Finished,
-    Kind,
     Ping,
     Pong,
     Refused,
@@ -23,41 +22,67 @@ from fastserve_mega.messaging.messages import (
 from fastserve_mega.types import FinishReason, SamplingParams
 
 
-def frame(kind, body, version=PROTOCOL_VERSION):
-    return bytes((version, kind)) + msgspec.msgpack.encode(body)
+def frame(body, version=PROTOCOL_VERSION):
+    return bytes((version,)) + msgspec.msgpack.encode(body)
 
 
-GOOD = {"request_id": "r", "prompt": [1, 2], "params": {"max_tokens": 3}}
+GOOD = {"type": "Submit", "request_id": "r", "prompt": [1, 2], "params": {"max_tokens": 3}}
 
 BAD_FRAMES = {
-    "empty": (b"", "at least 2 bytes"),
-    "one byte": (b"\x01", "at least 2 bytes"),
-    "wrong version": (frame(Kind.SUBMIT, GOOD, version=9), "version 1, got 9"),
-    "unknown kind": (frame(200, {}), "unknown message kind 200"),
-    "not msgpack": (bytes((PROTOCOL_VERSION, Kind.SUBMIT)) + b"\xc1\xff", "malformed"),
-    "cut off": (frame(Kind.SUBMIT, GOOD)[:-1], "truncated"),
-    "not a map": (frame(Kind.SUBMIT, [1, 2]), "Expected `object`"),
-    "missing field": (frame(Kind.SUBMIT, {"request_id": "r"}), "missing required field"),
-    "unknown field": (frame(Kind.SUBMIT, {**GOOD, "temprature": 1}), "'temprature'"),
-    "unknown parameter": (
-        frame(Kind.SUBMIT, {**GOOD, "params": {"top_q": 1}}),
-        "'params.top_q'",
+    "empty": (b"", "at least 1 byte, got 0"),
+    "one byte": (bytes((PROTOCOL_VERSION,)), "not a message: Input data was truncated"),
+    "later version": (frame(GOOD, version=9), "version 2, got a message of version 9"),
+    "unknown type": (frame({"type": "Subscribe"}), "'Subscribe' is not one of Hello, Submit, "),
+    "no type": (frame({"request_id": "r"}), "missing required field `type`"),
+    "a number for a type": (frame({"type": 2}), "Expected `str`, got `int` - at `type`"),
+    "not msgpack": (bytes((PROTOCOL_VERSION,)) + b"\xc1\xff", "malformed"),
+    "cut off": (frame(GOOD)[:-1], "truncated"),
+    "not a map": (frame([1, 2]), "Expected `object`"),
+    "missing field": (
+        frame({"type": "Submit", "request_id": "r"}),
+        "Submit: Object missing required field `prompt`",
     ),
-    "wrong type": (frame(Kind.SUBMIT, {**GOOD, "prompt": "hello"}), "prompt"),
+    "unknown field": (
+        frame({**GOOD, "temprature": 1}),
+        "Submit: unknown field 'temprature'; known fields are request_id, prompt, params, ",
+    ),
+    "unknown parameter": (
+        frame({**GOOD, "params": {"top_q": 1}}),
+        "'params.top_q'; known fields are max_tokens, temperature, top_p, ",
+    ),
+    "wrong type": (frame({**GOOD, "prompt": "hello"}), "prompt"),
+    "negative count": (
+        frame({"type": "GetSnapshot", "max_requests": -1}),
+        "GetSnapshot: Expected `int` >= 0, got -1 - at `max_requests`",
+    ),
     "negative max_tokens": (
-        frame(Kind.SUBMIT, {**GOOD, "params": {"max_tokens": -5}}),
+        frame({**GOOD, "params": {"max_tokens": -5}}),
         "max_tokens must be at least 1, got -5",
     ),
     "not a number": (
-        frame(Kind.SUBMIT, {**GOOD, "params": {"temperature": float("nan")}}),
+        frame({**GOOD, "params": {"temperature": float("nan")}}),
         "temperature must be between",
     ),
-    "for workers only": (frame(Kind.SHUTDOWN, {}), "Shutdown is not for clients"),
+    "for workers only": (frame({"type": "Shutdown"}), "Shutdown is not for clients"),
     "deeply nested": (
-        bytes((PROTOCOL_VERSION, Kind.SUBMIT)) + b"\x91" * 100_000 + b"\xc0",
-        "submit: ",
+        bytes((PROTOCOL_VERSION,)) + b"\x82\xa4type\xa6Submit\xa6prompt"
+        + b"\x91" * 100_000 + b"\xc0",
+        "Expected `int`, got `array`",
     ),
-}
+    "nothing but nesting": (
+        bytes((PROTOCOL_VERSION,)) + b"\x91" * 100_000 + b"\xc0",
+        "Expected `object`, got `array`",
+    ),
+}  # fmt: skip
+
+HEADS = [
+    b"",
+    *(
+        b"\x82\xa4type" + msgspec.msgpack.encode(name)
+        for name in ("Submit", "Cancel", "GetSnapshot", "Tokens", "StepResult", "Nothing")
+    ),
+]
+"""Of maps with one more field."""
 
 BAD_REQUESTS = {
     "no prompt": ({"prompt": ()}, "at least 1 token"),
@@ -103,6 +128,18 @@ def test_bad_frames_are_answered_and_harm_nobody(start_server, raw_client):
         assert_alive(client)
         *tokens, _ = bystander.receive_until(Finished)
         assert tuple(t for m in tokens for t in m.token_ids) == expected_tokens((7, 8), 9)
+
+
+def test_a_client_of_version_1_is_told_so_in_its_own_version(start_server, raw_client):
+    with start_server() as server:
+        client = raw_client(server)
+        client.send_frames(b"\x01\x01\x80")  # Hello
+        version, kind, *body = client.receive_frame()
+        assert (version, kind) == (1, 35)
+        assert msgspec.msgpack.decode(bytes(body))["message"] == (
+            "this end speaks protocol version 2, got a message of version 1"
+        )
+        assert_alive(client)
 
 
 def test_bad_requests_are_answered_by_id(start_server, raw_client):
@@ -167,13 +204,13 @@ def running_server(model_directory):
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(junk=st.binary(max_size=60), kind=st.sampled_from([1, 2, 3, 4, 5, 33, 66, 250]))
-def test_any_bytes_are_survived(running_server, junk, kind):
+@given(junk=st.binary(max_size=60), head=st.sampled_from(HEADS))
+def test_any_bytes_are_survived(running_server, junk, head):
     from fake_server import RawClient
 
     client = RawClient(running_server.endpoint)
     try:
-        client.send_frames(bytes((PROTOCOL_VERSION, kind)) + junk)
+        client.send_frames(bytes((PROTOCOL_VERSION,)) + head + junk)
         client.send(Ping())
         assert any(isinstance(message, Pong) for message in client.receive_until(Pong))
     finally:

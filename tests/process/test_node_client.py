@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import zmq
 from fake_server import WAIT_MS, expected_tokens
 
 from fastserve_mega.client.testing import answer, begin
@@ -73,6 +74,19 @@ def test_it_says_why_it_was_refused(script, start_server):
     assert done.returncode == 1
     assert "10000" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_it_says_that_the_server_speaks_another_version(script):
+    router = zmq.Context.instance().socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    line = ["node", str(script), f"tcp://127.0.0.1:{port}", "1,2", "3"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as node:
+        peer, _ = router.recv_multipart()
+        router.send_multipart((peer, b"\x01\x23\x80"))
+        _, said = node.communicate(timeout=WAIT_S)
+    router.close(linger=0)
+    assert node.returncode == 1
+    assert said == "the server speaks protocol version 1, not 2\n"
 
 
 def test_it_goes_on_after_a_restart(script, fake_coordinator):

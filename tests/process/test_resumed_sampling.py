@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 from fake_server import fake_server
 from test_sampling_options import SamplingRunner
@@ -87,7 +86,7 @@ def test_a_client_that_comes_back_gets_the_logprobs_it_missed(server, undisturbe
     runner.open_gate.clear()
     try:
         received = undisturbed["all"].token_ids[: len(message.token_ids)]
-        second.send(dataclasses.replace(submit, received=received))
+        second.send(msgspec.structs.replace(submit, received=received))
     finally:
         runner.open_gate.set()
     *tokens, _ = second.receive_until(Finished)

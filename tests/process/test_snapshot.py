@@ -44,7 +44,7 @@ def test_requests_are_shown_where_they_are(start_server):
         flying = [view for view in replica.requests if view.running]
         assert len(flying) == 2
         assert all(view.place == "resident" and view.waited_s == 0.0 for view in flying)
-        assert all(view.prompt_tokens == 20 for view in replica.requests)
+        assert all(view.num_prompt_tokens == 20 for view in replica.requests)
         assert replica.steps_in_flight == 1
         assert replica.device.owned >= 10
         assert snapshot.generation_tokens >= 2
@@ -64,9 +64,7 @@ def test_requests_are_shown_where_they_are(start_server):
 def test_nonsense_is_refused(start_server, raw_client, limit):
     with start_server() as server:
         client = raw_client(server)
-        question = GetSnapshot()
-        object.__setattr__(question, "max_requests", limit)
-        client.send(question)
+        client.send(GetSnapshot(max_requests=limit))
         refused = client.receive()
         assert isinstance(refused, Refused)
         assert "max_requests" in refused.message

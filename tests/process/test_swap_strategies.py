@@ -10,7 +10,7 @@ import zmq
 from fake_server import VOCAB, WAIT_MS, GatedRunner, expected_tokens
 
 from fastserve_mega.client import Client, ServerError
-from fastserve_mega.coordinator.copies_in_flight import CopiesInFlight, CopyDoneEverywhere
+from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.codec import decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
@@ -128,13 +128,13 @@ class HastySwapper(Swapper):
         super()._copy_out(request, sources, (), precedes_step)
 
 
-class HastyCopiesInFlight(CopiesInFlight):
+class HastyReplica(Replica):
     """Takes the first rank's report for that of all."""
 
-    def reported(self, result):
-        if flying := self._copies.pop(result.copy_id, None):
-            return CopyDoneEverywhere(result.copy_id, flying.copy.direction, result.copy_s)
-        return None
+    def take_copy(self, result):
+        if flying := self._copies.get(result.copy_id):
+            flying.ranks = {result.rank}
+            super().take_copy(result)
 
 
 def assert_wrong_tokens(server):
@@ -156,7 +156,7 @@ def test_blocks_freed_before_copy_done_are_noticed(start_server, monkeypatch):
 
 
 def test_not_waiting_for_the_slowest_rank_is_noticed(start_server, monkeypatch):
-    monkeypatch.setattr("fastserve_mega.coordinator.replica.CopiesInFlight", HastyCopiesInFlight)
+    monkeypatch.setattr("fastserve_mega.coordinator.assembly.Replica", HastyReplica)
     options = {"swap": swap("proactive"), "host_blocks": PLENTY, "ranks": 2, **SCARCE}
     with start_server(**options) as server:
         server.runner.copy_delay_s = SlowCopies.copy_delay_s

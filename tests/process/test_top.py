@@ -15,7 +15,7 @@ ENDLESS = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 
 
 def make_snapshot(clock_s, generated, swapped):
-    views = [("a", 0, "resident", True), ("b", 1, "hosted", False), ("c", 1, "waiting", False)]
+    views = [("a", 0, "resident", True), ("b", 1, "swapped", False), ("c", 1, "waiting", False)]
     requests = tuple(
         RequestView(name, level, place, running, 5, 2, 6, 0.5)
         for name, level, place, running in views

@@ -1,7 +1,6 @@
 """What a rank is told of a request fits into a frame, or the request is refused."""
 
-import dataclasses
-
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +38,7 @@ params = st.builds(
 @given(params=params, prompt=tokens, received=tokens, request_id=st.text("r🙂", max_size=256))
 def test_no_frame_is_longer_than_was_thought(params, prompt, received, request_id):
     submit = Submit(request_id, prompt, params, received)
-    live = LiveRequest(submit, b"client", 0.0, None, list(received))
+    live = LiveRequest(submit, b"client", 0.0, list(received))
     assert len(encode(SequencesStarted((live.sequence_start,)))) <= bytes_to_tell(submit)
 
 
@@ -53,5 +52,5 @@ def test_a_request_that_no_rank_would_be_told_of_is_refused_with_the_limit():
     )
     longest = Submit("r", (1,) * (MAX_FRAME_BYTES // 5 - 1000), SamplingParams())
     assert admission.refusal(longest) is None
-    over = dataclasses.replace(longest, prompt=(1,) * (MAX_FRAME_BYTES // 5))
+    over = msgspec.structs.replace(longest, prompt=(1,) * (MAX_FRAME_BYTES // 5))
     assert f"the limit is {MAX_FRAME_BYTES}" in str(admission.refusal(over))

@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import gc
 
+import msgspec
 import pytest
+import zmq
+import zmq.asyncio
 from fake_coordinator import start_fake_coordinator
 
 from fastserve_mega.client import (
@@ -16,6 +19,7 @@ from fastserve_mega.client import (
     TokenizerUnavailableError,
 )
 from fastserve_mega.client.testing import WAIT_S, answer, begin, end
+from fastserve_mega.messaging.codec import decode
 from fastserve_mega.messaging.messages import Cancel, Finished, Hello, Ping, Refused, Submit, Tokens
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams, Usage
@@ -448,3 +452,24 @@ def test_when_only_the_end_was_lost_nothing_is_submitted(fake_coordinator, token
 
     run(main())
     assert len(fake_coordinator.received(Submit)) == 1
+
+
+def test_a_server_of_another_version_is_named_at_once():
+    async def main():
+        context = zmq.asyncio.Context()
+        router = context.socket(zmq.ROUTER)
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        client = AsyncClient(f"tcp://127.0.0.1:{port}")
+        try:
+            info = asyncio.create_task(client.info())
+            peer, hello = await router.recv_multipart()
+            assert decode(hello) == Hello()
+            refused = {"message": "version 1, got 2", "request_id": None}
+            await router.send_multipart([peer, b"\x01\x23" + msgspec.msgpack.encode(refused)])
+            with pytest.raises(InvalidRequestError, match="2, got a message of version 1"):
+                await info
+        finally:
+            await client.aclose()
+            context.destroy(linger=0)
+
+    run(main())

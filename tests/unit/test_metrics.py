@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import metrics_reference
 
-from fastserve_mega.metrics import RequestTimes, ServingMetrics
+from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.metrics.bulk_histogram import BulkHistogram
 from fastserve_mega.plan import Plan, SequenceSlice
 from fastserve_mega.types import FinishReason, RequestId, Usage
@@ -32,17 +33,28 @@ def samples(metrics):
     }
 
 
+@dataclass
+class Observed:
+    usage: Usage
+    arrived_at: float = 100.0
+    started_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+
+
 def test_the_times_of_a_request_by_hand():
     metrics = ServingMetrics(block_bytes=1)
-    metrics.observe_arrival(10)
-    metrics.observe_start(1.0)
-    for last, now in ((None, 102.0), (102.0, 102.5), (102.5, 104.0)):
-        metrics.observe_token(100.0, last, now)
+    metrics.requests.observe_arrival(10)
+    metrics.requests.observe_start(1.0)
+    request = Observed(Usage(10, 3), started_at=101.0)
+    for now in (102.0, 102.5, 104.0):
+        metrics.requests.observe_token(request, now)
+        request.first_token_at = request.first_token_at or now
+        request.last_token_at = now
     plan = Plan(1, (SequenceSlice(RequestId("a"), 0, 10, True, 0, ()),))
     metrics.observe_step(plan, 0.5, 0.0)
-    times = RequestTimes(100.0, 101.0, 102.0, 104.0, 104.25)
-    metrics.observe_finish(FinishReason.LENGTH, times, Usage(10, 3))
-    metrics.observe_finish(FinishReason.REJECTED, None, Usage(7, 0))
+    metrics.requests.observe_finish(FinishReason.LENGTH, request, 104.25)
+    metrics.requests.observe_rejection()
     found = samples(metrics)
     sums = {
         "time_to_first_token_seconds": 2.0,
@@ -68,8 +80,7 @@ def test_the_times_of_a_request_by_hand():
 
 def test_a_request_that_ended_before_its_first_token():
     metrics = ServingMetrics(block_bytes=1)
-    times = RequestTimes(100.0, None, None, None, 103.0)
-    metrics.observe_finish(FinishReason.TIMEOUT, times, Usage(10, 0))
+    metrics.requests.observe_finish(FinishReason.TIMEOUT, Observed(Usage(10, 0)), 103.0)
     found = samples(metrics)
     assert found["e2e_request_latency_seconds_sum",] == 3.0
     assert found["request_prefill_time_seconds_count",] == 0

@@ -72,7 +72,7 @@ def run(rate, concurrency=None):
 
 def top(console):
     requests = tuple(
-        RequestView(str(number), number % 3, "hosted", number < 40, 5, 2, 6, 0.5)
+        RequestView(str(number), number % 3, "swapped", number < 40, 5, 2, 6, 0.5)
         for number in range(240)
     )
     replica = ReplicaView(

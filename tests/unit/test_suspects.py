@@ -8,7 +8,7 @@ from fastserve_mega.types import SamplingParams
 
 def request(name, failed_attempts=0):
     submit = Submit(name, (1,), SamplingParams(), failed_attempts=failed_attempts)
-    return LiveRequest(submit, b"client", 0.0, None, [])
+    return LiveRequest(submit, b"client", 0.0, [])
 
 
 def test_requests_that_nobody_suspects_pass_at_once():

@@ -32,7 +32,7 @@ def copy(copy_id, blocks):
 
 CALLS = [
     StepCall(10.0, (Arrived(LONG, 9, 100), Arrived(GONE, 4, 8)), plan(0, LONG)),
-    StepCall(11.0, (StepDone(0, 1.0), Arrived(SHORT, 2, 8, received_tokens=3)), plan(1, SHORT)),
+    StepCall(11.0, (StepDone(0, 1.0), Arrived(SHORT, 2, 8, num_received_tokens=3)), plan(1, SHORT)),
     StepCall(12.0, (StepDone(1, 1.0, (SHORT,)),), plan(2, LONG, copies=(copy(0, 2), copy(1, 0)))),
     StepCall(13.0, (CopyDone(0), Aborted(GONE)), None),
     StepCall(14.0, (StepDone(2, 2.0), CopyDone(1)), plan(3, LONG)),

@@ -52,7 +52,8 @@ def test_an_id_can_be_used_again_while_its_old_step_runs():
     scheduler.step(0.1, [Aborted("a"), arrived("a", 8)])
     again = scheduler.step(1.0, [StepDone(plan.step_id, 1.0)])
     assert again.released == ("a",)
-    assert again.batch[0][:4] == ("a", 0, 8, True)
+    (piece,) = again.batch
+    assert (piece.request_id, piece.start, piece.num_tokens, piece.samples) == ("a", 0, 8, True)
     scheduler.check_integrity()
 
 

@@ -17,10 +17,10 @@ def test_the_first_ones_by_priority_and_all_that_run(policy):
     assert sorted(running) == sorted(piece.request_id for piece in plan.batch)
     waiting = [each for each in view.requests if not each.running]
     assert all(each.place == "waiting" and each.waited_s == 2.0 for each in waiting)
-    assert all(each.computed_tokens == each.output_tokens == 0 for each in view.requests)
+    assert all(each.num_computed_tokens == each.num_output_tokens == 0 for each in view.requests)
     scheduler.step(3.0, [StepDone(plan.step_id, 1.0)])
     after = {each.request_id: each for each in scheduler.view(3.0, 20).requests}
-    assert all(after[name].output_tokens == 1 for name in running)
+    assert all(after[name].num_output_tokens == 1 for name in running)
     assert all(after[name].place == "resident" for name in running)
 
 

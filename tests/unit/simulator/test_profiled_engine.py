@@ -1,6 +1,5 @@
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from fastserve_mega.scheduling.cost_model import (
     ChunkPoint,

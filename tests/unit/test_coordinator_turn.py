@@ -1,0 +1,150 @@
+"""One turn of the coordinator's loop, with everything around it written down in its order."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.coordinator import Coordinator
+from fastserve_mega.coordinator.replica import Replica
+from fastserve_mega.messaging.messages import (
+    Finished,
+    Refused,
+    StepResult,
+    Submit,
+    Tokens,
+    Welcome,
+)
+from fastserve_mega.metrics import ServingMetrics
+from fastserve_mega.scheduling.cost_model import (
+    DecodePoint,
+    PrefillPoint,
+    Profile,
+    ProfiledCostModel,
+)
+from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.system.config import SchedulerConfig
+from fastserve_mega.types import FinishReason, SamplingParams
+
+EOS = 2
+PROFILE = Profile((PrefillPoint(1, 0.1),), (DecodePoint(1, 16, 0.1),))
+
+
+class World:
+    """The sockets, the ranks and the clock; `log` has what the coordinator did to them."""
+
+    ranks = range(1)
+
+    def __init__(self):
+        self.log, self.arrived, self.returned, self.lost = [], [], [], []
+        self.now = 0.0
+        config = SchedulerConfig(policy="fcfs")
+        scheduler = Scheduler(config, ProfiledCostModel(PROFILE), PoolSizes(32, 0, 4))
+        welcome = Welcome("e", "m", "/m", max_context=64, vocab_size=99, eos_token_ids=(EOS,))
+        metrics = ServingMetrics(block_bytes=1)
+        self.coordinator = Coordinator(
+            welcome=welcome,
+            replicas=[Replica(scheduler, scheduler.step, self, 10.0, metrics)],
+            front_door=self,
+            metrics=metrics,
+            admission=Admission(99, (EOS,), 64, 10, [scheduler]),
+            prefix_block_size=None,
+            clock=lambda: self.now,
+            poll=lambda deadline: self.log.append(("poll", deadline)),
+        )
+
+    def turn(self, *messages, result=None):
+        """What the coordinator does in a turn in which this has arrived."""
+        self.log.clear()
+        self.arrived = [(b"client", message) for message in messages]
+        self.returned = [result] if result else []
+        self.coordinator.turn()
+        return self.log
+
+    # The ranks.
+    def results(self):
+        yield from self.returned
+
+    def dispatch(self, command):
+        self.log.append(("dispatch", command.plan.step_id, command.token_ids))
+
+    # The clients.
+    def receive(self, now):
+        yield from self.arrived
+
+    def take_lost(self, now):
+        yield from self.lost
+
+    def send(self, client, message):
+        self.log.append(message)
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def submit(name="r", **params):
+    return Submit(name, (5, 6), SamplingParams(temperature=0.0, **params))
+
+
+def test_the_next_plan_goes_out_before_the_tokens_of_the_last_one(world):
+    assert world.turn(submit(max_tokens=2)) == [("poll", None), ("dispatch", 0, ((5, 6),))]
+    world.now = 1.0
+    assert world.turn(result=StepResult(0, (7,))) == [
+        ("poll", 10.0), ("dispatch", 1, ((7,),)), Tokens("r", 0, (7,)),
+    ]  # fmt: skip
+    tokens, finished = world.turn(result=StepResult(1, (8,)))[1:]
+    assert tokens == Tokens("r", 1, (8,))
+    assert (type(finished), finished.reason) == (Finished, FinishReason.LENGTH)
+    assert world.coordinator.num_unfinished == 0
+
+
+def test_what_arrives_in_a_turn_is_planned_in_it(world):
+    world.turn(submit("a", max_tokens=9))
+    log = world.turn(submit("b", max_tokens=9), result=StepResult(0, (7,)))
+    assert log[1] == ("dispatch", 1, ((7,), (5, 6)))
+    assert world.turn() == [("poll", 10.0)]  # nothing arrived, and the window is full
+
+
+@pytest.mark.parametrize(
+    ("params", "token", "reason"),
+    [
+        ({}, EOS, FinishReason.STOP),
+        ({"ignore_eos": True}, EOS, None),
+        ({"min_tokens": 2}, EOS, None),
+        ({"stop_token_ids": (9,)}, 9, FinishReason.STOP),
+        ({"ignore_eos": True, "stop_token_ids": (9,)}, 9, FinishReason.STOP),
+        ({}, 9, None),
+        ({"max_tokens": 1}, 9, FinishReason.LENGTH),
+        ({"max_tokens": 1}, EOS, FinishReason.STOP),
+    ],
+)
+def test_what_ends_a_request(world, params, token, reason):
+    world.turn(submit(**params))
+    ends = [m for m in world.turn(result=StepResult(0, (token,))) if isinstance(m, Finished)]
+    assert [end.reason for end in ends] == ([reason] if reason else [])
+
+
+def test_max_tokens_beyond_the_context_is_refused_with_both_numbers(world):
+    (refused,) = world.turn(submit(max_tokens=63))[1:]
+    assert refused == Refused(
+        "2 prompt tokens and max_tokens 63 exceed the context of 64 tokens", "r"
+    )
+
+
+def test_requests_of_a_lost_client_and_overdue_ones_end(world):
+    world.turn(submit("a", max_tokens=9), Submit("b", (5,), SamplingParams(), timeout_s=3.0))
+    assert world.turn()[0] == ("poll", 3.0)
+    world.lost, world.now = [(b"gone", "went"), (b"client", "went")], 2.0
+    ends = [(m.request_id, m.reason, m.message) for m in world.turn() if isinstance(m, Finished)]
+    assert ends == [("a", FinishReason.ABORT, "went"), ("b", FinishReason.ABORT, "went")]
+    world.lost = []
+    world.turn(Submit("c", (5,), SamplingParams(), timeout_s=3.0))
+    world.now = 5.0
+    (end,) = [m for m in world.turn() if isinstance(m, Finished)]
+    assert (end.reason, end.message) == (
+        FinishReason.TIMEOUT,
+        "unfinished after its timeout of 3 s",
+    )
