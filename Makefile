@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: demo serve test model paper
+.PHONY: demo serve test test-long coverage test-install model paper
 
 demo:
 	@tools/demo.sh
@@ -7,8 +7,21 @@ demo:
 serve:
 	@tools/serve.sh
 
+# Some 5 minutes on two cores.
 test:
 	@tools/test.sh
+
+# With the slow tests and many more random examples.
+test-long:
+	@tools/test.sh --long
+
+coverage:
+	@tools/coverage.sh
+
+# The wheel in a fresh environment of each Python at hand: 2 GB of packages for each.
+# `make test-install ARGS=3.12` is one of them.
+test-install:
+	@tools/test_install.sh $(ARGS)
 
 model:
 	@tools/setup_venv.sh && .venv/bin/python tools/fetch_smollm2.py

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_coordinator import start_fake_coordinator
+from hypothesis import HealthCheck, settings
 
 from fastserve_mega.client.testing import FakeCoordinator
+
+# How much is tried of each property: `--hypothesis-profile=long` (make test-long) for the rest.
+for name, examples in (("short", 40), ("long", 400)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+settings.load_profile("short")
+
+# Read when torch is imported, here and in the processes that tests start. Threads that wait for
+# each other inside every operation crawl when a core is busy: 50 times as long has been measured.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

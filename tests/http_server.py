@@ -17,19 +17,19 @@ from fastserve_mega.text.tokenizer import Tokenizer
 
 @contextmanager
 def serving(
-    coordinator, tokenizer: Tokenizer, *, patience_s: float = 0.6, **options
+    coordinator, tokenizer: Tokenizer, *, patience_s: float = WAIT_S, **options
 ) -> Iterator[str]:
     """Address of a real HTTP server in front of a coordinator; options are `create_app`'s."""
     client = AsyncClient(
         coordinator.endpoint,
         tokenizer,
-        timeout_s=max(0.5, patience_s),
+        timeout_s=patience_s,
         heartbeat_s=0.2,
         silence_timeout_s=patience_s,
     )
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(client, tokenizer, health_timeout_s=0.2, **options),
+        create_app(client, tokenizer, health_timeout_s=patience_s / 3, **options),
         log_level="error",
         ws="none",
         timeout_graceful_shutdown=1,

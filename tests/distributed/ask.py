@@ -15,7 +15,7 @@ def main() -> None:
     endpoint, max_tokens, patience_s = sys.argv[1:]
     params = SamplingParams(max_tokens=int(max_tokens), temperature=0.0)
     await_server(endpoint, float(patience_s))
-    with Client(endpoint, timeout_s=30) as client:
+    with Client(endpoint, timeout_s=60) as client:
         for line in sys.stdin:
             print(json.dumps(answer(client, json.loads(line), params)), flush=True)
 

@@ -37,9 +37,9 @@ def write_config(path: Path, model: Path, **sections: Mapping[str, object]) -> P
     """Two stages of a tiny model, and short limits."""
     plain = {
         "model": {"path": str(model), "dtype": "float32"},
-        "parallel": {"pipeline": 2, "device": "cpu", "threads_per_rank": 1, "timeout_s": 20},
+        "parallel": {"pipeline": 2, "device": "cpu", "threads_per_rank": 1, "timeout_s": 60},
         "kv_cache": {"block_size": 4, "device_blocks": 80, "host_blocks": 0},
-        "coordinator": {"client_endpoint": "tcp://127.0.0.1:0", "startup_timeout_s": 60},
+        "coordinator": {"client_endpoint": "tcp://127.0.0.1:0", "startup_timeout_s": 180},
     }
     for name, values in sections.items():
         plain.setdefault(name, {}).update(values)
@@ -85,7 +85,7 @@ class Launch:
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(10)
+                self.process.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()

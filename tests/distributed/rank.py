@@ -36,7 +36,7 @@ def run_job(job: dict) -> list[list[int]] | None:
         layers_per_stage=tuple(job["layers_per_stage"]) if job.get("layers_per_stage") else None,
         device="cpu",
         threads_per_rank=1,
-        timeout_s=60,
+        timeout_s=120,
     )
     config = Config(
         model=ModelConfig(path=job["model"], dtype="float32"),

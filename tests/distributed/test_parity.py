@@ -52,7 +52,7 @@ def mpirun(ranks: int, jobs: dict, directory: Path) -> dict:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

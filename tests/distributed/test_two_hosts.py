@@ -20,8 +20,8 @@ pytestmark = pytest.mark.distributed
 TOOL = str(ROOT / "tools/two_hosts.sh")
 ENDPOINT = "tcp://10.77.0.1:5672"
 MAX_TOKENS = 8
-SILENCE_S = 4
-START_S = 60
+SILENCE_S = 8
+START_S = 180
 HERE = Path(__file__).parent
 
 
@@ -145,14 +145,14 @@ def test_two_hosts_serve_and_end_when_the_cable_is_pulled(hosts, model, tmp_path
             begin = time.monotonic()
             error = client.ask()["error"]
             told_s = time.monotonic() - begin
-            await_end(begin + 30)
+            await_end(begin + 120)
             ended_s = time.monotonic() - begin
         finally:
             subprocess.run([TOOL, "plug", "b"], check=True)
             print(*(launch.output for launch in launches))
         for launch in launches:
             launch.process.terminate()
-        assert all(launch.wait(20).status != 0 for launch in launches)
+        assert all(launch.wait(60).status != 0 for launch in launches)
     print(f"{start.__name__}: client told after {told_s:.1f} s ({error}), all over {ended_s:.1f} s")
     assert "step" in error or "rank 1" in error
     assert not any("fastserve_mega/worker" in launch.output for launch in launches)  # no traceback

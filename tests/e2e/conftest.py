@@ -26,7 +26,7 @@ def prompts_file():
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def free_port():
     def pick():
         with socket.socket() as probe:

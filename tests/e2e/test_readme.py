@@ -17,7 +17,7 @@ import pytest
 pytestmark = [pytest.mark.model, pytest.mark.distributed]
 ROOT = Path(__file__).parents[2]
 PORTS = (8000, 5570)
-START_S, COMMAND_S, STOP_S = 120, 120, 60
+START_S, COMMAND_S, STOP_S = 300, 200, 60
 
 
 def blocks():

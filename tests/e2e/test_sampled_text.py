@@ -13,7 +13,7 @@ from fastserve_mega.client import AsyncClient
 from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput
 
 pytest.importorskip("llguidance")
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 
 SCHEMA = {
     "type": "object",

@@ -6,14 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from tiny_models import greedy_after_each
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.launcher import Deployment, http_url
 from fastserve_mega.system.config_file import load_config
+from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams
 
-pytestmark = [pytest.mark.model, pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.model, pytest.mark.distributed]
 
 CONFIG = "configs/smollm2-135m-cpu.yaml"
 PROMPTS = 20
@@ -48,25 +50,14 @@ def prompts(prompts_file, model_directory):
 
 
 @pytest.fixture(scope="module")
-def reference(prompts, model_directory):
-    """What transformers generates, greedy and in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(1)  # threads that wait for each other crawl when a core is busy
-    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
-    outputs = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        generated = model.generate(
-            ids,
-            # transformers would guess a mask from the padding token, which occurs in chats.
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )
-        outputs.append(tuple(generated[0, len(prompt) :].tolist()))
-    return outputs
+def two_stages(model_directory, free_port):
+    """A configuration that is being served, also over HTTP, with little memory."""
+    overrides = (
+        "scheduler.max_batch_tokens=64",  # long prompts in chunks, beside others that decode
+        "kv_cache.device_blocks=40",  # too few for 8 requests: some are preempted
+    )
+    with deployment(model_directory, free_port, *overrides, http=True) as config:
+        yield config
 
 
 async def generate_all(endpoint, prompts):
@@ -83,76 +74,92 @@ async def generate_all(endpoint, prompts):
         return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
 
 
-@pytest.mark.parametrize("pipeline", [2, 1])
-def test_greedy_equals_transformers(pipeline, model_directory, free_port, prompts, reference):
+def assert_greedy(prompts, outputs, model_directory):
+    """Each token is the one that transformers, in float32, finds the likeliest after the others."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype="float32").eval()
+    ends = load_architecture(model_directory).eos_token_ids
+    assert len(outputs) == len(prompts) == PROMPTS
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert list(output) == greedy_after_each(model, prompt, list(output))
+        assert len(output) == NEW_TOKENS or output[-1] in ends
+        assert not set(output[:-1]) & set(ends)
+
+
+def test_two_stages_generate_what_transformers_does(two_stages, model_directory, prompts):
+    outputs = asyncio.run(generate_all(two_stages.coordinator.client_endpoint, prompts))
+    assert_greedy(prompts, outputs, model_directory)
+
+
+def test_one_rank_generates_what_transformers_does(model_directory, free_port, prompts):
     overrides = (
-        f"parallel.pipeline={pipeline}",
-        "scheduler.max_batch_tokens=64",  # long prompts in chunks, beside others that decode
-        "kv_cache.device_blocks=64",  # too few for 8 requests: some are preempted
+        "parallel.pipeline=1",
+        "parallel.threads_per_rank=1",
+        "scheduler.max_batch_tokens=64",
+        "kv_cache.device_blocks=64",
     )
     with deployment(model_directory, free_port, *overrides) as config:
         outputs = asyncio.run(generate_all(config.coordinator.client_endpoint, prompts))
-    assert len(outputs) == PROMPTS
-    assert outputs == reference
+    assert_greedy(prompts, outputs, model_directory)
 
 
-def test_openai_client_over_http(model_directory, free_port):
+def test_openai_client_over_http(two_stages):
     from openai import BadRequestError, OpenAI
 
-    with deployment(model_directory, free_port, http=True) as config:
-        url, name = f"{http_url(config)}/v1", config.model.name
-        with OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
-            assert [model.id for model in client.models.list()] == [name]
+    url, name = f"{http_url(two_stages)}/v1", two_stages.model.name
+    with OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == [name]
 
-            def ask(question):
-                return client.chat.completions.create(
-                    model=name,
-                    messages=[{"role": "user", "content": question}],
-                    max_tokens=24,
-                    temperature=0,
-                )
-
-            with ThreadPoolExecutor(4) as pool:
-                answers = list(pool.map(ask, ["What is the capital of France?"] * 4))
-            assert len({answer.choices[0].message.content for answer in answers}) == 1
-            assert "Paris" in answers[0].choices[0].message.content
-            assert answers[0].usage.completion_tokens <= 24
-
-            stream = client.chat.completions.create(
+        def ask(question):
+            return client.chat.completions.create(
                 model=name,
-                messages=[{"role": "user", "content": "What is the capital of France?"}],
+                messages=[{"role": "user", "content": question}],
                 max_tokens=24,
                 temperature=0,
-                stream=True,
             )
-            text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-            assert text == answers[0].choices[0].message.content
 
-            schema = {
-                "type": "object",
-                "properties": {"capital": {"enum": ["Paris", "London", "Rome"]}},
-                "required": ["capital"],
-                "additionalProperties": False,
-            }
-            held = client.chat.completions.create(
-                model=name,
-                messages=[{"role": "user", "content": "What is the capital of France? As JSON."}],
-                temperature=0,
-                logprobs=True,
-                response_format={
-                    "type": "json_schema", "json_schema": {"name": "answer", "schema": schema},
-                },
-            ).choices[0]  # fmt: skip
-            assert json.loads(held.message.content) == {"capital": "Paris"}
-            assert held.finish_reason == "stop"
-            data = b"".join(bytes(token.bytes) for token in held.logprobs.content)
-            assert data.decode() == held.message.content
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(ask, ["What is the capital of France?"] * 4))
+        assert len({answer.choices[0].message.content for answer in answers}) == 1
+        assert "Paris" in answers[0].choices[0].message.content
+        assert answers[0].usage.completion_tokens <= 24
 
-            with pytest.raises(BadRequestError, match=r"4096"):
-                client.completions.create(model=name, prompt=[1] * 4090, max_tokens=7)
+        stream = client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": "What is the capital of France?"}],
+            max_tokens=24,
+            temperature=0,
+            stream=True,
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == answers[0].choices[0].message.content
+
+        schema = {
+            "type": "object",
+            "properties": {"capital": {"enum": ["Paris", "London", "Rome"]}},
+            "required": ["capital"],
+            "additionalProperties": False,
+        }
+        held = client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": "What is the capital of France? As JSON."}],
+            temperature=0,
+            logprobs=True,
+            response_format={
+                "type": "json_schema", "json_schema": {"name": "answer", "schema": schema},
+            },
+        ).choices[0]  # fmt: skip
+        assert json.loads(held.message.content) == {"capital": "Paris"}
+        assert held.finish_reason == "stop"
+        data = b"".join(bytes(token.bytes) for token in held.logprobs.content)
+        assert data.decode() == held.message.content
+
+        with pytest.raises(BadRequestError, match=r"4096"):
+            client.completions.create(model=name, prompt=[1] * 4090, max_tokens=7)
 
 
-def test_sampled_text_depends_on_the_seed_only(model_directory, free_port):
+def test_sampled_text_depends_on_the_seed_only(two_stages):
     """Alone, and among fifteen others with little memory."""
     params = SamplingParams(max_tokens=24, temperature=0.8, top_p=0.9, seed=7)
     question = [{"role": "user", "content": "Tell me a story."}]
@@ -169,6 +176,5 @@ def test_sampled_text_depends_on_the_seed_only(model_directory, free_port):
                 }
             return alone, again
 
-    with deployment(model_directory, free_port, "kv_cache.device_blocks=40") as config:
-        alone, again = asyncio.run(run(config.coordinator.client_endpoint))
+    alone, again = asyncio.run(run(two_stages.coordinator.client_endpoint))
     assert alone.token_ids == again.token_ids

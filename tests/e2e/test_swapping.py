@@ -15,7 +15,7 @@ from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.system.config_file import load_config
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.model
 
 REQUESTS = 8
 TOKENS = 16
@@ -24,7 +24,8 @@ SCARCE = 11
 PLENTY = 128
 SLOW_COPY_S = 0.1
 SMALL = (
-    "scheduler.max_batch_size=2", "scheduler.max_batch_tokens=64", "kv_cache.host_blocks=128"
+    "scheduler.max_batch_size=2", "scheduler.max_batch_tokens=64", "kv_cache.host_blocks=128",
+    "parallel.threads_per_rank=1",
 )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def one_rank(model_directory, case, *overrides, copy_delay_s=0.0):
     finally:
         process.stop()
         for thread in threads:
-            thread.join(60)
+            thread.join(120)
             assert not thread.is_alive()
         context.term()
         runner.close()
@@ -96,7 +97,7 @@ CASES = [
 
 @pytest.mark.parametrize(("strategy", "pipeline"), CASES)
 def test_swapped_requests_get_the_tokens_of_an_undisturbed_run(run, strategy, pipeline):
-    expected, undisturbed = run(Case("none", pipeline, PLENTY))
+    expected, undisturbed = run(Case("none", 1, PLENTY))
     assert undisturbed.preemptions == 0
     outputs, figures = run(Case(strategy, pipeline, SCARCE))
     print(figures)

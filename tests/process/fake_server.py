@@ -31,7 +31,7 @@ from fastserve_mega.worker.loop import WorkerLoop, connect_to_coordinator
 
 VOCAB = 350
 MAX_CONTEXT = 512
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 
 
 def make_model_directory(tokenizer_dir: Path, target: Path) -> Path:

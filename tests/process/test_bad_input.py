@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 from fake_server import VOCAB, expected_tokens
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.client import Client
@@ -203,7 +203,6 @@ def running_server(model_directory):
         yield server
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(junk=st.binary(max_size=60), head=st.sampled_from(HEADS))
 def test_any_bytes_are_survived(running_server, junk, head):
     from fake_server import RawClient

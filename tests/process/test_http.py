@@ -33,7 +33,7 @@ async def open_api(server, tokenizer):
             yield http
 
 
-def test_flaw_16_a_step_does_not_block_the_event_loop(start_server, tokenizer):
+def test_a_step_does_not_block_the_event_loop(start_server, tokenizer):
     """All this happens while one step, which the test holds back, is being executed."""
 
     async def main(server):
@@ -82,7 +82,7 @@ def streamed_texts(server, tokenizer, body):
     return [json.loads(event)["choices"][0]["text"] for event in events]
 
 
-def test_flaw_14_a_stream_sends_what_is_new_and_whole_characters_only(start_server, tokenizer):
+def test_a_stream_sends_what_is_new_and_whole_characters_only(start_server, tokenizer):
     ids = tuple(tokenizer.encode(TEXT))
     assert any("\ufffd" in tokenizer.decode([token]) for token in ids)  # parts of characters
     with start_server(make_runner=Reciter) as server:
@@ -94,7 +94,7 @@ def test_flaw_14_a_stream_sends_what_is_new_and_whole_characters_only(start_serv
     assert len([text for text in texts if text]) > 5
 
 
-def test_flaw_14_nor_for_any_bytes(start_server, tokenizer):
+def test_a_stream_cuts_no_character_for_any_bytes(start_server, tokenizer):
     """The fake runner's tokens are bytes at random."""
     with start_server() as server:
         body = {"prompt": [5, 6, 7], "max_tokens": 100, "temperature": 0.0}

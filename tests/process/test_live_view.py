@@ -33,7 +33,7 @@ def tokenizer(tiny_tokenizer_dir):
 @contextmanager
 def serving(endpoint, tokenizer, **options):
     """Address of an HTTP server in front of a coordinator, and the server."""
-    client = AsyncClient(endpoint, tokenizer, timeout_s=0.5)
+    client = AsyncClient(endpoint, tokenizer, timeout_s=WAIT_S)
     listening = socket.create_server(("127.0.0.1", 0))
     app = create_app(client, tokenizer, stopping=lambda: server.should_exit, **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))

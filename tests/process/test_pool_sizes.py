@@ -1,4 +1,4 @@
-"""Flaw 15 of the authors' prototype: one worker's pool is taken for that of all."""
+"""A deployment has as many blocks as the smallest pool of all its ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEVICE_BLOCKS, HOST_BLOCKS = (64, 24, 40), (30, 90, 60)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
-def test_flaw_15_the_smallest_pool_of_all_ranks_counts(start_server, order):
+def test_the_smallest_pool_of_all_ranks_counts(start_server, order):
     """A block beyond a rank's pool would be an error there, and end all requests."""
     ranks = iter(order)
 

@@ -1,7 +1,7 @@
 """What a watcher is told, through the whole server."""
 
 import pytest
-from fake_server import VOCAB
+from fake_server import VOCAB, WAIT_MS
 
 from fastserve_mega.client import Client
 from fastserve_mega.messaging.messages import GetSnapshot, Refused
@@ -36,7 +36,7 @@ def test_requests_are_shown_where_they_are(start_server):
             next(iter(generation))
         server.runner.entered.clear()
         server.runner.open_gate.clear()
-        assert server.runner.entered.wait(10)
+        assert server.runner.entered.wait(WAIT_MS / 1000)
         snapshot = client.snapshot()
         (replica,) = snapshot.replicas
         assert sum(replica.levels) == len(replica.requests) == 4

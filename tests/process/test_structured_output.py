@@ -41,7 +41,7 @@ def server(model_directory):
 
 @pytest.fixture(scope="module")
 def url(server, model_directory):
-    with serving(server, Tokenizer(model_directory), patience_s=WAIT_S) as url:
+    with serving(server, Tokenizer(model_directory)) as url:
         yield f"{url}/v1"
 
 

@@ -163,7 +163,7 @@ def test_not_waiting_for_the_slowest_rank_is_noticed(start_server, monkeypatch):
         assert_wrong_tokens(server)
 
 
-def test_flaw_3_not_waiting_for_the_copies_of_a_step_is_noticed(start_server, monkeypatch):
+def test_not_waiting_for_the_copies_of_a_step_is_noticed(start_server, monkeypatch):
     """The prototype looks its swap events up under the wrong key, and never waits."""
     monkeypatch.setattr(CopyEngine, "wait", lambda engine, copy_ids: None)
     options = {"swap": swap("reactive"), "host_blocks": PLENTY, **SCARCE}
@@ -255,7 +255,7 @@ def test_a_finished_copy_is_reported_at_once_though_no_step_comes(worker):
     assert time.monotonic() - opened < 0.2
 
 
-def test_flaw_3_a_step_waits_for_the_copies_its_blocks_need_and_for_no_other(worker):
+def test_a_step_waits_for_the_copies_its_blocks_need_and_for_no_other(worker):
     runner, router, peer = worker
     name, tokens = RequestId("r"), (7, 8, 9, 10, 11, 12)
 

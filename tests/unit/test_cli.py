@@ -98,7 +98,7 @@ def test_help_imports_nothing_heavy():
         "heavy = {'torch', 'zmq', 'transformers', 'fastapi', 'rich', 'mpi4py'} & set(sys.modules);"
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # --- completion ----------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def script(tmp_path_factory):
 )
 def test_bash_completes(script, line, completions):
     words = ["bash", "-c", BASH, "bash", str(script), *line.split(" ")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
     assert set(done.stdout.split()) == completions
     assert done.stderr == ""
 
@@ -160,7 +160,7 @@ def log_line(tmp_path, *words):
     path = tmp_path / "config.yaml"
     path.write_text("model: {path: /nowhere}")
     command = [sys.executable, "-m", "fastserve_mega", "coordinator", "--config", str(path), *words]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 2
     return run.stderr
 
@@ -182,7 +182,7 @@ def test_nothing_but_json_is_said_of_a_crash_or_a_warning():
     )
     done = subprocess.run(
         [sys.executable, "-W", "always", "-c", code],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     warning, crash = map(json.loads, done.stderr.splitlines())

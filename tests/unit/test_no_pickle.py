@@ -1,4 +1,4 @@
-"""Flaw 12 of the authors' prototype: its profile is a pickle. Here nothing is."""
+"""Nothing is pickled: a profile or a message cannot run code."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def _unsafe_call(call: ast.Call, function: ast.Attribute) -> list[str]:
     return [f"{owner}.{name}"] if unsafe else []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT.parent)))
-def test_flaw_12_nothing_is_pickled(path):
-    assert pickling(path.read_text(encoding="utf-8")) == []
+def test_nothing_is_pickled():
+    found = {path: pickling(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert len(found) > 100
+    assert {path: calls for path, calls in found.items() if calls} == {}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_the_check_can_fail(source):
     assert len(pickling(source)) == 1
 
 
-def test_flaw_12_a_profile_is_json(tmp_path):
+def test_a_profile_is_json(tmp_path):
     profile = Profile((PrefillPoint(1, 0.1),), (DecodePoint(1, 16, 0.05),))
     path = tmp_path / "profile.json"
     save_profile(profile, path)
@@ -85,7 +86,7 @@ def test_flaw_12_a_profile_is_json(tmp_path):
     ]
 
 
-def test_flaw_12_a_pickle_is_refused_and_not_executed(tmp_path):
+def test_a_pickle_is_refused_and_not_executed(tmp_path):
     import pickle
 
     path, victim = tmp_path / "profile.pkl", tmp_path / "executed"

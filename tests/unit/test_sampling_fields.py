@@ -61,7 +61,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("kind", "body", "module"), KINDS)
-def test_flaw_13_what_the_official_client_offers_is_honoured_or_refused_by_name(kind, body, module):
+def test_what_the_official_client_offers_is_honoured_or_refused_by_name(kind, body, module):
     names = offered(module)
     assert len(names) > 15
     for name in names - set(kind.model_fields):
@@ -70,7 +70,7 @@ def test_flaw_13_what_the_official_client_offers_is_honoured_or_refused_by_name(
 
 
 @pytest.mark.parametrize(("kind", "body", "module"), KINDS)
-def test_flaw_13_each_accepted_field_is_one_with_an_effect(kind, body, module):
+def test_each_accepted_field_is_one_with_an_effect(kind, body, module):
     known = ABOUT_WHO_ASKS | ANSWERED | LOGPROBS | STRUCTURED | {"logit_bias"}
     known |= set(LIMITS) | set(SAMPLING) | set(SCHEDULING)
     assert set(kind.model_fields) <= known
@@ -83,7 +83,7 @@ def test_flaw_13_each_accepted_field_is_one_with_an_effect(kind, body, module):
 
 
 @pytest.mark.parametrize(("kind", "body", "module"), KINDS)
-def test_flaw_13_an_unknown_field_is_refused_by_name(kind, body, module):
+def test_an_unknown_field_is_refused_by_name(kind, body, module):
     with pytest.raises(ValidationError, match="temprature"):
         kind.model_validate({**body, "temprature": 0.5})
 

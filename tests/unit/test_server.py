@@ -386,7 +386,10 @@ def test_health_and_metrics(http, fake_coordinator):
 def test_a_coordinator_that_is_gone_is_503(tokenizer):
     coordinator = start_fake_coordinator()
     coordinator.silent = True
-    with serving(coordinator, tokenizer) as url, httpx.Client(base_url=url, timeout=WAIT_S) as http:
+    with (
+        serving(coordinator, tokenizer, patience_s=1.5) as url,
+        httpx.Client(base_url=url, timeout=WAIT_S) as http,
+    ):
 
         def complete():
             response = http.post("/v1/completions", json={"prompt": "x"})
@@ -399,7 +402,7 @@ def test_a_coordinator_that_is_gone_is_503(tokenizer):
         assert http.get("/health").status_code == 503
         status, message = complete()
         assert status == 503
-        assert "has not answered for 0.6 s" in message
+        assert "has not answered for 1.5 s" in message
         coordinator.silent = False
         assert http.get("/health").status_code == 200
     coordinator.close()

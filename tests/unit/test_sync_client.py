@@ -128,7 +128,7 @@ def test_a_program_that_forgets_to_close_still_ends(fake_coordinator):
         "print(next(generation).token_ids)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
     assert (done.stdout, done.stderr) == ("(5,)\n", "")
 

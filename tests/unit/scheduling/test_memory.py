@@ -1,4 +1,4 @@
-"""Admission, growth and preemption, by example; each flaw of the prototype by its number."""
+"""Admission, growth and preemption, by example."""
 
 import pytest
 from fixed_costs import Driver, arrived, make_scheduler, names
@@ -7,7 +7,7 @@ from fastserve_mega.scheduling.events import Aborted, CopyDone, StepDone, Worker
 from fastserve_mega.system.config import SwapConfig
 
 
-def test_flaw_8_a_long_prompt_blocks_nobody_behind_it():
+def test_a_long_prompt_does_not_block_requests_behind_it():
     scheduler = make_scheduler(policy="fcfs", max_batch_tokens=8, max_batch_size=2)
     driver = Driver(scheduler, {"long": 1, "short": 1})
     driver.step([arrived("long", 100), arrived("short", 1)])
@@ -35,7 +35,7 @@ def test_who_is_passed_over_too_often_is_served_before_those_behind_it():
     assert served_before <= 3
 
 
-def test_flaw_9_abort_in_flight_frees_blocks_only_after_the_step():
+def test_abort_in_flight_frees_blocks_only_after_the_step():
     scheduler = make_scheduler(device_blocks=6, max_batch_size=1)
     plan = scheduler.step(0.0, [arrived("a", 16)])
     assert scheduler.step(0.1, [Aborted("a")]) is None

@@ -17,7 +17,7 @@ def test_a_request_joins_the_highest_level_whose_quantum_holds_its_prefill():
     assert levels == [0, 0, 1, 1, 2, 4, 5]
 
 
-def test_flaw_2_prompts_do_not_all_join_the_top_level():
+def test_prompts_do_not_all_join_the_top_level():
     scheduler = make_scheduler()
     scheduler.step(0.0, [arrived(f"r{i}", 10 * 2**i) for i in range(6)])
     assert scheduler.level_lengths() == (1, 1, 1, 1, 1, 1)
@@ -100,7 +100,7 @@ def test_the_lowest_level_is_round_robin():
     assert order == ["a", "a", "b", "b", "a", "b"]  # prefill 0.5 s, decode 1 s, quantum 1 s
 
 
-def test_flaw_7_order_within_a_level_is_first_in_first_out():
+def test_order_within_a_level_is_first_in_first_out():
     scheduler = make_scheduler(max_batch_size=2, levels=3)
     driver = Driver(scheduler, dict.fromkeys("abcd", 4))
     driver.step([arrived(name, 20) for name in "abcd"])  # all join level 1, quantum 2 s
@@ -131,14 +131,14 @@ def test_promotion_by_deadline():
     assert waited_s <= 3.0 + 7.0
 
 
-def test_flaw_5_a_request_that_never_ran_waits_from_its_arrival():
+def test_a_request_that_never_ran_waits_from_its_arrival():
     scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
     scheduler.step(100.0, [arrived("short", 10), arrived("long", 320)])
     assert level_of(scheduler, "long") == 5
     assert scheduler.next_deadline(100.0) == 103.0
 
 
-def test_flaw_6_the_deadline_is_known_not_searched():
+def test_the_deadline_is_known_not_searched():
     scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
     scheduler.step(0.0, [arrived("short", 10), *(arrived(f"l{i}", 320) for i in range(5))])
     scheduler.step(1.0, [arrived("later", 320)])

@@ -129,7 +129,7 @@ def measure(policy: str, queued: int) -> Work:
 
 
 @pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"])
-def test_flaw_17_no_policy_scans_its_queue(policy):
+def test_no_policy_scans_its_queue(policy):
     few, many = measure(policy, FEW), measure(policy, MANY)
     assert few.instructions > 1000
     assert many.instructions < 1.1 * few.instructions

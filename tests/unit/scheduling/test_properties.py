@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from fixed_costs import make_scheduler
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -305,10 +305,9 @@ STRATEGIES = ("proactive", "reactive", "recompute", "none")
 def test_properties(policy, strategy):
     machine = type("Machine", (SchedulerMachine,), {"policy": policy, "strategy": strategy})
     machine.TestCase.settings = settings(
-        max_examples=100 if policy == "skip_join_mlfq" else 40,
+        # Each example is a run of many events.
+        max_examples=settings().max_examples // (4 if policy == "skip_join_mlfq" else 10),
         stateful_step_count=60,
-        deadline=None,
         phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
-        suppress_health_check=list(HealthCheck),
     )
     machine.TestCase().runTest()

@@ -83,13 +83,13 @@ def ranks():
 
 
 @pytest.mark.parametrize("strategy", ["proactive", "reactive"])
-def test_flaw_1_who_leaves_is_chosen_by_enst_and_not_by_the_queue(ranks, strategy):
+def test_enst_and_not_queue_order_chooses_what_is_swapped_out(ranks, strategy):
     ranks = ranks(strategy)
     ranks.step(arrived("new", 24, priority=-9))  # 6 blocks of 5 free: level 0
     assert ranks.left == ["idle"]
 
 
-def test_flaw_1_who_returns_first_is_chosen_by_enst_and_not_by_the_queue(ranks):
+def test_enst_and_not_queue_order_chooses_what_is_swapped_in_first(ranks):
     ranks = ranks("proactive")
     # Level 0 as well: needs all the memory, and then gives it back.
     large, small = arrived("large", 220, priority=-9), arrived("small", 10)

@@ -46,21 +46,21 @@ def survive(*settings: str) -> SimulationResult:
 
 @pytest.mark.parametrize("strategy", ["proactive", "reactive"])
 @pytest.mark.parametrize("host_blocks", [2, 300])
-def test_flaw_4_an_exhausted_host_pool_falls_back_to_recomputing(strategy, host_blocks):
+def test_an_exhausted_host_pool_falls_back_to_recomputing(strategy, host_blocks):
     result = survive(f"kv_cache.swap.strategy={strategy}", f"kv_cache.host_blocks={host_blocks}")
     assert max(point.host_blocks_in_use for point in result.timeline) > 0.9 * (host_blocks - 1)
     assert result.recomputed_tokens > 0
     assert result.copies.swapped_out_blocks > 0
 
 
-def test_flaw_4_the_prototypes_own_pools_survive():
+def test_the_pool_sizes_of_the_paper_prototype_survive():
     result = survive("kv_cache.host_blocks=4587")
     assert result.preemptions > 0
 
 
 @pytest.mark.parametrize("strategy", ["proactive", "reactive"])
 @pytest.mark.parametrize("nothing", ["host_blocks=1", "host_memory_gb=0"])
-def test_flaw_11_no_host_space_divides_by_nothing(strategy, nothing):
+def test_no_host_space_does_not_divide_by_zero(strategy, nothing):
     result = survive(f"kv_cache.swap.strategy={strategy}", f"kv_cache.{nothing}")
     assert (result.copies.swapped_out_blocks, result.copies.swapped_in_blocks) == (0, 0)
     assert result.preemptions > 0

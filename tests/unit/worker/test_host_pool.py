@@ -10,7 +10,7 @@ from fastserve_mega.worker.host_pool import HostPool, _runs, open_copy_engine
 
 BLOCKS = 64
 BLOCK = (3, 2, 2, 4, 8)
-WAIT_S = 10.0
+WAIT_S = 60.0
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

@@ -107,7 +107,7 @@ def test_all_experts_of_a_layer_may_be_two_tensors(made, tmp_path, family):
     ("family", "kv_heads", "head_dim"),
     [("llama", 2, 8), ("llama-one-kv-head", 1, 8), ("qwen3", 2, 16), ("opt", 4, 8)],
 )
-def test_flaw_15_blocks_are_counted_by_the_key_value_heads(made, family, kv_heads, head_dim):
+def test_blocks_are_counted_by_the_key_value_heads(made, family, kv_heads, head_dim):
     """Which are fewer than the query heads (4), and whose size need not be hidden / heads."""
     directory, _ = made(family)
     block_bytes = LAYERS * 2 * kv_heads * BLOCK_SIZE * head_dim * torch.float32.itemsize

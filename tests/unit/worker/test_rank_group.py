@@ -14,7 +14,7 @@ from fastserve_mega.worker.exchange import MissingRanksError
 from fastserve_mega.worker.rank_group import OthersFailedError, RankGroup
 from fastserve_mega.worker.topology import Topology, place_on_hosts
 
-LIMIT_S = 20
+LIMIT_S = 60
 
 
 class SharedExchange:
