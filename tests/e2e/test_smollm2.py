@@ -144,6 +144,7 @@ def test_openai_client_over_http(two_stages):
         held = client.chat.completions.create(
             model=name,
             messages=[{"role": "user", "content": "What is the capital of France? As JSON."}],
+            max_tokens=64,
             temperature=0,
             logprobs=True,
             response_format={

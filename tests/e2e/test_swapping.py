@@ -11,6 +11,7 @@ import zmq
 from system import check_swapping
 from system.check_swapping import Case
 
+from fastserve_mega.client import Client
 from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.system.config_file import load_config
@@ -23,6 +24,7 @@ LONGEST_PROMPT = 60
 SCARCE = 11
 PLENTY = 128
 SLOW_COPY_S = 0.1
+START_S = 120
 SMALL = (
     "scheduler.max_batch_size=2", "scheduler.max_batch_tokens=64", "kv_cache.host_blocks=128",
     "parallel.threads_per_rank=1",
@@ -64,11 +66,14 @@ def one_rank(model_directory, case, *overrides, copy_delay_s=0.0):
     for thread in threads:
         thread.start()
     try:
-        yield process._front_door.endpoint
+        endpoint = process._front_door.endpoint
+        with Client(endpoint, timeout_s=START_S):  # from here on it answers
+            pass
+        yield endpoint
     finally:
         process.stop()
         for thread in threads:
-            thread.join(120)
+            thread.join(START_S)
             assert not thread.is_alive()
         context.term()
         runner.close()
