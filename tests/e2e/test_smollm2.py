@@ -74,8 +74,12 @@ async def generate_all(endpoint, prompts):
         return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
 
 
-def assert_greedy(prompts, outputs, model_directory):
-    """Each token is the one that transformers, in float32, finds the likeliest after the others."""
+@pytest.fixture(scope="module")
+def outputs(two_stages, prompts):
+    return asyncio.run(generate_all(two_stages.coordinator.client_endpoint, prompts))
+
+
+def test_each_token_is_the_likeliest_for_transformers(outputs, prompts, model_directory):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype="float32").eval()
@@ -87,12 +91,7 @@ def assert_greedy(prompts, outputs, model_directory):
         assert not set(output[:-1]) & set(ends)
 
 
-def test_two_stages_generate_what_transformers_does(two_stages, model_directory, prompts):
-    outputs = asyncio.run(generate_all(two_stages.coordinator.client_endpoint, prompts))
-    assert_greedy(prompts, outputs, model_directory)
-
-
-def test_one_rank_generates_what_transformers_does(model_directory, free_port, prompts):
+def test_one_rank_generates_what_two_stages_do(outputs, model_directory, free_port, prompts):
     overrides = (
         "parallel.pipeline=1",
         "parallel.threads_per_rank=1",
@@ -100,8 +99,8 @@ def test_one_rank_generates_what_transformers_does(model_directory, free_port, p
         "kv_cache.device_blocks=64",
     )
     with deployment(model_directory, free_port, *overrides) as config:
-        outputs = asyncio.run(generate_all(config.coordinator.client_endpoint, prompts))
-    assert_greedy(prompts, outputs, model_directory)
+        endpoint = config.coordinator.client_endpoint
+        assert asyncio.run(generate_all(endpoint, prompts)) == outputs
 
 
 def test_openai_client_over_http(two_stages):

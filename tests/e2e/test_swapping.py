@@ -18,8 +18,8 @@ from fastserve_mega.system.config_file import load_config
 
 pytestmark = pytest.mark.model
 
-REQUESTS = 8
-TOKENS = 16
+REQUESTS = 6
+TOKENS = 12
 LONGEST_PROMPT = 60
 SCARCE = 11
 PLENTY = 128

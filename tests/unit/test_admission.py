@@ -1,7 +1,7 @@
 """What a rank is told of a request fits into a frame, or the request is refused."""
 
 import msgspec
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.coordinator.admission import Admission, bytes_to_tell
@@ -34,7 +34,6 @@ params = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(params=params, prompt=tokens, received=tokens, request_id=st.text("r🙂", max_size=256))
 def test_no_frame_is_longer_than_was_thought(params, prompt, received, request_id):
     submit = Submit(request_id, prompt, params, received)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.text.detokenizer import MAX_WINDOW, SHIFT_AT, Detokenizer
@@ -70,7 +70,6 @@ def test_deltas_of_random_tokens_concatenate_to_the_full_decode(tokenizer, ids, 
     assert "".join(stream(tokenizer, ids, sizes)) == tokenizer.decode(ids)
 
 
-@settings(max_examples=300)
 @given(data=st.binary(max_size=400), sizes=sizes)
 def test_deltas_of_random_bytes_concatenate_to_the_full_decode(data, sizes):
     assert "".join(stream(ByteDecoder(), data, sizes)) == data.decode("utf-8", errors="replace")

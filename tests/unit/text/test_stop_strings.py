@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.text.stop_strings import (
@@ -40,7 +40,6 @@ def cut(text, lengths):
     return [*pieces, text]
 
 
-@settings(max_examples=500)
 @given(text=few_letters, stops=stop_lists, lengths=st.lists(st.integers(0, 6)))
 def test_any_chunking_gives_the_plain_search(text, stops, lengths):
     assert run(stops, cut(text, lengths)) == plain_search(text, stops)
@@ -79,7 +78,6 @@ def test_nothing_passes_after_a_match():
     assert (stream.push("c"), stream.flush()) == ("", "")
 
 
-@settings(max_examples=300)
 @given(
     ignored=few_letters,
     text=few_letters,

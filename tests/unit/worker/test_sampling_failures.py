@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.types import RequestId, SamplingParams, StructuredOutput
@@ -106,7 +106,6 @@ extreme_logits = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     params=extreme_params,
     logits=st.lists(st.floats(-50, 50, width=32), min_size=VOCABULARY, max_size=VOCABULARY),
@@ -117,7 +116,6 @@ def test_any_parameters_give_a_token_or_a_reason_and_leave_others_alone(params, 
     assert isinstance(result, str) == nothing_left
 
 
-@settings(max_examples=300, deadline=None)
 @given(params=extreme_params, logits=extreme_logits)
 def test_any_logits_give_a_token_or_a_reason_and_leave_others_alone(params, logits):
     result = sample_among_others(params, torch.tensor(logits))
