@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the wheel, installs it in a fresh environment for each promised Python at hand, and uses it
 # there as a new user would (tools/use_installed.py).
-#   tools/test_install.sh [3.10 3.11 3.12 3.13 …]     default: all that setup.cfg promises
+#   tools/test_install.sh [3.11 3.12 3.13]     default: those that setup.cfg promises
 # Needs 2 GB of disk for one Python at a time, in TMPDIR. TORCH_INDEX as in tools/setup_venv.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ unset PYTHONPATH PYTHONHOME VIRTUAL_ENV
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 versions=("$@")
-[ "${#versions[@]}" -gt 0 ] || versions=(3.10 3.11 3.12 3.13 3.14)
+[ "${#versions[@]}" -gt 0 ] || versions=(3.11 3.12 3.13)
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT

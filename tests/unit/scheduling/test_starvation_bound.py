@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from fixed_costs import arrived, make_scheduler
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve_mega.plan import Plan
@@ -122,7 +122,7 @@ elapsed_times = st.floats(0.125, 3.0, width=32)
 def test_who_has_waited_for_the_limit_is_in_the_next_step(policy):
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=max(150, settings().max_examples))
     @given(
         window=st.integers(1, 3),
         batch=st.integers(1, 6),
