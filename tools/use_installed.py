@@ -23,7 +23,8 @@ import fastserve_mega
 SOURCE = Path(__file__).resolve().parents[1]
 COMMAND = Path(sys.executable).with_name("fastserve-mega")
 CONFIG = SOURCE / "configs" / "smollm2-135m-cpu.yaml"
-SIMULATION = SOURCE / "configs" / "sim" / "opt-13b-a100.yaml"
+SIMULATED = SOURCE / "configs" / "opt-13b-a100.yaml"
+WORKLOAD = SOURCE / "configs" / "workloads" / "sharegpt.yaml"
 COMMAND_S, START_S, ANSWER_S, STOP_S = 300, 600, 120, 60
 
 
@@ -50,17 +51,9 @@ def free_port() -> int:
 
 
 def simulate() -> None:
-    """A few requests of made-up lengths."""
-    with tempfile.TemporaryDirectory() as directory:
-        rows = [f"{20 + 7 * i},{10 + 5 * (i % 9)}" for i in range(100)]
-        text = "\n".join(["prompt_tokens,output_tokens", *rows])
-        (Path(directory) / "lengths.csv").write_text(text + "\n")
-        changes = (
-            "workload.path=lengths.csv", "workload.where={}", "workload.num_requests=50",
-            "workload.mean_prompt_tokens=null", "workload.mean_output_tokens=null",
-        )  # fmt: skip
-        sets = [word for change in changes for word in ("--set", change)]
-        print(run("simulate", "--config", str(SIMULATION), "--data", directory, *sets))
+    """The workload's lengths come with the package."""
+    files = ("--config", str(SIMULATED), "--workload", str(WORKLOAD))
+    print(run("simulate", *files, "--set", "workload.num_requests=50"))
 
 
 def serve() -> None:

@@ -10,8 +10,8 @@ from tiny_models import greedy_after_each
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.launcher import Deployment, http_url
-from fastserve_mega.system.config_file import load_config
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams
 

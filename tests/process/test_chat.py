@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from fastserve_mega.chat import run_chat
-from fastserve_mega.config import Config, CoordinatorConfig, ModelConfig
+from fastserve_mega.system.config import Config, CoordinatorConfig, ModelConfig
 
 
 def converse(server, monkeypatch, model_directory, *lines):
