@@ -48,7 +48,7 @@ __all__ = ["Behaviour", "FakeCoordinator", "Submit", "answer", "begin", "end", "
 M = TypeVar("M", bound=Message)
 Behaviour = Callable[[Submit], Iterable[Message]]
 """What a coordinator answers to a request."""
-WAIT_S = 10.0
+WAIT_S = 60.0
 """Longest wait for anything; a test that needs more than this has failed."""
 _MAX_CONTEXT = 4096
 

@@ -16,7 +16,7 @@ from tiny_models import MIXTURES, MODELS, SMOLLM2, greedy_after_each, make_model
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron.convert import convert
-from fastserve_mega.worker.megatron.runner import MegatronRunner
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.topology import Topology
 
 pytestmark = pytest.mark.distributed

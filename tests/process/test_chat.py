@@ -4,8 +4,8 @@ import io
 
 from rich.console import Console
 
-from fastserve_mega.chat import run_chat
 from fastserve_mega.system.config import Config, CoordinatorConfig, ModelConfig
+from fastserve_mega.terminal.chat import run_chat
 
 
 def converse(server, monkeypatch, model_directory, *lines):
@@ -27,7 +27,7 @@ def converse(server, monkeypatch, model_directory, *lines):
 
 
 def test_each_question_is_answered_until_an_empty_line(start_server, monkeypatch, model_directory):
-    monkeypatch.setattr("fastserve_mega.chat._MAX_TOKENS", 20)
+    monkeypatch.setattr("fastserve_mega.terminal.chat._MAX_TOKENS", 20)
     with start_server() as server:
         status, shown = converse(server, monkeypatch, model_directory, "the fox", "", "never asked")
     assert status == 0
