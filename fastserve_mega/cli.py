@@ -11,6 +11,7 @@ from fastserve_mega.commands import (
     api_server,
     bench,
     chat,
+    compare_policies,
     completion,
     convert,
     coordinator,
@@ -29,7 +30,10 @@ from fastserve_mega.logs import set_up_logging
 GROUPS: tuple[Group, ...] = (
     Group("serve a model", (serve.COMMAND, chat.COMMAND, top.COMMAND, api_server.COMMAND)),
     Group("prepare a deployment", (doctor.COMMAND, plan.COMMAND, profile.COMMAND, convert.COMMAND)),
-    Group("measure and compare", (bench.COMMAND, simulate.COMMAND, replay.COMMAND)),
+    Group(
+        "measure and compare",
+        (bench.COMMAND, simulate.COMMAND, compare_policies.COMMAND, replay.COMMAND),
+    ),
     Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
     Group("the shell", (completion.COMMAND,)),
 )
@@ -78,6 +82,6 @@ class _Parser(argparse.ArgumentParser):
         sections[0] += "\n"
         for group in GROUPS:
             sections.append(f"\n{group.title}:")
-            sections += [f"  {each.name:<14}{each.summary}" for each in group.commands]
+            sections += [f"  {each.name:<17}{each.summary}" for each in group.commands]
         sections.append(f"\n{_FIRST_STEPS}\n`fastserve-mega COMMAND --help` explains each.\n")
         return "\n".join(sections)

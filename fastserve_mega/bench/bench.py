@@ -26,6 +26,7 @@ from fastserve_mega.bench.tables import (
 )
 from fastserve_mega.bench.targets import HttpTarget, Target, TargetError, ZmqTarget
 from fastserve_mega.bench.workload import Lengths, make_jobs
+from fastserve_mega.slo import Slo
 
 _WARMUP_RUN = -1
 
@@ -49,6 +50,7 @@ class BenchOptions:
     """Requests before the first run, one after another, not counted."""
     timeout_s: float
     seed: int
+    slo: Slo
     json_path: Path | None
 
 
@@ -120,9 +122,9 @@ async def _measure(
     with _progress() as progress:
         task = progress.add_task(name, total=len(jobs))
         records: Sequence[Record] = await run_jobs(
-            target, jobs, concurrency, lambda: progress.advance(task)
+            target, jobs, concurrency, lambda: progress.advance(task), options.slo
         )
-    summary = summarize(records)
+    summary = summarize(records, options.slo)
     if (busy_after := cpu_seconds()) is not None and busy_before is not None:
         cores = (busy_after - busy_before) / (time.perf_counter() - start)
         summary["machine_busy_cores"] = cores

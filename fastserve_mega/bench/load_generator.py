@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from fastserve_mega.bench.statistics import Record
 from fastserve_mega.bench.targets import Target, TargetError
 from fastserve_mega.bench.workload import Job
+from fastserve_mega.slo import Slo, largest_gap, lateness
 
 
 async def run_jobs(
@@ -17,6 +18,7 @@ async def run_jobs(
     jobs: Sequence[Job],
     concurrency: int | None,
     on_done: Callable[[], None] = lambda: None,
+    slo: Slo | None = None,
 ) -> list[Record]:
     """Send each job at its time; returns their records, in order.
 
@@ -26,6 +28,7 @@ async def run_jobs(
         concurrency: most requests at the server at once; None sets no limit. A job that waits for
             its turn counts from when it is sent, as for any closed-loop client.
         on_done: called after each.
+        slo: by whose pace tokens are late; None takes the default.
     """
     slots = asyncio.Semaphore(concurrency) if concurrency else nullcontext()
     start = time.perf_counter()
@@ -33,14 +36,14 @@ async def run_jobs(
     async def one(job: Job) -> Record:
         await asyncio.sleep(max(0.0, job.at_s - (time.perf_counter() - start)))
         async with slots:
-            record = await _record(target, job, start)
+            record = await _record(target, job, start, slo or Slo())
         on_done()
         return record
 
     return await asyncio.gather(*map(one, jobs))
 
 
-async def _record(target: Target, job: Job, start: float) -> Record:
+async def _record(target: Target, job: Job, start: float, slo: Slo) -> Record:
     sent = time.perf_counter()
     lengths = (job.index, len(job.prompt))
     try:
@@ -51,6 +54,8 @@ async def _record(target: Target, job: Job, start: float) -> Record:
         *lengths,
         reply.output_tokens,
         sent_s=sent - start,
-        ttft_s=reply.first_at - sent,
-        jct_s=reply.last_at - sent,
+        ttft_s=reply.times[0] - sent,
+        jct_s=reply.times[-1] - sent,
+        largest_gap_s=largest_gap(reply.times),
+        lateness_s=lateness(reply.times, sent, reply.output_tokens, slo.tpot_s),
     )

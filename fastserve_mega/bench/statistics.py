@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
+
+from fastserve_mega.slo import PAPER_SLOS, Slo
 
 PERCENTILES = (50, 95, 99)
 SLOWEST_SHARE = 0.1
@@ -27,6 +29,10 @@ class Record:
     """Time to first token: from sending to the first piece of the answer."""
     jct_s: float = math.nan
     """Job completion time: from sending to the end of the answer."""
+    largest_gap_s: float = math.nan
+    """Longest time between two pieces of the answer that follow each other; 0 for a single one."""
+    lateness_s: float = math.nan
+    """The most by which a token came after sending and the SLO's TPOT for each token before it."""
     error: str | None = None
 
     @property
@@ -46,6 +52,7 @@ METRICS: dict[str, Callable[[Record], float | None]] = {
     "ttft_s": lambda record: record.ttft_s,
     "tpot_s": lambda record: record.tpot_s,
     "jct_s": lambda record: record.jct_s,
+    "largest_gap_s": lambda record: record.largest_gap_s,
     "normalized_latency_s": lambda record: record.normalized_s,
 }
 
@@ -72,11 +79,13 @@ def distribution(values: Sequence[float]) -> dict[str, float]:
     return {"mean": fmean(values)} | {f"p{p}": percentile(values, p) for p in PERCENTILES}
 
 
-def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """Latencies of all, short and long requests, throughput, and errors.
+def summarize(records: Sequence[Record], slo: Slo | None = None) -> dict[str, Any]:
+    """Latencies of all, short and long requests, throughput, promises kept, and errors.
 
     Long are the requests with more tokens (prompt and answer) than the median request. When all
-    are of one length, nothing is long and only `all` is told.
+    are of one length, nothing is long and only `all` is told. Shares of promises kept are of all
+    requests: one that failed is not good. `slo` is the one the records were made with; None takes
+    the default.
     """
     done = [record for record in records if record.error is None]
     errors = Counter(record.error for record in records if record.error is not None)
@@ -99,8 +108,24 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
     if long:
         short = [record for record in done if record not in long]
         summary["latency"] |= {"short": _latencies(short), "long": _latencies(long)}
+    summary |= _promises(done, len(records), slo or Slo())
     summary["slowest_long"] = slowest(long or done)
     return summary
+
+
+def _promises(done: Sequence[Record], requests: int, slo: Slo) -> dict[str, Any]:
+    """Shares of the requests whose users had what was promised to them."""
+
+    def share(within: Slo) -> float:
+        return sum(within.is_met(each.ttft_s, each.tpot_s or 0.0) for each in done) / requests
+
+    return {
+        "slo": asdict(slo),
+        "goodput": share(slo),
+        "paper_goodputs": [share(each) for each in PAPER_SLOS],
+        "play": sum(slo.is_played(each.lateness_s) for each in done) / requests,
+        "max_gap_s": max(each.largest_gap_s for each in done),
+    }
 
 
 def slowest(records: Sequence[Record]) -> dict[str, float]:

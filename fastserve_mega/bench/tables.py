@@ -18,6 +18,7 @@ from rich.text import Text
 from fastserve_mega import __version__
 from fastserve_mega.bench.statistics import PERCENTILES, Record
 from fastserve_mega.printing import FittedTable, print_sentence
+from fastserve_mega.slo import Slo
 
 Summary = dict[str, Any]
 
@@ -33,6 +34,12 @@ def show_run(summary: Summary, console: Console) -> None:
         console,
         f"{summary['duration_s']:.1f} s, {summary['requests_per_s']:.2f} requests/s, "
         f"{summary['output_tokens_per_s']:.1f} output tokens/s",
+    )
+    slo = Slo(**summary["slo"])
+    print_sentence(
+        console,
+        f"{summary['goodput']:.1%} good (within {slo}), {summary['play']:.1%} without a token "
+        f"later than that, largest gap {summary['max_gap_s']:.2f} s",
     )
     percentiles = (f"P{p}" for p in PERCENTILES)
     table = FittedTable("requests", "seconds", "mean", *percentiles, text_columns=2)
@@ -56,7 +63,7 @@ def show_comparison(runs: Sequence[Summary], console: Console) -> None:
     """All runs side by side."""
     table = FittedTable(
         "rate", "concurrency", "completed", "requests/s", "tokens/s", "TTFT mean", "TTFT P95",
-        "TPOT mean", "TPOT P95", "JCT mean", "JCT P95", "JCT P99",
+        "TPOT mean", "TPOT P95", "JCT mean", "JCT P95", "JCT P99", "good", "play", "largest gap",
         title="all runs, latencies in seconds", text_columns=2,
     )  # fmt: skip
     for run in runs:
@@ -72,6 +79,7 @@ def show_comparison(runs: Sequence[Summary], console: Console) -> None:
                     ("jct_s", "mean"), ("jct_s", "p95"), ("jct_s", "p99"),
                 )
             ]  # fmt: skip
+            cells += [f"{summary[name]:.3f}" for name in ("goodput", "play", "max_gap_s")]
         rate = "at once" if run["rate"] is None else f"{run['rate']:g}"
         table.add_row(rate, str(run["concurrency"] or "any"), *cells)
     console.print(table)

@@ -29,8 +29,8 @@ class Reply:
 
     output_tokens: int
     """As the server counts them."""
-    first_at: float
-    last_at: float
+    times: tuple[float, ...]
+    """When each piece of it came, one or more; a piece is one token or a few."""
 
 
 class Target(Protocol):
@@ -114,7 +114,8 @@ class HttpTarget:
 
 
 async def _read_stream(response: httpx.Response) -> Reply:
-    first = last = output_tokens = None
+    times: list[float] = []
+    output_tokens = None
     async for line in response.aiter_lines():
         if not line.startswith("data:") or line.endswith("[DONE]"):
             continue
@@ -122,13 +123,12 @@ async def _read_stream(response: httpx.Response) -> Reply:
         if "error" in event:
             raise TargetError(str(event["error"]["message"])[:_ERROR_CHARACTERS])
         if event["choices"]:
-            last = time.perf_counter()
-            first = first or last
+            times.append(time.perf_counter())
         if event.get("usage"):
             output_tokens = int(event["usage"]["completion_tokens"])
-    if first is None or last is None or output_tokens is None:
+    if not times or output_tokens is None:
         raise TargetError("the stream has no text or no usage")
-    return Reply(output_tokens, first, last)
+    return Reply(output_tokens, tuple(times))
 
 
 class ZmqTarget:
@@ -162,13 +162,12 @@ class ZmqTarget:
         params = SamplingParams(max_tokens=job.output_tokens, temperature=0.0, ignore_eos=True)
         try:
             answer = await self._client.submit(job.prompt, params)
-            await answer.take()
-            first = last = time.perf_counter()
+            times = []
             while await answer.take():
-                last = time.perf_counter()
+                times.append(time.perf_counter())
         except ClientError as error:
             said = f"{type(error).__name__}: {error}"[:_ERROR_CHARACTERS]
             raise TargetError(said) from None
-        if answer.finish_reason is not FinishReason.LENGTH or answer.usage is None:
+        if answer.finish_reason is not FinishReason.LENGTH or not times or not answer.usage:
             raise TargetError(f"ended with {answer.finish_reason}")
-        return Reply(answer.usage.completion_tokens, first, last)
+        return Reply(answer.usage.completion_tokens, tuple(times))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fastserve_mega.commands.command import FILE, Command, complete_with, fail, load
+from fastserve_mega.commands.slo_option import add_slo
 from fastserve_mega.system.config import CoordinatorConfig
 from fastserve_mega.system.config_file import load_config
 
@@ -46,6 +47,7 @@ def _bench(options: argparse.Namespace) -> int:
             warmup=options.warmup,
             timeout_s=options.timeout,
             seed=options.seed,
+            slo=options.slo,
             json_path=options.json,
         )
     )
@@ -105,6 +107,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="the same one sends the same requests, which a prefix cache may know; default: 0",
     )
+    add_slo(parser)
     json = parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     complete_with(json, FILE)
 

@@ -1,4 +1,4 @@
-"""Repeat a run from its event log, or see it under another policy."""
+"""Repeat a run from its event log, or under another policy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _add_replay(parser: argparse.ArgumentParser) -> None:
 
 COMMAND = Command(
     name="replay",
-    summary="repeat a run from its event log, or see it under another policy",
+    summary="repeat a run from its event log, or under another policy",
     description="Feeds the file that coordinator.event_log names to a fresh scheduler and "
     "compares every plan byte for byte; ends with status 1 when one differs. With --policy it "
     "simulates the requests of the log instead, with the profile in it, and prints what their "

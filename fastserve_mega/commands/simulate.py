@@ -15,6 +15,7 @@ from fastserve_mega.commands.command import (
     load,
     policy_names,
 )
+from fastserve_mega.commands.slo_option import add_slo
 from fastserve_mega.system.config_file import load_config
 
 
@@ -42,6 +43,7 @@ def _simulate(options: argparse.Namespace) -> int:
             rates=options.rates,
             json_path=options.json,
             plots=options.plots,
+            slo=options.slo,
         )
     except (ValueError, OSError) as error:
         return fail(options, error)
@@ -89,6 +91,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
         metavar="X,Y,…",
         help="requests per second; default: the configured rate",
     )
+    add_slo(parser)
     json = parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     plots = parser.add_argument("--plots", type=Path, metavar="DIRECTORY", help="write plots")
     complete_with(data, DIRECTORY)

@@ -16,6 +16,7 @@ from fastserve_mega.client import AsyncClient
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall, read_event_log
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.slo import Slo, largest_gap, lateness
 from fastserve_mega.system.config_file import load_config
 from fastserve_mega.types import SamplingParams
 
@@ -108,13 +109,15 @@ async def _send(
     await asyncio.sleep(max(begin + spec.arrival_s - time.monotonic(), 0.0))
     sent_s = time.monotonic() - begin
     answer = await client.submit(prompt, params)
-    await answer.take()
-    first_token_s = time.monotonic() - begin
-    await answer.wait()
+    times = []
+    while await answer.take():
+        times.append(time.monotonic() - begin)
     if len(answer.token_ids) != spec.output_tokens:
         raise RuntimeError(f"a request ended with {answer.finish_reason}, {answer.usage}")
-    finish_s = time.monotonic() - begin
-    return RequestRecord(spec.prompt_tokens, spec.output_tokens, sent_s, first_token_s, finish_s)
+    return RequestRecord(
+        spec.prompt_tokens, spec.output_tokens, sent_s, times[0], times[-1], largest_gap(times),
+        lateness(times, sent_s, spec.output_tokens, Slo().tpot_s),
+    )  # fmt: skip
 
 
 def _copy_block_s(metrics: str) -> float:

@@ -9,7 +9,7 @@ be equal, and a copy takes the shortest time for a block that the log shows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fastserve_mega.bench.statistics import distribution
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
@@ -21,6 +21,7 @@ from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.replica import SimulatedReplica
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.slo import Slo, largest_gap, lateness
 from fastserve_mega.types import RequestId
 
 ORACLE_POLICY = "srpt"
@@ -99,6 +100,7 @@ def simulate(
             arrival_s=record.arrival_s - way_s,
             first_token_s=record.first_token_s + way_s,
             finish_s=record.finish_s + way_s,
+            lateness_s=record.lateness_s + 2 * way_s,
         )
         for record in result.records
     ]
@@ -132,9 +134,22 @@ class _Request:
 
     arrival_s: float
     prompt_tokens: int
-    output_tokens: int = 0
-    first_token_s: float = 0.0
+    token_times_s: list[float] = field(default_factory=list)
     end_s: float | None = None
+
+    def record(self, begin_s: float) -> RequestRecord:
+        """What its client saw, on a clock that began at `begin_s`."""
+        times_s, end_s = self.token_times_s, self.end_s
+        tokens = len(times_s)
+        return RequestRecord(
+            self.prompt_tokens,
+            tokens,
+            self.arrival_s - begin_s,
+            times_s[0] - begin_s,
+            (times_s[-1] if end_s is None else end_s) - begin_s,
+            largest_gap(times_s),
+            lateness(times_s, self.arrival_s, tokens, Slo().tpot_s),
+        )
 
 
 class _Reader:
@@ -170,22 +185,12 @@ class _Reader:
 
     def recording(self) -> Recording:
         """What was read."""
-        ended = [each for each in self._all if each.output_tokens and each.end_s is not None]
+        ended = [each for each in self._all if each.token_times_s and each.end_s is not None]
         if not ended:
             raise ValueError("no request of the log got a token")
         begin_s = ended[0].arrival_s
         return Recording(
-            tuple(
-                RequestRecord(
-                    request.prompt_tokens,
-                    request.output_tokens,
-                    request.arrival_s - begin_s,
-                    request.first_token_s - begin_s,
-                    request.end_s - begin_s,
-                )
-                for request in ended
-                if request.end_s is not None
-            ),
+            tuple(request.record(begin_s) for request in ended),
             len(self._all) - len(ended),
             min(self._block_times_s, default=0.0),
         )
@@ -197,9 +202,7 @@ class _Reader:
             request = self._unfinished.get(piece.request_id)
             if request is None or not piece.samples:
                 continue
-            if not request.output_tokens:
-                request.first_token_s = now
-            request.output_tokens += 1
+            request.token_times_s.append(now)
         for request_id in event.finished:
             self._end(request_id, now)
 

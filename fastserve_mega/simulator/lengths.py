@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 LENGTH_COLUMNS = ("prompt_tokens", "output_tokens")
 TIME_COLUMN = "timestamp_s"
+CLIENT_COLUMN = "client"
 
 SHIPPED = Path(__file__).parent.parent / "data"
 """Lengths whose licences allow it; NOTICE there says whose they are."""
@@ -113,6 +114,8 @@ class LengthTable:
     origin: str
     """What they are, for titles."""
     is_synthetic: bool = False
+    clients: npt.NDArray[np.str_] | None = None
+    """Who asks, row by row; None when the source does not say."""
 
     @property
     def means(self) -> tuple[float, float]:
@@ -122,9 +125,13 @@ class LengthTable:
 
     def where(self, keep: npt.NDArray[np.bool_]) -> LengthTable:
         """Only some of the rows."""
-        times = self.timestamps_s
-        kept = None if times is None else times[keep]
-        return replace(self, lengths=self.lengths[keep], timestamps_s=kept)
+        times, clients = self.timestamps_s, self.clients
+        return replace(
+            self,
+            lengths=self.lengths[keep],
+            timestamps_s=None if times is None else times[keep],
+            clients=None if clients is None else clients[keep],
+        )
 
 
 def read_source(
@@ -185,6 +192,7 @@ def _read(path: Path, name: str, *, where: Mapping[str, int], with_times: bool) 
     needed = [*LENGTH_COLUMNS, *where, *([TIME_COLUMN] if with_times else [])]
     wanted = list(where.values())
     numbers: list[list[float]] = []
+    clients: list[str] = []
     with _open(path) as file:
         rows = csv.DictReader(file, restval="")
         for column in needed:
@@ -194,8 +202,14 @@ def _read(path: Path, name: str, *, where: Mapping[str, int], with_times: bool) 
             values = [_number(row[column], column, path, rows.line_num) for column in needed]
             if values[2 : 2 + len(wanted)] == wanted:
                 numbers.append(values)
+                clients.append(row.get(CLIENT_COLUMN, ""))
     table = np.array(numbers, dtype=np.float64).reshape(-1, len(needed))
-    return LengthTable(table[:, :2].astype(np.int64), table[:, -1] if with_times else None, name)
+    return LengthTable(
+        table[:, :2].astype(np.int64),
+        table[:, -1] if with_times else None,
+        name,
+        clients=np.array(clients, dtype=np.str_) if any(clients) else None,
+    )
 
 
 def _open(path: Path) -> TextIO:

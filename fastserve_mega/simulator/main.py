@@ -14,9 +14,11 @@ from fastserve_mega.printing import print_sentence
 from fastserve_mega.simulator.config import SimulationConfig, make_replicas
 from fastserve_mega.simulator.lengths import LengthTable
 from fastserve_mega.simulator.records import SimulationResult
-from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
+from fastserve_mega.simulator.report import Report, summarize, to_json
 from fastserve_mega.simulator.simulation import Simulation
+from fastserve_mega.simulator.tables import make_tables
 from fastserve_mega.simulator.workload import RequestSpec, draw_requests, load_lengths
+from fastserve_mega.slo import Slo
 from fastserve_mega.system.deployment import plan_deployment
 
 _TIMELINE_POINTS = 1000
@@ -28,6 +30,7 @@ def simulate(
     *,
     timeline_interval_s: float | None = None,
     on_finished: Callable[[], None] | None = None,
+    slo: Slo | None = None,
 ) -> SimulationResult:
     """Run one simulation; the same configuration and requests give the same result."""
     deployment = config.deployment
@@ -41,6 +44,7 @@ def simulate(
         cooldown=config.workload.cooldown_requests,
         timeline_interval_s=timeline_interval_s,
         on_finished=on_finished,
+        slo=slo,
     )
     return simulation.run()
 
@@ -65,6 +69,7 @@ def run_simulate(
     rates: Sequence[float] = (),
     json_path: Path | None = None,
     plots: Path | None = None,
+    slo: Slo | None = None,
 ) -> int:
     """Simulate each policy at each rate, print a table, write JSON and plots.
 
@@ -75,6 +80,7 @@ def run_simulate(
         rates: requests per second; none is the configured one.
         json_path: file for all figures.
         plots: directory for plots.
+        slo: what a good answer is; None takes the default.
 
     Returns:
         The exit status.
@@ -93,7 +99,7 @@ def run_simulate(
         for policy in policies or (config.deployment.scheduler.policy,)
         for rate in rates or (config.workload.rate,)
     ]
-    runs = _run_all(chosen, table, with_timeline=plots is not None)
+    runs = _run_all(chosen, table, with_timeline=plots is not None, slo=slo)
     reports = [report for report, _ in runs]
     prompt, output = table.means
     title = f"{table.origin}: {prompt:.0f} prompt and {output:.0f} output tokens on average"
@@ -107,7 +113,11 @@ def run_simulate(
 
 
 def _run_all(
-    configs: Sequence[SimulationConfig], table: LengthTable, *, with_timeline: bool
+    configs: Sequence[SimulationConfig],
+    table: LengthTable,
+    *,
+    with_timeline: bool,
+    slo: Slo | None,
 ) -> list[tuple[Report, SimulationResult]]:
     runs = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -123,6 +133,7 @@ def _run_all(
                 requests,
                 timeline_interval_s=span_s / _TIMELINE_POINTS if with_timeline else None,
                 on_finished=lambda task=task: progress.advance(task),  # type: ignore[misc]
+                slo=slo,
             )
             runs.append((summarize(result, policy, rate), result))
     return runs

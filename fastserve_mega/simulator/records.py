@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastserve_mega.simulator.pipeline import CopyStats
+from fastserve_mega.slo import Slo
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,13 @@ class RequestRecord:
     arrival_s: float
     first_token_s: float
     finish_s: float
+    largest_gap_s: float
+    """Longest time between two tokens of the answer that follow each other; 0 for a single one."""
+    lateness_s: float
+    """The most by which a token came after the arrival and, for each token before it, the pace that
+    was promised."""
+    client: str = ""
+    """Who asked; empty when the workload does not say."""
 
     @property
     def ttft_s(self) -> float:
@@ -77,3 +85,7 @@ class SimulationResult:
     recomputed_tokens: int
     copies: CopyStats
     timeline: tuple[TimelinePoint, ...]
+    swapped_tokens: int = 0
+    """Room of the blocks that were copied, in either direction."""
+    slo: Slo = field(default_factory=Slo)
+    """Whose pace the lateness of the records is measured by."""

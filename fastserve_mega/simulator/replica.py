@@ -39,7 +39,14 @@ class SimulatedReplica:
         self.pipeline = Pipeline(stages)
         self.copy_engine = CopyEngine(engine, block_size)
         self._engine = engine
+        self._block_size = block_size
         self.steps = self.slices = self.decode_tokens = self.prefill_tokens = 0
+
+    @property
+    def swapped_tokens(self) -> int:
+        """Room of the blocks copied so far, in either direction."""
+        copies = self.copy_engine.stats()
+        return (copies.swapped_out_blocks + copies.swapped_in_blocks) * self._block_size
 
     def dispatch(self, plan: Plan, now: float) -> Iterator[tuple[float, DispatchedStep | CopyDone]]:
         """Begin what a plan says; yields when each part of it will be done."""

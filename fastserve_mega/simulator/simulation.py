@@ -12,19 +12,41 @@ from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.records import RequestRecord, SimulationResult, TimelinePoint
 from fastserve_mega.simulator.replica import DispatchedStep, SimulatedReplica
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.slo import Slo
 from fastserve_mega.types import RequestId
 
 
 class _LiveRequest:
     """What the workers and the client know of a request; the scheduler never sees it."""
 
-    __slots__ = ("first_token_s", "index", "output_left", "spec")
+    __slots__ = (
+        "first_token_s", "harmless_gap_s", "index", "largest_gap_s", "last_token_s", "lateness_s",
+        "output_left", "spec",
+    )  # fmt: skip
 
     def __init__(self, spec: RequestSpec, index: int) -> None:
         self.spec = spec
         self.index = index
         self.output_left = spec.output_tokens
         self.first_token_s = -1.0
+        self.last_token_s = spec.arrival_s
+        self.largest_gap_s = 0.0
+        self.lateness_s = 0.0
+        self.harmless_gap_s = -1.0
+        """No shorter gap is the largest one, nor its token later than the one before."""
+
+    def observe_gap(self, now: float, pace_s: float) -> None:
+        """Note the first token, or one that came more slowly than the pace."""
+        waited_s = now - self.spec.arrival_s
+        if self.first_token_s < 0:
+            self.first_token_s = now
+            self.lateness_s = waited_s
+            self.harmless_gap_s = 0.0
+            return
+        before = self.spec.output_tokens - self.output_left - 1
+        self.largest_gap_s = max(self.largest_gap_s, now - self.last_token_s)
+        self.lateness_s = max(self.lateness_s, waited_s - pace_s * before)
+        self.harmless_gap_s = pace_s
 
 
 class Simulation:
@@ -42,6 +64,7 @@ class Simulation:
         cooldown: int = 0,
         timeline_interval_s: float | None = None,
         on_finished: Callable[[], None] | None = None,
+        slo: Slo | None = None,
     ) -> None:
         """Prepare a run.
 
@@ -56,6 +79,7 @@ class Simulation:
                 when all others have finished.
             timeline_interval_s: least time between points of the timeline; None records none.
             on_finished: called for each finished request.
+            slo: by whose pace tokens are late; None takes the default.
         """
         self._replicas = replicas
         self._placement = Placement([replica.scheduler for replica in replicas])
@@ -69,6 +93,7 @@ class Simulation:
         self._unmeasured_left = len(self._measured)
         self._timeline_interval_s = timeline_interval_s
         self._on_finished = on_finished
+        self._slo = slo or Slo()
 
         self._heap: list[tuple[float, int, int, DispatchedStep | CopyDone]] = []
         """(time, running number, replica, what happens then)."""
@@ -151,6 +176,7 @@ class Simulation:
             request_id,
             spec.prompt_tokens,
             self._max_tokens,
+            priority=spec.priority,
             oracle_output_tokens=spec.output_tokens if self._oracle else None,
         )
 
@@ -174,19 +200,26 @@ class Simulation:
     def _step_done(self, step: DispatchedStep, now: float) -> StepDone:
         """Each sampling slice yields one token; the simulation knows which is the last."""
         finished: list[RequestId] = []
-        live = self._live
+        live, pace_s = self._live, self._slo.tpot_s
+        tokens = 0
         for piece in step.plan.batch:
             if not piece.samples:
                 continue
+            tokens += 1
             request_id = piece.request_id
             request = live[request_id]
             request.output_left -= 1
-            self._output_tokens += 1
-            if request.first_token_s < 0:
-                request.first_token_s = now
+            gap_s = now - request.last_token_s
+            if gap_s > request.harmless_gap_s:
+                if request.first_token_s >= 0 and gap_s <= pace_s:
+                    request.largest_gap_s = request.harmless_gap_s = gap_s
+                else:
+                    request.observe_gap(now, pace_s)
+            request.last_token_s = now
             if not request.output_left:
                 finished.append(request_id)
                 self._finish(request_id, now)
+        self._output_tokens += tokens
         return StepDone(step.plan.step_id, now - step.dispatched_s, tuple(finished))
 
     def _finish(self, request_id: RequestId, now: float) -> None:
@@ -195,8 +228,9 @@ class Simulation:
         if request.index in self._measured:
             spec = request.spec
             self._records[request.index] = RequestRecord(
-                spec.prompt_tokens, spec.output_tokens, spec.arrival_s, request.first_token_s, now
-            )
+                spec.prompt_tokens, spec.output_tokens, spec.arrival_s, request.first_token_s, now,
+                request.largest_gap_s, request.lateness_s, spec.client,
+            )  # fmt: skip
             self._unmeasured_left -= 1
         self._placement.observe_finish(request.spec.output_tokens)
         if self._on_finished:
@@ -239,4 +273,6 @@ class Simulation:
             recomputed_tokens=sum(memory.recomputed_tokens for memory in memories),
             copies=sum((replica.copy_engine.stats() for replica in replicas), CopyStats()),
             timeline=tuple(self._timeline),
+            swapped_tokens=sum(replica.swapped_tokens for replica in replicas),
+            slo=self._slo,
         )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastserve_mega.simulator.lengths import Lengths, LengthTable, SyntheticLengths, read_source
+from fastserve_mega.simulator.lengths import LengthTable, SyntheticLengths, read_source
 from fastserve_mega.system.config_file import load_yaml
 
 _SCALING_ROUNDS = 20
@@ -23,6 +23,10 @@ class RequestSpec(NamedTuple):
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    client: str = ""
+    """Who asks; empty when the workload does not say."""
+    priority: int = 0
+    """As clients give it: lower is more urgent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +35,8 @@ class WorkloadConfig:
 
     source: str | SyntheticLengths = "synthetic-sharegpt"
     """synthetic-sharegpt, synthetic-alpaca, sharegpt, arxiv, azure_conv_2023, alpaca; or a CSV
-    file, perhaps gzipped, with a header: prompt_tokens, output_tokens, and timestamp_s for a trace;
-    or distributions to draw from. Rows with 0 tokens are skipped."""
+    file, perhaps gzipped, with a header: prompt_tokens, output_tokens, timestamp_s for a trace, and
+    perhaps client, who asks; or distributions to draw from. Rows with 0 tokens are skipped."""
     where: Mapping[str, int] = field(default_factory=dict)
     """Takes only the rows whose columns have these values, for example {turn: 0}."""
     max_prompt_tokens: int | None = None
@@ -162,7 +166,7 @@ def _replay(config: WorkloadConfig, table: LengthTable) -> list[RequestSpec]:
         raise ValueError(f"{table.origin}: has no timestamps")
     order = np.argsort(table.timestamps_s, kind="stable")[: config.total_requests]
     times = table.timestamps_s[order]
-    return _specs((times - times[0]) / config.speedup, table.lengths[order])
+    return _specs((times - times[0]) / config.speedup, table, order)
 
 
 def _sample(config: WorkloadConfig, table: LengthTable, rate: float) -> list[RequestSpec]:
@@ -172,11 +176,16 @@ def _sample(config: WorkloadConfig, table: LengthTable, rate: float) -> list[Req
     chosen = np.concatenate(shuffles)[:count]
     shape = 1.0 / config.cv**2
     gaps = random.gamma(shape, 1.0 / (rate * shape), size=count)
-    return _specs(np.cumsum(gaps), table.lengths[chosen])
+    return _specs(np.cumsum(gaps), table, chosen)
 
 
-def _specs(times: npt.NDArray[np.float64], lengths: Lengths) -> list[RequestSpec]:
+def _specs(
+    times: npt.NDArray[np.float64], table: LengthTable, rows: npt.NDArray[np.int64]
+) -> list[RequestSpec]:
+    """Put arrival times and rows of a table together."""
+    lengths = table.lengths[rows].tolist()
+    clients = [""] * len(rows) if table.clients is None else table.clients[rows].tolist()
     return [
-        RequestSpec(time, prompt, output)
-        for time, (prompt, output) in zip(times.tolist(), lengths.tolist(), strict=True)
+        RequestSpec(time, prompt, output, client)
+        for time, (prompt, output), client in zip(times.tolist(), lengths, clients, strict=True)
     ]

@@ -55,7 +55,7 @@ def test_a_punctual_engine_is_simulated_closely(start_server, tmp_path):
         spec._replace(arrival_s=record.arrival_s) for spec, record in zip(specs, live, strict=True)
     ]
     simulated = simulate(setup, engine, sent, clients.delivery_s)
-    assert [(r.prompt_tokens, r.output_tokens) for r in simulated] == [spec[1:] for spec in specs]
+    assert [(r.prompt_tokens, r.output_tokens) for r in simulated] == [spec[1:3] for spec in specs]
     rows = experiment.compare(live, simulated)
     assert [row.name for row in rows] == ["TTFT mean", "TTFT P95", "JCT mean", "JCT P95"]
     # Never faster than the runner sleeps; how much slower depends on the machine's other work.
@@ -69,9 +69,14 @@ def test_a_punctual_engine_is_simulated_closely(start_server, tmp_path):
     assert everything_at_once > len(specs) / max(record.finish_s for record in simulated)
 
 
+def record(arrival_s, first_token_s, finish_s):
+    gap_s = finish_s - first_token_s
+    return RequestRecord(1, 2, arrival_s, first_token_s, finish_s, gap_s, 0.0)
+
+
 def test_differences_by_hand():
-    live = [RequestRecord(1, 2, 0.0, 1.0, 3.0), RequestRecord(1, 2, 1.0, 4.0, 6.0)]
-    simulated = [RequestRecord(1, 2, 0.0, 1.0, 2.0), RequestRecord(1, 2, 1.0, 2.0, 5.0)]
+    live = [record(0.0, 1.0, 3.0), record(1.0, 4.0, 6.0)]
+    simulated = [record(0.0, 1.0, 2.0), record(1.0, 2.0, 5.0)]
     mean_ttft, _, mean_jct, p95_jct = experiment.compare(live, simulated)
     assert (mean_ttft.live_s, mean_ttft.simulated_s) == (2.0, 1.0)
     assert mean_ttft.difference == -0.5

@@ -12,10 +12,11 @@ from fastserve_mega import cli
 from fastserve_mega.bench.statistics import Record, percentile, summarize
 from fastserve_mega.bench.workload import Lengths, make_jobs, parse_mix, read_lengths
 from fastserve_mega.messaging.messages import Refused
+from fastserve_mega.slo import Slo, largest_gap, lateness
 
 
 def record(index, prompt, output, *, sent, ttft, jct):
-    return Record(index, prompt, output, sent, ttft, jct)
+    return Record(index, prompt, output, sent, ttft, jct, largest_gap_s=0.0, lateness_s=ttft)
 
 
 # --- statistics ----------------------------------------------------------------------------------
@@ -63,6 +64,26 @@ def test_a_summary_by_hand():
 def test_equal_lengths_have_no_long_class_and_no_answers_no_latency():
     assert set(summarize([record(0, 1, 2, sent=0.0, ttft=0.1, jct=0.2)] * 3)["latency"]) == {"all"}
     assert "latency" not in summarize([Record(0, 1, 2, 0.0, error="gone")])
+
+
+def test_gaps_and_late_tokens_by_hand():
+    times = (2.0, 2.5, 4.5, 5.0)  # two tokens each
+    assert largest_gap(times) == 2.0
+    assert largest_gap((2.0,)) == 0.0
+    # The fifth token comes at 4.5, due at 1.0 + 4 * 0.5.
+    assert lateness(times, 1.0, 8, 0.5) == pytest.approx(4.5 - 1.0 - 4 * 0.5)
+    assert lateness(times, 1.0, 8, 5.0) == pytest.approx(1.0)
+
+
+def test_promises_are_shares_of_all_requests():
+    good = Record(0, 10, 11, 0.0, 0.5, 1.0, largest_gap_s=0.05, lateness_s=0.5)
+    paused = Record(1, 10, 11, 0.0, 0.5, 1.5, largest_gap_s=0.8, lateness_s=1.3)
+    slow = Record(2, 10, 11, 0.0, 2.0, 3.0, largest_gap_s=0.1, lateness_s=2.0)
+    failed = Record(3, 10, 11, sent_s=0.0, error="429")
+    summary = summarize([good, paused, slow, failed], Slo(1.0, 0.1))
+    assert (summary["goodput"], summary["play"], summary["max_gap_s"]) == (0.5, 0.25, 0.8)
+    assert summary["paper_goodputs"] == [0.5, 0.75, 0.75]
+    assert summary["latency"]["all"]["largest_gap_s"]["p50"] == pytest.approx(0.1)
 
 
 # --- the workload --------------------------------------------------------------------------------
@@ -113,6 +134,7 @@ def test_lengths_are_read(tmp_path):
         (["--burst", "--mix", "1:64/0"], "must be positive: 1:64/0"),
         (["--burst", "--lengths", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
         (["--burst", "--token-ids", "7:7"], "not of the form LOW:HIGH: '7:7'"),
+        (["--burst", "--slo", "1"], "not of the form TTFT,TPOT in seconds: '1'"),
         (["--burst", "--rate", "1"], "not allowed with argument"),
         (["--burst", "--url", "x", "--config", "y"], "not both"),
         (["--burst", "--set", "model.path=/m"], "give --config too"),

@@ -12,10 +12,15 @@ from fastserve_mega.bench.tables import show_comparison, show_run
 from fastserve_mega.commands.plan_report import print_plan
 from fastserve_mega.doctor.doctor import print_findings
 from fastserve_mega.doctor.finding import ok, problem, warning
+from fastserve_mega.experiments.comparison_tables import print_comparison
+from fastserve_mega.experiments.run_log import Run
+from fastserve_mega.experiments.standing_set import find_workload
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.simulator.pipeline import CopyStats
-from fastserve_mega.simulator.report import Distribution, Report, make_tables
+from fastserve_mega.simulator.report import Distribution, Report
+from fastserve_mega.simulator.tables import make_tables
+from fastserve_mega.slo import Slo
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
 from fastserve_mega.system.config_file import load_config
 from fastserve_mega.system.deployment import plan_deployment
@@ -93,12 +98,30 @@ def simulation(console):
             slowest_long_normalized_latency_s=9.5, requests_per_s=12.25, output_tokens_per_s=4321,
             utilization=0.99, elapsed_s=1e6, mean_batch_size=15.5, steps=10**6,
             decode_tokens=10**8, prefill_tokens=10**8, preemptions=33_000,
-            recomputed_tokens=3_800_000, copies=CopyStats(exposed_s=123.25),
+            recomputed_tokens=3_800_000, copies=CopyStats(exposed_s=123.25), gap_s=times,
+            max_gap_s=1234.5, slo=Slo(), goodput=0.987, paper_goodputs=(0.1, 0.5, 1.0), play=0.95,
+            recomputed_share=0.019, swapped_tokens=10**9, client_tokens_per_s={}, fairness=0.75,
         )
         for policy in ("skip_join_mlfq", "fixed_priority", "fcfs")
     ]  # fmt: skip
     for table in make_tables(reports, "sharegpt.csv: 161 prompt and 338 output tokens on average"):
         console.print(table)
+
+
+def comparison(console):
+    result = {
+        "requests_per_s": 0.327, "goodput": 0.985, "play": 1.0, "ttft_s": {"p95": 0.153},
+        "jct_s": {"mean": 12.74}, "gap_s": {"p99": 0.0877}, "max_gap_s": 344.4,
+        "recomputed_share": 0.123,
+    }  # fmt: skip
+    slow = result | {"requests_per_s": 0.3, "goodput": 0.5, "max_gap_s": 1000.0}
+    results = {
+        Run("flood", 0.95, policy, seed): slow if policy == "mlfq" else result
+        for policy in ("skip_join_mlfq", "mlfq", "fcfs")
+        for seed in range(2)
+    }
+    workloads, rates = [find_workload("flood")], {"flood": 1.29}
+    print_comparison(workloads, results, rates, Slo(), console)
 
 
 REPORTS = {
@@ -109,6 +132,7 @@ REPORTS = {
     "bench, several runs": bench_comparison,
     "top": top,
     "simulate": simulation,
+    "compare-policies": comparison,
 }
 
 

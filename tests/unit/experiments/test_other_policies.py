@@ -70,7 +70,8 @@ def test_a_short_request_waits_for_a_long_one_under_fcfs_alone():
         swap=SwapConfig(), pools=PoolSizes(100, 100, 16), profile=profile, window=1,
         first_step_id=0,
     )  # fmt: skip
-    long, short = RequestRecord(9, 50, 0.0, 1.0, 50.0), RequestRecord(9, 2, 4.5, 51.0, 52.0)
+    long = RequestRecord(9, 50, 0.0, 1.0, 50.0, 1.0, 1.0)
+    short = RequestRecord(9, 2, 4.5, 51.0, 52.0, 1.0, 47.4)
     recording = Recording((long, short), left_out=0, copy_block_s=0.0)
     by_policy = {
         policy: simulate_policy(setup, recording, policy) for policy in ("fcfs", "skip_join_mlfq")

@@ -59,6 +59,7 @@ def run(costs: Any, requests: Sequence[tuple[float, int, int]], **options: Any) 
             "cooldown",
             "timeline_interval_s",
             "on_finished",
+            "slo",
         )
         if name in options
     }  # fmt: skip

@@ -13,8 +13,9 @@ from fastserve_mega.simulator.config import SimulationConfig, load_simulation_co
 from fastserve_mega.simulator.main import run_simulate, simulate, with_policy
 from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.records import RequestRecord, SimulationResult
-from fastserve_mega.simulator.report import summarize, to_json
+from fastserve_mega.simulator.report import jain_index, summarize, to_json
 from fastserve_mega.simulator.workload import make_requests
+from fastserve_mega.slo import Slo
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEPLOYMENT = CONFIGS / "opt-13b-a100.yaml"
@@ -34,7 +35,7 @@ def config(tmp_path: Path) -> SimulationConfig:
 
 def test_figures_of_a_report() -> None:
     records = tuple(
-        RequestRecord(5, output, arrival_s=1.0, first_token_s=2.0, finish_s=2.0 + output)
+        RequestRecord(5, output, 1.0, 2.0, 2.0 + output, largest_gap_s=1.0, lateness_s=1.0)
         for output in range(1, 102)
     )
     result = SimulationResult(
@@ -60,6 +61,33 @@ def test_the_same_seed_gives_the_same_report(config: SimulationConfig, tmp_path:
         requests = make_requests(seeded.workload, tmp_path)
         reports.append(to_json([summarize(simulate(seeded, requests), "x", 4.0)]))
     assert reports[0] == reports[1] != reports[2]
+
+
+def test_what_users_feel_by_hand() -> None:
+    records = (  # prompt, output, arrival, first token, end, largest gap, lateness, client
+        RequestRecord(5, 11, 0.0, 1.0, 2.0, 0.1, 1.0, "a"),  # good, played
+        RequestRecord(5, 11, 0.0, 1.0, 2.0, 0.5, 1.2, "a"),  # good, but paused on the way
+        RequestRecord(5, 11, 0.0, 1.5, 2.5, 0.1, 1.5, "b"),  # the first token came too late
+        RequestRecord(5, 11, 0.0, 1.0, 7.0, 6.0, 6.0, "b"),  # too slow
+    )
+    result = SimulationResult(
+        records=records, rejected=0, elapsed_s=7.0, steps=9, slices=18,
+        decode_tokens=40, prefill_tokens=60, output_tokens=44, finished=4, busy_s=7.0,
+        preemptions=1, recomputed_tokens=25, copies=CopyStats(), timeline=(), slo=Slo(1.0, 0.1),
+    )  # fmt: skip
+    report = summarize(result, "fcfs", 2.0)
+    assert (report.goodput, report.play) == (0.5, 0.25)
+    assert report.paper_goodputs == (0.75, 0.75, 1.0)
+    assert (report.max_gap_s, report.gap_s.p50) == (6.0, pytest.approx(0.3))
+    assert report.recomputed_share == 0.25
+    assert report.client_tokens_per_s == {"a": 22 / 4, "b": 22 / 9.5}
+    assert report.fairness == pytest.approx(
+        (5.5 + 22 / 9.5) ** 2 / (2 * (5.5**2 + (22 / 9.5) ** 2))
+    )
+    plain = json.loads(to_json([report]))[0]
+    assert plain["slo"] == {"ttft_s": 1.0, "tpot_s": 0.1}
+    assert jain_index([1.0, 1.0]) == 1.0
+    assert jain_index([1.0, 0.0]) == 0.5
 
 
 @pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"])

@@ -13,6 +13,7 @@ from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.replica import SimulatedReplica
 from fastserve_mega.simulator.simulation import Simulation
 from fastserve_mega.simulator.workload import RequestSpec
+from fastserve_mega.slo import Slo
 from fastserve_mega.types import RequestId
 
 
@@ -45,6 +46,23 @@ def test_step_overhead_delays_the_result() -> None:
 def test_a_request_joins_the_running_batch_at_the_next_step() -> None:
     result = run(RoundCosts(stages=(1.0,)), [(0.0, 2, 3), (0.5, 2, 1)])
     assert times(result) == [(1.0, 3.0), (2.0, 2.0)]
+
+
+def test_the_largest_gap_and_the_latest_token_of_an_answer() -> None:
+    # A decode takes 0.25 s, and 2.5 s beside the prompt of 9 tokens.
+    costs = RoundCosts(stages=(0.25,), token_s=0.25)
+    result = run(costs, [(0.0, 1, 7), (1.2, 9, 1)], slo=Slo(ttft_s=1.0, tpot_s=0.5))
+    first, second = result.records
+    assert first.largest_gap_s == 2.5
+    # Tokens at 0.25, 0.5, 0.75, 1.0, 1.25, 3.75 and 4.0 s: the sixth is the latest.
+    assert first.lateness_s == pytest.approx(3.75 - 5 * 0.5)
+    assert (second.largest_gap_s, second.lateness_s) == (0.0, second.ttft_s)
+
+
+def test_gaps_shorter_than_the_pace_make_no_token_late() -> None:
+    costs = RoundCosts(stages=(0.25,), token_s=0.25)
+    (record,) = run(costs, [(0.0, 1, 3)], slo=Slo(ttft_s=1.0, tpot_s=5.0)).records
+    assert (record.largest_gap_s, record.lateness_s) == (0.25, 0.25)
 
 
 def test_two_stages_overlap_two_steps() -> None:

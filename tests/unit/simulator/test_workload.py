@@ -28,15 +28,19 @@ TRACE = "timestamp_s,prompt_tokens,output_tokens\n5.0,10,3\n7.5,20,4\n6.0,9000,5
 
 def test_a_trace_keeps_its_arrival_times_from_its_first_row(write: Any) -> None:
     requests = make_requests(WorkloadConfig(source="w.csv"), write(TRACE))
-    assert requests == [(0.0, 10, 3), (1.0, 9000, 5), (2.5, 20, 4)]
-    assert isinstance(requests[0], RequestSpec)
+    assert requests == [
+        RequestSpec(0.0, 10, 3), RequestSpec(1.0, 9000, 5), RequestSpec(2.5, 20, 4),
+    ]  # fmt: skip
 
 
 def test_a_trace_can_be_filtered_cut_and_sped_up(write: Any) -> None:
     config = WorkloadConfig(source="w.csv", max_prompt_tokens=100, speedup=2.5)
-    assert make_requests(config, write(TRACE)) == [(0.0, 10, 3), (1.0, 20, 4)]
+    assert make_requests(config, write(TRACE)) == [
+        RequestSpec(0.0, 10, 3),
+        RequestSpec(1.0, 20, 4),
+    ]
     config = WorkloadConfig(source="w.csv", num_requests=1)
-    assert make_requests(config, write(TRACE)) == [(0.0, 10, 3)]
+    assert make_requests(config, write(TRACE)) == [RequestSpec(0.0, 10, 3)]
 
 
 LENGTHS = "prompt_tokens,output_tokens,turn\n" + "".join(
@@ -62,7 +66,7 @@ def test_rows_are_drawn_without_replacement_and_by_seed(write: Any) -> None:
         for seed in (1, 1, 2)
     ]
     assert draws[0] == draws[1] != draws[2]
-    lengths = [sorted(request[1:] for request in draw) for draw in draws]
+    lengths = [sorted(request[1:3] for request in draw) for draw in draws]
     assert lengths[0] == lengths[2] == sorted((10 + i % 7, 20 + i % 11) for i in range(400))
 
 
@@ -109,3 +113,10 @@ def test_a_trace_without_timestamps_is_refused(write: Any) -> None:
 def test_values_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"workload\."):
         WorkloadConfig(source="w.csv", **options)
+
+
+def test_clients_come_from_a_column_of_their_own(write: Any) -> None:
+    directory = write("prompt_tokens,output_tokens,client\n5,3,ann\n0,4,bob\n7,5,bob\n")
+    config = WorkloadConfig(source="w.csv", rate=1.0, num_requests=2)
+    requests = make_requests(config, directory)
+    assert {(each.prompt_tokens, each.client) for each in requests} == {(5, "ann"), (7, "bob")}

@@ -1,0 +1,122 @@
+"""Requests that no data set has: seeded generators of what is hard for a scheduler.
+
+Each takes a source of chance and a number of requests, and returns them in order of arrival, one
+per second on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fastserve_mega.simulator.lengths import SHAREGPT_LIKE, Lognormal
+from fastserve_mega.simulator.workload import RequestSpec
+
+Generator = Callable[[np.random.Generator, int], list[RequestSpec]]
+
+LONGEST_PROMPT = 100_000
+LONGEST_ANSWER = 32_768
+BURST = 256
+"""Requests that arrive together."""
+LONGEST_CONVERSATION = (1024, 1024)
+"""Tokens of prompt and answer where requests are like ShareGPT's."""
+
+
+def long_prompts(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """Documents of 12,000 tokens on average (lognormal, cv 1.5), answers of 340 (cv 0.6)."""
+    prompts = Lognormal(mean=12_000, cv=1.5).draw(random, count)
+    outputs = Lognormal(mean=340, cv=0.6).draw(random, count)
+    return _specs(_poisson(random, count), np.minimum(prompts, LONGEST_PROMPT), outputs)
+
+
+def prompt_bursts(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """Bursts of 256 prompts of about 2,000 tokens (cv 0.5), each answered with 28.
+
+    There is one burst in each time in which 256 requests come on average, anywhere in it.
+    """
+    bursts = -(-count // BURST)
+    begins = (np.arange(bursts) + random.random(bursts)) * BURST
+    times = np.repeat(begins, BURST)[:count]
+    prompts = Lognormal(mean=2000, cv=0.5).draw(random, count)
+    return _specs(times, prompts, np.full(count, 28))
+
+
+def bimodal(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """Nine answers of about 40 tokens to one of about 1,000, behind prompts of 128."""
+    short = Lognormal(mean=40, cv=0.5).draw(random, count)
+    long = Lognormal(mean=1000, cv=0.3).draw(random, count)
+    outputs = np.where(_one_in(10, random, count), np.minimum(long, 1800), short)
+    return _specs(_poisson(random, count), np.full(count, 128), outputs)
+
+
+def flood(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """One client's 19 short requests (64 in, 16 out) for each long one (512, 1,000) of another."""
+    is_long = _one_in(20, random, count)
+    return _specs(
+        _poisson(random, count),
+        np.where(is_long, 512, 64),
+        np.where(is_long, 1000, 16),
+        clients=["writer" if each else "flood" for each in is_long],
+    )
+
+
+def one_long_answer(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """One answer of 32,768 tokens beside short ones of about 128; it comes as the third tenth."""
+    outputs = Lognormal(mean=128, cv=0.5).draw(random, count)
+    outputs[count * 3 // 10] = LONGEST_ANSWER
+    return _specs(_poisson(random, count), np.full(count, 128), outputs)
+
+
+def conversations(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """Lengths like ShareGPT's, at most 1,024 tokens each of prompt and answer."""
+    return _specs(_poisson(random, count), *_conversation_lengths(random, count))
+
+
+def priorities(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """Lengths like ShareGPT's: one in four urgent (priority 0), the others background work (4)."""
+    is_urgent = _one_in(4, random, count)
+    return _specs(
+        _poisson(random, count),
+        *_conversation_lengths(random, count),
+        clients=["urgent" if each else "background" for each in is_urgent],
+        priorities=np.where(is_urgent, 0, 4).tolist(),
+    )
+
+
+def _conversation_lengths(
+    random: np.random.Generator, count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    longest_prompt, longest_answer = LONGEST_CONVERSATION
+    prompts = np.minimum(SHAREGPT_LIKE.prompt.draw(random, count), longest_prompt)
+    return prompts, np.minimum(SHAREGPT_LIKE.output.draw(random, count), longest_answer)
+
+
+def _one_in(group: int, random: np.random.Generator, count: int) -> npt.NDArray[np.bool_]:
+    """Choose one of each group that follow each other: any of them, but always as many in all."""
+    groups = -(-count // group)
+    chosen = np.zeros(groups * group, dtype=np.bool_)
+    chosen[np.arange(groups) * group + random.integers(0, group, groups)] = True
+    return chosen[:count]
+
+
+def _poisson(random: np.random.Generator, count: int) -> npt.NDArray[np.float64]:
+    return np.cumsum(random.exponential(1.0, count))
+
+
+def _specs(
+    times: npt.NDArray[np.float64],
+    prompts: npt.NDArray[np.int64],
+    outputs: npt.NDArray[np.int64],
+    *,
+    clients: Sequence[str] | None = None,
+    priorities: Sequence[int] | None = None,
+) -> list[RequestSpec]:
+    count = len(times)
+    rows = zip(
+        times.tolist(), prompts.tolist(), outputs.tolist(),
+        clients or [""] * count, priorities or [0] * count,
+        strict=True,
+    )  # fmt: skip
+    return [RequestSpec(*row) for row in rows]
