@@ -92,6 +92,8 @@ class KvState:
     """Computed tokens whose KV was dropped, until it is resident again."""
     num_copies: int = 0
     """Copies of its blocks that have not been reported done."""
+    preempted_for: RequestId | None = None
+    """Who got its blocks when they were last taken away; None for the arrivals expected."""
 
 
 @dataclass(slots=True)

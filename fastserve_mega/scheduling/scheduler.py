@@ -123,6 +123,10 @@ class Scheduler:
         batch = self._config.max_batch_size
         return output_tokens * self._cost_model.decode_s(batch, round(output_tokens)) / batch
 
+    def find(self, request_id: RequestId) -> Request | None:
+        """Return an unfinished request, to be looked at only."""
+        return self._requests.get(request_id)
+
     @property
     def unfinished(self) -> int:
         return len(self._requests)

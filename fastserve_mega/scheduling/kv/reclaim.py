@@ -135,7 +135,7 @@ class Reclaimer:
             if shortage <= 0:
                 return
             shortage -= self._device.exclusive(victim.kv.block_table)
-            self._swapper.preempt(victim, self._step_id)
+            self._swapper.preempt(victim, None, self._step_id)
 
     def _is_beyond_reach(self, request: Request, blocks: int) -> bool:
         """Whether victims were sought in vain in this step for somebody who could have more."""
@@ -159,7 +159,7 @@ class Reclaimer:
             self._attainable = (self._queues.rank(request), free + coming + held)
             return
         for victim in chosen:
-            self._swapper.preempt(victim, self._step_id)
+            self._swapper.preempt(victim, request, self._step_id)
         self._claimed += coming + self._copies.leaving_blocks - leaving
 
 

@@ -73,9 +73,16 @@ class Swapper:
         )
         self.copies.start(copy, sources, targets, precedes_step)
 
-    def preempt(self, victim: Request, step_id: int) -> None:
-        """Take the device blocks of a resident; they are free now, or when its copy is done."""
+    def preempt(self, victim: Request, cause: Request | None, step_id: int) -> None:
+        """Take the device blocks of a resident; they are free now, or when its copy is done.
+
+        Args:
+            victim: gives them up.
+            cause: gets them; None keeps them for the arrivals expected.
+            step_id: the step that is being planned.
+        """
         self.preemptions += 1
+        victim.kv.preempted_for = cause.request_id if cause else None
         used = self.blocks_for(victim.num_computed_tokens)
         if self._strategy == "recompute" or not self._make_host_room(
             victim, used - self._find_copies(victim)
@@ -211,6 +218,7 @@ class Swapper:
             if host.free_count >= count or self._queues.rank(hosted) < rank:
                 break
             if not hosted.kv.num_copies:
+                hosted.kv.preempted_for = victim.request_id
                 self.drop(hosted)
         return host.free_count >= count
 
