@@ -79,7 +79,7 @@ def test_an_abort_and_lost_ranks():
     told.step(2.0, Aborted(RequestId("b")))
     assert "1 the ranks were lost, and with them its KV" in told.of("a")
     assert told.of("a")[-1] == "1 gets 2 device blocks"
-    assert told.of("b")[-1] == "2 aborted after 1 tokens"
+    assert told.of("b")[-1] == "2 aborted after 0 tokens"
 
 
 def test_what_was_dropped_says_so():
