@@ -53,6 +53,10 @@ class BatchBuilder:
 
     def fill(self) -> None:
         """Take requests until nothing more fits."""
+        if returning := self._memory.returning:
+            self._take(returning)
+            if not self._has_room():
+                return
         self._take_by_priority()
         if self._has_room() and (self._prefills_wait or not self._admitting):
             self._take(self._queues.walk(Place.RESIDENT))

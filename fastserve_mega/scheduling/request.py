@@ -79,6 +79,8 @@ class KvState:
     """Leading entries of `block_table` that the workers know."""
     host_table: list[int] = field(default_factory=list)
     """Host blocks of the leading blocks, those being copied to included."""
+    num_swapped_blocks: int = 0
+    """Blocks that it needs on the host while it has none on the device."""
     num_clean_blocks: int = 0
     """Leading blocks whose copy on the host is complete. Full blocks never change again, so they
     stay clean."""
@@ -106,8 +108,6 @@ class QueueState:
     """Counts entries into levels: the order within a level."""
     charged_s: float = 0.0
     """Time of the steps it took part in since it entered its level."""
-    is_watched: bool = False
-    """Has an entry in the starvation heap."""
 
 
 @dataclass(slots=True, eq=False)

@@ -59,7 +59,12 @@ class Scheduler:
         self._queues = self._policy.queues
         swap = swap or SwapConfig()
         self._memory = KvManager(
-            pools, swap.strategy, self._policy, cost_model, config.max_batch_size
+            pools,
+            swap.strategy,
+            self._policy,
+            cost_model,
+            config.max_batch_size,
+            config.admission,
         )
         self._planner = SwapPlanner(swap, self._memory, self._policy)
         self._is_proactive = swap.strategy == "proactive"
@@ -235,6 +240,7 @@ class Scheduler:
             ):
                 publish(request)
             if request.request_id in finished:
+                self._memory.observe_answer(request.num_tokens - request.num_prompt_tokens + 1)
                 self._end(request)
             else:
                 if request.num_computed_tokens == request.num_tokens:

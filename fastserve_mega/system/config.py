@@ -224,6 +224,9 @@ class MlfqConfig:
         )
 
 
+AdmissionRule = Literal["projected", "greedy"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """Who runs in the next step, and how much of it."""
@@ -237,6 +240,10 @@ class SchedulerConfig:
     """Tokens in one step; longer prompts are prefilled in chunks of at most this."""
     max_queued_requests: int = 100_000
     """Unfinished requests held at once; one more is rejected."""
+    admission: AdmissionRule = "projected"
+    """projected: a request is started only when the KV of all started ones is expected to fit on
+    device and host, with the answers they still get; greedy: whenever its prompt fits now. What
+    does not fit is dropped and computed again."""
     backfill_lookahead: int = 16
     """How many requests that find no memory are passed over in one step in search of one that
     does."""

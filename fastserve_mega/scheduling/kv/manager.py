@@ -10,11 +10,12 @@ from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv.copies import Copy
 from fastserve_mega.scheduling.kv.pool import BlockPool
 from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.kv.projection import KvProjection
 from fastserve_mega.scheduling.kv.reclaim import Reclaimer
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
-from fastserve_mega.system.config import SwapStrategy
+from fastserve_mega.system.config import AdmissionRule, SwapStrategy
 from fastserve_mega.types import BlockHash
 
 _PAYBACK = 4
@@ -66,6 +67,7 @@ class KvManager:
         policy: Policy,
         cost_model: CostModel,
         max_batch_size: int,
+        admission: AdmissionRule,
     ) -> None:
         self.device = BlockPool(sizes.device_blocks)
         self.host = BlockPool(sizes.host_blocks)
@@ -80,9 +82,16 @@ class KvManager:
             policy=policy,
             strategy=strategy,
             block_size=sizes.block_size,
+            advances_dropped=admission == "projected",
         )
         self.copies = self.swapper.copies
-        self.reclaimer = Reclaimer(self.device, policy, self.swapper, preempts=strategy != "none")
+        self.reclaimer = Reclaimer(
+            self.device,
+            policy,
+            self.swapper,
+            preempts=strategy != "none",
+            drops=admission == "greedy",
+        )
         self._strategy: SwapStrategy = strategy
         self._queues = policy.queues
         self._prefill_s = cost_model.prefill_s
@@ -90,6 +99,12 @@ class KvManager:
         self._finished: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
+        self._projection = KvProjection(max_batch_size)
+        self._limit: int | None = None
+        """Blocks that the KV of all started requests may come to; None for no limit."""
+        if admission == "projected" and strategy != "none":
+            host_blocks = self.host.capacity if strategy in ("proactive", "reactive") else 0
+            self._limit = self.device.capacity + host_blocks
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -119,6 +134,11 @@ class KvManager:
         self.shares_prefixes |= bool(block_hashes)
         request.kv.num_cached_tokens = self.prefix_cache.known_tokens(request)
 
+    @property
+    def returning(self) -> tuple[Request, ...]:
+        """The requests that come before all that wait: dropped, though they were to fit."""
+        return () if self._limit is None else tuple(self.swapper.dropped)
+
     # --- one step ------------------------------------------------------------------------------
 
     def begin_step(self, step_id: int, now: float) -> None:
@@ -141,9 +161,10 @@ class KvManager:
             return Admission.READY if came else Admission.NO_MEMORY
         if request.kv.block_hashes:
             return self._admit_with_prefix(request, reserve)
-        table = self.reclaimer.take(
-            request, self._blocks_wanted(request), reserve + self.reclaimer.held_before(request)
-        )
+        wanted = self._blocks_wanted(request)
+        if not self._will_fit(request, wanted):
+            return Admission.NO_MEMORY
+        table = self.reclaimer.take(request, wanted, reserve + self.reclaimer.held_before(request))
         if table is None:
             return Admission.NO_MEMORY
         self._settle(request, table, RequestStatus.READY)
@@ -197,6 +218,10 @@ class KvManager:
             if request.place is Place.SWAPPED
         )
 
+    def observe_answer(self, tokens: int) -> None:
+        """Learn from the length of an answer that ended by itself."""
+        self._projection.observe(tokens)
+
     # --- ends ----------------------------------------------------------------------------------
 
     def copy_done(self, copy_id: int) -> Copy | None:
@@ -213,6 +238,7 @@ class KvManager:
 
     def release(self, request: Request) -> None:
         """Take all blocks of an ended request, as soon as nothing uses them any more."""
+        self.swapper.is_dropped_no_more(request)
         if request.kv.num_copies or request.num_scheduled_tokens:
             self._finished[request] = None
         else:
@@ -255,6 +281,9 @@ class KvManager:
             cache.give_up(found)
             return Admission.COMING
         wanted = self._blocks_wanted(request) - len(found.table)
+        if not self._will_fit(request, wanted):
+            cache.give_up(found)
+            return Admission.NO_MEMORY
         filled = self._fill(
             request, found.table + [None] * wanted, reserve + self.reclaimer.held_before(request)
         )
@@ -270,6 +299,25 @@ class KvManager:
             targets = [filled[index] for index, block in enumerate(found.table) if block is None]
             self.swapper.swap_in(request, found.host_blocks, targets, step, found.host_blocks)
         return Admission.COMING if is_ahead else Admission.READY
+
+    def _will_fit(self, request: Request, blocks: int) -> bool:
+        """Whether the KV of all started requests will fit with that of one more.
+
+        Time sharing among more than fits would only drop KV and compute it again. Who was dropped
+        all the same is still one of the started: its room is not given to others. One request is
+        always started, else none could be.
+        """
+        swapper = self.swapper
+        if self._limit is None or request in swapper.dropped:
+            return True
+        count = self._queues.count
+        started = count(Place.RESIDENT) + count(Place.SWAPPED) + len(swapper.dropped)
+        if not started:
+            return True
+        on_device = self.device.capacity - self.device.free_count - self.copies.leaving_blocks
+        now = on_device + swapper.num_swapped_blocks + swapper.num_dropped_blocks + blocks
+        peak = self._projection.peak_tokens(started + 1, now * self.block_size, request.max_tokens)
+        return peak <= self._limit * self.block_size
 
     def _fill(self, request: Request, table: list[int | None], reserve: int) -> list[int] | None:
         """Replace each None by a block of its own; None, and all given up, without memory."""
@@ -289,6 +337,7 @@ class KvManager:
         request.kv.block_table = table
         request.kv.num_sent_blocks = 0
         request.has_progressed = False
+        self.swapper.is_dropped_no_more(request)
         if request.kv.num_dropped_tokens:
             self._recompute(request)
         self._queues.put(request, status)

@@ -50,15 +50,24 @@ class Victims:
             and not victim.kv.num_copies
         )
 
-    def choose(self, request: Request, blocks: int) -> tuple[list[Request], int]:
+    def choose(
+        self, request: Request, blocks: int, host_room: int | None
+    ) -> tuple[list[Request], int]:
         """Victims of lower priority that hold `blocks` blocks alone together, or all of them.
 
         Whoever runs already may take them from anybody, else all could wait for each other; who is
-        to be admitted, only from those who have paid back.
+        to be admitted, only from those who have paid back, and whose KV is not lost with it.
+
+        Args:
+            request: gets the blocks.
+            blocks: how many it needs.
+            host_room: blocks that the host has for victims; None when their KV may be dropped.
 
         Returns:
             The victims, and the blocks that come free with them.
         """
+        if request.place is Place.RESIDENT:
+            host_room = None
         own_rank = self._queues.rank(request)
         candidates = self._all() if request.place is Place.RESIDENT else self
         rank = self._queues.rank
@@ -68,6 +77,10 @@ class Victims:
             if held >= blocks:
                 break
             if rank(victim) > own_rank:
+                if host_room is not None:
+                    if len(victim.kv.block_table) > host_room:
+                        continue
+                    host_room -= len(victim.kv.block_table)
                 chosen.append(victim)
                 held += self._device.exclusive(victim.kv.block_table)
         return chosen, held
@@ -77,14 +90,30 @@ class Reclaimer:
     """Allocates blocks; preempts whoever runs last when none are free."""
 
     def __init__(
-        self, device: BlockPool, policy: Policy, swapper: Swapper, *, preempts: bool
+        self,
+        device: BlockPool,
+        policy: Policy,
+        swapper: Swapper,
+        *,
+        preempts: bool,
+        drops: bool,
     ) -> None:
+        """Start with nothing held.
+
+        Args:
+            device: where blocks are found.
+            policy: says whose.
+            swapper: takes them.
+            preempts: whether anybody is preempted at all.
+            drops: whether KV is dropped, to be computed again, so that somebody else comes first.
+        """
         self.victims = Victims(policy, device)
         self._device = device
         self._queues = policy.queues
         self._swapper = swapper
         self._copies = swapper.copies
         self._preempts = preempts
+        self._drops = drops
         self._step_id = 0
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
@@ -131,11 +160,20 @@ class Reclaimer:
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""
         shortage = blocks - self._device.free_count - self._copies.leaving_blocks
+        host_room = self._host_room()
         for victim in self.victims:
             if shortage <= 0:
                 return
+            if host_room is not None:
+                if len(victim.kv.block_table) > host_room:
+                    continue
+                host_room -= len(victim.kv.block_table)
             shortage -= self._device.exclusive(victim.kv.block_table)
             self._swapper.preempt(victim, None, self._step_id)
+
+    def _host_room(self) -> int | None:
+        """Blocks that the host has for victims; None when their KV may be dropped."""
+        return None if self._drops else self._swapper.host_room
 
     def _is_beyond_reach(self, request: Request, blocks: int) -> bool:
         """Whether victims were sought in vain in this step for somebody who could have more."""
@@ -153,7 +191,7 @@ class Reclaimer:
             return
         leaving = self._copies.leaving_blocks
         coming = min(max(leaving - self._claimed, 0), shortage)
-        chosen, held = self.victims.choose(request, shortage - coming)
+        chosen, held = self.victims.choose(request, shortage - coming, self._host_room())
         if held < shortage - coming:
             free = self._device.free_count
             self._attainable = (self._queues.rank(request), free + coming + held)

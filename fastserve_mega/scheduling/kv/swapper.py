@@ -30,20 +30,35 @@ class Swapper:
         policy: Policy,
         strategy: SwapStrategy,
         block_size: int,
+        advances_dropped: bool,
     ) -> None:
         self.copies = CopyLedger()
         self.recomputed_tokens = 0
         """Tokens whose KV was computed, dropped, and not found again."""
         self.preemptions = 0
+        self.dropped: dict[Request, None] = {}
+        """Requests that have lost their KV and not come back, in that order."""
+        self.num_dropped_blocks = 0
+        """Blocks that they will need again."""
+        self.num_swapped_blocks = 0
+        """Needed on the host by requests that have nothing on the device."""
         self._device = device
         self._host = host
         self._prefix_cache = prefix_cache
         self._queues = policy.queues
         self._strategy = strategy
         self._block_size = block_size
+        self._advances_dropped = advances_dropped
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
+
+    @property
+    def host_room(self) -> int:
+        """Host blocks for the KV of more victims; copies of what is on the device give way."""
+        if self._strategy == "recompute":
+            return 0
+        return self._host.capacity - self.num_swapped_blocks
 
     def swap_in(
         self,
@@ -63,6 +78,7 @@ class Swapper:
                 before it is done.
             host_blocks: those of the sources that belong to the prefix cache.
         """
+        self._is_swapped_no_more(request)
         copy = Copy(
             request,
             CopyDirection.SWAP_IN,
@@ -95,6 +111,8 @@ class Swapper:
         reactive = self._strategy == "reactive"
         moves = clean < used and not reactive
         self._queues.put(victim, RequestStatus.SWAPPING_OUT if moves else RequestStatus.SWAPPED)
+        victim.kv.num_swapped_blocks = used
+        self.num_swapped_blocks += used
         table, victim.kv.block_table = victim.kv.block_table, []
         self._device.free(table[:clean])
         self._device.free(table[used:])
@@ -166,10 +184,21 @@ class Swapper:
         request.kv.num_dropped_tokens += request.num_computed_tokens
         self.free_tables(request)
         self._queues.put(request, RequestStatus.WAITING)
+        if self._advances_dropped:
+            self._queues.advance(request)
+        self.dropped[request] = None
+        self.num_dropped_blocks += self.blocks_for(request.num_tokens)
+
+    def is_dropped_no_more(self, request: Request) -> None:
+        """Forget that a request was dropped, since it has KV again or has ended."""
+        if request in self.dropped:
+            del self.dropped[request]
+            self.num_dropped_blocks -= self.blocks_for(request.num_tokens)
 
     def free_tables(self, request: Request) -> None:
         """Give up all blocks of a request that nothing uses any more."""
         self._prefix_cache.left(request)
+        self._is_swapped_no_more(request)
         self._device.free(request.kv.block_table)
         self._host.free(request.kv.host_table)
         request.kv.block_table = []
@@ -177,6 +206,10 @@ class Swapper:
         request.kv.num_clean_blocks = request.kv.num_published_blocks = (
             request.num_computed_tokens
         ) = 0
+
+    def _is_swapped_no_more(self, request: Request) -> None:
+        self.num_swapped_blocks -= request.kv.num_swapped_blocks
+        request.kv.num_swapped_blocks = 0
 
     # --- within --------------------------------------------------------------------------------
 

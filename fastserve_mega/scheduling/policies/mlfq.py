@@ -11,6 +11,7 @@ from typing import ClassVar
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.policies.queues import LevelQueues
+from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig
 
@@ -41,12 +42,15 @@ class Mlfq(Policy):
         self._lowest = mlfq.levels - 1
         self._max_batch_size = config.max_batch_size
         self._starvation_limit_s = mlfq.starvation_limit_s
-        self.queues: LevelQueues = LevelQueues(mlfq.levels, self._watch_swapped)
-        self._watch: list[_Watched] = []
-        """Heap of (deadline, arrival number, request). A deadline is corrected when it is looked
-        at, not when the request runs: one heap operation per starvation limit, not per step."""
+        self.queues: LevelQueues = LevelQueues(mlfq.levels, self._watch_placed)
+        self._waiting_watch: StarvationWatch | None = None
+        self._started_watch: StarvationWatch | None = None
+        if (limit_s := mlfq.starvation_limit_s) is not None:
+            self._waiting_watch = StarvationWatch(limit_s, _waits_without_kv)
+            self._started_watch = StarvationWatch(limit_s, _waits_with_kv)
         self._swapped_watch: list[_Watched] = []
-        """The same for the swapped, who do not run and so keep their deadlines."""
+        """Heap of (deadline, arrival number, request) of the swapped: these do not run and so keep
+        their deadlines."""
 
     def key(self, request: Request) -> tuple[int, int]:
         return self.queues.rank(request)
@@ -79,36 +83,22 @@ class Mlfq(Policy):
         """Find the starving by their deadlines; each is O(log n).
 
         No more than a batch of them at a time: under overload everybody starves, and with all of
-        them in Q1 the levels would be worth nothing.
+        them in Q1 the levels would be worth nothing. Those without KV are counted apart: as long
+        as there is no memory for them they keep their place in Q1 and must not keep out others.
         """
-        watch = self._watch
-        while watch and watch[0][0] <= now and self._may_promote():
-            _, _, request = watch[0]
-            if request.is_finished or request.queue.level == 0:
-                heapq.heappop(watch)
-                request.queue.is_watched = False
-            elif (deadline := self._starvation_deadline(request, now)) > now:
-                heapq.heapreplace(watch, (deadline, request.arrival_number, request))
-            else:
-                heapq.heappop(watch)
-                request.queue.is_watched = False
-                self.queues.lift(request)
+        queues = self.queues
+        for watch, lifted in self._watches(queues):
+            while len(lifted) < self._max_batch_size and (request := watch.pop(now)):
+                queues.lift(request)
 
     def next_deadline(self, now: float) -> float | None:
-        if not self._may_promote():
-            return None  # before a step has made room there is nothing to do
-        watch = self._watch
-        while watch:
-            deadline, _, request = watch[0]
-            if request.is_finished or request.queue.level == 0:
-                heapq.heappop(watch)
-                request.queue.is_watched = False
-                continue
-            corrected = self._starvation_deadline(request, now)
-            if corrected <= deadline:
-                return deadline
-            heapq.heapreplace(watch, (corrected, request.arrival_number, request))
-        return None
+        # Before a step has made room in a full set there is nothing to do.
+        deadlines = [
+            watch.next_deadline(now)
+            for watch, lifted in self._watches(self.queues)
+            if len(lifted) < self._max_batch_size
+        ]
+        return min((each for each in deadlines if each is not None), default=None)
 
     def enst(self, now: float) -> Callable[[Request], float]:
         """Return what estimates the time until a request runs (paper section 4.2).
@@ -168,11 +158,30 @@ class Mlfq(Policy):
             heapq.heappush(watch, entry)
         return [request for _, _, request in valid]
 
-    def _watch_swapped(self, request: Request) -> None:
-        if self._starvation_limit_s is not None:
+    def _watches(self, queues: LevelQueues) -> tuple[tuple[StarvationWatch, set[Request]], ...]:
+        """Return who is watched, and who of them is lifted to Q1 already."""
+        if self._waiting_watch is None or self._started_watch is None:
+            return ()
+        return (
+            (self._started_watch, queues.lifted),
+            (self._waiting_watch, queues.lifted_waiting),
+        )
+
+    def _watch_placed(self, request: Request) -> None:
+        """Watch a request whose KV has just come somewhere or gone."""
+        self._watch_starvation(request)
+        if request.place is Place.SWAPPED and self._starvation_limit_s is not None:
             entry = (self._deadline(request), request.arrival_number, request)
             heapq.heappush(self._swapped_watch, entry)
-            _prune(self._swapped_watch, self.queues.count(Place.SWAPPED), self._is_swapped_until)
+            self._prune_swapped()
+
+    def _prune_swapped(self) -> None:
+        """Forget what is out of date when it is more than half: O(1) for each push."""
+        if len(self._swapped_watch) > 2 * self.queues.count(Place.SWAPPED) + _FEW:
+            self._swapped_watch = [
+                entry for entry in self._swapped_watch if self._is_swapped_until(entry)
+            ]
+            heapq.heapify(self._swapped_watch)
 
     def _is_swapped_until(self, entry: _Watched) -> bool:
         """Whether an entry says when a request on the host will be promoted."""
@@ -181,17 +190,11 @@ class Mlfq(Policy):
         return is_swapped and request.queue.level > 0 and deadline == self._deadline(request)
 
     def _watch_starvation(self, request: Request) -> None:
-        state = request.queue
-        if self._starvation_limit_s is not None and state.level > 0 and not state.is_watched:
-            state.is_watched = True
-            entry = (self._deadline(request), request.arrival_number, request)
-            heapq.heappush(self._watch, entry)
-            _prune(self._watch, len(self.queues), _is_watched)
-
-    def _starvation_deadline(self, request: Request, now: float) -> float:
-        if request.num_scheduled_tokens:
-            return now + (self._starvation_limit_s or 0.0)
-        return self._deadline(request)
+        if request.queue.level == 0:
+            return
+        is_waiting = request.place is Place.WAITING
+        if watch := self._waiting_watch if is_waiting else self._started_watch:
+            watch.add(request, len(self.queues))
 
     def _deadline(self, request: Request) -> float:
         """When it is promoted unless it runs before."""
@@ -231,14 +234,13 @@ class SkipJoinMlfq(Mlfq):
     skip_join = True
 
 
-def _is_watched(entry: _Watched) -> bool:
-    _, _, request = entry
-    request.queue.is_watched = not request.is_finished and request.queue.level > 0
-    return request.queue.is_watched
+def _waits_for_promotion(request: Request) -> bool:
+    return not request.is_finished and request.queue.level > 0
 
 
-def _prune(watch: list[_Watched], live: int, is_valid: Callable[[_Watched], bool]) -> None:
-    """Forget what is out of date in a heap when it is more than half: O(1) for each push."""
-    if len(watch) > 2 * live + _FEW:
-        watch[:] = filter(is_valid, watch)
-        heapq.heapify(watch)
+def _waits_without_kv(request: Request) -> bool:
+    return _waits_for_promotion(request) and request.place is Place.WAITING
+
+
+def _waits_with_kv(request: Request) -> bool:
+    return _waits_for_promotion(request) and request.place is not Place.WAITING

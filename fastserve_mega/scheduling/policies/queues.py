@@ -36,6 +36,9 @@ class RequestQueues(Protocol):
     def update(self, request: Request) -> None:
         """Sort a request in again when its key has changed."""
 
+    def advance(self, request: Request) -> None:
+        """Let a request that lost its KV come sooner, if the order has such a thing."""
+
     def rank(self, request: Request) -> tuple[Any, ...]:
         """Return what sorts requests; the greatest is the first to give up memory."""
 
@@ -79,6 +82,9 @@ class SortedQueues:
 
     def count(self, place: Place) -> int:
         return len(self._keys[place])
+
+    def advance(self, request: Request) -> None:
+        """Do nothing: the order is that of the keys."""
 
     def rank(self, request: Request) -> tuple[Any, ...]:
         """Return the key under which it is queued now."""
@@ -133,11 +139,13 @@ class LevelQueues:
     others are few, and sorted lists.
     """
 
-    def __init__(self, levels: int, on_swapped: Callable[[Request], None]) -> None:
-        """Make empty levels; `on_swapped` is told whose KV went to the host."""
-        self._on_swapped = on_swapped
+    def __init__(self, levels: int, on_placed: Callable[[Request], None]) -> None:
+        """Make empty levels; `on_placed` is told whose KV came somewhere or is gone."""
+        self._on_placed = on_placed
         self.lifted: set[Request] = set()
-        """Those on the highest level that were lifted to it."""
+        """Those with KV on the highest level that were lifted to it."""
+        self.lifted_waiting: set[Request] = set()
+        """Those without."""
         self._waiting: list[OrderedDict[Request, None]] = [OrderedDict() for _ in range(levels)]
         self._sorted: tuple[list[list[Request]], ...] = tuple(
             [[] for _ in range(levels)] for _ in Place
@@ -173,20 +181,32 @@ class LevelQueues:
             self._sorted[request.place][level].append(request)
 
     def remove(self, request: Request) -> None:
-        self.lifted.discard(request)
+        self._forget_lift(request)
         self._take_out(request)
 
     def move(self, request: Request, level: int) -> None:
         """Put it at the end of another level, or of its own."""
-        self.lifted.discard(request)
+        self._forget_lift(request)
         self._take_out(request)
         self.add(request, level)
+
+    def advance(self, request: Request) -> None:
+        """Put it at the end of the highest level, as if it had just come."""
+        self.move(request, 0)
 
     def lift(self, request: Request) -> None:
         """Put it at the end of the highest level, and remember that it did not come there."""
         self._take_out(request)
         self.add(request, 0)
-        self.lifted.add(request)
+        self._remember_lift(request)
+
+    def _remember_lift(self, request: Request) -> None:
+        is_waiting = request.place is Place.WAITING
+        (self.lifted_waiting if is_waiting else self.lifted).add(request)
+
+    def _forget_lift(self, request: Request) -> None:
+        self.lifted.discard(request)
+        self.lifted_waiting.discard(request)
 
     def _take_out(self, request: Request) -> None:
         level = request.queue.level
@@ -209,7 +229,15 @@ class LevelQueues:
     def put(self, request: Request, status: RequestStatus) -> None:
         """Keep its place in its level, except that one whose KV was dropped goes to the end."""
         self._take_out(request)
+        was_lifted = request in self.lifted or request in self.lifted_waiting
         request.status = status
+        if was_lifted:
+            self._forget_lift(request)
+            self._remember_lift(request)
+        self._insert(request)
+        self._on_placed(request)
+
+    def _insert(self, request: Request) -> None:
         state, place = request.queue, request.place
         if place is Place.WAITING:
             charged_s = state.charged_s
@@ -222,8 +250,6 @@ class LevelQueues:
             queue.append(request)
         else:
             insort(queue, request, key=_entry)
-        if place is Place.SWAPPED:
-            self._on_swapped(request)
 
     def walk(self, place: Place) -> Iterator[Request]:
         if place is Place.WAITING:

@@ -1,0 +1,75 @@
+"""Finds the requests that have waited too long, by deadline and not by a scan."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+
+from fastserve_mega.scheduling.request import Request
+
+_Watched = tuple[float, int, Request]
+"""Deadline, arrival number, request."""
+_FEW = 16
+
+
+class StarvationWatch:
+    """Requests by the time at which they starve unless they run before.
+
+    A deadline is corrected when it is looked at, not when the request runs: one heap operation
+    for each request and limit, not one for each step.
+
+    Args:
+        limit_s: a request starves when it has waited this long since it last ran, or arrived.
+        is_candidate: whether a request still belongs here; the others are forgotten.
+    """
+
+    def __init__(self, limit_s: float, is_candidate: Callable[[Request], bool]) -> None:
+        self._limit_s = limit_s
+        self._is_candidate = is_candidate
+        self._heap: list[_Watched] = []
+        self._members: set[Request] = set()
+
+    def add(self, request: Request, live: int) -> None:
+        """Watch a request; `live` is about how many there may be to watch."""
+        if request in self._members:
+            return
+        self._members.add(request)
+        heapq.heappush(self._heap, self._entry(request, self.deadline(request)))
+        if len(self._heap) > 2 * live + _FEW:  # O(1) for each push
+            self._heap = [entry for entry in self._heap if self._is_candidate(entry[2])]
+            heapq.heapify(self._heap)
+            self._members = {request for _, _, request in self._heap}
+
+    def deadline(self, request: Request) -> float:
+        """Return when a request starves unless it runs before."""
+        return request.waiting_since + self._limit_s
+
+    def next_deadline(self, now: float) -> float | None:
+        """Return when the first of them starves; None for never."""
+        heap = self._heap
+        while heap:
+            deadline, _, request = heap[0]
+            if not self._is_candidate(request):
+                heapq.heappop(heap)
+                self._members.discard(request)
+                continue
+            corrected = self.deadline(request)
+            if request.num_scheduled_tokens:  # it is running
+                corrected = now + self._limit_s
+            if corrected <= deadline:
+                return deadline
+            heapq.heapreplace(heap, self._entry(request, corrected))
+        return None
+
+    def pop(self, now: float) -> Request | None:
+        """Take out the request that has starved for longest; None when there is none."""
+        deadline = self.next_deadline(now)
+        if deadline is None or deadline > now:
+            return None
+        request = heapq.heappop(self._heap)[2]
+        self._members.discard(request)
+        return request
+
+    @staticmethod
+    def _entry(request: Request, deadline: float) -> _Watched:
+        return deadline, request.arrival_number, request
