@@ -21,7 +21,8 @@ class BatchBuilder:
 
     A request that finds no memory is passed over. Admission closes for this step when too many
     were passed over, or when one was in too many steps; after that only residents are taken, so
-    that the memory which comes free goes to those who waited for it.
+    that the memory which comes free goes to those who waited for it. Likewise for those that may
+    not be started yet: after them the started ones are taken.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class BatchBuilder:
         self._lookahead = config.backfill_lookahead
         self._max_passed_over = config.max_passed_over
         self._admitting = True
+        self._starting = True
+        self._not_started_left = config.backfill_lookahead
         self._stops = False
-        """Admission has just closed."""
+        """Admission has just closed, or nobody else is started."""
         self._reserves_tokens = True
         """A prefill leaves a token to each decode that may stand behind it."""
         self._prefills_wait = False
@@ -58,6 +61,8 @@ class BatchBuilder:
             if not self._has_room():
                 return
         self._take_by_priority()
+        if self._has_room() and not (self._prefills_wait or self._starting) and self._admitting:
+            self._take_by_priority()
         if self._has_room() and (self._prefills_wait or not self._admitting):
             self._take(self._queues.walk(Place.RESIDENT))
         if self._has_room() and self._prefills_wait:  # there were fewer decodes
@@ -69,7 +74,7 @@ class BatchBuilder:
 
     def _take_by_priority(self) -> None:
         if self._admitting:
-            enough = self._max_requests + self._lookahead + 1
+            enough = self._max_requests + self._lookahead + 1 if self._starting else 0
             self._take(self._queues.merged(self._memory.runnable_places, enough))
         else:
             self._take(self._queues.walk(Place.RESIDENT))
@@ -125,6 +130,8 @@ class BatchBuilder:
             admission = self._memory.make_resident(request, reserve=len(self.requests))
         if admission is Admission.NO_MEMORY:
             self._pass_over(request)
+        elif admission is Admission.NOT_STARTED:
+            self._leave_unstarted(request)
         return admission is Admission.READY
 
     def _chunk(self, request: Request, pending: int) -> int:
@@ -153,3 +160,10 @@ class BatchBuilder:
         if self._lookahead < 0 or request.num_passed_over > self._max_passed_over:
             self._stops = self._admitting
             self._admitting = False
+
+    def _leave_unstarted(self, request: Request) -> None:
+        request.num_passed_over += 1
+        self._not_started_left -= 1
+        if self._not_started_left < 0 or request.num_passed_over > self._max_passed_over:
+            self._stops = self._starting
+            self._starting = False

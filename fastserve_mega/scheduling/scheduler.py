@@ -58,14 +58,7 @@ class Scheduler:
         self._policy = make_policy(config, cost_model)
         self._queues = self._policy.queues
         swap = swap or SwapConfig()
-        self._memory = KvManager(
-            pools,
-            swap.strategy,
-            self._policy,
-            cost_model,
-            config.max_batch_size,
-            config.admission,
-        )
+        self._memory = KvManager(pools, swap.strategy, self._policy, cost_model, config)
         self._planner = SwapPlanner(swap, self._memory, self._policy)
         self._is_proactive = swap.strategy == "proactive"
         self._window = window

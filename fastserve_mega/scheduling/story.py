@@ -83,9 +83,11 @@ class Storyteller:
         request = self._request = self._scheduler.find(self._request_id)
         if request is None:
             return
-        text = f"arrived with {event.prompt_tokens} prompt tokens, max_tokens {event.max_tokens}"
-        if event.received_tokens:
-            text += f", and {event.received_tokens} tokens of an answer"
+        text = (
+            f"arrived with {event.num_prompt_tokens} prompt tokens, max_tokens {event.max_tokens}"
+        )
+        if event.num_received_tokens:
+            text += f", and {event.num_received_tokens} tokens of an answer"
         if cached := request.kv.num_cached_tokens:
             text += f"; {cached} tokens are in the prefix cache"
         self._tell(now, f"{text}{self._joined(request)}")

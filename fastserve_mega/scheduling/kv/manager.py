@@ -15,7 +15,7 @@ from fastserve_mega.scheduling.kv.reclaim import Reclaimer
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
-from fastserve_mega.system.config import AdmissionRule, SwapStrategy
+from fastserve_mega.system.config import SchedulerConfig, SwapStrategy
 from fastserve_mega.types import BlockHash
 
 _PAYBACK = 4
@@ -41,6 +41,8 @@ class Admission(Enum):
     COMING = 1
     """It has to wait for nothing but a copy or a step that is under way."""
     NO_MEMORY = 2
+    NOT_STARTED = 3
+    """Its KV would not fit beside that of the started ones in the end."""
 
 
 class KvManager:
@@ -66,9 +68,9 @@ class KvManager:
         strategy: SwapStrategy,
         policy: Policy,
         cost_model: CostModel,
-        max_batch_size: int,
-        admission: AdmissionRule,
+        config: SchedulerConfig,
     ) -> None:
+        is_projected = config.admission == "projected"
         self.device = BlockPool(sizes.device_blocks)
         self.host = BlockPool(sizes.host_blocks)
         self.block_size = sizes.block_size
@@ -82,7 +84,7 @@ class KvManager:
             policy=policy,
             strategy=strategy,
             block_size=sizes.block_size,
-            advances_dropped=admission == "projected",
+            advances_dropped=is_projected,
         )
         self.copies = self.swapper.copies
         self.reclaimer = Reclaimer(
@@ -90,19 +92,19 @@ class KvManager:
             policy,
             self.swapper,
             preempts=strategy != "none",
-            drops=admission == "greedy",
+            drops=not is_projected,
         )
         self._strategy: SwapStrategy = strategy
         self._queues = policy.queues
         self._prefill_s = cost_model.prefill_s
-        self._payback = _PAYBACK * max_batch_size
+        self._payback = _PAYBACK * config.max_batch_size
         self._finished: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
-        self._projection = KvProjection(max_batch_size)
+        self._projection = KvProjection(config.max_batch_size)
         self._limit: int | None = None
         """Blocks that the KV of all started requests may come to; None for no limit."""
-        if admission == "projected" and strategy != "none":
+        if is_projected and strategy != "none":
             host_blocks = self.host.capacity if strategy in ("proactive", "reactive") else 0
             self._limit = self.device.capacity + host_blocks
 
@@ -163,7 +165,7 @@ class KvManager:
             return self._admit_with_prefix(request, reserve)
         wanted = self._blocks_wanted(request)
         if not self._will_fit(request, wanted):
-            return Admission.NO_MEMORY
+            return Admission.NOT_STARTED
         table = self.reclaimer.take(request, wanted, reserve + self.reclaimer.held_before(request))
         if table is None:
             return Admission.NO_MEMORY
@@ -283,7 +285,7 @@ class KvManager:
         wanted = self._blocks_wanted(request) - len(found.table)
         if not self._will_fit(request, wanted):
             cache.give_up(found)
-            return Admission.NO_MEMORY
+            return Admission.NOT_STARTED
         filled = self._fill(
             request, found.table + [None] * wanted, reserve + self.reclaimer.held_before(request)
         )

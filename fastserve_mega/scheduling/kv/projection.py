@@ -9,10 +9,10 @@ _FIRST_GUESS_TOKENS = 128.0
 _MEMORY = 200
 """Answers over which their length is averaged."""
 _MARGIN_IN_BATCH = 0.5
-_MARGIN_BEYOND = 2.0
-"""Standard deviations kept free, since lengths differ: while all that is started fits into a batch, an
-empty place in it costs more than to compute some KV again now and then; beyond, nothing is lost by
-waiting."""
+_MARGIN_BEYOND = 3.0
+"""Standard deviations kept free, since lengths differ. While all that is started fits into a batch,
+an empty place in it costs more than to compute some KV again now and then; beyond, nothing is
+lost by waiting."""
 
 
 class KvProjection:

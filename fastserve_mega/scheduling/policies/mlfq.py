@@ -83,21 +83,16 @@ class Mlfq(Policy):
         """Find the starving by their deadlines; each is O(log n).
 
         No more than a batch of them at a time: under overload everybody starves, and with all of
-        them in Q1 the levels would be worth nothing. Those without KV are counted apart: as long
-        as there is no memory for them they keep their place in Q1 and must not keep out others.
+        them in Q1 the levels would be worth nothing. Those without KV come in where those with KV
+        leave places: as long as there is no memory for them, they must not keep out the others.
         """
-        queues = self.queues
-        for watch, lifted in self._watches(queues):
-            while len(lifted) < self._max_batch_size and (request := watch.pop(now)):
-                queues.lift(request)
+        for watch in self._open_watches():
+            while watch in self._open_watches() and (request := watch.pop(now)):
+                self.queues.lift(request)
 
     def next_deadline(self, now: float) -> float | None:
-        # Before a step has made room in a full set there is nothing to do.
-        deadlines = [
-            watch.next_deadline(now)
-            for watch, lifted in self._watches(self.queues)
-            if len(lifted) < self._max_batch_size
-        ]
+        # Before a step has made room in a full Q1 there is nothing to do.
+        deadlines = [watch.next_deadline(now) for watch in self._open_watches()]
         return min((each for each in deadlines if each is not None), default=None)
 
     def enst(self, now: float) -> Callable[[Request], float]:
@@ -158,14 +153,12 @@ class Mlfq(Policy):
             heapq.heappush(watch, entry)
         return [request for _, _, request in valid]
 
-    def _watches(self, queues: LevelQueues) -> tuple[tuple[StarvationWatch, set[Request]], ...]:
-        """Return who is watched, and who of them is lifted to Q1 already."""
-        if self._waiting_watch is None or self._started_watch is None:
-            return ()
-        return (
-            (self._started_watch, queues.lifted),
-            (self._waiting_watch, queues.lifted_waiting),
-        )
+    def _open_watches(self) -> list[StarvationWatch]:
+        """Return those of whose requests one more may be lifted to Q1."""
+        lifted = len(self.queues.lifted)
+        with_waiting = lifted + len(self.queues.lifted_waiting)
+        watches = ((self._started_watch, lifted), (self._waiting_watch, with_waiting))
+        return [watch for watch, count in watches if watch and count < self._max_batch_size]
 
     def _watch_placed(self, request: Request) -> None:
         """Watch a request whose KV has just come somewhere or gone."""

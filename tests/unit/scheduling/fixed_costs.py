@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastserve_mega.plan import Plan
-from fastserve_mega.scheduling.events import Arrived, Event, StepDone
+from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
 from fastserve_mega.scheduling.kv.manager import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.system.config import MlfqConfig, SchedulerConfig, SwapConfig
@@ -40,6 +40,7 @@ def make_scheduler(
 ) -> Scheduler:
     options.setdefault("max_batch_size", 4)
     options.setdefault("max_batch_tokens", 1000)
+    options.setdefault("admission", "greedy")  # most tests want memory to run out
     mlfq = MlfqConfig(
         levels=levels, starvation_limit_s=starvation_limit_s, base_quantum_s=base_quantum_s
     )
@@ -87,6 +88,9 @@ class Driver:
         prefill = sum(piece.num_tokens for piece in self._running.batch if piece.num_tokens > 1)
         elapsed_s = prefill / 10 if prefill else 1.0
         self.now += elapsed_s
+        copied: list[Event] = [CopyDone(copy.copy_id) for copy in self._running.copies]
+        if not self._running.batch:
+            return copied
         finished = []
         for piece in self._running.batch:
             if piece.samples:
@@ -94,7 +98,7 @@ class Driver:
                 if not self._left[piece.request_id]:
                     finished.append(piece.request_id)
                     self.finished_at[piece.request_id] = self.now
-        return [StepDone(self._running.step_id, elapsed_s, tuple(finished))]
+        return [StepDone(self._running.step_id, elapsed_s, tuple(finished)), *copied]
 
     def run_until_idle(self, limit: int = 10_000) -> None:
         for _ in range(limit):

@@ -36,9 +36,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         batch=st.sampled_from([1, 2, 4]),
         copies_each_step=st.sampled_from([0.1, 1.0, 5.0]),
         caches=st.booleans(),
+        admission=st.sampled_from(["greedy", "projected"]),
     )
     def start(  # noqa: PLR0917 - drawn by name
-        self, window, host_blocks, starvation_limit_s, batch, copies_each_step, caches
+        self, window, host_blocks, starvation_limit_s, batch, copies_each_step, caches, admission
     ):
         self.caches = caches
         self.options = {
@@ -50,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "device_blocks": BLOCKS,
             "block_size": BLOCK_SIZE,
             "window": window,
+            "admission": admission,
             "max_batch_size": batch,
             "max_batch_tokens": BATCH_TOKENS,
             "starvation_limit_s": starvation_limit_s,
