@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from fake_server import VOCAB, expected_tokens
+from fake_server import VOCAB, WAIT_MS, expected_tokens
 
 from fastserve_mega.client import Client
 from fastserve_mega.coordinator.event_log import EventLogWriter, StepCall, read_event_log
@@ -31,7 +31,11 @@ def record(start_server, log, strategy="proactive", ranks=1):
         coordinator={"event_log": str(log)}, swap=swap, ranks=ranks, device_blocks=32,
         host_blocks=200, max_batch_size=5, max_batch_tokens=16,
     ) as server, Client(server.endpoint) as client:  # fmt: skip
+        # The first of them is in a step, and stays there until all are aborted.
+        server.runner.open_gate.clear()
+        server.runner.entered.clear()
         aborted = [client.submit([9, i], ENDLESS) for i in range(3)]
+        assert server.runner.entered.wait(WAIT_MS / 1000)
         jobs = []
         for i in range(10):
             prompt = [1 + (i * 37 + j) % (VOCAB - 1) for j in range(1 + 7 * i)]
@@ -41,6 +45,7 @@ def record(start_server, log, strategy="proactive", ranks=1):
         for generation in aborted:
             generation.cancel()
             assert generation.wait().finish_reason is FinishReason.ABORT
+        server.runner.open_gate.set()
         assert all(generation.wait().token_ids == expected for generation, expected in jobs)
 
 

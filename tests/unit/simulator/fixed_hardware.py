@@ -67,7 +67,7 @@ def run(costs: Any, requests: Sequence[tuple[float, int, int]], **options: Any) 
     num_replicas = options.pop("replicas", 1)
     max_queued = options.pop("max_queued_requests", 1000)
     mlfq = MlfqConfig(starvation_limit_s=None)
-    config = SchedulerConfig(**{"policy": "fcfs", "mlfq": mlfq, **options})
+    config = SchedulerConfig(**{"policy": "fcfs", "mlfq": mlfq, "admission": "greedy", **options})
     stages = len(costs.stages)
     pools = PoolSizes(blocks, 0, 16)
     replicas = [

@@ -33,8 +33,9 @@ def sharegpt_like() -> list[RequestSpec]:
     return requests
 
 
-def survive(*settings: str) -> SimulationResult:
-    overrides = [f"kv_cache.device_blocks={DEVICE_BLOCKS}", *settings]
+def survive(*settings: str, admission: str = "greedy") -> SimulationResult:
+    pools = f"kv_cache.device_blocks={DEVICE_BLOCKS}"
+    overrides = [pools, f"scheduler.admission={admission}", *settings]
     config = load_simulation_config(CONFIG, overrides=overrides)
     result = simulate(config, sharegpt_like(), timeline_interval_s=0.1)
     assert (result.finished, result.rejected) == (REQUESTS, 0)
@@ -65,3 +66,15 @@ def test_no_host_space_does_not_divide_by_zero(strategy, nothing):
     assert (result.copies.swapped_out_blocks, result.copies.swapped_in_blocks) == (0, 0)
     assert result.preemptions > 0
     assert result.recomputed_tokens > 0
+
+
+@pytest.mark.parametrize("strategy", ["proactive", "reactive", "recompute"])
+@pytest.mark.parametrize("host_blocks", [0, 300, 4587])
+def test_what_is_started_fits_so_that_hardly_anything_is_computed_twice(strategy, host_blocks):
+    result = survive(
+        f"kv_cache.swap.strategy={strategy}",
+        f"kv_cache.host_blocks={host_blocks}",
+        admission="projected",
+    )
+    computed = sum(request.prompt_tokens + request.output_tokens for request in sharegpt_like())
+    assert result.recomputed_tokens < 0.05 * computed
