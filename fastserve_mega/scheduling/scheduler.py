@@ -210,7 +210,7 @@ class Scheduler:
         block_size, publish = self._memory.block_size, self._memory.prefix_cache.publish
         elapsed_s, shares = event.elapsed_s, self._memory.shares_prefixes
         running, ready = RequestStatus.RUNNING, RequestStatus.READY
-        prefill_tokens = decodes = 0
+        prefill_tokens = decodes = sampled = 0
         going_on = []
         for request in self._in_flight.pop(event.step_id):
             tokens = request.num_scheduled_tokens
@@ -233,13 +233,14 @@ class Scheduler:
             ):
                 publish(request)
             if request.request_id in finished:
-                self._memory.observe_answer(request.num_tokens - request.num_prompt_tokens + 1)
                 self._end(request)
             else:
                 if request.num_computed_tokens == request.num_tokens:
                     request.num_tokens += 1
+                    sampled += 1
                     request.has_progressed = True
                 going_on.append(request)
+        self._memory.observe_step(sampled + len(finished), len(finished))
         self._cost_model.observe(prefill_tokens, decodes, event.elapsed_s)
         self._policy.charge(going_on, event.elapsed_s)
 

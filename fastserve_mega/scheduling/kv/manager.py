@@ -220,9 +220,9 @@ class KvManager:
             if request.place is Place.SWAPPED
         )
 
-    def observe_answer(self, tokens: int) -> None:
-        """Learn from the length of an answer that ended by itself."""
-        self._projection.observe(tokens)
+    def observe_step(self, tokens: int, answers: int) -> None:
+        """Take in how many tokens a step yielded, and how many answers ended with one."""
+        self._projection.observe(tokens, answers)
 
     # --- ends ----------------------------------------------------------------------------------
 

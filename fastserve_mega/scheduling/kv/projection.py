@@ -26,13 +26,30 @@ class KvProjection:
 
     def __init__(self, max_batch_size: int) -> None:
         self._max_batch_size = max_batch_size
-        self._finished = 1
-        self._mean_tokens = _FIRST_GUESS_TOKENS
+        self._tokens = _FIRST_GUESS_TOKENS
+        self._answers = 1.0
 
-    def observe(self, tokens: int) -> None:
-        """Learn from the length of an answer that ended by itself."""
-        self._finished = min(self._finished + 1, _MEMORY)
-        self._mean_tokens += (tokens - self._mean_tokens) / self._finished
+    def observe(self, tokens: int, answers: int) -> None:
+        """Learn from a step.
+
+        Tokens for each answer that ended is the mean length also while most are under way (the
+        estimate for censored lifetimes): of answers that share their time the short ones end
+        first, and a mean over those alone would be far too low.
+
+        Args:
+            tokens: sampled.
+            answers: that ended with one of them.
+        """
+        self._tokens += tokens
+        if answers:
+            kept = max(1.0 - answers / _MEMORY, 0.0)
+            self._tokens *= kept
+            self._answers = self._answers * kept + answers
+
+    @property
+    def mean_tokens(self) -> float:
+        """Length of an answer."""
+        return self._tokens / self._answers
 
     def peak_tokens(self, requests: int, tokens: float, max_tokens: int) -> float:
         """Predict the largest amount of KV, with a margin.
@@ -42,7 +59,7 @@ class KvProjection:
             tokens: whose KV they have now, all together.
             max_tokens: the longest answer that they may ask for.
         """
-        mean = min(self._mean_tokens, max_tokens)
+        mean = min(self.mean_tokens, max_tokens)
         now = tokens / requests
         peak = now if now >= 2 * mean else (2 * mean + now) ** 2 / (8 * mean)
         margin = _MARGIN_IN_BATCH if requests <= self._max_batch_size else _MARGIN_BEYOND

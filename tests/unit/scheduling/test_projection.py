@@ -30,7 +30,7 @@ def test_the_peak_is_at_least_what_there_is_and_grows_with_it(
 ):
     projection = KvProjection(max_batch_size=16)
     for length in lengths:
-        projection.observe(length)
+        projection.observe(length, 1)
     peak = projection.peak_tokens(requests, tokens, max_tokens)
     assert peak >= tokens
     assert projection.peak_tokens(requests, tokens + 10, max_tokens) >= peak
@@ -43,10 +43,10 @@ def test_the_peak_follows_what_answers_are_like():
     projection = KvProjection(max_batch_size=16)
     before = projection.peak_tokens(100, 1000, 4096)
     for _ in range(300):
-        projection.observe(1000)
+        projection.observe(1000, 1)
     assert projection.peak_tokens(100, 1000, 4096) > 5 * before
     for _ in range(2000):
-        projection.observe(10)
+        projection.observe(10, 1)
     assert projection.peak_tokens(100, 1000, 4096) < before
 
 
