@@ -42,7 +42,7 @@ Prompts = Sequence[Sequence[int]]
 PREEMPTING = (
     "scheduler.max_batch_size=8", "scheduler.mlfq.base_quantum_s=0.03",
     "scheduler.mlfq.quantum_ratio=1.5", "scheduler.mlfq.levels=20",
-    "scheduler.mlfq.starvation_limit_s=6.0",
+    "scheduler.mlfq.starvation_limit_s=6.0", "scheduler.admission=greedy",
 )  # fmt: skip
 
 

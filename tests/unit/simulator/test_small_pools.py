@@ -75,7 +75,7 @@ def test_what_is_started_fits_so_that_little_is_computed_twice(strategy, host_bl
     result = survive(*pools, admission="projected")
     greedy = survive(*pools)
     assert result.recomputed_tokens <= greedy.recomputed_tokens / 2
-    assert result.elapsed_s <= 1.01 * greedy.elapsed_s or strategy == "reactive"
+    assert result.elapsed_s <= 1.1 * greedy.elapsed_s
     if host_blocks == 0:
         computed = sum(request.prompt_tokens + request.output_tokens for request in sharegpt_like())
         assert result.recomputed_tokens < 0.1 * computed
