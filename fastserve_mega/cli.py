@@ -21,6 +21,7 @@ from fastserve_mega.commands import (
     replay,
     serve,
     simulate,
+    story,
     top,
     worker,
 )
@@ -32,7 +33,7 @@ GROUPS: tuple[Group, ...] = (
     Group("prepare a deployment", (doctor.COMMAND, plan.COMMAND, profile.COMMAND, convert.COMMAND)),
     Group(
         "measure and compare",
-        (bench.COMMAND, simulate.COMMAND, compare_policies.COMMAND, replay.COMMAND),
+        (bench.COMMAND, simulate.COMMAND, compare_policies.COMMAND, replay.COMMAND, story.COMMAND),
     ),
     Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
     Group("the shell", (completion.COMMAND,)),

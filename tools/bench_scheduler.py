@@ -27,7 +27,7 @@ from fastserve_mega.scheduling.cost_model import (
     ProfiledCostModel,
 )
 from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.system.config import (
     MlfqConfig,

@@ -23,7 +23,7 @@ from fastserve_mega.coordinator.worker_group import ZmqWorkerGroup
 from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.cost_model import Profile
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.system.config import Config
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from fastserve_mega.plan import Plan
 from fastserve_mega.records import Record, explain
 from fastserve_mega.scheduling.cost_model import Profile, ProfiledCostModel
 from fastserve_mega.scheduling.events import Event
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.strict import from_plain
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig

@@ -31,7 +31,7 @@ from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.step_work import step_work

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastserve_mega.plan import SequenceSlice
-from fastserve_mega.scheduling.kv.manager import Admission, KvManager
+from fastserve_mega.scheduling.kv.admission import Admission
+from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
@@ -56,7 +57,7 @@ class BatchBuilder:
 
     def fill(self) -> None:
         """Take requests until nothing more fits."""
-        if returning := self._memory.returning:
+        if returning := self._memory.started.returning:
             self._take(returning)
             if not self._has_room():
                 return

@@ -15,7 +15,8 @@ from fastserve_mega.scheduling.events import (
     StepDone,
     WorkersLost,
 )
-from fastserve_mega.scheduling.kv.manager import KvManager, PoolSizes
+from fastserve_mega.scheduling.kv.manager import KvManager
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.kv.swap_planner import SwapPlanner
 from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
@@ -240,7 +241,7 @@ class Scheduler:
                     sampled += 1
                     request.has_progressed = True
                 going_on.append(request)
-        self._memory.observe_step(sampled + len(finished), len(finished))
+        self._memory.started.projection.observe(sampled + len(finished), len(finished))
         self._cost_model.observe(prefill_tokens, decodes, event.elapsed_s)
         self._policy.charge(going_on, event.elapsed_s)
 

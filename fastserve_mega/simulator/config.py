@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.scheduling.cost_model import CostModel, Profile, ProfiledCostModel
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel
 from fastserve_mega.simulator.engine_model import EngineModel

@@ -12,6 +12,7 @@ from fake_server import VOCAB, WAIT_MS, expected_tokens
 
 from fastserve_mega.client import Client
 from fastserve_mega.coordinator.event_log import EventLogWriter, StepCall, read_event_log
+from fastserve_mega.scheduling.events import Arrived
 from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import FinishReason, SamplingParams
 
@@ -181,3 +182,28 @@ def test_a_log_that_cannot_be_written_is_told_before_anything_starts(start_serve
         start_server(coordinator={"event_log": missing}),
     ):
         pass
+
+
+def story(log, name):
+    command = [sys.executable, "-m", "fastserve_mega", "story", str(log), name]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_story_of_a_request_of_a_log(tmp_path):
+    log = tmp_path / "run.jsonl"
+    log.write_bytes(gzip.decompress((RECORDED / "proactive_one_rank.jsonl.gz").read_bytes()))
+    _, calls = read_event_log(log)
+    ids = [e.request_id for call in calls for e in call.events if isinstance(e, Arrived)]
+    told = {name: story(log, name) for name in (ids[1], ids[-1])}
+    unknown = story(log, "nobody")
+    for name, done in told.items():
+        assert (done.returncode, done.stderr) == (0, "")
+        first, *lines = done.stdout.splitlines()
+        assert first == f"request {name}, seconds since it arrived"
+        assert lines[0].startswith("     0.000  arrived with ")
+        assert "tokens" in lines[-1]
+    everything = "".join(done.stdout for done in told.values())
+    assert "ran in " in everything
+    assert "device blocks" in everything
+    assert unknown.returncode == 2
+    assert f"has no request 'nobody'; it has {len(ids)}: {ids[0]}, " in unknown.stderr

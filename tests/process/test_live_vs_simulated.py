@@ -13,7 +13,7 @@ from fastserve_mega.experiments import live_run
 from fastserve_mega.experiments import live_vs_simulated as experiment
 from fastserve_mega.experiments.other_policies import simulate
 from fastserve_mega.scheduling.cost_model import Profile
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec

@@ -22,7 +22,7 @@ from fastserve_mega.scheduling.cost_model import (
     Profile,
     ProfiledCostModel,
 )
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.system.config import SchedulerConfig
 from fastserve_mega.types import FinishReason, SamplingParams

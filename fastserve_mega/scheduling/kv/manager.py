@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum
 
 from fastserve_mega.scheduling.cost_model import CostModel
+from fastserve_mega.scheduling.kv.admission import Admission, StartedRequests
 from fastserve_mega.scheduling.kv.copies import Copy
-from fastserve_mega.scheduling.kv.pool import BlockPool
+from fastserve_mega.scheduling.kv.pool import BlockPool, PoolSizes
 from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
 from fastserve_mega.scheduling.kv.projection import KvProjection
 from fastserve_mega.scheduling.kv.reclaim import Reclaimer
@@ -21,28 +20,6 @@ from fastserve_mega.types import BlockHash
 _PAYBACK = 4
 """Time a recomputed request runs before it can be preempted again, in times of its share of a
 batch: so recomputing takes at most a fifth of the time, however many requests there are."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSizes:
-    """Blocks of the pools of every rank, the null blocks included."""
-
-    device_blocks: int
-    host_blocks: int
-    block_size: int
-    """Tokens of a block."""
-
-
-class Admission(Enum):
-    """What became of a request that asked for memory."""
-
-    READY = 0
-    """It can run in this step."""
-    COMING = 1
-    """It has to wait for nothing but a copy or a step that is under way."""
-    NO_MEMORY = 2
-    NOT_STARTED = 3
-    """Its KV would not fit beside that of the started ones in the end."""
 
 
 class KvManager:
@@ -94,6 +71,10 @@ class KvManager:
             preempts=strategy != "none",
             drops=not is_projected,
         )
+        self.runnable_places: tuple[Place, ...] = (Place.WAITING, Place.RESIDENT)
+        """Where the requests are that a batch may take, the waiting first."""
+        if strategy == "reactive":  # the others come back before their step, and not at it
+            self.runnable_places += (Place.SWAPPED,)
         self._strategy: SwapStrategy = strategy
         self._queues = policy.queues
         self._prefill_s = cost_model.prefill_s
@@ -101,12 +82,17 @@ class KvManager:
         self._finished: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
-        self._projection = KvProjection(config.max_batch_size)
-        self._limit: int | None = None
-        """Blocks that the KV of all started requests may come to; None for no limit."""
-        if is_projected and strategy != "none":
-            host_blocks = self.host.capacity if strategy in ("proactive", "reactive") else 0
-            self._limit = self.device.capacity + host_blocks
+        limit_blocks = self.device.capacity
+        if strategy in ("proactive", "reactive"):
+            limit_blocks += self.host.capacity
+        self.started = StartedRequests(
+            queues=policy.queues,
+            device=self.device,
+            swapper=self.swapper,
+            projection=KvProjection(config.max_batch_size),
+            limit_blocks=limit_blocks if is_projected and strategy != "none" else None,
+            block_size=sizes.block_size,
+        )
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
@@ -120,26 +106,11 @@ class KvManager:
     def preemptions(self) -> int:
         return self.swapper.preemptions
 
-    @property
-    def runnable_places(self) -> tuple[Place, ...]:
-        """Where the requests are that a batch may take, the waiting first.
-
-        With `proactive`, those on the host come back before their step, and not at it.
-        """
-        if self._strategy == "reactive":
-            return Place.WAITING, Place.RESIDENT, Place.SWAPPED
-        return Place.WAITING, Place.RESIDENT
-
     def look_up(self, request: Request, block_hashes: Sequence[BlockHash]) -> None:
         """Take in the hashes of a request that arrived, and see how much of it exists already."""
         request.kv.block_hashes = list(block_hashes)
         self.shares_prefixes |= bool(block_hashes)
         request.kv.num_cached_tokens = self.prefix_cache.known_tokens(request)
-
-    @property
-    def returning(self) -> tuple[Request, ...]:
-        """The requests that come before all that wait: dropped, though they were to fit."""
-        return () if self._limit is None else tuple(self.swapper.dropped)
 
     # --- one step ------------------------------------------------------------------------------
 
@@ -164,7 +135,7 @@ class KvManager:
         if request.kv.block_hashes:
             return self._admit_with_prefix(request, reserve)
         wanted = self._blocks_wanted(request)
-        if not self._will_fit(request, wanted):
+        if not self.started.may_start(request, wanted):
             return Admission.NOT_STARTED
         table = self.reclaimer.take(request, wanted, reserve + self.reclaimer.held_before(request))
         if table is None:
@@ -219,10 +190,6 @@ class KvManager:
             for request in requests
             if request.place is Place.SWAPPED
         )
-
-    def observe_step(self, tokens: int, answers: int) -> None:
-        """Take in how many tokens a step yielded, and how many answers ended with one."""
-        self._projection.observe(tokens, answers)
 
     # --- ends ----------------------------------------------------------------------------------
 
@@ -283,7 +250,7 @@ class KvManager:
             cache.give_up(found)
             return Admission.COMING
         wanted = self._blocks_wanted(request) - len(found.table)
-        if not self._will_fit(request, wanted):
+        if not self.started.may_start(request, wanted):
             cache.give_up(found)
             return Admission.NOT_STARTED
         filled = self._fill(
@@ -301,25 +268,6 @@ class KvManager:
             targets = [filled[index] for index, block in enumerate(found.table) if block is None]
             self.swapper.swap_in(request, found.host_blocks, targets, step, found.host_blocks)
         return Admission.COMING if is_ahead else Admission.READY
-
-    def _will_fit(self, request: Request, blocks: int) -> bool:
-        """Whether the KV of all started requests will fit with that of one more.
-
-        Time sharing among more than fits would only drop KV and compute it again. Who was dropped
-        all the same is still one of the started: its room is not given to others. One request is
-        always started, else none could be.
-        """
-        swapper = self.swapper
-        if self._limit is None or request in swapper.dropped:
-            return True
-        count = self._queues.count
-        started = count(Place.RESIDENT) + count(Place.SWAPPED) + len(swapper.dropped)
-        if not started:
-            return True
-        on_device = self.device.capacity - self.device.free_count - self.copies.leaving_blocks
-        now = on_device + swapper.num_swapped_blocks + swapper.num_dropped_blocks + blocks
-        peak = self._projection.peak_tokens(started + 1, now * self.block_size, request.max_tokens)
-        return peak <= self._limit * self.block_size
 
     def _fill(self, request: Request, table: list[int | None], reserve: int) -> list[int] | None:
         """Replace each None by a block of its own; None, and all given up, without memory."""
@@ -340,16 +288,14 @@ class KvManager:
         request.kv.num_sent_blocks = 0
         request.has_progressed = False
         self.swapper.is_dropped_no_more(request)
-        if request.kv.num_dropped_tokens:
-            self._recompute(request)
+        if dropped := request.kv.num_dropped_tokens:
+            # It has to be prefilled again, and the time for that to be paid back.
+            tokens = max(dropped - request.num_computed_tokens, 0)
+            request.kv.num_dropped_tokens = 0
+            self.swapper.recomputed_tokens += tokens
+            paid_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
+            request.preemption_credit_s = paid_s
         self._queues.put(request, status)
-
-    def _recompute(self, request: Request) -> None:
-        """What was dropped has to be prefilled again, and the time for it to be paid back."""
-        tokens = max(request.kv.num_dropped_tokens - request.num_computed_tokens, 0)
-        request.kv.num_dropped_tokens = 0
-        self.swapper.recomputed_tokens += tokens
-        request.preemption_credit_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
 
 
 def _coming(precedes_step: int | None) -> RequestStatus:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from fastserve_mega.types import BlockHash
 
 NULL_BLOCK = 0
 """Never owned and never written; it pads block tables."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSizes:
+    """Blocks of the pools of every rank, the null blocks included."""
+
+    device_blocks: int
+    host_blocks: int
+    block_size: int
+    """Tokens of a block."""
 
 
 class BlockPool:

@@ -9,8 +9,8 @@ from itertools import islice
 from typing import ClassVar
 
 from fastserve_mega.scheduling.cost_model import CostModel
+from fastserve_mega.scheduling.policies.level_queues import LevelQueues
 from fastserve_mega.scheduling.policies.policy import Policy
-from fastserve_mega.scheduling.policies.queues import LevelQueues
 from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig

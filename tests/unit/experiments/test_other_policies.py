@@ -12,7 +12,7 @@ from fastserve_mega.experiments.other_policies import (
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan, SequenceSlice
 from fastserve_mega.scheduling.cost_model import DecodePoint, PrefillPoint, Profile
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.system.config import MlfqConfig, SchedulerConfig, SwapConfig
 from fastserve_mega.types import RequestId

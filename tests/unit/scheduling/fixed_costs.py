@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
-from fastserve_mega.scheduling.kv.manager import PoolSizes
+from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.system.config import MlfqConfig, SchedulerConfig, SwapConfig
 from fastserve_mega.types import RequestId

@@ -93,11 +93,11 @@ def test_who_was_dropped_comes_back_before_those_that_were_never_started():
     driver.step([arrived("a", 8, 60), arrived("b", 8, 60)])
     while not scheduler.memory.preemptions:
         driver.step()
-    (dropped,) = scheduler.memory.returning
+    (dropped,) = scheduler.memory.started.returning
     # The other one holds most of the pool; a short one would fit beside it.
     late = names_of_short[200:]
     started = {name for plan in driver.plans for name in names(plan)}
     while dropped.request_id not in names(plan := driver.step([arrived(late.pop(), 4, 60)])):
         assert set(names(plan)) <= started
-    assert scheduler.memory.returning == ()
+    assert scheduler.memory.started.returning == ()
     driver.run_until_idle()
