@@ -21,6 +21,9 @@ _PAYBACK = 4
 """Time a recomputed request runs before it can be preempted again, in times of its share of a
 batch: so recomputing takes at most a fifth of the time, however many requests there are."""
 
+_WHILE_COPIED = {True: RequestStatus.SWAPPING_IN, False: RequestStatus.READY}
+"""Whether no step waits for the copies: the status of a request that KV is being copied to."""
+
 
 class KvManager:
     """Gives blocks to requests, and takes them from those of lower priority when none are free.
@@ -107,7 +110,7 @@ class KvManager:
         return self.swapper.preemptions
 
     def look_up(self, request: Request, block_hashes: Sequence[BlockHash]) -> None:
-        """Take in the hashes of a request that arrived, and see how much of it exists already."""
+        """Take in the hashes of a request that arrived; see how much of it exists already."""
         request.kv.block_hashes = list(block_hashes)
         self.shares_prefixes |= bool(block_hashes)
         request.kv.num_cached_tokens = self.prefix_cache.known_tokens(request)
@@ -174,7 +177,7 @@ class KvManager:
         if filled is None:
             return False
         copied = [index for index in range(used) if table[index] is None]
-        self._settle(request, filled, _coming(precedes_step))
+        self._settle(request, filled, _WHILE_COPIED[precedes_step is None])
         self.swapper.swap_in(
             request,
             [request.kv.host_table[index] for index in copied],
@@ -262,7 +265,7 @@ class KvManager:
         request.num_computed_tokens = len(found.table) * self.block_size
         is_ahead = self._strategy == "proactive" and bool(found.host_blocks)
         step = None if is_ahead else self._step_id
-        self._settle(request, filled, _coming(step))
+        self._settle(request, filled, _WHILE_COPIED[step is None])
         cache.admitted(request, found)
         if found.host_blocks:
             targets = [filled[index] for index, block in enumerate(found.table) if block is None]
@@ -296,8 +299,3 @@ class KvManager:
             paid_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
             request.preemption_credit_s = paid_s
         self._queues.put(request, status)
-
-
-def _coming(precedes_step: int | None) -> RequestStatus:
-    """Return the status of a request whose KV is being copied in."""
-    return RequestStatus.SWAPPING_IN if precedes_step is None else RequestStatus.READY
