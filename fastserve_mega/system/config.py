@@ -207,6 +207,9 @@ class MlfqConfig:
     starvation_limit_s: float | None = 0.3
     """A request that waited this long since it last ran returns to the highest level;
     None switches promotion off."""
+    prefill_patience: float = 0.0
+    """A request that has no KV yet waits so many times its own prefill longer for that. 0 is the
+    paper's rule, under which every overload by long prompts returns to the order of arrival."""
 
     def __post_init__(self) -> None:
         _require(self.levels >= 1, f"scheduler.mlfq.levels must be at least 1, got {self.levels}")
@@ -217,6 +220,10 @@ class MlfqConfig:
         _require(
             self.quantum_ratio > 1.0,
             f"scheduler.mlfq.quantum_ratio must exceed 1, got {self.quantum_ratio}",
+        )
+        _require(
+            self.prefill_patience >= 0,
+            f"scheduler.mlfq.prefill_patience must not be negative, got {self.prefill_patience}",
         )
         _require(
             self.starvation_limit_s is None or self.starvation_limit_s > 0,

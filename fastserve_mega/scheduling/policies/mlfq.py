@@ -46,8 +46,8 @@ class Mlfq(Policy):
         self._waiting_watch: StarvationWatch | None = None
         self._started_watch: StarvationWatch | None = None
         if (limit_s := mlfq.starvation_limit_s) is not None:
-            self._waiting_watch = StarvationWatch(limit_s, _waits_without_kv)
-            self._started_watch = StarvationWatch(limit_s, _waits_with_kv)
+            self._waiting_watch = StarvationWatch(self._patience_s, _waits_without_kv)
+            self._started_watch = StarvationWatch(lambda _: limit_s, _waits_with_kv)
         self._swapped_watch: list[_Watched] = []
         """Heap of (deadline, arrival number, request) of the swapped: these do not run and so keep
         their deadlines."""
@@ -188,6 +188,17 @@ class Mlfq(Policy):
         is_waiting = request.place is Place.WAITING
         if watch := self._waiting_watch if is_waiting else self._started_watch:
             watch.add(request, len(self.queues))
+
+    def _patience_s(self, request: Request) -> float:
+        """How long a request without KV waits until it starves: longer if its prompt is long.
+
+        A limit that is the same for all turns every overload into the order of arrival, and what
+        is known for certain, the length of the prompt, would go unused.
+        """
+        mlfq = self.config.mlfq
+        return (mlfq.starvation_limit_s or 0.0) + mlfq.prefill_patience * self._next_iteration_s(
+            request
+        )
 
     def _deadline(self, request: Request) -> float:
         """When it is promoted unless it runs before."""

@@ -19,11 +19,13 @@ class StarvationWatch:
     for each request and limit, not one for each step.
 
     Args:
-        limit_s: a request starves when it has waited this long since it last ran, or arrived.
+        limit_s: how long a request may wait, since it last ran or arrived, until it starves.
         is_candidate: whether a request still belongs here; the others are forgotten.
     """
 
-    def __init__(self, limit_s: float, is_candidate: Callable[[Request], bool]) -> None:
+    def __init__(
+        self, limit_s: Callable[[Request], float], is_candidate: Callable[[Request], bool]
+    ) -> None:
         self._limit_s = limit_s
         self._is_candidate = is_candidate
         self._heap: list[_Watched] = []
@@ -42,7 +44,7 @@ class StarvationWatch:
 
     def deadline(self, request: Request) -> float:
         """Return when a request starves unless it runs before."""
-        return request.waiting_since + self._limit_s
+        return request.waiting_since + self._limit_s(request)
 
     def next_deadline(self, now: float) -> float | None:
         """Return when the first of them starves; None for never."""
@@ -55,7 +57,7 @@ class StarvationWatch:
                 continue
             corrected = self.deadline(request)
             if request.num_scheduled_tokens:  # it is running
-                corrected = now + self._limit_s
+                corrected = now + self._limit_s(request)
             if corrected <= deadline:
                 return deadline
             heapq.heapreplace(heap, self._entry(request, corrected))

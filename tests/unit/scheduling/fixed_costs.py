@@ -36,13 +36,17 @@ def make_scheduler(
     levels=6,
     starvation_limit_s=None,
     base_quantum_s=None,
+    prefill_patience=0.0,
     **options,
 ) -> Scheduler:
     options.setdefault("max_batch_size", 4)
     options.setdefault("max_batch_tokens", 1000)
     options.setdefault("admission", "greedy")  # most tests want memory to run out
     mlfq = MlfqConfig(
-        levels=levels, starvation_limit_s=starvation_limit_s, base_quantum_s=base_quantum_s
+        levels=levels,
+        starvation_limit_s=starvation_limit_s,
+        base_quantum_s=base_quantum_s,
+        prefill_patience=prefill_patience,
     )
     return Scheduler(
         SchedulerConfig(policy=policy, mlfq=mlfq, **options),

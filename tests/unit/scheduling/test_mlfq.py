@@ -165,3 +165,27 @@ def test_priority_shifts_the_level_and_stays_within_the_queue():
         ],
     )
     assert scheduler.level_lengths() == (2, 1, 0, 1, 0, 1)
+
+
+def test_patience_lets_short_prompts_pass_long_ones_that_have_waited_for_the_limit():
+    """Prompts of 8 s and 4 s wait behind one of 10 s; all have waited for the limit of 1 s."""
+    orders = {}
+    for patience in (0.0, 3.0):
+        scheduler = make_scheduler(
+            max_batch_size=1, starvation_limit_s=1.0, prefill_patience=patience
+        )
+        driver = Driver(scheduler, {"first": 1, "long": 1, "short": 1})
+        driver.step([arrived("first", 100)])
+        scheduler.step(0.0, [arrived("long", 80), arrived("short", 40)])
+        driver.run_until_idle()
+        orders[patience] = list(driver.finished_at)
+    # With patience they starve after 1 + 24 and 1 + 12 s.
+    assert orders == {0.0: ["first", "long", "short"], 3.0: ["first", "short", "long"]}
+
+
+def test_patience_is_for_those_without_kv():
+    scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=5.0, prefill_patience=100.0)
+    scheduler.step(0.0, [arrived("a", 20)])
+    scheduler.step(2.0, [StepDone(0, 2.0), arrived("b", 10)])
+    assert level_of(scheduler, "a") == 2
+    assert scheduler.next_deadline(2.0) == 7.0
