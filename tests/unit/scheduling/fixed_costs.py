@@ -77,7 +77,8 @@ class Driver:
 
     def step(self, events: Sequence[Event] = ()) -> Plan | None:
         """Plan a step and let its time pass; its StepDone is told with the next call."""
-        plan = self.scheduler.step(self.now, [*self._done(), *events])
+        done = self._done()  # moves the clock
+        plan = self.scheduler.step(self.now, [*done, *events])
         self.scheduler.check_integrity()
         if plan:
             self.plans.append(plan)

@@ -66,7 +66,7 @@ def test_a_prefill_in_chunks_is_one_iteration_and_is_not_demoted_within():
 
 def test_half_read_prompts_do_not_take_turns():
     """Each would hold the blocks of its whole prompt while the others run."""
-    scheduler = make_scheduler(max_batch_tokens=100, starvation_limit_s=15.0)
+    scheduler = make_scheduler(max_batch_tokens=100, levels=1)  # a quantum of 1 s
     driver = Driver(scheduler, dict.fromkeys("abc", 1))
     driver.step([arrived(name, 300) for name in "abc"])  # 30 s each, in chunks of 10 s
     driver.run_until_idle()
