@@ -35,8 +35,7 @@ from fastserve_mega.messaging.messages import (
     Submit,
     Welcome,
 )
-from fastserve_mega.text.output import OutputText
-from fastserve_mega.text.stop_strings import stop_strings
+from fastserve_mega.text.output import OutputText, stop_strings
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams
 

@@ -16,7 +16,7 @@ from fastserve_mega.server.structured import (
     StructuredOutputs,
     only_one,
 )
-from fastserve_mega.text.stop_strings import stop_strings
+from fastserve_mega.text.output import stop_strings
 from fastserve_mega.types import (
     MAX_BIASED_TOKENS,
     MAX_SEED,
