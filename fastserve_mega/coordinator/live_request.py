@@ -1,20 +1,54 @@
-"""Unfinished requests as the coordinator holds them: their tokens, clients and deadlines."""
+"""Unfinished requests as the coordinator holds them: tokens, block hashes, clients, deadlines."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 import zlib
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
-from fastserve_mega.coordinator.block_hashes import BlockHashChain
 from fastserve_mega.messaging.messages import SequenceStart, Submit, Tokens
 from fastserve_mega.messaging.router import Identity
 from fastserve_mega.plan import SequenceSlice
-from fastserve_mega.types import RequestId, SamplingParams, TokenLogprobs, Usage
+from fastserve_mega.types import BlockHash, RequestId, SamplingParams, TokenLogprobs, Usage
 
+_DIGEST_BYTES = 16
+"""128 bits: no two contents with the same hash are ever found."""
 _FEW_DEADLINES = 64
+
+
+class BlockHashChain:
+    """Hashes the tokens of one request block by block, each with the hash of the one before.
+
+    They name KV blocks for the prefix cache, since the scheduler sees no tokens: equal hashes mean
+    equal tokens from the start of the prompt on, and the same salt.
+    """
+
+    def __init__(self, block_size: int, salt: str) -> None:
+        """Start before the first token.
+
+        Args:
+            block_size: tokens of a block.
+            salt: requests with different salts share nothing.
+        """
+        self._block_size = block_size
+        self._digest = blake2b(salt.encode(), digest_size=_DIGEST_BYTES).digest()
+        self._partial: list[int] = []
+
+    def extend(self, tokens: Sequence[int]) -> tuple[BlockHash, ...]:
+        """Append tokens (0 to 2**32 - 1); returns the hashes of the blocks that they fill."""
+        pending = [*self._partial, *tokens]
+        full = len(pending) - len(pending) % self._block_size
+        hashes = []
+        for start in range(0, full, self._block_size):
+            block = array("I", pending[start : start + self._block_size]).tobytes()
+            self._digest = blake2b(self._digest + block, digest_size=_DIGEST_BYTES).digest()
+            hashes.append(BlockHash(self._digest.hex()))
+        self._partial = pending[full:]
+        return tuple(hashes)
 
 
 @dataclass(slots=True, eq=False)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve_mega.coordinator.block_hashes import BlockHashChain
+from fastserve_mega.coordinator.live_request import BlockHashChain
 
 TOKENS = st.lists(st.integers(0, 2), max_size=20)
 
