@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.admission import Admission, Gate
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
 from fastserve_mega.coordinator.replica import Replica
-from fastserve_mega.coordinator.suspects import Gate
 from fastserve_mega.messaging.messages import (
     Cancel,
     CopyResult,

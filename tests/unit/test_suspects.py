@@ -1,7 +1,7 @@
 """Which new requests may run while it is not known which of them lost the ranks."""
 
+from fastserve_mega.coordinator.admission import Gate
 from fastserve_mega.coordinator.live_request import LiveRequest
-from fastserve_mega.coordinator.suspects import Gate
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.types import SamplingParams
 
