@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import HistogramMetricFamily
 
-from fastserve_mega.metrics.bulk_histogram import BulkHistogram
 from fastserve_mega.types import FinishReason, Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -148,3 +151,44 @@ class RequestMetrics:
         self._decode.observe(decode_s)
         if usage.completion_tokens > 1:
             self._tpot.observe(decode_s / (usage.completion_tokens - 1))
+
+
+class BulkHistogram:
+    """A histogram that takes many equal values at once.
+
+    The requests of a batch mostly had their last token in the same step, so at the same time.
+    prometheus_client's own takes 0.7 us for each value, 180 us for a batch of 256: as much as the
+    scheduler takes to plan the step.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        documentation: str,
+        *,
+        buckets: Sequence[float],
+        registry: CollectorRegistry,
+    ) -> None:
+        """Start at zero; `buckets` are upper bounds in ascending order, without infinity."""
+        self._name = name
+        self._documentation = documentation
+        self._bounds = tuple(buckets)
+        self._labels = [*(str(float(bound)) for bound in buckets), "+Inf"]
+        self._counts = [0] * len(self._labels)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, count: int) -> None:
+        """Add `count` observations of one value."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """For the registry."""
+        cumulative = [float(count) for count in accumulate(self._counts)]
+        yield HistogramMetricFamily(
+            self._name,
+            self._documentation,
+            buckets=list(zip(self._labels, cumulative, strict=True)),
+            sum_value=self._sum,
+        )

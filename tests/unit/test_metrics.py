@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import metrics_reference
 
 from fastserve_mega.metrics import ServingMetrics
-from fastserve_mega.metrics.bulk_histogram import BulkHistogram
+from fastserve_mega.metrics.requests import BulkHistogram
 from fastserve_mega.plan import Plan, SequenceSlice
 from fastserve_mega.types import FinishReason, RequestId, Usage
 
