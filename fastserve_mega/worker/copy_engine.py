@@ -7,9 +7,7 @@ import queue
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 from fastserve_mega.plan import BlockCopy
 
@@ -18,14 +16,6 @@ _WAKE = b"\0"
 
 class CopyFailedError(RuntimeError):
     """A copy raised, or did not end in time; the pools cannot be trusted any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedCopy:
-    """A copy whose blocks are in their new place."""
-
-    copy_id: int
-    copy_s: float
 
 
 class CopyEngine:
@@ -47,7 +37,8 @@ class CopyEngine:
         self._queue: queue.SimpleQueue[BlockCopy | None] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._unfinished: set[int] = set()
-        self._finished: deque[FinishedCopy] = deque()
+        self._finished: dict[int, float] = {}
+        """Copies that `finished` has not told, with the seconds each took."""
         self._error: Exception | None = None
         self._wait_s = 0.0
         self._thread: threading.Thread | None = None
@@ -92,8 +83,8 @@ class CopyEngine:
         wait_s, self._wait_s = self._wait_s, 0.0
         return wait_s
 
-    def finished(self) -> list[FinishedCopy]:
-        """The copies that finished since the last call.
+    def finished(self) -> dict[int, float]:
+        """The copies that finished since the last call, in order, with the seconds each took.
 
         Raises:
             CopyFailedError: a copy failed.
@@ -102,11 +93,9 @@ class CopyEngine:
             while self._reader.recv(4096):
                 pass
         self._raise_error()
-        done = []
-        with contextlib.suppress(IndexError):
-            while True:
-                done.append(self._finished.popleft())
-        return done
+        with self._changed:
+            finished, self._finished = self._finished, {}
+        return finished
 
     def close(self) -> None:
         """Let the thread end after what has been started, and release everything."""
@@ -127,8 +116,9 @@ class CopyEngine:
                     self._changed.notify_all()
                 self._wake()
                 return
-            self._finished.append(FinishedCopy(copy.copy_id, time.monotonic() - begin))
+            copy_s = time.monotonic() - begin
             with self._changed:
+                self._finished[copy.copy_id] = copy_s
                 self._unfinished.discard(copy.copy_id)
                 self._changed.notify_all()
             self._wake()

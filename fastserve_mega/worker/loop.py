@@ -142,8 +142,8 @@ class WorkerLoop:
             )
 
     def _report_copies(self) -> None:
-        for done in self._copies.finished():
-            self._send(CopyResult(done.copy_id, self._rank, done.copy_s))
+        for copy_id, copy_s in self._copies.finished().items():
+            self._send(CopyResult(copy_id, self._rank, copy_s))
 
     def _receive(self) -> Message:
         give_up_at = time.monotonic() + self._patience_s
