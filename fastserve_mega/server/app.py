@@ -8,25 +8,21 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
-from fastserve_mega.server.access import NameRequests, RequireKey
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
+from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.tokens import tokens_router
 from fastserve_mega.server.tools.formats import choose_parser
 from fastserve_mega.system.config import ToolParserName
 from fastserve_mega.text.tokenizer import Tokenizer
 
-MAX_BODY_BYTES = 32 * 2**20
-"""Of a request; the largest prompt that a frame to the coordinator can hold is below it."""
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -62,7 +58,7 @@ def create_app(
             await client.aclose()
 
     app = FastAPI(title="fastserve_mega", version=__version__, lifespan=lifespan)
-    app.add_middleware(_BodyLimit)
+    app.add_middleware(LimitBody)
     if api_keys:
         app.add_middleware(RequireKey, keys=api_keys)
     if cors_origins:
@@ -123,23 +119,3 @@ def _add_operator_routes(app: FastAPI, service: Service, health_timeout_s: float
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(await service.client.metrics(), media_type=_PROMETHEUS)
-
-
-class _BodyLimit:
-    """Refuses a body as soon as it has become too long, whatever its headers promise."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = 0
-
-        async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
-            return message
-
-        await self._app(scope, limited if scope["type"] == "http" else receive, send)

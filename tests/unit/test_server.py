@@ -14,7 +14,7 @@ from http_server import serving
 
 from fastserve_mega.client.testing import WAIT_S, answer, begin, end
 from fastserve_mega.messaging.messages import Cancel, Finished, Submit, Tokens
-from fastserve_mega.server.app import MAX_BODY_BYTES
+from fastserve_mega.server.middleware import MAX_BODY_BYTES
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, Usage
 

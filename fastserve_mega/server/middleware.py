@@ -1,4 +1,4 @@
-"""Who may ask, and under which id: plain ASGI layers around the application."""
+"""Who may ask, under which id, and how much: plain ASGI layers around the application."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import uuid
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve_mega.server.errors import ApiError
 
+MAX_BODY_BYTES = 32 * 2**20
+"""Of a request; the largest prompt that a frame to the coordinator can hold is below it."""
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 """What computes or tells about texts. Health, metrics and the live view stay open."""
 _REQUEST_ID = "X-Request-Id"
@@ -65,3 +68,23 @@ class NameRequests:
             await send(message)
 
         await self._app(scope, receive, named)
+
+
+class LimitBody:
+    """Refuses a body as soon as it has become too long, whatever its headers promise."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self._app(scope, limited if scope["type"] == "http" else receive, send)
