@@ -14,6 +14,7 @@ from fastserve_mega.server.structured import (
     ResponseFormat,
     Schema,
     StructuredOutputs,
+    all_forms,
     only_one,
 )
 from fastserve_mega.text.output import stop_strings
@@ -129,11 +130,10 @@ class GenerationRequest(Strict):
         Raises:
             ValueError: several are asked for, or one that is too long.
         """
-        guided = StructuredOutputs(
-            json=self.guided_json, regex=self.guided_regex, choice=self.guided_choice
-        )
-        asked = (self.response_format, self.structured_outputs, guided)
-        return only_one([s for each in asked if each and (s := each.structured()) is not None])
+        asked = (self.response_format, self.structured_outputs)
+        found = [form for each in asked if each and (form := each.structured()) is not None]
+        guided = all_forms(self.guided_json, self.guided_regex, self.guided_choice)
+        return only_one([*found, *guided])
 
     @property
     def usage_in_stream(self) -> UsageInStream:

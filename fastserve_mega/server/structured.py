@@ -69,13 +69,19 @@ class StructuredOutputs(_Strict):
     json_object: bool | None = None
 
     def structured(self) -> StructuredOutput | None:
-        found = [
-            *([from_schema(self.json_)] if self.json_ is not None else []),
-            *([StructuredOutput(regex=self.regex)] if self.regex is not None else []),
-            *([StructuredOutput(choice=tuple(self.choice))] if self.choice is not None else []),
-            *([from_schema(_ANY_OBJECT)] if self.json_object else []),
-        ]
-        return only_one(found)
+        found = all_forms(self.json_, self.regex, self.choice)
+        return only_one([*found, *([from_schema(_ANY_OBJECT)] if self.json_object else [])])
+
+
+def all_forms(
+    schema: Schema | None, regex: str | None, choice: list[str] | None
+) -> list[StructuredOutput]:
+    """The forms that vLLM's fields ask for, those of `guided_` names too."""
+    return [
+        *([from_schema(schema)] if schema is not None else []),
+        *([StructuredOutput(regex=regex)] if regex is not None else []),
+        *([StructuredOutput(choice=tuple(choice))] if choice is not None else []),
+    ]
 
 
 def from_schema(schema: Schema) -> StructuredOutput:
