@@ -16,7 +16,7 @@ from fastserve_mega.server.tools.forced import (
     named_schema,
     required_schema,
 )
-from fastserve_mega.server.tools.pieces import PlainText, ToolParser
+from fastserve_mega.server.tools.pieces import PLAIN_TEXT, ToolParser
 from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
 
 _MOST_TOOLS = 128
@@ -236,12 +236,12 @@ class ChatRequest(GenerationRequest):
     def tool_parser(self, of_model: Callable[[], ToolParser] | None) -> ToolParser:
         """What reads the answer."""
         if not self.offered_tools:
-            return PlainText()
+            return PLAIN_TEXT
         if isinstance(self.tool_choice, NamedTool):
             return NamedCall(self.tool_choice.function.name)
         if self.tool_choice == "required":
             return RequiredCalls()
-        return PlainText() if of_model is None else of_model()
+        return PLAIN_TEXT if of_model is None else of_model()
 
     def structured_output(self) -> StructuredOutput | None:
         """Also the form of a call that `tool_choice` forces."""

@@ -48,6 +48,10 @@ class PlainText:
         return []
 
 
+PLAIN_TEXT = PlainText()
+"""One for all answers: it remembers nothing."""
+
+
 def parse_call(value: Any, index: int) -> CallPiece | None:
     """A whole call from its JSON, or None when it is something else.
 
