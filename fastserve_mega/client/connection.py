@@ -10,7 +10,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
-from fastserve_mega.messaging import codec
+from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import Message, Refused
 
 _log = logging.getLogger(__name__)
@@ -94,10 +94,10 @@ class Connection:
         while True:
             frame = await self._socket.recv()
             try:
-                message = codec.decode(frame)
-            except codec.OtherVersionError as error:
+                message = frames.decode(frame)
+            except frames.OtherVersionError as error:
                 message = Refused(str(error))
-            except codec.BadFrameError as error:
+            except frames.BadFrameError as error:
                 _log.warning("the coordinator sent a bad frame: %s", error)
                 continue
             self._on_message(message)

@@ -15,7 +15,7 @@ from fastserve_mega.client.errors import (
     ServerUnavailableError,
 )
 from fastserve_mega.client.generation import RequestState
-from fastserve_mega.messaging import codec
+from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import (
     Cancel,
     Finished,
@@ -107,10 +107,10 @@ class Session:
         if state.request_id in self._requests:
             raise InvalidRequestError(f"request {state.request_id!r} is not finished yet")
         try:
-            frame = codec.encode(submit)
+            frame = frames.encode(submit)
             # The caller is told here what the coordinator would say later.
-            codec.decode(frame)
-        except codec.BadFrameError as error:
+            frames.decode(frame)
+        except frames.BadFrameError as error:
             raise InvalidRequestError(str(error)) from None
         except OverflowError:
             raise InvalidRequestError("a number in the request has more than 64 bits") from None
@@ -132,7 +132,7 @@ class Session:
             self._send(Cancel(state.request_id))
 
     def _send(self, message: Message) -> None:
-        self._connection.send(codec.encode(message))
+        self._connection.send(frames.encode(message))
 
     # --- what arrives --------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from typing import TypeVar
 import zmq
 from msgspec.structs import replace
 
-from fastserve_mega.messaging import codec
+from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import (
     Cancel,
     Finished,
@@ -231,7 +231,7 @@ class FakeCoordinator:
                 self._actions.get_nowait()()
             elif self._router in ready:
                 identity, frame = self._router.recv_multipart()
-                self._on_message(identity, codec.decode(frame))
+                self._on_message(identity, frames.decode(frame))
 
     def _on_message(self, identity: bytes, message: Message) -> None:
         with self._arrived:
@@ -257,7 +257,7 @@ class FakeCoordinator:
         return [Refused(f"a fake coordinator does not answer {type(message).__name__}")]
 
     def _send(self, identity: bytes, message: Message) -> None:
-        self._router.send_multipart([identity, codec.encode(message)])
+        self._router.send_multipart([identity, frames.encode(message)])
 
 
 def _byte_model(directory: Path) -> Welcome:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from fastserve_mega.coordinator.live_request import LiveRequest
-from fastserve_mega.messaging.codec import MAX_FRAME_BYTES
+from fastserve_mega.messaging.frames import MAX_FRAME_BYTES
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import SamplingParams

@@ -8,6 +8,7 @@ from fastserve_mega.coordinator.admission import Admission, Gate
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
 from fastserve_mega.coordinator.replica import Replica
+from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import (
     Cancel,
     CopyResult,
@@ -26,7 +27,6 @@ from fastserve_mega.messaging.messages import (
     Submit,
     Welcome,
 )
-from fastserve_mega.messaging.router import Identity
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.events import Aborted, Arrived, StepDone
 from fastserve_mega.scheduling.placement import Placement

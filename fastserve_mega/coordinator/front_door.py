@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from fastserve_mega.messaging.codec import (
+from fastserve_mega.messaging.frames import (
     BadFrameError,
+    Identity,
     OtherVersionError,
+    PeerBusyError,
+    PeerGoneError,
+    Router,
     decode,
     encode,
     encode_refusal,
@@ -25,7 +29,6 @@ from fastserve_mega.messaging.messages import (
     Refused,
     Submit,
 )
-from fastserve_mega.messaging.router import Identity, PeerBusyError, PeerGoneError, Router
 
 ClientMessage = Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
 

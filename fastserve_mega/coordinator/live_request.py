@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import SequenceStart, Submit, Tokens
-from fastserve_mega.messaging.router import Identity
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.types import BlockHash, RequestId, SamplingParams, TokenLogprobs, Usage
 

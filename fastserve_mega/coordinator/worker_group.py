@@ -10,7 +10,16 @@ from typing import Protocol
 import msgspec
 import zmq
 
-from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, BadFrameError, decode, encode
+from fastserve_mega.messaging.frames import (
+    MAX_FRAME_BYTES,
+    BadFrameError,
+    Identity,
+    PeerBusyError,
+    PeerGoneError,
+    Router,
+    decode,
+    encode,
+)
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
@@ -22,7 +31,6 @@ from fastserve_mega.messaging.messages import (
     WorkerReady,
     worker_identity,
 )
-from fastserve_mega.messaging.router import Identity, PeerBusyError, PeerGoneError, Router
 
 _BUFFERED_STEPS = 10_000
 _KEEP_ALIVE_S = 2.0

@@ -1,1 +1,1 @@
-"""Wire messages, their codec, and the ZeroMQ channels they travel on."""
+"""Wire messages, and the frames they travel in."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, decode, encode
+from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,

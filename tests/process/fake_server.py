@@ -14,7 +14,7 @@ import zmq
 
 from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.coordinator.worker_group import WorkersLostError
-from fastserve_mega.messaging.codec import decode, encode
+from fastserve_mega.messaging.frames import decode, encode
 from fastserve_mega.messaging.messages import Hello, Message, Welcome
 from fastserve_mega.system.config import (
     Config,

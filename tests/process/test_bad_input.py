@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.client import Client
-from fastserve_mega.messaging.codec import PROTOCOL_VERSION
+from fastserve_mega.messaging.frames import PROTOCOL_VERSION
 from fastserve_mega.messaging.messages import (
     Cancel,
     Finished,

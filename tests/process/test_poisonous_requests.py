@@ -9,7 +9,7 @@ from fake_server import VOCAB, expected_tokens
 from test_sampling_options import SamplingRunner
 
 from fastserve_mega.client import Client, InvalidRequestError, ServerError
-from fastserve_mega.messaging.codec import MAX_FRAME_BYTES
+from fastserve_mega.messaging.frames import MAX_FRAME_BYTES
 from fastserve_mega.messaging.messages import Finished, Ping, Pong, Submit, Tokens
 from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput
 from fastserve_mega.worker import sampler as sampler_module

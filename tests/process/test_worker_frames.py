@@ -6,7 +6,7 @@ import pytest
 import zmq
 
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
-from fastserve_mega.messaging.codec import encode
+from fastserve_mega.messaging.frames import encode
 from fastserve_mega.messaging.messages import WorkerReady, worker_identity
 
 WAIT_S = 20.0

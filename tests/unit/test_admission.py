@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fastserve_mega.coordinator.admission import Admission, bytes_to_tell
 from fastserve_mega.coordinator.live_request import LiveRequest
-from fastserve_mega.messaging.codec import MAX_FRAME_BYTES, encode
+from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, encode
 from fastserve_mega.messaging.messages import SequencesStarted, Submit
 from fastserve_mega.types import MAX_SEED, SamplingParams, StructuredOutput
 

@@ -19,7 +19,7 @@ from fastserve_mega.client import (
     TokenizerUnavailableError,
 )
 from fastserve_mega.client.testing import WAIT_S, answer, begin, end
-from fastserve_mega.messaging.codec import decode
+from fastserve_mega.messaging.frames import decode
 from fastserve_mega.messaging.messages import Cancel, Finished, Hello, Ping, Refused, Submit, Tokens
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams, Usage

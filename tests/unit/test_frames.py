@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.messaging import messages
-from fastserve_mega.messaging.codec import (
+from fastserve_mega.messaging.frames import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     BadFrameError,

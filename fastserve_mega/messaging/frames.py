@@ -1,0 +1,182 @@
+"""Frames: what messages are on the wire, and the ROUTER socket that passes them to many peers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import msgspec
+import zmq
+
+from fastserve_mega.messaging.messages import Message, Refused
+from fastserve_mega.records import explain
+from fastserve_mega.types import RequestId
+
+Identity = bytes
+"""ZeroMQ's name of a connected peer."""
+PROTOCOL_VERSION = 2
+MAX_FRAME_BYTES = 16 * 2**20
+"""A frame is refused unread beyond this; the longest prompts of today are far below it."""
+
+_VERSION_BYTE = bytes((PROTOCOL_VERSION,))
+_HEADERS = {1: b"\x01\x23"}
+"""What a Refused begins with where that is not the version byte alone: version 1 had a number for
+each kind of message."""
+_TYPES = frozenset(cls.__name__ for cls in get_args(Message))
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(type=Message)
+
+
+class BadFrameError(ValueError):
+    """The frame is not a valid message; str() is one sentence for its sender."""
+
+    def __init__(self, sentence: str, request_id: RequestId | None = None) -> None:
+        super().__init__(sentence)
+        self.request_id = request_id
+        """What the message is about, if so much of it can be read."""
+
+
+class OtherVersionError(BadFrameError):
+    """The sender speaks another version of the protocol."""
+
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"this end speaks protocol version {PROTOCOL_VERSION}, got a message of version "
+            f"{version}"
+        )
+        self.version = version
+
+
+def encode(message: Message) -> bytes:
+    """The frame of a message: a version byte, then a msgpack map by field name."""
+    return _VERSION_BYTE + _encoder.encode(message)
+
+
+def encode_refusal(refused: Refused, version: int) -> bytes:
+    """The frame of a refusal for a peer of another version, which can read this if nothing else."""
+    return _HEADERS.get(version, _VERSION_BYTE) + _encoder.encode(refused)
+
+
+def decode(frame: bytes) -> Message:
+    """The message of a frame.
+
+    Raises:
+        BadFrameError: too short, too long, another version, unknown type, or a body that is not
+            exactly the fields of its message with their types.
+    """
+    if not frame:
+        raise BadFrameError("a frame has at least 1 byte, got 0")
+    if len(frame) > MAX_FRAME_BYTES:
+        raise BadFrameError(f"a frame has at most {MAX_FRAME_BYTES} bytes, got {len(frame)}")
+    if frame[0] != PROTOCOL_VERSION:
+        raise OtherVersionError(frame[0])
+    body = memoryview(frame)[1:]
+    try:
+        return _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _bad_frame(error, body) from None
+    except (ValueError, RecursionError) as error:
+        raise BadFrameError(f"not a message: {error}") from None
+
+
+def _bad_frame(error: msgspec.ValidationError, body: memoryview) -> BadFrameError:
+    try:
+        plain: Any = msgspec.msgpack.decode(body)
+    except (ValueError, RecursionError):
+        return BadFrameError(str(error))
+    sentence = explain(error, plain, Message)
+    if not isinstance(plain, dict):
+        return BadFrameError(sentence)
+    name, request_id = plain.get("type"), plain.get("request_id")
+    if isinstance(name, str) and name in _TYPES:
+        sentence = f"{name}: {sentence}"
+    return BadFrameError(sentence, RequestId(request_id) if isinstance(request_id, str) else None)
+
+
+class PeerGoneError(Exception):
+    """The peer has disconnected."""
+
+
+class PeerBusyError(Exception):
+    """The peer does not read: its buffer is full."""
+
+
+class Router:
+    """A bound ROUTER socket: many peers, nothing that can block."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        buffer: int,
+        *,
+        silence_limit_s: float | None = None,
+    ) -> None:
+        """Bind.
+
+        Args:
+            context: of this process.
+            endpoint: for example tcp://127.0.0.1:5570; port 0 picks a free one.
+            buffer: messages held for a peer that does not read.
+            silence_limit_s: a peer whose ZeroMQ does not answer for so long counts as gone, as
+                when its host is cut off; None: only a closed connection does.
+
+        Raises:
+            OSError: the endpoint cannot be bound; the message names it and says why.
+        """
+        self.socket = context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 1000)
+        self.socket.setsockopt(zmq.SNDHWM, buffer)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if silence_limit_s is not None:
+            self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(silence_limit_s * 1000 / 4))
+            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000))
+        try:
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.socket.close(linger=0)
+            reason = os.strerror(error.errno or 0)
+            raise OSError(f"cannot listen on {endpoint}: {reason}") from None
+
+    @property
+    def endpoint(self) -> str:
+        """The bound address, with the port that was picked."""
+        return self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def send(self, peer: Identity, message: Message) -> None:
+        """Send without waiting.
+
+        Raises:
+            PeerGoneError: it has disconnected.
+            PeerBusyError: its buffer is full; the message was not sent.
+        """
+        self.send_frame(peer, encode(message))
+
+    def send_frame(self, peer: Identity, frame: bytes) -> None:
+        """Like `send`, for a message that was encoded before."""
+        try:
+            self.socket.send_multipart((peer, frame), zmq.DONTWAIT)
+        except zmq.Again:
+            raise PeerBusyError from None
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                raise PeerGoneError from None
+            raise
+
+    def receive(self, limit: int = 1000) -> Iterator[tuple[Identity, list[bytes]]]:
+        """Yield what has arrived by now: (peer, frames).
+
+        At most `limit` messages, so that a flood cannot keep the caller from its other work.
+        """
+        for _ in range(limit):
+            try:
+                peer, *frames = self.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            yield peer, frames
+
+    def close(self) -> None:
+        self.socket.close()
