@@ -33,7 +33,7 @@ import zmq
 import fastserve_mega
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.coordinator.main import CoordinatorProcess
-from fastserve_mega.messaging.messages import KeepAlive, Ping, Pong
+from fastserve_mega.messaging.messages import Hello, KeepAlive, Ping, Pong
 from fastserve_mega.server.app import create_app
 from fastserve_mega.system.config import (
     Config,
@@ -56,8 +56,8 @@ POOL_BLOCKS = 24
 """Room for one of the two requests whose blocks have to move for each other."""
 
 
-TIMED = (Ping, Pong, KeepAlive)
-"""Sent by the clock."""
+NOT_OF_A_REQUEST = (Hello, Ping, Pong, KeepAlive)
+"""Sent by the clock, or when a client connects."""
 
 
 class Trace:
@@ -86,7 +86,7 @@ class Trace:
         return Counter(
             _class_name(thing)
             for key, thing in self._seen.items()
-            if key not in self._old and not isinstance(thing, TIMED)
+            if key not in self._old and not isinstance(thing, NOT_OF_A_REQUEST)
         )
 
     def known(self) -> set[str]:

@@ -34,7 +34,7 @@ from fastserve_mega.messaging.messages import (
     Submit,
     Welcome,
 )
-from fastserve_mega.text.output import OutputText, stop_strings
+from fastserve_mega.text.detokenizer import Detokenizer, stop_strings
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams
 
@@ -213,8 +213,8 @@ class AsyncClient:
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= frozenset(welcome.eos_token_ids)
-        output = await self._output(stop, end_ids, params.min_tokens)
-        state = RequestState(submit, output, end_ids, submitted_at=time.monotonic())
+        detokenizer = await self._new_detokenizer(stop, end_ids, params.min_tokens)
+        state = RequestState(submit, detokenizer, end_ids, submitted_at=time.monotonic())
         session = self._started()
         session.start(state, submit)
         return AsyncGeneration(state, session.cancel)
@@ -243,9 +243,9 @@ class AsyncClient:
         except ValueError as error:
             raise InvalidRequestError(str(error)) from None
 
-    async def _output(
+    async def _new_detokenizer(
         self, stop: str | Sequence[str] | None, silent: frozenset[int], min_tokens: int
-    ) -> OutputText | None:
+    ) -> Detokenizer | None:
         try:
             stops = stop_strings(stop)
         except ValueError as error:
@@ -253,7 +253,7 @@ class AsyncClient:
         tokenizer = await (self._require_tokenizer() if stops else self.tokenizer())
         if tokenizer is None:
             return None
-        return OutputText(tokenizer, stops, silent, min_tokens)
+        return Detokenizer(tokenizer, stops, silent, min_tokens)
 
     async def _require_tokenizer(self) -> Tokenizer:
         tokenizer = await self.tokenizer()

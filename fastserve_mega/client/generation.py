@@ -11,7 +11,7 @@ import msgspec
 
 from fastserve_mega.client.errors import ClientError, ServerBusyError, ServerError
 from fastserve_mega.messaging.messages import Finished, Submit, Tokens
-from fastserve_mega.text.output import OutputText
+from fastserve_mega.text.detokenizer import Detokenizer
 from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
 
 _SHORTEST_TIMEOUT_S = 0.001
@@ -130,7 +130,7 @@ class RequestState:
 
     Args:
         submit: the message that started it.
-        output: makes text of tokens; None leaves all text empty.
+        detokenizer: makes text of tokens; None leaves all text empty.
         end_token_ids: tokens after which the server ends the answer by itself.
         submitted_at: seconds on the clock that `resubmission` is asked with.
     """
@@ -138,12 +138,12 @@ class RequestState:
     def __init__(
         self,
         submit: Submit,
-        output: OutputText | None,
+        detokenizer: Detokenizer | None,
         end_token_ids: frozenset[int],
         submitted_at: float,
     ) -> None:
         self._submit = submit
-        self._output = output
+        self._detokenizer = detokenizer
         self._end_token_ids = end_token_ids
         self._submitted_at = submitted_at
         self._failed_attempts = 0
@@ -195,8 +195,8 @@ class RequestState:
         self._failed_attempts = 0
         self.received.extend(new)
         self.logprobs.extend(logprobs)
-        self._add(Chunk(self._output.push(new) if self._output else "", new, logprobs))
-        if self._output and self._output.stopped:
+        self._add(Chunk(self._detokenizer.push(new) if self._detokenizer else "", new, logprobs))
+        if self._detokenizer and self._detokenizer.stopped:
             self.finish(FinishReason.STOP)
 
     def on_finished(self, message: Finished) -> None:
@@ -210,9 +210,9 @@ class RequestState:
 
     def finish(self, reason: FinishReason, usage: Usage | None = None) -> None:
         """End normally, with the text held back so far."""
-        if self._output and (rest := self._output.flush()):
+        if self._detokenizer and (rest := self._detokenizer.flush()):
             self._add(Chunk(rest, ()))
-        if self._output and self._output.stopped:
+        if self._detokenizer and self._detokenizer.stopped:
             reason = FinishReason.STOP
         self.usage = usage or Usage(len(self._submit.prompt), len(self.received))
         self.finish_reason = reason

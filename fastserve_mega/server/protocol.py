@@ -17,7 +17,7 @@ from fastserve_mega.server.structured import (
     all_forms,
     only_one,
 )
-from fastserve_mega.text.output import stop_strings
+from fastserve_mega.text.detokenizer import stop_strings
 from fastserve_mega.types import (
     MAX_BIASED_TOKENS,
     MAX_SEED,

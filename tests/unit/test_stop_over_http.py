@@ -12,7 +12,7 @@ from http_server import serving
 
 from fastserve_mega.client.testing import WAIT_S, answer
 from fastserve_mega.messaging.messages import Cancel, Submit
-from fastserve_mega.text.output import MAX_STOPS
+from fastserve_mega.text.detokenizer import MAX_STOPS
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_BIASED_TOKENS, MAX_CHOICES, MAX_STOP_TOKENS
 

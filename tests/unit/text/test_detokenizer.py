@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve_mega.text.output import MAX_WINDOW, SHIFT_AT, Detokenizer
+from fastserve_mega.text.detokenizer import MAX_WINDOW, SHIFT_AT, Detokenizer
 from fastserve_mega.text.tokenizer import Tokenizer
 
 

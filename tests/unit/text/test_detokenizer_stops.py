@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from fastserve_mega.text.output import OutputText
+from fastserve_mega.text.detokenizer import Detokenizer
 from fastserve_mega.text.tokenizer import Tokenizer
 
 
 def test_a_stop_string_over_several_tokens_ends_the_text(tiny_tokenizer_dir: Path):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
-    output = OutputText(tokenizer, stops=["lazy"])
+    output = Detokenizer(tokenizer, stops=["lazy"])
     deltas = [output.push([token]) for token in tokenizer.encode("the lazy dog")]
     assert "".join(deltas) == "the "
     assert output.stopped
@@ -19,7 +19,7 @@ def test_a_stop_string_over_several_tokens_ends_the_text(tiny_tokenizer_dir: Pat
 
 def test_a_stop_string_completed_by_the_flush_counts(tiny_tokenizer_dir: Path):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
-    output = OutputText(tokenizer, stops=["\ufffd"])
+    output = Detokenizer(tokenizer, stops=["\ufffd"])
     half = tokenizer.encode("ø")[:1]
     assert output.push([*tokenizer.encode("a"), *half]) == "a"
     assert not output.stopped
@@ -30,7 +30,7 @@ def test_a_stop_string_completed_by_the_flush_counts(tiny_tokenizer_dir: Path):
 def test_the_token_that_ends_an_answer_is_not_text(tiny_tokenizer_dir: Path):
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     (letter,) = tokenizer.encode("a")
-    output = OutputText(tokenizer, silent={letter})
+    output = Detokenizer(tokenizer, silent={letter})
     assert output.push([*tokenizer.encode("b"), letter]) + output.flush() == "b"
 
 
@@ -49,7 +49,7 @@ def test_a_stop_string_longer_than_any_token_is_found_wherever_tokens_are_cut(
     tokenizer = Tokenizer(tiny_tokenizer_dir)
     tokens = tokenizer.encode("brown fox 日本 🙂 fin")
     for chunk in (1, 2, 3, 100):
-        output = OutputText(tokenizer, stops)
+        output = Detokenizer(tokenizer, stops)
         pieces = [tokens[at : at + chunk] for at in range(0, len(tokens), chunk)]
         assert "".join(map(output.push, pieces)) + output.flush() == text
         assert output.stopped
@@ -60,7 +60,7 @@ def test_min_tokens_holds_back_stop_strings_as_well(tiny_tokenizer_dir: Path):
     said = tokenizer.encode("a dog, a dog, a dog")
     first = next(count for count in range(1, 99) if "dog" in tokenizer.decode(said[:count]))
     for chunk in (1, 3, 100):
-        output = OutputText(tokenizer, ["dog"], min_tokens=first)
+        output = Detokenizer(tokenizer, ["dog"], min_tokens=first)
         pieces = [said[at : at + chunk] for at in range(0, len(said), chunk)]
         assert "".join(map(output.push, pieces)) + output.flush() == "a dog, a "
         assert output.stopped

@@ -19,8 +19,25 @@ _LONGEST_VALUE = 60
 """Characters of a wrong value that an error shows."""
 
 
-class OutputText:
-    """Output tokens in, text deltas out.
+class TokenDecoder(Protocol):
+    """What the detokenizer needs of a tokenizer."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special ones skipped."""
+
+    def visible(self, token_ids: Sequence[int]) -> list[int]:
+        """Those of the ids that stand for text."""
+
+
+class Detokenizer:
+    """Turns the growing list of an answer's token ids into text deltas, up to a stop string.
+
+    A character whose bytes are spread over tokens comes out when it is complete. The deltas of a
+    byte-level tokenizer, `flush()` included, concatenate to the decoding of all ids at once.
+
+    Each call decodes a bounded window of the last tokens, not the whole answer. The window starts
+    where a character starts, and keeps tokens that are out already as context, since decoders
+    treat the very first token in a special way (they strip its space).
 
     Args:
         decoder: the model's tokenizer.
@@ -36,11 +53,16 @@ class OutputText:
         silent: Collection[int] = (),
         min_tokens: int = 0,
     ) -> None:
-        self._detokenizer = Detokenizer(decoder)
+        self._decoder = decoder
         self._filter = StopStringFilter(stops)
         self._silent = frozenset(silent)
         self._held_to_run = min_tokens
         """Output tokens that are still to come before a stop string counts."""
+        self._window: list[int] = []
+        self._emitted = 0
+        """Characters of the window's text that are out."""
+        self._aligned = 0
+        """Tokens of the window up to the last point known to lie between two characters."""
 
     @property
     def stopped(self) -> bool:
@@ -54,47 +76,19 @@ class OutputText:
         text = self._push(token_ids[:before], may_stop=False) if before else ""
         return text + self._push(token_ids[before:], may_stop=True)
 
-    def _push(self, token_ids: Sequence[int], *, may_stop: bool) -> str:
-        spoken = [token for token in token_ids if token not in self._silent]
-        return self._filter.push(self._detokenizer.push(spoken), may_stop=may_stop)
-
     def flush(self) -> str:
         """The rest of the text, when no more tokens will come."""
-        rest = self._filter.push(self._detokenizer.flush(), may_stop=not self._held_to_run)
-        return rest + self._filter.flush()
+        rest = self._decoder.decode(self._window)[self._emitted :]
+        self._window = []
+        self._emitted = self._aligned = 0
+        return self._filter.push(rest, may_stop=not self._held_to_run) + self._filter.flush()
 
+    def _push(self, token_ids: Sequence[int], *, may_stop: bool) -> str:
+        spoken = [token for token in token_ids if token not in self._silent]
+        return self._filter.push(self._decode(spoken), may_stop=may_stop)
 
-class TokenDecoder(Protocol):
-    """What the detokenizer needs of a tokenizer."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special ones skipped."""
-
-    def visible(self, token_ids: Sequence[int]) -> list[int]:
-        """Those of the ids that stand for text."""
-
-
-class Detokenizer:
-    """Turns a growing list of token ids into text deltas.
-
-    A character whose bytes are spread over tokens comes out when it is complete. The deltas of a
-    byte-level tokenizer, `flush()` included, concatenate to the decoding of all ids at once.
-
-    Each call decodes a bounded window of the last tokens, not the whole answer. The window starts
-    where a character starts, and keeps tokens that are out already as context, since decoders
-    treat the very first token in a special way (they strip its space).
-    """
-
-    def __init__(self, decoder: TokenDecoder) -> None:
-        self._decoder = decoder
-        self._window: list[int] = []
-        self._emitted = 0
-        """Characters of the window's text that are out."""
-        self._aligned = 0
-        """Tokens of the window up to the last point known to lie between two characters."""
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Add output tokens; returns the text that is now certain."""
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        """Add tokens to the window; returns the characters that are now complete."""
         visible = self._decoder.visible(token_ids)
         if not visible:
             return ""
@@ -104,13 +98,6 @@ class Detokenizer:
         delta = text[self._emitted : certain]
         self._emitted = max(self._emitted, certain)
         self._shift(text)
-        return delta
-
-    def flush(self) -> str:
-        """The text held back, when no more tokens will come."""
-        delta = self._decoder.decode(self._window)[self._emitted :]
-        self._window = []
-        self._emitted = self._aligned = 0
         return delta
 
     def _shift(self, text: str) -> None:
