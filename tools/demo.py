@@ -51,7 +51,7 @@ SHORT = (
     "What do bees make?",
 )
 ASK_AFTER_TOKENS = 16
-"""Of the first long answer: then the short questions are sent."""
+"""Tokens of the first long answer: then the short questions are sent."""
 MIN_TEXT_WIDTH = 10
 
 

@@ -32,7 +32,7 @@ print(json.dumps(min(sizes, default=None)))
 
 
 def check_ports(config: Config) -> Iterator[Finding]:
-    """That the addresses to listen on are this machine's, and free."""
+    """Check that the addresses to listen on are this machine's, and free."""
     addresses = {
         "coordinator.client_endpoint": _split(config.coordinator.client_endpoint),
         "coordinator.worker_endpoint": _split(config.coordinator.worker_endpoint),
@@ -68,7 +68,7 @@ def _check_port(setting: str, host: str, port: int) -> Finding:
 
 
 def check_model(config: Config, config_file: Path) -> Iterator[Finding]:
-    """That the model is there, complete, and can be read."""
+    """Check that the model is there, complete, and can be read."""
     directory, named = _find(config)
     if named and not directory.is_dir():
         said = f"{directory} is not on this machine: it is fetched from the hub at the start"

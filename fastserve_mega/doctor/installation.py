@@ -108,7 +108,7 @@ def _missing_extras(requirements: list[Requirement]) -> dict[str, list[str]]:
 
 
 def check_torch(config: Config | None) -> Iterator[Finding]:
-    """That it can be imported, and sees as many devices as the configuration needs."""
+    """Check that it can be imported, and sees as many devices as the configuration needs."""
     try:
         found = python_probe(_TORCH)
     except ProbeError as error:
@@ -147,7 +147,7 @@ def _check_devices(
 
 
 def check_megatron() -> Iterator[Finding]:
-    """That it can be imported; its version is among the libraries."""
+    """Check that it can be imported; its version is among the libraries."""
     try:
         yield ok("Megatron-Core", str(python_probe(_MEGATRON)))
     except ProbeError as error:
@@ -173,7 +173,7 @@ def check_apex() -> Iterator[Finding]:
 
 
 def check_transformer_engine() -> Iterator[Finding]:
-    """That it works, when it is installed."""
+    """Check that it works, when it is installed."""
     if not any(_installed(name) for name in ("transformer-engine", "transformer_engine_torch")):
         yield ok("Transformer Engine", "not installed; optional: faster layers on CUDA")
         return

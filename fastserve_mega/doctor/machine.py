@@ -24,7 +24,7 @@ print(json.dumps(socket.gethostbyname(socket.gethostname())))
 
 
 def check_host_name(config: Config | None) -> Iterator[Finding]:
-    """That other hosts could find this one by the address ranks tell each other."""
+    """Check that other hosts could find this one by the address ranks tell each other."""
     name = socket.gethostname()
     hosts = 1
     if config is not None:

@@ -156,7 +156,7 @@ class Router:
         self.send_frame(peer, encode(message))
 
     def send_frame(self, peer: Identity, frame: bytes) -> None:
-        """Like `send`, for a message that was encoded before."""
+        """Do what `send` does, for a message that was encoded before."""
         try:
             self.socket.send_multipart((peer, frame), zmq.DONTWAIT)
         except zmq.Again:

@@ -184,7 +184,7 @@ class SamplingFailure(Record, frozen=True):
     """Why a request got no token, though nothing is wrong with the rank."""
 
     index: Count
-    """Its place in StepResult.token_ids, which holds no token."""
+    """Index in StepResult.token_ids, which holds no token."""
     message: str
     """One sentence."""
 

@@ -88,11 +88,11 @@ class Experts:
     count: int
     chosen: int
     ffn_hidden_size: int
-    """Of one expert."""
+    """Size of one expert."""
     normalized: bool
     """The weights of a token's chosen experts are scaled to a sum of 1."""
     shared_ffn_hidden_size: int | None = None
-    """Of one more expert, for all tokens, weighed by the sigmoid of a gate; None without one."""
+    """Size of an expert for all tokens, weighed by the sigmoid of a gate; None without one."""
     dense_layers: frozenset[int] = frozenset()
     """Layers that have the plain feed-forward layer."""
 
@@ -136,7 +136,7 @@ class Architecture:
     sliding_window: int | None = None
     """A token attends to this many tokens at most, itself included; None is no limit."""
     layer_attention: tuple[AttentionKind, ...] = ()
-    """Of each layer, where they differ; empty when `positions` and `sliding_window` say it all."""
+    """Kind of each layer, where they differ; else `positions` and `sliding_window` say it all."""
     experts: Experts | None = None
     zero_centered_norm: bool = False
     """The weights of the norms are kept as their difference from 1."""
@@ -147,7 +147,7 @@ class Architecture:
     attention_softcap: float | None = None
     """Scores are squeezed into (-softcap, softcap) by a tanh; None leaves them."""
     logit_softcap: float | None = None
-    """Likewise the logits."""
+    """Soft cap of the logits."""
     embedding_scale: float = 1.0
     """Embeddings are multiplied by this, rounded to the model's precision."""
     eos_token_ids: tuple[int, ...] = ()

@@ -39,7 +39,7 @@ def read_architecture(fields: Fields) -> Architecture:
 
 
 def _ropes(fields: Fields) -> tuple[Rope, Rope]:
-    """Of the layers that see everything, and of those with a window."""
+    """Rotations of the layers that see everything, and of those with a window."""
     by_layer = fields.section("rope_parameters")
     if by_layer is None:
         local = Rope(theta=fields.number("rope_local_base_freq", 10_000.0))

@@ -7,7 +7,7 @@ from fastserve_mega.models.fields import Fields
 from fastserve_mega.models.llama import llama_like
 
 DEFAULT_WINDOW = 4096
-"""Of a config.json that does not mention sliding_window."""
+"""Window of a config.json that does not mention sliding_window."""
 
 
 def read_architecture(fields: Fields) -> Architecture:

@@ -52,7 +52,7 @@ class WeightNames:
     query_norm: str | None = None
     key_norm: str | None = None
     post_attention_norm: str | None = None
-    """Of what attention adds to the residual; likewise the next."""
+    """Norm of what attention adds to the residual; likewise the next."""
     post_feed_forward_norm: str | None = None
     experts: ExpertNames | None = None
     transposed: bool = False

@@ -15,7 +15,7 @@ class RequestStatus(IntEnum):
     WAITING = 0
     """It has no KV: it never ran, or its KV was dropped."""
     READY = 1
-    """Its KV is in device blocks, and a step may take it."""
+    """The KV is in device blocks, and a step may take it."""
     RUNNING = 2
     """A dispatched step computes it."""
     SWAPPING_OUT = 3
@@ -95,7 +95,7 @@ class KvState:
     num_copies: int = 0
     """Copies of its blocks that have not been reported done."""
     preempted_for: RequestId | None = None
-    """Who got its blocks when they were last taken away; None for the arrivals expected."""
+    """The request that got its blocks when it was last preempted; None for expected arrivals."""
 
 
 @dataclass(slots=True)

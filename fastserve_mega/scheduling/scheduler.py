@@ -118,7 +118,7 @@ class Scheduler:
         return self._cost_model.prefill_s(max(tokens - cached, 1)) + self._decode_s(output_tokens)
 
     def _decode_s(self, output_tokens: float) -> float:
-        """Of one answer, in full batches."""
+        """Time of one answer, in full batches."""
         batch = self._config.max_batch_size
         return output_tokens * self._cost_model.decode_s(batch, round(output_tokens)) / batch
 

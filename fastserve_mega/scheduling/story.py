@@ -17,7 +17,7 @@ class Happening:
     """One line of a story."""
 
     time_s: float
-    """Of the scheduler's clock."""
+    """Seconds of the scheduler's clock."""
     text: str
 
 

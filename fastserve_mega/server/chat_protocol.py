@@ -244,7 +244,7 @@ class ChatRequest(GenerationRequest):
         return PLAIN_TEXT if of_model is None else of_model()
 
     def structured_output(self) -> StructuredOutput | None:
-        """Also the form of a call that `tool_choice` forces."""
+        """The form, too, of a call that `tool_choice` forces."""
         asked = super().structured_output()
         forced = self._forced_call()
         return only_one([each for each in (asked, forced) if each is not None])

@@ -20,7 +20,7 @@ from fastserve_mega.text.structured import GrammarUnavailableError, check_struct
 from fastserve_mega.text.tokenizer import Tokenizer
 
 MAX_ANSWERS = 1024
-"""Of one HTTP request: prompts times n."""
+"""Answers of one HTTP request: prompts times n."""
 _LONG_TEXT = 2_000
 """Characters from which tokenizing goes to a thread; below, the switch costs more than the work."""
 

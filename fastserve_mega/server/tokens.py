@@ -28,7 +28,7 @@ class DetokenizeRequest(Strict):
 
 
 def tokens_router(service: Service) -> APIRouter:
-    """Both endpoints, with their service."""
+    """The two endpoints, with their service."""
     router = APIRouter()
 
     @router.post("/tokenize")

@@ -115,7 +115,7 @@ class LengthTable:
     """What they are, for titles."""
     is_synthetic: bool = False
     clients: npt.NDArray[np.str_] | None = None
-    """Who asks, row by row; None when the source does not say."""
+    """The client, row by row; None when the source does not say."""
 
     @property
     def means(self) -> tuple[float, float]:

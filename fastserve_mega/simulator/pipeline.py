@@ -56,7 +56,7 @@ class CopyStats:
         return max(self.busy_s - self.exposed_s, 0.0)
 
     def __add__(self, other: CopyStats) -> CopyStats:
-        """Both together, as of two replicas."""
+        """The sum of the two, as of two replicas."""
         return CopyStats(
             self.swapped_out_blocks + other.swapped_out_blocks,
             self.swapped_in_blocks + other.swapped_in_blocks,

@@ -23,7 +23,7 @@ class RequestRecord:
     """The most by which a token came after the arrival and, for each token before it, the pace that
     was promised."""
     client: str = ""
-    """Who asked; empty when the workload does not say."""
+    """The client; empty when the workload does not say."""
 
     @property
     def ttft_s(self) -> float:
@@ -88,4 +88,4 @@ class SimulationResult:
     swapped_tokens: int = 0
     """Room of the blocks that were copied, in either direction."""
     slo: Slo = field(default_factory=Slo)
-    """Whose pace the lateness of the records is measured by."""
+    """The pace that the lateness of the records is measured by."""

@@ -36,7 +36,7 @@ class StagePlan:
     weight_bytes: int
     kv_bytes_per_token: int
     device_blocks: int | None
-    """That its device has room for; None when nothing says what memory it has."""
+    """Blocks that its device has room for; None when nothing says what memory it has."""
     host_blocks: int
 
 

@@ -26,7 +26,7 @@ class TokenDecoder(Protocol):
         """Text of the ids, special ones skipped."""
 
     def visible(self, token_ids: Sequence[int]) -> list[int]:
-        """Those of the ids that stand for text."""
+        """The ids that stand for text."""
 
 
 class Detokenizer:

@@ -120,7 +120,7 @@ class Tokenizer:
         return self._token_bytes(token_id)
 
     def visible(self, token_ids: Sequence[int]) -> list[int]:
-        """Those of the ids that stand for text: neither special nor out of the vocabulary."""
+        """The ids that stand for text: neither special nor out of the vocabulary."""
         return [
             token
             for token in token_ids

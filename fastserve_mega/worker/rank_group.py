@@ -121,7 +121,7 @@ class RankGroup:
         self._exchange.close()
 
     def _attribute(self, sentence: str, who: list[int]) -> str:
-        """Who says it, unless all do."""
+        """The rank that says it, unless all do."""
         if len(who) == self.topology.world_size:
             return sentence
         name = f"rank {who[0]}" if len(who) == 1 else f"ranks {who}"

@@ -20,7 +20,7 @@ class Admission(Enum):
     """It has to wait for nothing but a copy or a step that is under way."""
     NO_MEMORY = 2
     NOT_STARTED = 3
-    """Its KV would not fit beside that of the started ones in the end."""
+    """The KV would not fit beside that of the started ones in the end."""
 
 
 class StartedRequests:

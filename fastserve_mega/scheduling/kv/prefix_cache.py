@@ -37,11 +37,11 @@ class PrefixCache:
         self._host = host
         self._block_size = block_size
         self._computing: dict[BlockHash, Request] = {}
-        """Who has been admitted to compute a block, until it is published or dropped."""
+        """Requests that were admitted to compute a block, until it is published or dropped."""
         self.queried_tokens = 0
         """Tokens of admitted requests."""
         self.hit_tokens = 0
-        """Those of them whose KV was found."""
+        """The part of them whose KV was found."""
 
     def known_tokens(self, request: Request) -> int:
         """How many leading tokens of a request would be found now."""

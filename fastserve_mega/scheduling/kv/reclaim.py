@@ -34,7 +34,7 @@ class Victims:
         self._now = now
 
     def __iter__(self) -> Iterator[Request]:
-        """Those whose preemption costs nobody anything that is not paid back."""
+        """Iterate over those whose preemption costs nobody anything that is not paid back."""
         return (victim for victim in self._all() if victim.preemption_credit_s <= 0)
 
     def _all(self) -> Iterator[Request]:
@@ -120,7 +120,7 @@ class Reclaimer:
         self._attainable: tuple[Any, int] | None = None
         """A rank, and what requests of lower priority can hope for in this step at most."""
         self._held: list[tuple[Request, int]] = []
-        """Who comes back from the host soon, and the blocks that takes."""
+        """Requests that come back from the host soon, and the blocks that takes."""
 
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""

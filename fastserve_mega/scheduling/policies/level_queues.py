@@ -27,9 +27,9 @@ class LevelQueues:
         """Make empty levels; `on_placed` is told whose KV came somewhere or is gone."""
         self._on_placed = on_placed
         self.lifted: set[Request] = set()
-        """Those with KV on the highest level that were lifted to it."""
+        """Requests with KV on the highest level that were lifted to it."""
         self.lifted_waiting: set[Request] = set()
-        """Those without."""
+        """Requests without KV there."""
         self._waiting: list[OrderedDict[Request, None]] = [OrderedDict() for _ in range(levels)]
         self._sorted: tuple[list[list[Request]], ...] = tuple(
             [[] for _ in range(levels)] for _ in Place

@@ -23,7 +23,7 @@ class _Decode:
     rows: slice
     sequences: int
     index: Tensor
-    """Of KvCache.read."""
+    """Index for KvCache.read."""
     mask: Tensor
     """[sequences * kv_heads, 1, tokens] added to the scores."""
 
@@ -44,7 +44,7 @@ class _Tile:
 class _Prefill:
     rows: slice
     index: Tensor | None
-    """Of KvCache.read; None when all keys are new, and need no reading."""
+    """Index for KvCache.read; None when all keys are new, and need no reading."""
     tiles: tuple[_Tile, ...]
 
 

@@ -125,7 +125,7 @@ class _Mixture:
     def _slab(
         self, name: str, shape: tuple[int, int, int], rows: range, columns: range | None = None
     ) -> Piece:
-        """Of a tensor that has the matrices of all experts."""
+        """Pieces of a tensor that has the matrices of all experts."""
         name = self._at(f"{self._names.fused}.experts.{name}")
         columns = range(shape[2]) if columns is None else columns
         return Piece(self._prefix + name, name, shape, rows, columns)

@@ -95,7 +95,7 @@ def keep_freed_memory() -> None:
 
 
 def _mallopt(option: int, value: int) -> None:
-    """Of glibc; other C libraries have none."""
+    """Set an option of glibc's malloc; other C libraries have none."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(option, value)

@@ -1,4 +1,4 @@
-"""Whose layers a stage is made of: Megatron's own, or Transformer Engine's."""
+"""The layers that a stage is made of: Megatron's own, or Transformer Engine's."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class MegatronRunner:
 
     @property
     def host_blocks(self) -> int:
-        """Likewise of its pool in host memory; 0 when the strategy does not swap."""
+        """Blocks of its pool in host memory; 0 when the strategy does not swap."""
         return self._host.num_blocks
 
     @property

@@ -61,7 +61,7 @@ class Stage:
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters of this rank."""
+        """Bytes of all parameters of this rank."""
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def pack_weights(self) -> None:

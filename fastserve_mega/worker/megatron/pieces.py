@@ -14,10 +14,10 @@ class Piece:
     bare_name: str
     """Name in a checkpoint that was saved from the bare model, without its prefix."""
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     rows: range
-    """Of the parameter's axes, as are the columns; see `transposed`. A tensor with three axes is
-    taken for a table with the rows of all its matrices below each other."""
+    """Rows of the parameter, as are the columns; see `transposed`. A tensor with three axes is taken
+    for a table with the rows of all its matrices below each other."""
     columns: range | None = None
     """None for a vector."""
     transposed: bool = False

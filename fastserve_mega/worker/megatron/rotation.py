@@ -33,11 +33,11 @@ def _kept_by_turns(frequencies: Tensor, scaling: RopeScaling, theta: float) -> T
 
 
 def _kept_by_pairs(frequencies: Tensor, scaling: RopeScaling, theta: float) -> Tensor:
-    """Likewise for yarn, which blends linearly over the pairs of dimensions."""
+    """Frequencies for yarn, which blends linearly over the pairs of dimensions."""
     pairs = frequencies.shape[0]
 
     def pair_with(turns: float) -> float:
-        """Whose frequency makes that many turns within the original context."""
+        """The dimension whose frequency makes that many turns within the original context."""
         return (
             pairs * math.log(scaling.original_max_context / (turns * 2 * math.pi)) / math.log(theta)
         )

@@ -29,12 +29,12 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""Of weights; by their name in a file's header."""
+"""Weights; by their name in a file's header."""
 KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 _STAGING_BYTES = 4 * 2**20
-"""Of a buffer for values that are converted on their way."""
+"""Bytes of a buffer for values that are converted on their way."""
 _SHORT_READ_BYTES = 2048
 """Columns narrower than this are cut out of the whole tensor: it would take too many reads."""
 
@@ -48,11 +48,11 @@ class StoredTensor:
     """Byte of the file at which its values start, row by row."""
     shape: tuple[int, ...]
     kind: str
-    """Of its values, as the file has it: F32, BF16, …"""
+    """Type of its values, as the file has it: F32, BF16, …"""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Likewise, as torch has it.
+        """Type of its values, as torch has it.
 
         Raises:
             ValueError: weights of this kind cannot be computed with here.
