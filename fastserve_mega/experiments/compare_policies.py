@@ -31,7 +31,7 @@ LOADS = (0.7, 0.9, 0.95, 1.2, 2.0)
 QUICK_LOADS = (0.7, 0.95, 2.0)
 WARMUP_SHARE = 0.2
 COOLDOWN_SHARE = 0.5
-"""Share of the measured requests, below saturation; beyond it all of a finite number are measured."""
+"""Share of the measured requests, below saturation; beyond it all of a number are measured."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

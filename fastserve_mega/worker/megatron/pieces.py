@@ -16,8 +16,8 @@ class Piece:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     rows: range
-    """Rows of the parameter, as are the columns; see `transposed`. A tensor with three axes is taken
-    for a table with the rows of all its matrices below each other."""
+    """Rows of the parameter, as are the columns; see `transposed`. A tensor with three axes is
+    taken for a table with the rows of all its matrices below each other."""
     columns: range | None = None
     """None for a vector."""
     transposed: bool = False
