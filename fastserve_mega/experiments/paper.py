@@ -53,6 +53,8 @@ from fastserve_mega.system.config import PolicyName
 DESCRIPTION = "The FastServe paper's comparison, by its own protocol, on the simulator."
 LIMIT_S = 0.3
 POLICIES: tuple[PolicyName, ...] = get_args(PolicyName)
+AS_IN_THE_PAPER = ("scheduler.admission=greedy",)
+"""The paper starts every request at once, whether its answer will fit or not."""
 
 # Numbers of prompts by rate, from the authors' overall_*.sh and large_bs_*.sh.
 SHAREGPT_PROMPTS = ((0.1, 20), (0.2, 50), (0.5, 100), (1, 200), (1.5, 300), (1.75, 350), (2, 400))
@@ -219,7 +221,7 @@ def load(
     name: str, options: Options, *overrides: str, workload: str = "paper-sharegpt"
 ) -> SimulationConfig:
     """A shipped system, changed by what the command line and the caller say."""
-    return load_system(name, workload, (*options.overrides, *overrides))
+    return load_system(name, workload, (*AS_IN_THE_PAPER, *options.overrides, *overrides))
 
 
 def search(
