@@ -1,20 +1,37 @@
-"""Records that leave a process: on the wire, in logs and files. msgspec checks what comes in."""
+"""Records that enter or leave a process: configurations, messages, logs and other files.
+
+msgspec checks what comes in, the bounds in the types included. A record made in Python is checked
+by its `__post_init__` alone.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
+from msgspec import Meta
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+T = TypeVar("T")
+
+Count = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+Fraction = Annotated[float, Meta(gt=0, le=1)]
 
 _LONGEST_VALUE = 60
 """Characters of a wrong value that a sentence shows."""
-_AT = re.compile(r"(.*) - at `(?:key` in `)?\$([^`]*)`", re.DOTALL)
+_AT = re.compile(r"(.*) - at `(key` in `)?\$([^`]*)`", re.DOTALL)
 _UNKNOWN_FIELD = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_OUT_OF_RANGE = re.compile(r"Expected `(?:int|float)` ([<>]=?) (\S+)")
+_BOUNDS = {
+    ">": ("gt", "above"),
+    ">=": ("ge", "at least"),
+    "<": ("lt", "below"),
+    "<=": ("le", "at most"),
+}
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 
 
@@ -26,6 +43,18 @@ class OpenRecord(msgspec.Struct, frozen=True):
     """A record for readers that may be older than the writer: they skip what they do not know."""
 
 
+def convert(plain: object, target: type[T]) -> T:
+    """Make a record of plain data, such as nested dicts and lists; nothing is coerced.
+
+    Raises:
+        ValueError: the data is not such a record; the message is that of `explain`.
+    """
+    try:
+        return msgspec.convert(plain, target)
+    except msgspec.ValidationError as error:
+        raise ValueError(explain(error, plain, target)) from None
+
+
 def explain(error: msgspec.ValidationError, plain: object, target: object) -> str:
     """What is wrong with the data, as one sentence with the field, the value and the limit.
 
@@ -35,19 +64,43 @@ def explain(error: msgspec.ValidationError, plain: object, target: object) -> st
         target: the type it should have had: a record, or a union of some.
     """
     found = _AT.fullmatch(str(error))
-    problem, path = found.groups() if found else (str(error), "")
+    problem, key, path = found.groups() if found else (str(error), None, "")
     where = path.removeprefix(".")
     if unknown := _UNKNOWN_FIELD.fullmatch(problem):
         name = f"{where}.{unknown[1]}" if where else unknown[1]
-        records = _records_at(target, plain, path)
+        records = _records_among(_types_at(target, plain, path), _value_at(plain, path))
         fields = dict.fromkeys(f for record in records for f in record.__struct_encode_fields__)
         return f"unknown field {name!r}; known fields are {', '.join(fields) or 'none'}"
+    if where and problem.startswith(f"{where}."):  # a record that names its field itself
+        return problem
+    value = _value_at(plain, path)
+    must = None if key else _must_be(problem, _types_at(target, plain, path))
+    if must is not None:
+        return f"{where or 'the value'} must be {must}, got {_shortened(value)}"
+    if key and isinstance(value, dict):
+        value = next((name for name in value if not isinstance(name, str)), value)
+        problem += " as a key"
     if problem.startswith("Expected") and ", got" not in problem:
-        problem += f", got {_shortened(_value_at(plain, path))}"
+        problem += f", got {_shortened(value)}"
     elif problem.startswith("Invalid value") and path.endswith(".type"):
         tags = ", ".join(_tags_at(target, plain, path.removesuffix(".type")))
-        problem = f"{_shortened(_value_at(plain, path))} is not one of {tags}"
+        problem = f"{_shortened(value)} is not one of {tags}"
     return f"{problem} - at `{where}`" if where else problem
+
+
+def _must_be(problem: str, types: list[Any]) -> str | None:
+    """What a number out of range or a value that is none of some must be; None: another problem."""
+    choices = [value for each in types if get_origin(each) is Literal for value in get_args(each)]
+    if choices and problem.startswith(("Invalid enum value", "Expected `str")):
+        return f"one of {', '.join(map(str, choices))}"
+    if not (found := _OUT_OF_RANGE.fullmatch(problem)):
+        return None
+    metas = [each for each in types if isinstance(each, Meta)]
+    if len(metas) != 1:
+        return f"{_BOUNDS[found[1]][1]} {found[2]}"
+    limits = [(word, getattr(metas[0], name)) for name, word in _BOUNDS.values()]
+    bounds = " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
+    return f"{bounds} ({metas[0].description})" if metas[0].description else bounds
 
 
 def _shortened(value: object) -> str:
@@ -70,40 +123,37 @@ def _value_at(plain: Any, path: str) -> object:
     return plain
 
 
-def _records_at(target: object, plain: object, path: str) -> list[type[msgspec.Struct]]:
-    """The records that may stand at a path, those with another tag left out."""
-    records = list(_records_in(target))
+def _types_at(target: object, plain: Any, path: str) -> list[Any]:
+    """All that the type at a path mentions, the fields of records with another tag left out."""
+    types = list(_mentioned(target))
     for step in _steps(path):
-        records = _with_tag_of(records, plain)
-        plain = _value_at(plain, f"[{step}]" if isinstance(step, int) else f".{step}")
         if isinstance(step, str):
-            fields = [f for record in records for f in msgspec.structs.fields(record)]
-            records = [r for f in fields if f.encode_name == step for r in _records_in(f.type)]
-    return _with_tag_of(records, plain)
+            records = _records_among(types, plain)
+            fields = [field for record in records for field in msgspec.structs.fields(record)]
+            types = [t for f in fields if f.encode_name == step for t in _mentioned(f.type)]
+        plain = _value_at(plain, f"[{step}]" if isinstance(step, int) else f".{step}")
+    return types
 
 
-def _with_tag_of(records: list[type[msgspec.Struct]], plain: object) -> list[type[msgspec.Struct]]:
+def _mentioned(target: object) -> Iterator[Any]:
+    """A type and all in it, for example in `tuple[Record, ...] | None`; bounds as well."""
+    yield target
+    for argument in get_args(target):
+        yield from _mentioned(argument)
+
+
+def _records_among(types: list[Any], plain: object) -> list[type[msgspec.Struct]]:
+    """The records, those with another tag than the data left out."""
     tag = plain.get("type") if isinstance(plain, dict) else None
+    records = [
+        each for each in types if isinstance(each, type) and issubclass(each, msgspec.Struct)
+    ]
     return [record for record in records if record.__struct_config__.tag in (tag, None)]
 
 
-def _records_in(target: object) -> Iterator[type[msgspec.Struct]]:
-    """The records that a type mentions, for example in `tuple[Record, ...] | None`."""
-    if isinstance(target, type) and issubclass(target, msgspec.Struct):
-        yield target
-    for argument in get_args(target):
-        yield from _records_in(argument)
-
-
 def _tags_at(target: object, plain: object, path: str) -> list[str]:
-    parent, _, last = path.rpartition(".")
-    if not last:
-        return [str(record.__struct_config__.tag) for record in _records_in(target)]
-    name = last.partition("[")[0]
-    return [
-        str(inner.__struct_config__.tag)
-        for record in _records_at(target, plain, parent)
-        for field in msgspec.structs.fields(record)
-        if field.encode_name == name
-        for inner in _records_in(field.type)
+    types = _types_at(target, plain, path)
+    records = [
+        each for each in types if isinstance(each, type) and issubclass(each, msgspec.Struct)
     ]
+    return [str(record.__struct_config__.tag) for record in records]

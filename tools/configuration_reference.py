@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/configuration.md from the dataclasses of configurations and workloads.
+"""Write docs/configuration.md from the records of configurations and workloads.
 
 configuration_reference.py            # write it
 configuration_reference.py --check    # exit status 1 when it is not current
@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "fastserve_mega" / "system" / "config.py"
+RECORDS = ROOT / "fastserve_mega" / "records.py"
 HARDWARE = ROOT / "fastserve_mega" / "system" / "hardware.py"
 WORKLOADS = (
     ROOT / "fastserve_mega" / "simulator" / "workload.py",
@@ -51,26 +52,26 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a configuration dataclass; `type` and `default` as in YAML."""
+    """A field of a configuration record; `type` and `default` as in YAML."""
 
     name: str
     type: str
     default: str
     meaning: str
     section: str | None = None
-    """The dataclass, when the field is a section of its own."""
+    """The record, when the field is a section of its own."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A configuration dataclass."""
+    """A configuration record."""
 
     meaning: str
     settings: tuple[Setting, ...]
 
 
 def read_sections(*sources: str) -> dict[str, Section]:
-    """All dataclasses of modules, by name."""
+    """All records of modules, by name."""
     body = [node for source in sources for node in ast.parse(source).body]
     classes = [node for node in body if isinstance(node, ast.ClassDef)]
     aliases = {
@@ -88,7 +89,7 @@ def read_sections(*sources: str) -> dict[str, Section]:
 
 
 def settings(node: ast.ClassDef, known: set[str], aliases: dict[str, ast.expr]) -> list[Setting]:
-    """The fields of a dataclass, each with the string literal after it as its meaning."""
+    """The fields of a record, each with the string literal after it as its meaning."""
     found = []
     for field, after in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
@@ -114,6 +115,8 @@ def type_text(node: ast.expr, aliases: dict[str, ast.expr]) -> str:
             return type_text(aliases[name], aliases)
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return f"{type_text(left, aliases)} or {type_text(right, aliases)}"
+        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[kind, *_])):
+            return type_text(kind, aliases)
         case ast.Subscript(value=ast.Name(id="Literal"), slice=words):
             values = words.elts if isinstance(words, ast.Tuple) else [words]
             return ", ".join(f"`{yaml_text(value)}`" for value in values)
@@ -169,10 +172,15 @@ def figures(title: str, section: Section) -> str:
     return f"{title}\n\n{section.meaning}\n\n{table}\n"
 
 
+def texts(*paths: Path) -> list[str]:
+    """What is in files."""
+    return [path.read_text(encoding="utf-8") for path in paths]
+
+
 def whole_page() -> str:
     """Deployments, the figures of hardware, and workloads."""
-    deployment = read_sections(*(path.read_text(encoding="utf-8") for path in (SOURCE, HARDWARE)))
-    workload = read_sections(*(path.read_text(encoding="utf-8") for path in WORKLOADS))
+    deployment = read_sections(*texts(RECORDS, SOURCE, HARDWARE))
+    workload = read_sections(*texts(RECORDS, *WORKLOADS))
     return "\n".join(
         (
             reference(deployment),

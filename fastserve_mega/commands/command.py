@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from msgspec import structs
 
 from fastserve_mega.logs import LOG_FORMATS
 from fastserve_mega.system.config import Config, SchedulerConfig
@@ -180,7 +181,7 @@ def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Co
 
     def read(path: str, overrides: Sequence[str]) -> Config:
         config = load_config(path, overrides)
-        return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
+        return structs.replace(config, model=resolve_model(config.model, weights=weights))
 
     return load(options, read)
 

@@ -49,11 +49,14 @@ def _simulate(options: argparse.Namespace) -> int:
         return fail(options, error)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def _rates(text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(word) for word in text.split(","))
+        rates = tuple(float(word) for word in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"not numbers separated by commas: {text!r}") from None
+        rates = (0.0,)
+    if not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"not positive numbers separated by commas: {text!r}")
+    return rates
 
 
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +89,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rates",
-        type=_numbers,
+        type=_rates,
         default=(),
         metavar="X,Y,…",
         help="requests per second; default: the configured rate",

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
 from fastserve_mega.plan import Plan
-from fastserve_mega.records import Record, explain
+from fastserve_mega.records import Record, convert, explain
 from fastserve_mega.scheduling.cost_model import Profile, ProfiledCostModel
 from fastserve_mega.scheduling.events import Event
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.strict import from_plain
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerSetup:
+class SchedulerSetup(Record, frozen=True, kw_only=True):
     """All that a live `Scheduler` is made of."""
 
     scheduler: SchedulerConfig
@@ -135,7 +132,7 @@ def read_event_log(path: Path) -> tuple[SchedulerSetup, Iterator[StepCall]]:
     if not number:
         raise ValueError(f"{path} is empty")
     try:
-        setup = from_plain(msgspec.json.decode(first), SchedulerSetup)
+        setup = convert(msgspec.json.decode(first), SchedulerSetup)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from None
     return setup, (_step_call(path, *line) for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -11,6 +10,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from msgspec import structs
 
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.machine import GIB, memory_bytes
@@ -144,10 +145,10 @@ def check_memory(config: Config, config_file: Path) -> Iterator[Finding]:
     if config.parallel.device != "cpu":
         device_bytes = _smallest_device()
     if device_bytes is not None:
-        here = dataclasses.replace(
+        here = structs.replace(
             config.hardware, device_memory_gb=device_bytes / GIB, host_memory_gb=total / GIB
         )
-        config = dataclasses.replace(config, hardware=here)
+        config = structs.replace(config, hardware=here)
     plan = plan_deployment(config, architecture)
     for said in plan.problems:
         yield problem("memory", said, "see `fastserve-mega plan` with the same arguments")

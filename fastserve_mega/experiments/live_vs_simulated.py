@@ -29,6 +29,7 @@ from fastserve_mega.experiments.other_policies import simulate
 from fastserve_mega.experiments.replay import replay
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.printing import FittedTable
+from fastserve_mega.records import convert
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.kv.pool import PoolSizes
@@ -130,15 +131,15 @@ def render(comparisons: Sequence[Comparison]) -> FittedTable:
 
 def draw_specs(options: argparse.Namespace) -> list[RequestSpec]:
     """Lengths, and Poisson arrivals at one request per second."""
-    workload = WorkloadConfig(
-        source=options.lengths,
-        max_prompt_tokens=options.max_prompt,
-        max_total_tokens=options.max_total,
-        rate=1.0,
-        num_requests=options.requests,
-        seed=options.seed,
-    )
-    return make_requests(workload, options.data)
+    workload = {
+        "source": options.lengths,
+        "max_prompt_tokens": options.max_prompt,
+        "max_total_tokens": options.max_total,
+        "rate": 1.0,
+        "num_requests": options.requests,
+        "seed": options.seed,
+    }
+    return make_requests(convert(workload, WorkloadConfig), options.data)
 
 
 def expected_setup(

@@ -8,8 +8,11 @@ be equal, and a copy takes the shortest time for a block that the log shows.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from fastserve_mega.bench.statistics import distribution
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall
@@ -95,7 +98,7 @@ def simulate(
             f"{setup.scheduler.max_queued_requests} or the KV pools when they are simulated"
         )
     return [
-        replace(
+        dataclasses.replace(
             record,
             arrival_s=record.arrival_s - way_s,
             first_token_s=record.first_token_s + way_s,

@@ -17,15 +17,17 @@ alpaca_lengths.csv.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
+from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -168,7 +170,7 @@ def large_batches(options: Options) -> list[Line]:
 def swap_strategies(options: Options) -> list[Line]:
     """Skip-join under each way to treat the KV of the preempted."""
     policies: tuple[PolicyName, ...] = ("skip_join_mlfq",)
-    options = replace(options, policies=policies)
+    options = dataclasses.replace(options, policies=policies)
     table = Table(title=f"OPT-13B ShareGPT, swap strategies, mean <= {LIMIT_S} s/token")
     add_columns(table, policies)
     table.add_column("paper", justify="right")
@@ -186,7 +188,7 @@ def swap_strategies(options: Options) -> list[Line]:
 def length_ratios(options: Options) -> list[Line]:
     """Skip-join against naive MLFQ and fixed priority; the paper has up to 1.87 and 13.9 times."""
     policies: tuple[PolicyName, ...] = ("skip_join_mlfq", "mlfq", "fixed_priority")
-    options = replace(options, policies=policies)
+    options = dataclasses.replace(options, policies=policies)
     table = Table(title=f"OPT-13B over input/output length ratios, mean <= {LIMIT_S} s/token")
     add_columns(table, policies, baseline="mlfq")
     table.add_column("/ fixed_priority", justify="right")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 
 from fastserve_mega.simulator.config import SimulationConfig
 from fastserve_mega.simulator.lengths import LengthTable

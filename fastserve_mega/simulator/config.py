@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.records import Record
 from fastserve_mega.scheduling.cost_model import CostModel, Profile, ProfiledCostModel
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
@@ -21,8 +21,7 @@ from fastserve_mega.system.deployment import DeploymentPlan, plan_deployment
 from fastserve_mega.system.locate import find_architecture
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimulationConfig:
+class SimulationConfig(Record, frozen=True, kw_only=True):
     """Everything a simulation depends on."""
 
     deployment: Config

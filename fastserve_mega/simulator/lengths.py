@@ -14,6 +14,8 @@ from typing import TextIO
 import numpy as np
 import numpy.typing as npt
 
+from fastserve_mega.records import PositiveFloat, PositiveInt, Record
+
 LENGTH_COLUMNS = ("prompt_tokens", "output_tokens")
 TIME_COLUMN = "timestamp_s"
 CLIENT_COLUMN = "client"
@@ -25,19 +27,13 @@ Lengths = npt.NDArray[np.int64]
 """Rows of (prompt tokens, output tokens)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lognormal:
+class Lognormal(Record, frozen=True, kw_only=True):
     """A distribution of lengths in whole tokens, of at least one."""
 
-    mean: float
+    mean: PositiveFloat
     """In tokens, before rounding."""
-    cv: float
+    cv: PositiveFloat
     """Coefficient of variation: standard deviation over mean."""
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "cv"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} of a length must be positive, got {getattr(self, name)}")
 
     def draw(self, random: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
         """So many lengths."""
@@ -49,20 +45,15 @@ class Lognormal:
         return f"mean {self.mean:g}, cv {self.cv:g}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyntheticLengths:
+class SyntheticLengths(Record, frozen=True, kw_only=True):
     """Lengths drawn from two distributions that do not depend on each other."""
 
     prompt: Lognormal
     """Lengths of prompts."""
     output: Lognormal
     """Lengths of outputs."""
-    rows: int = 20_000
+    rows: PositiveInt = 20_000
     """Drawn once, always the same; what a file would have."""
-
-    def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise ValueError(f"rows of synthetic lengths must be at least 1, got {self.rows}")
 
     def draw(self) -> Lengths:
         """The same rows each time."""

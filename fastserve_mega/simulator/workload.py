@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import field
 
+from fastserve_mega.records import Count, PositiveFloat, PositiveInt, Record
 from fastserve_mega.simulator.lengths import LengthTable, SyntheticLengths, read_source
 from fastserve_mega.system.config_file import load_yaml
 
@@ -29,8 +31,7 @@ class RequestSpec(NamedTuple):
     """As clients give it: lower is more urgent."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkloadConfig:
+class WorkloadConfig(Record, frozen=True, kw_only=True):
     """Which requests, and when. Rows are filtered, scaled within the limits, then sampled."""
 
     source: str | SyntheticLengths = "synthetic-sharegpt"
@@ -39,28 +40,28 @@ class WorkloadConfig:
     perhaps client, who asks; or distributions to draw from. Rows with 0 tokens are skipped."""
     where: Mapping[str, int] = field(default_factory=dict)
     """Takes only the rows whose columns have these values, for example {turn: 0}."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: PositiveInt | None = None
     """Longer prompts are left out, before and after scaling."""
-    max_total_tokens: int | None = None
+    max_total_tokens: PositiveInt | None = None
     """Rows with more tokens of prompt and output together are left out in the same way."""
-    mean_prompt_tokens: float | None = None
+    mean_prompt_tokens: PositiveFloat | None = None
     """Scale the prompts so that those within the limits have this mean."""
-    mean_output_tokens: float | None = None
+    mean_output_tokens: PositiveFloat | None = None
     """Scale the outputs in the same way."""
-    rate: float | None = None
+    rate: PositiveFloat | None = None
     """Requests per second; rows are sampled without replacement as long as there are enough.
     None replays the timestamps of a trace."""
-    cv: float = 1.0
+    cv: PositiveFloat = 1.0
     """Coefficient of variation of the times between arrivals: 1 is Poisson, else Gamma."""
-    speedup: float = 1.0
+    speedup: PositiveFloat = 1.0
     """The timestamps of a replayed trace are divided by this."""
-    num_requests: int = 1000
+    num_requests: PositiveInt = 1000
     """Measured requests; a trace may have fewer."""
-    warmup_requests: int = 0
+    warmup_requests: Count = 0
     """Arrive before the measured ones."""
-    cooldown_requests: int = 0
+    cooldown_requests: Count = 0
     """Arrive after the measured ones and keep up the load until those have finished."""
-    seed: int = 0
+    seed: Count = 0
     """Decides the times and the rows that are drawn."""
 
     def __post_init__(self) -> None:
@@ -68,22 +69,13 @@ class WorkloadConfig:
             raise ValueError("workload.cv needs workload.rate: a trace has its own arrival times")
         if self.rate is not None and self.speedup != 1.0:
             raise ValueError("workload.speedup is for traces; set workload.rate alone")
-        for name in ("rate", "cv", "speedup", "num_requests", "max_prompt_tokens",
-                     "max_total_tokens", "mean_prompt_tokens", "mean_output_tokens"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"workload.{name} must be positive, got {value}")
-        for name in ("warmup_requests", "cooldown_requests", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"workload.{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def total_requests(self) -> int:
         return self.warmup_requests + self.num_requests + self.cooldown_requests
 
 
-@dataclass(frozen=True, slots=True)
-class _WorkloadFile:
+class _WorkloadFile(Record, frozen=True):
     workload: WorkloadConfig
 
 

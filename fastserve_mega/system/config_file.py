@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from fastserve_mega.strict import from_plain
+from fastserve_mega.records import convert
 from fastserve_mega.system.config import Config
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def load_yaml(
 
     Args:
         path: of the file; its top level is a mapping. None stands for an empty one.
-        target: the dataclass it describes.
+        target: the record it describes.
         overrides: applied in order, before validation.
         check: raises ValueError for what only the whole configuration can tell.
         section: the file holds this section of `target` alone; overrides name it all the same.
@@ -53,15 +53,15 @@ def load_yaml(
         except ValueError as error:
             raise ValueError(f"--set {override}: {error}") from None
 
-    def convert(plain: object) -> T:
-        config = from_plain(plain, target)
+    def checked(plain: object) -> T:
+        config = convert(plain, target)
         check(config)
         return config
 
     try:
-        return convert(raw)
+        return checked(raw)
     except ValueError as error:
-        origin = _origin(str(error), _settings_of(text, section), overrides, convert) or path
+        origin = _origin(str(error), _settings_of(text, section), overrides, checked) or path
         raise ValueError(f"{origin}: {error}") from None
 
 
@@ -76,21 +76,21 @@ def _origin(
     error: str,
     raw: dict[str, Any],
     overrides: Sequence[str],
-    convert: Callable[[object], object],
+    read: Callable[[object], object],
 ) -> str | None:
     """The override from which on an error is said; None if the file alone brings it."""
-    origin, said = None, _error_of(raw, convert)
+    origin, said = None, _error_of(raw, read)
     for override in overrides:
         _apply_override(raw, override)
-        before, said = said, _error_of(raw, convert)
+        before, said = said, _error_of(raw, read)
         if said == error != before:
             origin = f"--set {override}"
     return origin
 
 
-def _error_of(raw: dict[str, Any], convert: Callable[[object], object]) -> str | None:
+def _error_of(raw: dict[str, Any], read: Callable[[object], object]) -> str | None:
     try:
-        convert(raw)
+        read(raw)
     except ValueError as error:
         return str(error)
     return None

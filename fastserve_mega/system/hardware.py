@@ -11,65 +11,41 @@ every device here, and not fitted to any result:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from fastserve_mega.records import Fraction, PositiveFloat, PositiveInt, Record, Seconds
 
 GIB = 2**30
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class Device(Record, frozen=True, kw_only=True):
     """One accelerator."""
 
     name: str
     """For messages."""
-    memory_bytes: int
+    memory_bytes: PositiveInt
     """As the driver reports it."""
-    memory_bandwidth: float
+    memory_bandwidth: PositiveFloat
     """Bytes/s of device memory, as in the data sheet."""
-    peak_flops: float
+    peak_flops: PositiveFloat
     """Dense half-precision FLOP/s, as in the data sheet."""
-    host_bandwidth: float
+    host_bandwidth: PositiveFloat
     """Bytes/s of the link to host memory in one direction (PCIe), as in the data sheet."""
-    memory_efficiency: float = 0.8
+    memory_efficiency: Fraction = 0.8
     """Share of `memory_bandwidth` that kernels reach."""
-    compute_efficiency: float = 0.6
+    compute_efficiency: Fraction = 0.6
     """Share of `peak_flops` that matrix products reach."""
-    host_efficiency: float = 0.8
+    host_efficiency: Fraction = 0.8
     """Share of `host_bandwidth` that copies reach."""
 
-    def __post_init__(self) -> None:
-        for field in ("memory_bytes", "memory_bandwidth", "peak_flops", "host_bandwidth"):
-            _require_positive(f"device {self.name}: ", field, getattr(self, field))
-        for field in ("memory_efficiency", "compute_efficiency", "host_efficiency"):
-            if not 0.0 < getattr(self, field) <= 1.0:
-                raise ValueError(
-                    f"device {self.name}: {field} must be above 0 and at most 1, "
-                    f"got {getattr(self, field)}"
-                )
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class Link(Record, frozen=True, kw_only=True):
     """Between devices of one node, or between nodes; the bandwidth is what collectives reach."""
 
     name: str
     """For messages."""
-    bandwidth: float
+    bandwidth: PositiveFloat
     """Bytes/s in one direction, between devices that of each device, between nodes of a node."""
-    latency_s: float
+    latency_s: Seconds
     """Time of one small message or all-reduce, launch included."""
-
-    def __post_init__(self) -> None:
-        _require_positive(f"link {self.name}: ", "bandwidth", self.bandwidth)
-        if self.latency_s < 0:
-            raise ValueError(
-                f"link {self.name}: latency_s must not be negative, got {self.latency_s}"
-            )
-
-
-def _require_positive(owner: str, field: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{owner}{field} must be positive, got {value}")
 
 
 # NVIDIA A100 data sheet (nvidia-a100-datasheet-us-nvidia-1758950, 2021): 40 GB HBM2 at 1,555 GB/s,
@@ -121,8 +97,7 @@ LINKS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HardwareConfig:
+class HardwareConfig(Record, frozen=True, kw_only=True):
     """The machines a deployment is meant for.
 
     `fastserve-mega plan` and `simulate` compute with them, on any machine; ranks look at the device
@@ -132,33 +107,23 @@ class HardwareConfig:
     device: str | Device | None = None
     """What each rank has: a100-40g, h100-80g, h200, or its figures. None leaves it open; then a
     simulation needs a profile for the times of steps, and takes copies to the host for free."""
-    device_memory_gb: float | None = None
+    device_memory_gb: PositiveFloat | None = None
     """Memory of a device, GiB. None takes what `device` has, or leaves open what fits."""
-    devices_per_node: int = 8
+    devices_per_node: PositiveInt = 8
     """GPUs of a node, one per rank."""
-    host_memory_gb: float | None = None
+    host_memory_gb: PositiveFloat | None = None
     """Memory of a node, GiB."""
     interconnect: str | Link = "pcie-4"
     """Between the devices of a node: nvlink-a100, nvlink-h100, nvlink-h200, pcie-4, or figures."""
     network: str | Link = "network-400g"
     """Between nodes: network-400g, or figures."""
-    layer_overhead_s: float = 10e-6
+    layer_overhead_s: Seconds = 10e-6
     """Simulated time of the small kernels and launches of a layer in each step."""
-    step_overhead_s: float = 1e-3
+    step_overhead_s: Seconds = 1e-3
     """Simulated time from a step's result to the next plan's start: scheduling, messages and
     sampling."""
 
     def __post_init__(self) -> None:
-        for name in ("device_memory_gb", "host_memory_gb"):
-            if (value := getattr(self, name)) is not None:
-                _require_positive("hardware.", name, value)
-        for name in ("layer_overhead_s", "step_overhead_s"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"hardware.{name} must not be negative, got {value}")
-        if self.devices_per_node < 1:
-            raise ValueError(
-                f"hardware.devices_per_node must be at least 1, got {self.devices_per_node}"
-            )
         for name, known in (("device", DEVICES), ("interconnect", LINKS), ("network", LINKS)):
             if isinstance(value := getattr(self, name), str) and value not in known:
                 raise ValueError(

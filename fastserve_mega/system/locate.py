@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+from msgspec import structs
 
 from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config, ModelConfig
@@ -57,7 +58,7 @@ def resolve_model(
                 f"model.path {model.path!r} is neither a directory nor could it be fetched from "
                 f"the hub: {_first_line(error)}"
             ) from None
-    return dataclasses.replace(model, path=str(directory), served_name=model.name)
+    return structs.replace(model, path=str(directory), served_name=model.name)
 
 
 def find_architecture(config: Config, config_file: Path) -> tuple[Architecture, Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import signal
@@ -12,6 +11,7 @@ from contextlib import nullcontext
 from typing import Literal
 
 import zmq
+from msgspec import structs
 
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.system.config import Config
@@ -114,7 +114,7 @@ def _resolve_model(config: Config, ranks: RankGroup, *, weights: bool) -> Config
     if ranks.topology.local_rank == 0:
         resolve_model(config.model, weights=weights)
     ranks.gather()  # the others wait here
-    return dataclasses.replace(config, model=resolve_model(config.model, weights=weights))
+    return structs.replace(config, model=resolve_model(config.model, weights=weights))
 
 
 class _Rank:

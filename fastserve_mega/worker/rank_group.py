@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -13,6 +12,8 @@ import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import msgspec
 
 import fastserve_mega
 from fastserve_mega.system.config import Config
@@ -162,9 +163,9 @@ def _digests(config: Config) -> dict[str, str]:
     fields: dict[str, str] = {}
 
     def visit(value: Any, path: str) -> None:
-        if dataclasses.is_dataclass(value):
-            for field in dataclasses.fields(value):
-                visit(getattr(value, field.name), f"{path}.{field.name}" if path else field.name)
+        if isinstance(value, msgspec.Struct):
+            for name in value.__struct_fields__:
+                visit(getattr(value, name), f"{path}.{name}" if path else name)
         else:
             fields[path] = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 

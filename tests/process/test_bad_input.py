@@ -53,7 +53,7 @@ BAD_FRAMES = {
     "wrong type": (frame({**GOOD, "prompt": "hello"}), "prompt"),
     "negative count": (
         frame({"type": "GetSnapshot", "max_requests": -1}),
-        "GetSnapshot: Expected `int` >= 0, got -1 - at `max_requests`",
+        "GetSnapshot: max_requests must be at least 0, got -1",
     ),
     "negative max_tokens": (
         frame({**GOOD, "params": {"max_tokens": -5}}),

@@ -12,12 +12,12 @@ from fastserve_mega.coordinator.profile_file import load_profile
 from fastserve_mega.experiments import live_run
 from fastserve_mega.experiments import live_vs_simulated as experiment
 from fastserve_mega.experiments.other_policies import simulate
+from fastserve_mega.records import convert
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
-from fastserve_mega.strict import from_plain
 from fastserve_mega.system.config import MlfqConfig, SchedulerConfig, SwapConfig
 
 STEP_S, TOKEN_S = 0.02, 0.001
@@ -87,7 +87,7 @@ def test_differences_by_hand():
 def test_delivery_is_part_of_what_clients_see():
     setup = SchedulerSetup(
         scheduler=SchedulerConfig(mlfq=MlfqConfig(starvation_limit_s=None)), swap=SwapConfig(),
-        pools=PoolSizes(100, 0, 16), profile=from_plain(json.loads(PROFILE), Profile), window=1,
+        pools=PoolSizes(100, 0, 16), profile=convert(json.loads(PROFILE), Profile), window=1,
         first_step_id=0,
     )  # fmt: skip
     engine = ProfiledEngine(setup.profile, (1,))

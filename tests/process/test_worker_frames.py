@@ -17,7 +17,7 @@ WAIT_S = 20.0
     [
         (b"\x01\x40\x80", "rank-0: this end speaks protocol version 2, got a message of version 1"),
         (b"\x02\xc1", "rank-0: not a message: "),
-        (encode(WorkerReady(-1, 1, 0, 1)), "rank-0: WorkerReady: Expected `int` >= 0, got -1"),
+        (encode(WorkerReady(-1, 1, 0, 1)), "rank-0: WorkerReady: rank must be at least 0, got -1"),
     ],
 )
 def test_a_frame_that_cannot_be_read_names_its_rank(frame, reason):

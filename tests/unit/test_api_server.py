@@ -11,8 +11,8 @@ from fastserve_mega.client.testing import WAIT_S
 
 PROGRAM = """
 import sys
+from fastserve_mega.records import convert
 from fastserve_mega.system.config import Config
-from fastserve_mega.strict import from_plain
 from fastserve_mega.server.api_server import run_server
 directory, endpoint, port = sys.argv[1:]
 raw = {
@@ -20,7 +20,7 @@ raw = {
     "coordinator": {"client_endpoint": endpoint},
     "server": {"port": int(port)},
 }
-sys.exit(run_server(from_plain(raw, Config)))
+sys.exit(run_server(convert(raw, Config)))
 """
 
 

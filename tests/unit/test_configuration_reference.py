@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import typing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -45,7 +45,7 @@ def test_a_page_that_is_not_current_is_noticed(tmp_path, monkeypatch, capsys):
 
 def leaves(kind, prefix=""):
     for name, hint in typing.get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
+        if msgspec.inspect.is_struct_type(hint):
             yield from leaves(hint, f"{prefix}{name}.")
         else:
             yield prefix + name

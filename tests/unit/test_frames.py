@@ -145,14 +145,14 @@ def test_a_client_skips_fields_of_a_newer_coordinator():
         ({"type": "Pong"}, "Pong: Object missing required field `epoch`"),
         (
             {"type": "CopyResult", "copy_id": 1, "rank": -1, "copy_s": 0.5},
-            "CopyResult: Expected `int` >= 0, got -1 - at `rank`",
+            "CopyResult: rank must be at least 0, got -1",
         ),
         (
             {
                 "type": "StepCommand", "token_ids": [],
                 "plan": {"step_id": 1, "batch": [["r", 0, -3, True, 0, []]]},
             },
-            "StepCommand: Expected `int` >= 0, got -3 - at `plan.batch[0][2]`",
+            "StepCommand: plan.batch[0][2] must be at least 0, got -3",
         ),
         (
             {"type": "StepCommand", "token_ids": [], "plan": {"step_id": 1, "bach": []}},

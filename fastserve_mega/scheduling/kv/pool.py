@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+from fastserve_mega.records import Record
 from fastserve_mega.types import BlockHash
 
 NULL_BLOCK = 0
 """Never owned and never written; it pads block tables."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolSizes:
+class PoolSizes(Record, frozen=True):
     """Blocks of the pools of every rank, the null blocks included."""
 
     device_blocks: int

@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
 from fastserve_mega.simulator.main import run_simulate, simulate, with_policy
@@ -129,11 +129,14 @@ def test_shipped_workloads_run_without_data_of_ones_own(path: Path) -> None:
         ("model.served_name=opt", "there is no .*architectures/opt/config.json"),
         ("parallel.tensor=3", "40 attention heads cannot be divided among parallel.tensor=3"),
         ("scheduler.polcy=fcfs", "unknown field 'scheduler.polcy'"),
-        ("hardware.step_overhead_s=-1", "step_overhead_s must not be negative"),
+        ("hardware.step_overhead_s=-1", "hardware.step_overhead_s must be at least 0, got -1"),
         ("hardware.device=null", "nothing says how many KV blocks there are"),
         ("hardware.device_memory_gb=20", "opt-13b does not fit: 25.7 GB of weights"),
         ("workload.rat=1", "--set workload.rat=1: unknown field 'workload.rat'"),
-        ("workload.source={prompt: {mean: 0, cv: 1}}", "mean of a length must be positive, got 0"),
+        (
+            "workload.source={prompt: {mean: 0, cv: 1}}",
+            "workload.source.prompt.mean must be above 0, got 0",
+        ),
     ],
 )
 def test_a_bad_config_is_one_clear_error(override: str, message: str) -> None:

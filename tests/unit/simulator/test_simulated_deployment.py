@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fastserve_mega import cli
 from fastserve_mega.coordinator.profile_file import save_profile
@@ -68,6 +68,14 @@ def test_the_command_takes_a_profile(how: str, tmp_path: Path, capsys) -> None:
     # After the first token, one in each step of half a second.
     assert '"tpot_s": {\n   "mean": 0.5,' in json.read_text().replace("    ", " ")
     assert "synthetic-sharegpt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rates", ["2,0", "-1", "nan", "two"])
+def test_rates_that_are_not_positive_are_refused(rates: str, capsys) -> None:
+    config = str(CONFIGS / "opt-13b-a100.yaml")
+    with pytest.raises(SystemExit):
+        cli.main(["simulate", "--config", config, f"--rates={rates}"])
+    assert f"not positive numbers separated by commas: '{rates}'" in capsys.readouterr().err
 
 
 def test_the_workload_s_overrides_are_told_from_the_deployment_s() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastserve_mega.simulator.workload import (
     RequestSpec,
     WorkloadConfig,
     load_lengths,
+    load_workload,
     make_requests,
 )
 
@@ -107,12 +109,21 @@ def test_a_trace_without_timestamps_is_refused(write: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"cv": 2.0}, {"rate": 1.0, "speedup": 2.0}, {"rate": 0.0}, {"num_requests": 0}, {"seed": -1}],
+    ("options", "message"),
+    [
+        ({"cv": 2.0}, "workload.cv needs workload.rate"),
+        ({"rate": 1.0, "speedup": 2.0}, "workload.speedup is for traces"),
+        ({"rate": 0.0}, "workload.rate must be above 0, got 0.0"),
+        ({"rate": ".nan"}, "workload.rate must be above 0, got nan"),
+        ({"num_requests": 0}, "workload.num_requests must be at least 1, got 0"),
+        ({"seed": -1}, "workload.seed must be at least 0, got -1"),
+        ({"where": "{turn: first}"}, "Expected `int`, got `str`"),
+    ],
 )
-def test_values_that_make_no_sense_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"workload\."):
-        WorkloadConfig(source="w.csv", **options)
+def test_values_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    overrides = [f"workload.{name}={value}" for name, value in options.items()]
+    with pytest.raises(ValueError, match=f"^--set {re.escape(overrides[-1])}: {message}"):
+        load_workload(None, overrides)
 
 
 def test_clients_come_from_a_column_of_their_own(write: Any) -> None:

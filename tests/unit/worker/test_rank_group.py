@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 
+import msgspec
 import pytest
 
 from fastserve_mega.system.config import Config, ModelConfig, SchedulerConfig
@@ -74,7 +74,7 @@ def run(works):
 
 
 def config(**changes):
-    return dataclasses.replace(Config(model=ModelConfig(path="/models/x")), **changes)
+    return msgspec.structs.replace(Config(model=ModelConfig(path="/models/x")), **changes)
 
 
 def test_values_travel_in_rank_order():
