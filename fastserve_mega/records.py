@@ -66,45 +66,57 @@ def explain(error: msgspec.ValidationError, plain: object, target: object) -> st
     found = _AT.fullmatch(str(error))
     problem, key, path = found.groups() if found else (str(error), None, "")
     where = path.removeprefix(".")
-    if unknown := _UNKNOWN_FIELD.fullmatch(problem):
-        name = f"{where}.{unknown[1]}" if where else unknown[1]
-        records = _records_among(_types_at(target, plain, path), _value_at(plain, path))
-        fields = dict.fromkeys(f for record in records for f in record.__struct_encode_fields__)
-        return f"unknown field {name!r}; known fields are {', '.join(fields) or 'none'}"
+    value = _value_at(plain, path)
+    types = _types_at(target, plain, path)
     if where and problem.startswith(f"{where}."):  # a record that names its field itself
         return problem
-    value = _value_at(plain, path)
-    must = None if key else _must_be(problem, _types_at(target, plain, path))
-    if must is not None:
-        return f"{where or 'the value'} must be {must}, got {_shortened(value)}"
-    if key and isinstance(value, dict):
-        value = next((name for name in value if not isinstance(name, str)), value)
-        problem += " as a key"
+    records = _records_among(types, value)
+    if (name := _stray_field(problem, value if key and records else None)) is not None:
+        name = f"{where}.{name}" if where else name
+        fields = dict.fromkeys(f for record in records for f in record.__struct_encode_fields__)
+        return f"unknown field {name!r}; known fields are {', '.join(fields) or 'none'}"
+    if must := _must(problem, types):
+        return f"{where or 'the value'} must {must}, got {_shortened(value)}"
     if problem.startswith("Expected") and ", got" not in problem:
         problem += f", got {_shortened(value)}"
     elif problem.startswith("Invalid value") and path.endswith(".type"):
-        tags = ", ".join(_tags_at(target, plain, path.removesuffix(".type")))
+        among = _records_in(_types_at(target, plain, path.removesuffix(".type")))
+        tags = ", ".join(str(record.__struct_config__.tag) for record in among)
         problem = f"{_shortened(value)} is not one of {tags}"
     return f"{problem} - at `{where}`" if where else problem
 
 
-def _must_be(problem: str, types: list[Any]) -> str | None:
-    """What a number out of range or a value that is none of some must be; None: another problem."""
+def _stray_field(problem: str, keys: Any) -> str | None:
+    """The name of a field that a record does not have; None when that is not the problem.
+
+    Args:
+        problem: what msgspec says.
+        keys: of the data for the record, when one of them is no string, as YAML allows.
+    """
+    if unknown := _UNKNOWN_FIELD.fullmatch(problem):
+        return unknown[1]
+    return next((str(key) for key in keys or () if not isinstance(key, str)), None)
+
+
+def _must(problem: str, types: list[Any]) -> str | None:
+    """What a value out of bounds, or that is none of some, must be; None: another problem."""
     choices = [value for each in types if get_origin(each) is Literal for value in get_args(each)]
     if choices and problem.startswith(("Invalid enum value", "Expected `str")):
-        return f"one of {', '.join(map(str, choices))}"
+        return f"be one of {', '.join(map(str, choices))}"
+    if problem == "Expected `str` of length >= 1":
+        return "not be empty"
     if not (found := _OUT_OF_RANGE.fullmatch(problem)):
         return None
     metas = [each for each in types if isinstance(each, Meta)]
     if len(metas) != 1:
-        return f"{_BOUNDS[found[1]][1]} {found[2]}"
+        return f"be {_BOUNDS[found[1]][1]} {found[2]}"
     limits = [(word, getattr(metas[0], name)) for name, word in _BOUNDS.values()]
     bounds = " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
-    return f"{bounds} ({metas[0].description})" if metas[0].description else bounds
+    return f"be {bounds} ({metas[0].description})" if metas[0].description else f"be {bounds}"
 
 
 def _shortened(value: object) -> str:
-    text = repr(value)
+    text = "null" if value is None else repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
 
@@ -145,15 +157,8 @@ def _mentioned(target: object) -> Iterator[Any]:
 def _records_among(types: list[Any], plain: object) -> list[type[msgspec.Struct]]:
     """The records, those with another tag than the data left out."""
     tag = plain.get("type") if isinstance(plain, dict) else None
-    records = [
-        each for each in types if isinstance(each, type) and issubclass(each, msgspec.Struct)
-    ]
-    return [record for record in records if record.__struct_config__.tag in (tag, None)]
+    return [each for each in _records_in(types) if each.__struct_config__.tag in (tag, None)]
 
 
-def _tags_at(target: object, plain: object, path: str) -> list[str]:
-    types = _types_at(target, plain, path)
-    records = [
-        each for each in types if isinstance(each, type) and issubclass(each, msgspec.Struct)
-    ]
-    return [str(record.__struct_config__.tag) for record in records]
+def _records_in(types: list[Any]) -> list[type[msgspec.Struct]]:
+    return [each for each in types if isinstance(each, type) and issubclass(each, msgspec.Struct)]

@@ -118,11 +118,12 @@ def test_a_trace_without_timestamps_is_refused(write: Any) -> None:
         ({"num_requests": 0}, "workload.num_requests must be at least 1, got 0"),
         ({"seed": -1}, "workload.seed must be at least 0, got -1"),
         ({"where": "{turn: first}"}, "Expected `int`, got `str`"),
+        ({"where": "{1: 2}"}, "Expected `str`, got `int` - at `workload.where`"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     overrides = [f"workload.{name}={value}" for name, value in options.items()]
-    with pytest.raises(ValueError, match=f"^--set {re.escape(overrides[-1])}: {message}"):
+    with pytest.raises(ValueError, match=re.escape(f"--set {overrides[-1]}: {message}")):
         load_workload(None, overrides)
 
 

@@ -60,10 +60,15 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
         ("model: {path: /m}", "parallel.expert=0", "parallel.expert must be at least 1, got 0"),
         ("model: {path: /m}", "parallel.layers_per_stage=[0]", "layers_per_stage[0] must be at"),
         ("model: {path: /m}", "server.port=65536", "must be at least 0 and at most 65535, got"),
-        ("model: {path: ''}", None, "Expected `str` of length >= 1, got '' - at `model.path`"),
-        ("model: {path: /m, 3: 4}", None, "Expected `str` as a key, got 3 - at `model`"),
+        ("model: {path: ''}", None, "model.path must not be empty, got ''"),
+        (
+            "model: {path: /m, 3: 4}",
+            None,
+            "unknown field 'model.3'; known fields are path, served_name",
+        ),
         ("model: {path: /m}", "scheduler=3", "Expected `object`, got `int` - at `scheduler`"),
         ("model: {path: /m}", "model.layer_spec=te", "local, transformer_engine, got 'te'"),
+        ("model: {path: /m}", "model.dtype=null", "float16, got null"),
         ("model: {path: /m}", "model.dtype=16", "auto, float32, bfloat16, float16, got 16"),
         (
             "model: {path: /m}",
