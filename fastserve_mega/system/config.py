@@ -8,13 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from msgspec import Meta, field
 
-from fastserve_mega.records import (
-    Count,
-    Fraction,
-    PositiveFloat,
-    PositiveInt,
-    Record,
-)
+from fastserve_mega.records import Count, Fraction, PositiveFloat, PositiveInt, Record
 from fastserve_mega.system.hardware import HardwareConfig
 
 
