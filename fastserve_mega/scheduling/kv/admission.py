@@ -10,6 +10,10 @@ from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.scheduling.policies.queues import RequestQueues
 from fastserve_mega.scheduling.request import Place, Request
 
+_REQUESTS_IN_EXCHANGE = 2
+"""Requests that room is left for once there is more than the device holds: a request comes back as
+a whole while another one leaves, so there must be room for one of them on either side."""
+
 
 class Admission(Enum):
     """What became of a request that asked for memory."""
@@ -78,4 +82,7 @@ class StartedRequests:
         now = on_device + swapper.num_swapped_blocks + swapper.num_dropped_blocks + blocks
         tokens = now * self._block_size
         peak = self.projection.peak_tokens(started + 1, tokens, request.max_tokens)
+        if now > device.capacity:
+            own = blocks * self._block_size
+            peak += _REQUESTS_IN_EXCHANGE * max(peak / (started + 1), own)
         return peak <= self._limit_blocks * self._block_size
