@@ -8,7 +8,9 @@ from pathlib import Path
 import uvicorn
 
 from fastserve_mega.client import AsyncClient
+from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.server.app import create_app
+from fastserve_mega.server.middleware import body_limit
 from fastserve_mega.system.config import Config
 from fastserve_mega.text.tokenizer import Tokenizer
 
@@ -22,7 +24,7 @@ def run_server(config: Config) -> int:
     The coordinator need not be there yet: until it is, requests are answered with status 503.
 
     Raises:
-        FileNotFoundError, ValueError: the model's directory has no tokenizer.
+        FileNotFoundError, ValueError: the model's directory has no tokenizer, or no config.json.
         OSError, ValueError: the file of keys cannot be read, or has none.
         SystemExit: the address is taken; uvicorn has logged why.
     """
@@ -39,6 +41,7 @@ def run_server(config: Config) -> int:
         api_keys=_read_keys(config.server.api_key_file),
         cors_origins=config.server.cors_origins,
         stopping=lambda: server.should_exit,
+        max_body_bytes=config.server.max_body_bytes or body_limit(_max_context(config)),
     )
     server = uvicorn.Server(
         uvicorn.Config(
@@ -53,6 +56,10 @@ def run_server(config: Config) -> int:
     )
     server.run()
     return 0
+
+
+def _max_context(config: Config) -> int:
+    return config.model.max_context or load_architecture(config.model.directory).max_context
 
 
 def _read_keys(path: str | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
-from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey
+from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey, body_limit
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.tokens import tokens_router
 from fastserve_mega.server.tools.formats import choose_parser
@@ -36,6 +36,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
     tool_parser: ToolParserName = "auto",
+    max_body_bytes: int = body_limit(0),
 ) -> FastAPI:
     """The OpenAI-compatible API in front of a coordinator.
 
@@ -48,6 +49,7 @@ def create_app(
         cors_origins: web pages of these origins may ask from a browser.
         stopping: whether the server is about to end.
         tool_parser: how the model writes tool calls.
+        max_body_bytes: a longer body is refused; see `body_limit`.
     """
 
     @asynccontextmanager
@@ -58,7 +60,7 @@ def create_app(
             await client.aclose()
 
     app = FastAPI(title="fastserve_mega", version=__version__, lifespan=lifespan)
-    app.add_middleware(LimitBody)
+    app.add_middleware(LimitBody, limit=max_body_bytes)
     if api_keys:
         app.add_middleware(RequireKey, keys=api_keys)
     if cors_origins:

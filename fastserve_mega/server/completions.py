@@ -52,6 +52,7 @@ def completions_router(service: Service) -> APIRouter:
     async def create_completion(http: Request, body: CompletionRequest) -> Response:
         if not body.prompts:
             raise ApiError(400, "the prompt is empty", param="prompt")
+        service.check_answers(len(body.prompts), body.answers_per_prompt)
         prompts, echoes = [], []
         for prompt in body.prompts:
             tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt

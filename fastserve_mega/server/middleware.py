@@ -12,8 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastserve_mega.server.errors import ApiError
 
-MAX_BODY_BYTES = 32 * 2**20
-"""Of a request; the largest prompt that a frame to the coordinator can hold is below it."""
+_BODY_BYTES = 2**20
+_BODY_BYTES_PER_TOKEN = 64
+"""Enough for text of any script with each character escaped, and for token ids."""
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 """What computes or tells about texts. Health, metrics and the live view stay open."""
 _REQUEST_ID = "X-Request-Id"
@@ -70,11 +71,17 @@ class NameRequests:
         await self._app(scope, receive, named)
 
 
+def body_limit(max_context: int) -> int:
+    """Bytes of the longest body that can be of use where the context has so many tokens."""
+    return _BODY_BYTES + _BODY_BYTES_PER_TOKEN * max_context
+
+
 class LimitBody:
     """Refuses a body as soon as it has become too long, whatever its headers promise."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
+        self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
@@ -83,8 +90,10 @@ class LimitBody:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            if size > self._limit:
+                raise HTTPException(
+                    413, f"the body is longer than {self._limit} bytes (server.max_body_bytes)"
+                )
             return message
 
         await self._app(scope, limited if scope["type"] == "http" else receive, send)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -14,8 +14,10 @@ from fastserve_mega.server.structured import (
     ResponseFormat,
     Schema,
     StructuredOutputs,
+    Texts,
     all_forms,
     only_one,
+    refuse_many_fields,
 )
 from fastserve_mega.text.detokenizer import stop_strings
 from fastserve_mega.types import (
@@ -27,6 +29,7 @@ from fastserve_mega.types import (
     StructuredOutput,
 )
 
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""
@@ -54,6 +57,7 @@ class Strict(BaseModel):
     def _refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        refuse_many_fields(data)
         for name, value in data.items():
             if name not in cls.unsupported or value is None:
                 continue
@@ -87,7 +91,7 @@ class GenerationRequest(Strict):
     logit_bias: dict[str, float] | None = None
     """Token id, as a string, to what is added to its logit."""
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Texts | None = None
     # About who asks, not about the answer.
     user: str | None = None
     safety_identifier: str | None = None
@@ -99,7 +103,7 @@ class GenerationRequest(Strict):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: TokenIds | None = None
     priority: int = 0
     cache_salt: str | None = None
     """KV is shared among requests with the same salt only."""
@@ -109,7 +113,7 @@ class GenerationRequest(Strict):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Texts | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -163,6 +167,12 @@ class GenerationRequest(Strict):
             raise ValueError(f"at most {MAX_BIASED_TOKENS} tokens, got {len(bias)}")
         return bias
 
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _little_metadata(cls, metadata: object) -> object:
+        refuse_many_fields(metadata)
+        return metadata
+
     def sampling_params(self, max_tokens: int, number: int = 0) -> SamplingParams:
         """How to sample at most `max_tokens` tokens of answer `number` to a prompt.
 
@@ -193,7 +203,7 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     unsupported = _UNSUPPORTED_COMPLETION
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     """Text or token ids, or several of one kind."""
     echo: bool | None = None
     """Begin each answer with its prompt."""

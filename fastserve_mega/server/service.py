@@ -21,6 +21,8 @@ from fastserve_mega.text.tokenizer import Tokenizer
 
 MAX_ANSWERS = 1024
 """Answers of one HTTP request: prompts times n."""
+_MESSAGE_LENGTH = 200
+"""Characters that cost as much as a message does, besides its text."""
 _LONG_TEXT = 2_000
 """Characters from which tokenizing goes to a thread; below, the switch costs more than the work."""
 
@@ -43,6 +45,7 @@ class Service:
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, without holding up other requests."""
+        await self._check_length(len(text))
         return await self._tokenize(partial(self.tokenizer.encode, text), len(text))
 
     def text_of(self, prompt: str | Sequence[int]) -> str:
@@ -54,8 +57,34 @@ class Service:
     ) -> list[int]:
         """Token ids of a conversation, without holding up other requests."""
         length = sum(len(message["content"]) for message in messages)
+        await self._check_length(length)
         encode = partial(self.tokenizer.apply_chat_template, messages, tools)
-        return await self._tokenize(encode, _LONG_TEXT if tools else length)
+        work = length + _MESSAGE_LENGTH * len(messages)
+        return await self._tokenize(encode, _LONG_TEXT if tools else work)
+
+    async def _check_length(self, characters: int) -> None:
+        """Refuse text that is too long in whatever way it is tokenized."""
+        max_context = (await self.client.info()).max_context
+        longest = self.tokenizer.longest_token
+        if characters > max_context * longest:
+            raise ApiError(
+                400,
+                f"the prompt has {characters} characters; the context is {max_context} tokens, "
+                f"of at most {longest} characters each",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    @staticmethod
+    def check_answers(num_prompts: int, answers_per_prompt: int) -> None:
+        """Refuse a request for too many answers, before anything is done for the first."""
+        if num_prompts * answers_per_prompt > MAX_ANSWERS:
+            raise ApiError(
+                400,
+                f"a request gets at most {MAX_ANSWERS} answers, "
+                f"got {num_prompts} prompts with n={answers_per_prompt}",
+                param="n",
+            )
 
     async def _tokenize(self, encode: Callable[[], list[int]], length: int) -> list[int]:
         try:
@@ -80,6 +109,16 @@ class Service:
         welcome = await self.client.info()
         if not prompt:
             raise ApiError(400, "the prompt is empty", param="prompt")
+        room = welcome.max_context - len(prompt)
+        # Before anything is done for each of the tokens.
+        if room < 1 or (max_tokens is not None and max_tokens > room):
+            raise ApiError(
+                400,
+                f"the context is {welcome.max_context} tokens for prompt and answer together; "
+                f"the prompt has {len(prompt)} and max_tokens is {max_tokens or 'at least 1'}",
+                param="max_tokens" if room >= 1 else "prompt",
+                code="context_length_exceeded",
+            )
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < welcome.vocab_size:
                 raise ApiError(
@@ -87,18 +126,7 @@ class Service:
                     f"token id {token} is not in the vocabulary of {welcome.vocab_size}",
                     param="prompt",
                 )
-        room = welcome.max_context - len(prompt)
-        if max_tokens is not None and max_tokens <= room:
-            return max_tokens
-        if max_tokens is None and room >= 1:
-            return room
-        raise ApiError(
-            400,
-            f"the context is {welcome.max_context} tokens for prompt and answer together; "
-            f"the prompt has {len(prompt)} and max_tokens is {max_tokens or 'at least 1'}",
-            param="max_tokens" if room >= 1 else "prompt",
-            code="context_length_exceeded",
-        )
+        return room if max_tokens is None else max_tokens
 
     async def end_token_ids(self, body: GenerationRequest) -> frozenset[int]:
         """Token ids after which an answer ends, and which are no part of it."""
@@ -148,13 +176,6 @@ class Service:
         answer_id: str,
     ) -> list[AsyncGeneration]:
         count = body.answers_per_prompt
-        if len(prompts) * count > MAX_ANSWERS:
-            raise ApiError(
-                400,
-                f"a request gets at most {MAX_ANSWERS} answers, "
-                f"got {len(prompts)} prompts with n={count}",
-                param="n",
-            )
         try:
             submissions = [
                 (prompt, body.sampling_params(max_tokens, number))

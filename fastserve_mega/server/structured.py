@@ -5,17 +5,37 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastserve_mega.types import StructuredOutput
 
 _ANY_OBJECT = {"type": "object"}
 Schema = dict[str, Any] | bool | str
 """A JSON schema, or its text."""
+# All lists of a body end at their first wrong element: pydantic would tell of each of them.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+MAX_FIELDS = 128
+"""In an object of a body. Each one that is unknown costs an error message."""
+
+
+def refuse_many_fields(data: object) -> None:
+    """Look at the number of an object's fields before pydantic looks at each of them.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if isinstance(data, dict) and len(data) > MAX_FIELDS:
+        raise ValueError(f"an object has at most {MAX_FIELDS} fields, got {len(data)}")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        refuse_many_fields(data)
+        return data
 
 
 class TextFormat(_Strict):
@@ -65,7 +85,7 @@ class StructuredOutputs(_Strict):
 
     json_: Schema | None = Field(alias="json", default=None)
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Texts | None = None
     json_object: bool | None = None
 
     def structured(self) -> StructuredOutput | None:

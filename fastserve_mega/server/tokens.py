@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from pydantic import Field
 
 from fastserve_mega.server.answers import Json
-from fastserve_mega.server.chat_protocol import ChatMessage
+from fastserve_mega.server.chat_protocol import Messages
 from fastserve_mega.server.errors import ApiError
-from fastserve_mega.server.protocol import Strict
+from fastserve_mega.server.protocol import Strict, TokenIds
 from fastserve_mega.server.service import Service
 
 
@@ -17,14 +16,14 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1)
+    messages: Messages | None = None
 
 
 class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: TokenIds
 
 
 def tokens_router(service: Service) -> APIRouter:

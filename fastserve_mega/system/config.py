@@ -230,6 +230,8 @@ class ServerConfig(Record, frozen=True, kw_only=True):
     """Web pages of these origins may ask from a browser; `*` is all of them."""
     tool_parser: ToolParserName = "auto"
     """How the model writes calls of tools; auto goes by its chat template, none refuses tools."""
+    max_body_bytes: PositiveInt | None = None
+    """Longest body of a request; None takes 1 MiB and 64 bytes for each token of the context."""
 
 
 class Config(Record, frozen=True, kw_only=True):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from decimal import Decimal
 from types import ModuleType
 from typing import Any
 
-from fastserve_mega.types import StructuredOutput
+from fastserve_mega.types import MAX_CHOICES, StructuredOutput
 
 NOT_INSTALLED = (
     "structured output needs llguidance, which is not installed on the server: "
@@ -16,6 +19,19 @@ _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 """One way to write JSON, since small models may otherwise write spaces without end. A schema's own
 `x-guidance` comes before it."""
 _LONGEST_MESSAGE = 300
+_MOST_MULTIPLES = 10_000
+"""What the numbers of all `multipleOf` may add up to: each takes a state for every remainder, and
+llguidance sets no limit to that."""
+_LIMITS = {
+    "max_items_in_row": 2 * MAX_CHOICES,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 500_000,
+}
+"""llguidance's own but for two: a list of choices is one row, and a request has not the memory of
+250,000 states."""
 
 
 class GrammarUnavailableError(Exception):
@@ -36,11 +52,21 @@ def load_llguidance() -> ModuleType:
     return module
 
 
+def grammar_limits() -> Any:
+    """What compiling and following one grammar may take; beyond it is an error of the grammar.
+
+    Raises:
+        GrammarUnavailableError: llguidance is not installed.
+    """
+    return load_llguidance().LLParserLimits(**_LIMITS)
+
+
 def grammar_of(structured: StructuredOutput) -> str:
     """The grammar in llguidance's form; it may turn out not to be valid.
 
     Raises:
-        ValueError: the schema is not JSON, or neither an object nor a boolean.
+        ValueError: the schema is not JSON, or neither an object nor a boolean, or would take too
+            long to compile.
         GrammarUnavailableError: llguidance is not installed.
     """
     matcher: Any = load_llguidance().LLMatcher
@@ -53,12 +79,30 @@ def grammar_of(structured: StructuredOutput) -> str:
             schema = {}
         if not isinstance(schema, dict):
             raise ValueError(f"a JSON schema must be an object, got {structured.json_schema[:40]}")
+        if (multiples := sum(_multiples(schema))) > _MOST_MULTIPLES:
+            raise ValueError(
+                f"the numbers of multipleOf in a JSON schema add up to at most {_MOST_MULTIPLES}, "
+                f"got {multiples}"
+            )
         return str(matcher.grammar_from_json_schema(schema, defaults=_JSON_STYLE))
     if structured.regex is not None:
         return str(matcher.grammar_from_regex(structured.regex))
     # Lark's strings are written as those of JSON are.
     choices = " | ".join(json.dumps(text) for text in structured.choice or ())
     return str(matcher.grammar_from_lark(f"start: {choices}"))
+
+
+def _multiples(schema: object) -> Iterator[int]:
+    """The number of each `multipleOf`, without its decimal point."""
+    if isinstance(schema, dict):
+        number = schema.get("multipleOf")
+        if isinstance(number, int | float) and math.isfinite(number):
+            yield int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits)))
+        for value in schema.values():
+            yield from _multiples(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _multiples(value)
 
 
 def check_structured(structured: StructuredOutput) -> None:
@@ -78,6 +122,6 @@ def check_structured(structured: StructuredOutput) -> None:
         raise ValueError(f"the {kind} is not valid Unicode: {error.reason}") from None
     except RecursionError:
         raise ValueError(f"the {kind} is nested too deeply") from None
-    if complaint := load_llguidance().LLMatcher.validate_grammar(grammar):
+    if complaint := load_llguidance().LLMatcher.validate_grammar(grammar, limits=grammar_limits()):
         told = " ".join(str(complaint).split())[:_LONGEST_MESSAGE]
         raise ValueError(f"the {kind} cannot be used: {told}")

@@ -40,6 +40,8 @@ class Tokenizer:
         self._tokenizer = _load(self.directory)
         self._token_bytes = TokenBytes(self._tokenizer)
         self._special_ids = frozenset(self._tokenizer.all_special_ids)
+        self.longest_token: int = max(map(len, self._tokenizer.get_vocab()), default=1)
+        """Characters of the longest token: no text of so many tokens is longer than that."""
         self.vocab_size: int = len(self._tokenizer)
         """Number of ids with a meaning; a model's own vocabulary may be padded beyond it."""
 

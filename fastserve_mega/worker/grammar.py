@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastserve_mega.text.structured import GrammarUnavailableError, grammar_of, load_llguidance
+from fastserve_mega.text.structured import (
+    GrammarUnavailableError,
+    grammar_limits,
+    grammar_of,
+    load_llguidance,
+)
 from fastserve_mega.types import StructuredOutput
 from fastserve_mega.worker.history import TokenHistory
 
 _LONGEST_MESSAGE = 300
+COMPILE_LIMIT_S = 1.0
+"""Of a grammar, from the beginning of its first step. What llguidance limits is counted in other
+units, and not all of it is counted."""
+_MOST_OVERDUE = 4
+"""Grammars that are still being compiled after their time, before no others are begun."""
 
 
 class GrammarError(Exception):
@@ -33,7 +47,9 @@ class GrammarMatcher:
     """
 
     def __init__(self, tokenizer: Any, grammar: str) -> None:
-        self._matcher = load_llguidance().LLMatcher(tokenizer, grammar, log_level=0)
+        self._matcher = load_llguidance().LLMatcher(
+            tokenizer, grammar, log_level=0, limits=grammar_limits()
+        )
         self._followed = 0
         self._check()
 
@@ -56,6 +72,54 @@ class GrammarMatcher:
             raise GrammarError(f"the structure of the output cannot be followed: {told}")
 
 
+class Compilation:
+    """A grammar that is being compiled, on a thread that nobody has to wait for.
+
+    Args:
+        matcher: comes in time, or not.
+        deadline: of the monotonic clock.
+    """
+
+    def __init__(self, matcher: Future[GrammarMatcher], deadline: float) -> None:
+        self._matcher = matcher
+        self._deadline = deadline
+
+    @classmethod
+    def start(cls, compile_grammar: Callable[[], GrammarMatcher], limit_s: float) -> Compilation:
+        """Begin."""
+        future: Future[GrammarMatcher] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(compile_grammar())
+            except Exception as error:
+                future.set_exception(error)
+
+        # A daemon: the process can end though a compilation does not.
+        threading.Thread(target=run, name="grammar", daemon=True).start()
+        return cls(future, time.monotonic() + limit_s)
+
+    @classmethod
+    def failed(cls, error: GrammarError) -> Compilation:
+        """One that cannot be."""
+        future: Future[GrammarMatcher] = Future()
+        future.set_exception(error)
+        return cls(future, 0.0)
+
+    @property
+    def is_done(self) -> bool:
+        return self._matcher.done()
+
+    def result(self) -> GrammarMatcher:
+        """Wait for the end.
+
+        Raises:
+            GrammarError: the grammar is not valid or too complex.
+            TimeoutError: it takes too long.
+        """
+        return self._matcher.result(max(self._deadline - time.monotonic(), 0.0))
+
+
 class Grammars:
     """Grammars over the vocabulary of a model; the tokenizer is loaded for the first one.
 
@@ -63,13 +127,27 @@ class Grammars:
         directory: of the model; its tokenizer.json is read.
         vocab_size: of the model, which may be padded beyond the tokenizer's.
         eos_token_ids: allowed where a grammar may end.
+        limit_s: longest compilation; see COMPILE_LIMIT_S.
     """
 
-    def __init__(self, directory: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        limit_s: float = COMPILE_LIMIT_S,
+    ) -> None:
         self._directory = directory
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._tokenizer: Any = None
+        self._limit_s = limit_s
+        self._overdue: list[Compilation] = []
+
+    def begin(self, structured: StructuredOutput, history: TokenHistory) -> None:
+        """Compile the grammar of a sequence, on a thread of its own, if that was not begun yet."""
+        if history.compilation is None:
+            history.compilation = self._compile(structured)
 
     def hold(self, logits: Tensor, structured: StructuredOutput, history: TokenHistory) -> None:
         """Make impossible what the grammar does not allow next, in place.
@@ -77,24 +155,41 @@ class Grammars:
         Args:
             logits: [vocabulary] of one sequence.
             structured: its grammar.
-            history: its output; keeps the matcher.
+            history: its output; keeps the compiled grammar.
 
         Raises:
             GrammarError: the sequence cannot go on.
         """
-        if history.matcher is None:
-            history.matcher = self._matcher(structured)
-        history.matcher.follow(history.output)
-        forbidden = _forbidden(history.matcher.allowed(), logits.shape[0])
+        self.begin(structured, history)
+        assert history.compilation is not None
+        matcher = self._result(history.compilation)
+        matcher.follow(history.output)
+        forbidden = _forbidden(matcher.allowed(), logits.shape[0])
         logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
 
-    def _matcher(self, structured: StructuredOutput) -> GrammarMatcher:
+    def _compile(self, structured: StructuredOutput) -> Compilation:
+        self._overdue = [each for each in self._overdue if not each.is_done]
+        if len(self._overdue) >= _MOST_OVERDUE:
+            message = f"{len(self._overdue)} other structures take too long; try again later"
+            return Compilation.failed(GrammarError(message))
         try:
             if self._tokenizer is None:
                 self._tokenizer = self._load_tokenizer()
-            return GrammarMatcher(self._tokenizer, grammar_of(structured))
+            grammar = grammar_of(structured)
+        except GrammarError as error:
+            return Compilation.failed(error)
         except (GrammarUnavailableError, ValueError, RecursionError) as error:
-            raise GrammarError(str(error)) from None
+            return Compilation.failed(GrammarError(str(error)))
+        return Compilation.start(partial(GrammarMatcher, self._tokenizer, grammar), self._limit_s)
+
+    def _result(self, compilation: Compilation) -> GrammarMatcher:
+        try:
+            return compilation.result()
+        except TimeoutError:
+            self._overdue.append(compilation)
+            raise GrammarError(
+                f"the structure of the output takes more than {self._limit_s:g} s to compile"
+            ) from None
 
     def _load_tokenizer(self) -> Any:
         path = self._directory / "tokenizer.json"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from fastserve_mega.worker.grammar import GrammarMatcher
+    from fastserve_mega.worker.grammar import Compilation
 
 _FIRST_CAPACITY = 64
 
@@ -66,8 +66,8 @@ class TokenHistory:
     ) -> None:
         self._prompt_tokens = prompt_tokens
         self.output = list(output)
-        self.matcher: GrammarMatcher | None = None
-        """Where the output stands in its grammar; the sampler's."""
+        self.compilation: Compilation | None = None
+        """Of its grammar, which knows where in it the output stands; the sampler's."""
         self.counts = TokenCounts(prompt)
         self.counts.add(output)
 

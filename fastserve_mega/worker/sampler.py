@@ -59,6 +59,14 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._grammars = grammars
 
+    def prepare(self, sequences: Sequence[SequenceInput]) -> None:
+        """Begin in the background what sampling of these will need; call it before the model."""
+        if self._grammars is None:
+            return
+        for sequence in sequences:
+            if sequence.params.structured is not None and sequence.history is not None:
+                self._grammars.begin(sequence.params.structured, sequence.history)
+
     def __call__(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
         """One token or failure for each row of `logits` [sequences, vocabulary].
 

@@ -16,7 +16,7 @@ from fastserve_mega.system.config import Config
 from fastserve_mega.server.api_server import run_server
 directory, endpoint, port = sys.argv[1:]
 raw = {
-    "model": {"path": directory},
+    "model": {"path": directory, "max_context": 256},
     "coordinator": {"client_endpoint": endpoint},
     "server": {"port": int(port)},
 }

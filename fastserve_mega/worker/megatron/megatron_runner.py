@@ -158,6 +158,8 @@ class MegatronRunner:
             raise ConnectionError(f"another rank is out of reach: {reason}") from None
 
     def _execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
+        if self.is_sampling_rank:
+            self._sampler.prepare(batch)
         step = build_step(batch, self.cache.block_size, self._device)
         self.cache.clear(step.fresh_blocks)
         attention = [self._attention(step, kind) for kind in self._kinds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 pytest.importorskip("llguidance")
 
 from fastserve_mega.text.tokenizer import Tokenizer
-from fastserve_mega.types import RequestId, SamplingParams, StructuredOutput
-from fastserve_mega.worker.grammar import GrammarError, Grammars
+from fastserve_mega.types import MAX_CHOICES, RequestId, SamplingParams, StructuredOutput
+from fastserve_mega.worker import grammar
+from fastserve_mega.worker.grammar import GrammarError, GrammarMatcher, Grammars
 from fastserve_mega.worker.history import TokenHistory
 from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler
@@ -104,6 +106,7 @@ def test_others_in_the_batch_are_not_held(grammars):
         (StructuredOutput(json_schema='{"type": "banana"}'), "banana"),
         (StructuredOutput(json_schema='{"$ref": "http://x/y"}'), "http://x/y"),
         (StructuredOutput(json_schema="[" * 30_000), "recursion"),
+        (StructuredOutput(json_schema='{"items": {"multipleOf": 99991}}'), "10000, got 99991"),
     ],
 )
 def test_a_bad_grammar_ends_its_request_and_nothing_else(grammars, structured, sentence):
@@ -116,6 +119,40 @@ def test_a_bad_grammar_ends_its_request_and_nothing_else(grammars, structured, s
     assert failure.index == 0
     assert sentence in failure.message
     assert output.token_ids[1] == VOCABULARY - 1
+
+
+def test_a_grammar_that_takes_too_long_ends_its_request_and_nothing_else(
+    tiny_tokenizer_dir, monkeypatch
+):
+    released = threading.Event()
+    endless = StructuredOutput(regex="endless")
+
+    def compile_slowly(tokenizer, text):
+        if "endless" in text:
+            released.wait()
+        return GrammarMatcher(tokenizer, text)
+
+    monkeypatch.setattr(grammar, "GrammarMatcher", compile_slowly)
+    hurried = Grammars(tiny_tokenizer_dir, VOCABULARY, (EOS,), limit_s=0.0)
+    patient = Grammars(tiny_tokenizer_dir, VOCABULARY, (EOS,), limit_s=60.0)
+    try:
+        for _ in range(4):
+            with pytest.raises(GrammarError, match="more than 0 s to compile"):
+                hurried.hold(torch.zeros(VOCABULARY), endless, TokenHistory(3))
+        with pytest.raises(GrammarError, match="4 other structures take too long"):
+            hurried.hold(torch.zeros(VOCABULARY), endless, TokenHistory(3))
+        # Begun before, and waited for after: none holds up another one.
+        waiting = TokenHistory(3)
+        patient.begin(endless, waiting)
+        patient.hold(torch.zeros(VOCABULARY), StructuredOutput(choice=("fox",)), TokenHistory(3))
+    finally:
+        released.set()
+    patient.hold(torch.zeros(VOCABULARY), endless, waiting)
+
+
+def test_the_longest_list_of_choices_can_be_followed(grammars):
+    choices = tuple(f"{number}" for number in range(MAX_CHOICES))
+    grammars.hold(torch.zeros(VOCABULARY), StructuredOutput(choice=choices), TokenHistory(3))
 
 
 def test_without_a_tokenizer_or_an_end_there_are_no_grammars(tmp_path, tiny_tokenizer_dir):

@@ -1,0 +1,115 @@
+"""What a body may cost before it is refused: counted, not timed."""
+
+from __future__ import annotations
+
+import threading
+
+import httpx
+import pytest
+from fake_coordinator import start_fake_coordinator
+from http_server import serving
+from pydantic import ValidationError
+
+from fastserve_mega.client.testing import WAIT_S
+from fastserve_mega.messaging.messages import Submit
+from fastserve_mega.server.chat_protocol import MAX_MESSAGES, ChatRequest
+from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.service import MAX_ANSWERS
+from fastserve_mega.server.tokens import DetokenizeRequest
+from fastserve_mega.text.tokenizer import Tokenizer
+
+MANY = 20_000
+FIELDS = {f"field{number}": 1 for number in range(MANY)}
+HI = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": [1] * MANY + [None]}),
+        (CompletionRequest, {"prompt": [None] * MANY}),
+        (CompletionRequest, {"prompt": [[None]] * MANY}),
+        (CompletionRequest, {"prompt": "x", "stop_token_ids": [None] * 1000}),
+        (CompletionRequest, {"prompt": "x", "guided_choice": [None] * MANY}),
+        (CompletionRequest, {"prompt": "x", "structured_outputs": {"choice": [1] * MANY}}),
+        (CompletionRequest, {"prompt": "x", "structured_outputs": FIELDS}),
+        (CompletionRequest, {"prompt": "x", "metadata": FIELDS}),
+        (CompletionRequest, {"prompt": "x", **FIELDS}),
+        (ChatRequest, {"messages": [{}] * (MAX_MESSAGES - 1)}),
+        (ChatRequest, {"messages": [HI | FIELDS]}),
+        (ChatRequest, {"messages": [HI | {"content": [{}] * MANY}]}),
+        (ChatRequest, {"messages": [HI | {"tool_calls": [{}] * MANY}]}),
+        (ChatRequest, {"messages": [HI], "tools": [{}] * 100}),
+        (DetokenizeRequest, {"tokens": [None] * MANY}),
+    ],
+)
+def test_a_wrong_body_is_refused_at_its_first_mistakes(kind, body):
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 10
+
+
+class CountingTokenizer(Tokenizer):
+    """Knows how often it was asked, and on which threads."""
+
+    calls = 0
+    threads = ()
+
+    def encode(self, text, *, add_special_tokens=True):
+        self.calls += 1
+        self.threads += (threading.current_thread().name,)
+        return super().encode(text, add_special_tokens=add_special_tokens)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_tokenizer_dir):
+    coordinator = start_fake_coordinator()
+    tokenizer = CountingTokenizer(tiny_tokenizer_dir)
+    with (
+        serving(coordinator, tokenizer, max_body_bytes=2**20) as url,
+        httpx.Client(base_url=url, timeout=WAIT_S) as http,
+    ):
+        yield coordinator, tokenizer, http
+    coordinator.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        ("completions", {"prompt": ["x"] * (MAX_ANSWERS + 1)}, "1025 prompts with n=1"),
+        ("completions", {"prompt": "x" * 200_000}, "the prompt has 200000 characters"),
+        ("completions", {"prompt": [1] * 1000}, "the prompt has 1000 and max_tokens"),
+        ("chat/completions", {"messages": [HI | {"content": "x" * 200_000}]}, "200000 characters"),
+        ("chat/completions", {"messages": [HI] * (MAX_MESSAGES + 1)}, "4096 messages, got 4097"),
+    ],
+)
+def test_what_is_too_long_is_refused_before_it_is_tokenized(server, path, body, sentence):
+    coordinator, tokenizer, http = server
+    tokenizer.calls = 0
+    coordinator.reset()
+    response = http.post(f"/v1/{path}", json=body)
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]["message"]
+    assert (tokenizer.calls, coordinator.received(Submit)) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "the quick brown fox " * 100}),
+        ("chat/completions", {"messages": [HI | {"content": "the quick brown fox " * 100}]}),
+        ("chat/completions", {"messages": [HI] * 10}),
+    ],
+)
+def test_long_texts_are_tokenized_off_the_event_loop(server, path, body):
+    _, tokenizer, http = server
+    tokenizer.threads = ()
+    http.post(f"/v1/{path}", json={**body, "max_tokens": 1})
+    (thread,) = tokenizer.threads
+    assert thread.startswith("asyncio")
+
+
+def test_a_body_beyond_the_limit_is_refused_unread(server):
+    response = server[2].post("/v1/completions", content=b" " * (2**20 + 1))
+    assert response.status_code == 413
+    assert "1048576 bytes (server.max_body_bytes)" in response.json()["error"]["message"]
