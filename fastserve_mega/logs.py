@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from collections import Counter
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Literal, get_args
@@ -46,6 +47,27 @@ def _log_uncaught(
         _log.critical("uncaught: %s", error, exc_info=(kind, error, traceback))
     else:
         sys.__excepthook__(kind, error, traceback)
+
+
+class LogLimiter:
+    """Lets one line of a kind through in a while, which tells how many it stands for.
+
+    Args:
+        interval_s: between two lines of one kind.
+    """
+
+    def __init__(self, interval_s: float = 60.0) -> None:
+        self._interval_s = interval_s
+        self._due: dict[str, float] = {}
+        self._counts: Counter[str] = Counter()
+
+    def count(self, kind: str, now: float) -> int:
+        """Count an event; when a line is due, how many there were since the last one, else 0."""
+        self._counts[kind] += 1
+        if now < self._due.get(kind, now):
+            return 0
+        self._due[kind] = now + self._interval_s
+        return self._counts.pop(kind)
 
 
 def launched_rank() -> int | None:

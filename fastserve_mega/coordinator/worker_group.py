@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from fastserve_mega.logs import LogLimiter
 from fastserve_mega.messaging.frames import (
     MAX_FRAME_BYTES,
     BadFrameError,
@@ -23,18 +25,23 @@ from fastserve_mega.messaging.frames import (
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
+    Message,
     SequencesStarted,
     Shutdown,
     StepCommand,
     StepResult,
     WorkerFailed,
     WorkerReady,
+    with_key,
     worker_identity,
 )
 
 _BUFFERED_STEPS = 10_000
+_LONGEST_NAME = 40
 _KEEP_ALIVE_S = 2.0
 """A rank that dies is noticed within this time, also when there is nothing to do."""
+
+_log = logging.getLogger(__name__)
 
 
 class WorkersLostError(Exception):
@@ -74,7 +81,7 @@ class ZmqWorkers:
         ranks_per_replica: int,
         silence_limit_s: float = 120.0,
     ) -> None:
-        """Bind.
+        """Bind, with a key of this one start: who was not told it gets nothing from this port.
 
         Args:
             context: of this process.
@@ -87,9 +94,18 @@ class ZmqWorkers:
             OSError: the endpoint cannot be bound.
         """
         self._keep_alive_s = min(_KEEP_ALIVE_S, silence_limit_s / 4)
-        self._router = Router(context, endpoint, _BUFFERED_STEPS, silence_limit_s=silence_limit_s)
+        self._public_key, secret_key = _keys()
+        self._router = Router(
+            context,
+            endpoint,
+            _BUFFERED_STEPS,
+            silence_limit_s=silence_limit_s,
+            secret_key=secret_key,
+        )
         self._ranks_per_replica = ranks_per_replica
         self._world_size = replicas * ranks_per_replica
+        self._identities = {worker_identity(rank): rank for rank in range(self._world_size)}
+        self._strangers = LogLimiter()
         self._ready: dict[Identity, WorkerReady] = {}
         self._connected: set[int] = set()
         self._next_keep_alive = 0.0
@@ -104,7 +120,9 @@ class ZmqWorkers:
 
     @property
     def endpoint(self) -> str:
-        return self._router.endpoint
+        """Where ranks connect, with the key that they need: for nobody else."""
+        address = self._router.endpoint
+        return with_key(address, self._public_key) if self._public_key else address
 
     @property
     def all_ready(self) -> bool:
@@ -136,25 +154,38 @@ class ZmqWorkers:
     def receive(self) -> None:
         """Hand what has arrived to the groups, without waiting.
 
+        What comes from others than these ranks is dropped.
+
         Raises:
             WorkersLostError: a rank reported that it failed, or sent nonsense.
         """
         for peer, frames in self._router.receive():
+            if (rank := self._identities.get(peer)) is None:
+                if number := self._strangers.count("stranger", time.monotonic()):
+                    _log.warning(
+                        "dropped %d messages to the ranks' port from who is none of its ranks, "
+                        "now %r",
+                        number,
+                        peer[:_LONGEST_NAME],
+                    )
+                continue
             try:
                 message = decode(b"".join(frames))
             except BadFrameError as error:
-                raise WorkersLostError(f"{peer.decode(errors='replace')}: {error}") from None
-            match message:
-                case StepResult() | CopyResult():
-                    replica = self._ready[peer].rank // self._ranks_per_replica
-                    self.groups[replica].inbox.append(message)
-                case WorkerReady():
-                    self._ready[peer] = message
-                    self._connected.add(message.rank)
-                case WorkerFailed():
-                    raise WorkersLostError(f"rank {message.rank} failed: {message.message}")
-                case _:
-                    raise WorkersLostError(f"a rank sent {type(message).__name__}")
+                raise WorkersLostError(f"{peer.decode()}: {error}") from None
+            self._take(peer, rank, message)
+
+    def _take(self, peer: Identity, rank: int, message: Message) -> None:
+        match message:
+            case WorkerFailed():
+                raise WorkersLostError(f"rank {rank} failed: {message.message}")
+            case WorkerReady() if message.rank == rank:
+                self._ready[peer] = message
+                self._connected.add(rank)
+            case StepResult() | CopyResult() if peer in self._ready:
+                self.groups[rank // self._ranks_per_replica].inbox.append(message)
+            case _:
+                raise WorkersLostError(f"rank {rank} sent {type(message).__name__}, out of turn")
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for any rank's message; False when none came in time."""
@@ -235,6 +266,15 @@ class ZmqWorkerGroup:
 
     def wait(self, timeout_s: float) -> bool:
         return bool(self.inbox) or self._workers.wait(timeout_s)
+
+
+def _keys() -> tuple[str, bytes | None]:
+    """A new public key, and the secret one that belongs to it; none where libzmq has no CURVE."""
+    if not zmq.has("curve"):
+        _log.warning("libzmq has no CURVE: keep others away from coordinator.worker_endpoint")
+        return "", None
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret
 
 
 def _frames(command: StepCommand) -> list[bytes]:

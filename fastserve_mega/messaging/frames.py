@@ -112,6 +112,7 @@ class Router:
         buffer: int,
         *,
         silence_limit_s: float | None = None,
+        secret_key: bytes | None = None,
     ) -> None:
         """Bind.
 
@@ -121,6 +122,8 @@ class Router:
             buffer: messages held for a peer that does not read.
             silence_limit_s: a peer whose ZeroMQ does not answer for so long counts as gone, as
                 when its host is cut off; None: only a closed connection does.
+            secret_key: of CURVE; only who has its public key can connect, and nobody can read
+                along. None is for everybody.
 
         Raises:
             OSError: the endpoint cannot be bound; the message names it and says why.
@@ -131,6 +134,9 @@ class Router:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        if secret_key is not None:
+            self.socket.curve_server = True
+            self.socket.curve_secretkey = secret_key
         if silence_limit_s is not None:
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(silence_limit_s * 1000 / 4))
             self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000))

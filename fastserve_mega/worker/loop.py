@@ -20,6 +20,7 @@ from fastserve_mega.messaging.messages import (
     StepResult,
     WorkerFailed,
     WorkerReady,
+    without_key,
     worker_identity,
 )
 from fastserve_mega.types import RequestId
@@ -41,13 +42,23 @@ class CoordinatorLostError(Exception):
 def connect_to_coordinator(
     context: zmq.Context[zmq.Socket[bytes]], endpoint: str, rank: int
 ) -> zmq.Socket[bytes]:
-    """A rank's end of the channel. From now on the coordinator notices when the rank dies."""
+    """A rank's end of the channel. From now on the coordinator notices when the rank dies.
+
+    Args:
+        context: of this process.
+        endpoint: of the coordinator, with its key if it has one (`with_key`).
+        rank: of this process among all.
+    """
+    address, key = without_key(endpoint)
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, worker_identity(rank))
     socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.setsockopt(zmq.RCVHWM, 0)
-    socket.connect(endpoint)
+    if key:
+        socket.curve_serverkey = key.encode()
+        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+    socket.connect(address)
     return socket
 
 

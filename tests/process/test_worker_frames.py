@@ -7,7 +7,8 @@ import zmq
 
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.messaging.frames import encode
-from fastserve_mega.messaging.messages import WorkerReady, worker_identity
+from fastserve_mega.messaging.messages import WorkerReady
+from fastserve_mega.worker.loop import connect_to_coordinator
 
 WAIT_S = 20.0
 
@@ -23,11 +24,8 @@ WAIT_S = 20.0
 def test_a_frame_that_cannot_be_read_names_its_rank(frame, reason):
     context = zmq.Context()
     workers = ZmqWorkers(context, "tcp://127.0.0.1:0", replicas=1, ranks_per_replica=1)
-    rank = context.socket(zmq.DEALER)
-    rank.setsockopt(zmq.IDENTITY, worker_identity(0))
-    rank.setsockopt(zmq.LINGER, 0)
+    rank = connect_to_coordinator(context, workers.endpoint, 0)
     try:
-        rank.connect(workers.endpoint)
         rank.send(frame)
         assert workers.wait(WAIT_S)
         with pytest.raises(WorkersLostError) as caught:
