@@ -116,6 +116,9 @@ class Session:
             raise InvalidRequestError("a number in the request has more than 64 bits") from None
         except UnicodeEncodeError as error:
             raise InvalidRequestError(f"a text is not valid Unicode: {error.reason}") from None
+        limit = frames.client_frame_limit(self.welcome.max_context) if self.welcome else len(frame)
+        if len(frame) > limit:
+            raise InvalidRequestError(f"the request takes {len(frame)} bytes, the limit is {limit}")
         self._requests[state.request_id] = state
         self._connection.send(frame)
         self._busy.set()

@@ -36,6 +36,7 @@ class Admission:
     eos_token_ids: Collection[int]
     max_context: int
     max_queued_requests: int
+    max_queued_tokens: int
     schedulers: Sequence[Scheduler]
     """All replicas': a request must fit into each of them."""
 
@@ -50,14 +51,25 @@ class Admission:
             or self._bad_size(submit)
         )
 
-    def rejection(self, unfinished: int, *, draining: bool) -> str | None:
-        """Why a good request is not taken now, as one sentence; trying again later may do."""
+    def rejection(self, unfinished: int, prompt_tokens: int, *, draining: bool) -> str | None:
+        """Why a good request is not taken now, as one sentence; trying again later may do.
+
+        Args:
+            unfinished: requests that have not ended.
+            prompt_tokens: of all of these.
+            draining: nothing new is taken.
+        """
         if draining:
             return "the server is shutting down"
         if unfinished >= self.max_queued_requests:
             return (
                 f"{unfinished} requests are unfinished, the limit is {self.max_queued_requests} "
                 "(scheduler.max_queued_requests)"
+            )
+        if prompt_tokens >= self.max_queued_tokens:
+            return (
+                f"the prompts of unfinished requests have {prompt_tokens} tokens, the limit is "
+                f"{self.max_queued_tokens} (scheduler.max_queued_tokens)"
             )
         return None
 

@@ -97,6 +97,7 @@ def make_coordinator(
             eos_token_ids=welcome.eos_token_ids,
             max_context=welcome.max_context,
             max_queued_requests=config.scheduler.max_queued_requests,
+            max_queued_tokens=config.scheduler.max_queued_tokens,
             schedulers=schedulers,
         ),
         prefix_block_size=config.kv_cache.block_size if config.kv_cache.prefix_cache else None,

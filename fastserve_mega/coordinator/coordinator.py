@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from fastserve_mega.coordinator.admission import Admission, Gate
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
+from fastserve_mega.coordinator.recent_answers import RecentAnswers
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import (
@@ -33,6 +35,8 @@ from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.snapshot import Percentiles
 from fastserve_mega.types import BlockHash, FinishReason, RequestId, Usage
 
+_LISTEN_S = 0.02
+"""Of a turn, for what clients send; the rest of it waits for the next turn."""
 _MAX_VIEWS = 1_000
 """Requests of each replica that a snapshot shows, whatever is asked for."""
 
@@ -76,10 +80,12 @@ class Coordinator:
         self._poll = poll
         self._requests = LiveRequests()
         self._gate = Gate(clock())
-        self._replies: list[tuple[Identity, Message]] = []
+        self._recent = RecentAnswers()
+        self._replies: list[tuple[Identity, Message | bytes]] = []
         self._draining = False
 
-    # The invariant of `turn`: when it ends, all that had arrived when it began to look
+    # The invariant of `turn`: when it ends, all that had arrived when it began to look, and that
+    # was read within _LISTEN_S,
     #   - is answered, if it is a question or was refused, or else
     #   - is an event that its replica's scheduler has been told, once and in order of arrival
     #     (a request only when the gate lets it through, where it waits for suspects);
@@ -104,6 +110,8 @@ class Coordinator:
                         replica.take_copy(result)
         for client, message in self._front_door.receive(now):
             self._answer(client, message, now)
+            if self._clock() - now >= _LISTEN_S:
+                break
         for client, reason in self._front_door.take_lost(now):
             for live in self._requests.of_client(client):
                 self._abort(live, FinishReason.ABORT, reason)
@@ -150,7 +158,7 @@ class Coordinator:
         deadlines += [replica.next_deadline() for replica in self._replicas]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
-    def _reply(self, client: Identity, message: Message) -> None:
+    def _reply(self, client: Identity, message: Message | bytes) -> None:
         self._replies.append((client, message))
 
     def _send_replies(self) -> None:
@@ -206,9 +214,11 @@ class Coordinator:
             case Ping():
                 self._reply(client, Pong(self._welcome.epoch))
             case GetMetrics():
-                self._reply(client, Metrics(self._metrics.render()))
+                self._reply(client, self._recent.get("metrics", self._rendered, now))
             case GetSnapshot():
-                self._reply(client, self._snapshot(min(message.max_requests, _MAX_VIEWS), now))
+                views = min(message.max_requests, _MAX_VIEWS)
+                snapshot = partial(self._snapshot, views, now)
+                self._reply(client, self._recent.get(f"snapshot {views}", snapshot, now))
 
     def _submit(self, client: Identity, submit: Submit, now: float) -> None:
         request_id = submit.request_id
@@ -218,7 +228,10 @@ class Coordinator:
         if refusal := self._admission.refusal(submit):
             self._reply(client, Refused(refusal, request_id))
             return
-        if busy := self._admission.rejection(len(self._requests), draining=self._draining):
+        requests = self._requests
+        if busy := self._admission.rejection(
+            len(requests), requests.num_prompt_tokens, draining=self._draining
+        ):
             usage = Usage(len(submit.prompt), len(submit.received))
             self._reply(client, Finished(request_id, FinishReason.REJECTED, usage, busy))
             self._metrics.requests.observe_rejection()
@@ -234,14 +247,12 @@ class Coordinator:
         submit = live.submit
         arrived = Arrived(
             live.request_id,
-            num_prompt_tokens=len(submit.prompt),
+            num_prompt_tokens=len(live.prompt),
             max_tokens=submit.params.max_tokens,
-            num_received_tokens=len(submit.received),
+            num_received_tokens=len(live.output),
             priority=submit.priority,
             block_hashes=(
-                live.block_hashes.extend((*submit.prompt, *submit.received))
-                if live.block_hashes
-                else ()
+                live.block_hashes.extend((*live.prompt, *live.output)) if live.block_hashes else ()
             ),
         )
         live.replica = self._placement.choose(arrived)
@@ -249,7 +260,7 @@ class Coordinator:
 
     def _resume(self, client: Identity, live: LiveRequest, submit: Submit) -> None:
         """Take the same request again: its client lost the connection and holds some tokens."""
-        if (submit.prompt, submit.params) != (live.submit.prompt, live.submit.params):
+        if (submit.prompt, submit.params) != (tuple(live.prompt), live.params):
             message = f"request id {submit.request_id!r} is in use by an unfinished request"
             self._reply(client, Refused(message, submit.request_id))
             return
@@ -266,6 +277,9 @@ class Coordinator:
             self._reply(client, Refused(message, cancel.request_id))
             return
         self._abort(live, FinishReason.ABORT)
+
+    def _rendered(self) -> Metrics:
+        return Metrics(self._metrics.render())
 
     def _snapshot(self, max_requests: int, now: float) -> Snapshot:
         requests = self._metrics.requests

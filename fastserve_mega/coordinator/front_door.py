@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from fastserve_mega.messaging.frames import (
+    MAX_FRAME_BYTES,
     BadFrameError,
     Identity,
     OtherVersionError,
@@ -33,6 +34,8 @@ from fastserve_mega.messaging.messages import (
 ClientMessage = Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
 
 _SWEEP_INTERVAL_S = 1.0
+_UNREAD_MESSAGES = 1_000
+"""Of a client, held here; what is more waits at the client."""
 
 
 @dataclass(slots=True)
@@ -52,8 +55,15 @@ class FrontDoor:
         *,
         buffer: int,
         timeout_s: float,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
-        self._router = Router(context, endpoint, buffer)
+        self._router = Router(
+            context,
+            endpoint,
+            buffer,
+            unread=_UNREAD_MESSAGES,
+            max_frame_bytes=max_frame_bytes,
+        )
         self._timeout_s = timeout_s
         self._sessions: dict[Identity, _Session] = {}
         self._gone: set[Identity] = set()
@@ -85,9 +95,15 @@ class FrontDoor:
                 continue
             yield client, message
 
-    def send(self, client: Identity, message: Message) -> None:
-        """Deliver, or note that the client is gone or too slow (see `take_lost`)."""
-        delivered = self._send_frame(client, encode(message))
+    def send(self, client: Identity, message: Message | bytes) -> None:
+        """Deliver, or note that the client is gone or too slow (see `take_lost`).
+
+        Args:
+            client: it goes to.
+            message: or its frame.
+        """
+        frame = message if isinstance(message, bytes) else encode(message)
+        delivered = self._send_frame(client, frame)
         if not delivered and isinstance(message, Finished) and client in self._sessions:
             self._sessions[client].owed.append(message)
 
@@ -104,7 +120,8 @@ class FrontDoor:
 
     def take_lost(self, now: float) -> Iterator[tuple[Identity, str]]:
         """Clients whose requests must end, with the reason; each is named once."""
-        if now >= self._next_sweep:
+        # A client whose signs of life wait to be read has not been silent.
+        if now >= self._next_sweep and not self._router.has_unread:
             self._next_sweep = now + _SWEEP_INTERVAL_S
             silent_since = now - self._timeout_s
             self._gone.update(c for c, s in self._sessions.items() if s.last_heard < silent_since)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+import msgspec
+
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import SequenceStart, Submit, Tokens
 from fastserve_mega.plan import SequenceSlice
@@ -56,6 +58,7 @@ class LiveRequest:
     """An unfinished request."""
 
     submit: Submit
+    """As it came, but without its tokens."""
     client: Identity
     arrived_at: float
     """All times are the coordinator's clock's, in seconds."""
@@ -74,11 +77,15 @@ class LiveRequest:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """One for each output token, None for what the client brought along; empty when not asked
     for."""
+    prompt: array[int] = field(init=False)
+    """4 bytes a token, where a tuple takes 40: thousands of them wait in a full queue."""
     seed: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         # A client that sends no seed cannot rely on one, but resubmits under the same id.
+        self.prompt = array("I", self.submit.prompt)
+        self.submit = msgspec.structs.replace(self.submit, prompt=(), received=())
         chosen = self.params.seed
         self.seed = zlib.crc32(self.request_id.encode()) if chosen is None else chosen
         self.stop_token_ids = frozenset(self.params.stop_token_ids)
@@ -101,32 +108,32 @@ class LiveRequest:
 
     @property
     def usage(self) -> Usage:
-        return Usage(len(self.submit.prompt), len(self.output), self.num_cached_tokens)
+        return Usage(len(self.prompt), len(self.output), self.num_cached_tokens)
 
     @property
     def sequence_start(self) -> SequenceStart:
         """What the workers must know before its first slice."""
-        prompt, params = self.submit.prompt, self.params
+        prompt, params = self.prompt, self.params
         return SequenceStart(
             self.request_id,
             params,
             self.seed,
             len(prompt),
-            prompt if params.repetition_penalty != 1.0 else (),
+            tuple(prompt) if params.repetition_penalty != 1.0 else (),
             tuple(self.output) if params.needs_history else (),
         )
 
     def begin(self, num_computed_tokens: int, now: float) -> None:
         """Take part in a first step, with so many tokens computed already."""
         self.started_at = now
-        self.num_cached_tokens = min(num_computed_tokens, len(self.submit.prompt))
+        self.num_cached_tokens = min(num_computed_tokens, len(self.prompt))
 
     def input_tokens(self, piece: SequenceSlice) -> tuple[int, ...]:
         """The tokens of a slice, from the prompt and the output so far."""
-        prompt = self.submit.prompt
+        prompt = self.prompt
         start, end = piece.start, piece.start + piece.num_tokens
         if end <= len(prompt):
-            return prompt[start:end]
+            return tuple(prompt[start:end])
         tail = self.output[max(start - len(prompt), 0) : end - len(prompt)]
         return (*prompt[start:], *tail)
 
@@ -158,6 +165,8 @@ class LiveRequests:
         self._deadlines: list[tuple[float, int, LiveRequest]] = []
         """A heap; the number makes entries comparable."""
         self._numbers = itertools.count()
+        self.num_prompt_tokens = 0
+        """Of all of them together."""
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -184,6 +193,7 @@ class LiveRequests:
 
     def add(self, live: LiveRequest) -> None:
         self._by_id[live.request_id] = live
+        self.num_prompt_tokens += len(live.prompt)
         self._by_client.setdefault(live.client, {})[live.request_id] = live
         if live.deadline is not None:
             heapq.heappush(self._deadlines, (live.deadline, next(self._numbers), live))
@@ -197,6 +207,7 @@ class LiveRequests:
     def remove(self, live: LiveRequest) -> None:
         """Forget a request that has ended."""
         del self._by_id[live.request_id]
+        self.num_prompt_tokens -= len(live.prompt)
         self._leave_client(live)
         if len(self._deadlines) > 2 * len(self._by_id) + _FEW_DEADLINES:
             self._deadlines = sorted(entry for entry in self._deadlines if entry[2] in self)

@@ -20,6 +20,7 @@ from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.profile_file import load_profile, save_profile
 from fastserve_mega.coordinator.profiler import measure
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
+from fastserve_mega.messaging.frames import client_frame_limit
 from fastserve_mega.messaging.messages import STOP_WORD, Welcome
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
@@ -74,6 +75,7 @@ class CoordinatorProcess:
             options.client_endpoint,
             buffer=options.client_buffer_messages,
             timeout_s=options.client_timeout_s,
+            max_frame_bytes=client_frame_limit(self._welcome.max_context),
         )
         self._workers = ZmqWorkers(
             self._context,

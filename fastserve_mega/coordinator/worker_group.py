@@ -99,6 +99,7 @@ class ZmqWorkers:
             context,
             endpoint,
             _BUFFERED_STEPS,
+            unread=_BUFFERED_STEPS,
             silence_limit_s=silence_limit_s,
             secret_key=secret_key,
         )

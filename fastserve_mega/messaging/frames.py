@@ -19,6 +19,9 @@ PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 16 * 2**20
 """A frame is refused unread beyond this; the longest prompts of today are far below it."""
 
+_CLIENT_FRAME_BYTES = 2**20
+_CLIENT_FRAME_BYTES_PER_TOKEN = 64
+
 _VERSION_BYTE = bytes((PROTOCOL_VERSION,))
 _HEADERS = {1: b"\x01\x23"}
 """What a Refused begins with where that is not the version byte alone: version 1 had a number for
@@ -46,6 +49,15 @@ class OtherVersionError(BadFrameError):
             f"{version}"
         )
         self.version = version
+
+
+def client_frame_limit(max_context: int) -> int:
+    """Bytes of the longest frame that a client may send to a server with such a context.
+
+    A multiple of what can be of use, so that a prompt somewhat too long is still answered.
+    """
+    limit = _CLIENT_FRAME_BYTES + _CLIENT_FRAME_BYTES_PER_TOKEN * max_context
+    return min(limit, MAX_FRAME_BYTES)
 
 
 def encode(message: Message) -> bytes:
@@ -111,6 +123,8 @@ class Router:
         endpoint: str,
         buffer: int,
         *,
+        unread: int,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
         silence_limit_s: float | None = None,
         secret_key: bytes | None = None,
     ) -> None:
@@ -120,6 +134,8 @@ class Router:
             context: of this process.
             endpoint: for example tcp://127.0.0.1:5570; port 0 picks a free one.
             buffer: messages held for a peer that does not read.
+            unread: messages held of a peer while they are not read; more wait at the peer.
+            max_frame_bytes: a peer that sends a longer frame is cut off.
             silence_limit_s: a peer whose ZeroMQ does not answer for so long counts as gone, as
                 when its host is cut off; None: only a closed connection does.
             secret_key: of CURVE; only who has its public key can connect, and nobody can read
@@ -131,9 +147,9 @@ class Router:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.setsockopt(zmq.SNDHWM, buffer)
-        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, unread)
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
         if secret_key is not None:
             self.socket.curve_server = True
             self.socket.curve_secretkey = secret_key
@@ -151,6 +167,11 @@ class Router:
     def endpoint(self) -> str:
         """The bound address, with the port that was picked."""
         return self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something has arrived that `receive` has not yielded."""
+        return self.socket.poll(0) != 0
 
     def send(self, peer: Identity, message: Message) -> None:
         """Send without waiting.

@@ -166,6 +166,9 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     """Tokens in one step; longer prompts are prefilled in chunks of at most this."""
     max_queued_requests: PositiveInt = 100_000
     """Unfinished requests held at once; one more is rejected."""
+    max_queued_tokens: PositiveInt = 20_000_000
+    """Prompt tokens of unfinished requests; when there are so many, one more request is
+    rejected."""
     admission: AdmissionRule = "projected"
     """projected: a request is started only when the KV of all started ones is expected to fit on
     device and host, with the answers they still get; greedy: whenever its prompt fits now. What

@@ -19,7 +19,10 @@ def params():
 
 
 def test_answers_go_on_after_the_ranks_were_lost(start_server, tmp_path):
-    options = {"coordinator": {"client_endpoint": f"ipc://{tmp_path}/clients"}, "supervised": True}
+    options = {
+        "coordinator": {"client_endpoint": f"ipc://{tmp_path}/clients", "drain_timeout_s": 30.0},
+        "supervised": True,
+    }
     with start_server(**options) as first:
         client = Client(first.endpoint)
         generations = [client.submit(prompt, params()) for prompt in PROMPTS]

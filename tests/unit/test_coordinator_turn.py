@@ -6,9 +6,14 @@ import pytest
 
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
+from fastserve_mega.coordinator.recent_answers import RecentAnswers
 from fastserve_mega.coordinator.replica import Replica
+from fastserve_mega.messaging.frames import decode
 from fastserve_mega.messaging.messages import (
     Finished,
+    Metrics,
+    Ping,
+    Pong,
     Refused,
     StepResult,
     Submit,
@@ -48,7 +53,7 @@ class World:
             replicas=[Replica(scheduler, scheduler.step, self, 10.0, metrics)],
             front_door=self,
             metrics=metrics,
-            admission=Admission(99, (EOS,), 64, 10, [scheduler]),
+            admission=Admission(99, (EOS,), 64, 10, 100, [scheduler]),
             prefix_block_size=None,
             clock=lambda: self.now,
             poll=lambda deadline: self.log.append(("poll", deadline)),
@@ -106,6 +111,51 @@ def test_what_arrives_in_a_turn_is_planned_in_it(world):
     log = world.turn(submit("b", max_tokens=9), result=StepResult(0, (7,)))
     assert log[1] == ("dispatch", 1, ((7,), (5, 6)))
     assert world.turn() == [("poll", 10.0)]  # nothing arrived, and the window is full
+
+
+def test_a_flood_is_answered_in_several_turns(world):
+    inbox = [(b"client", Ping())] * 10
+
+    def receive(now):
+        while inbox:
+            world.now += 0.008  # what each of them takes
+            yield inbox.pop(0)
+
+    world.receive = receive
+    answers = []
+    while inbox:
+        before = len(inbox)
+        answers += world.turn()[1:]
+        assert before - len(inbox) <= 3
+    assert answers == [Pong("e")] * 10
+
+
+def test_more_prompt_tokens_than_may_wait_are_rejected(world):
+    long = [Submit(name, (5,) * 40, SamplingParams(max_tokens=9)) for name in "abcd"]
+    log = world.turn(*long[:3])
+    assert not [each for each in log if isinstance(each, Finished)]
+    (rejected,) = (each for each in world.turn(long[3]) if isinstance(each, Finished))
+    assert rejected.reason is FinishReason.REJECTED
+    assert rejected.message == (
+        "the prompts of unfinished requests have 120 tokens, the limit is 100 "
+        "(scheduler.max_queued_tokens)"
+    )
+
+
+def test_the_same_answer_is_given_again_for_a_while():
+    recent = RecentAnswers()
+    made = []
+
+    def make():
+        made.append(1)
+        return Metrics(f"number {len(made)}")
+
+    def ask(now):
+        return decode(recent.get("metrics", make, now)).text
+
+    assert [ask(10.0) for _ in range(1000)][-1] == "number 4"
+    assert ask(10.2) == "number 4"
+    assert ask(10.3) == "number 5"
 
 
 @pytest.mark.parametrize(

@@ -60,3 +60,15 @@ def test_requests_are_found_by_their_client_until_they_end():
     assert list(requests.clients()) == [b"y"]
     assert requests.of_client(b"x") == []
     assert (len(requests), requests.all(), requests.get("two")) == (1, [one], None)
+
+
+def test_a_waiting_prompt_takes_four_bytes_a_token():
+    requests = LiveRequests()
+    submit = Submit("long", tuple(range(1000, 5000)), SamplingParams())
+    request = LiveRequest(submit, b"c", 0.0, [])
+    requests.add(request)
+    assert request.prompt.itemsize * len(request.prompt) == 4 * 4000
+    assert request.submit.prompt == ()
+    assert requests.num_prompt_tokens == 4000
+    requests.remove(request)
+    assert requests.num_prompt_tokens == 0

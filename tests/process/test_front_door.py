@@ -1,0 +1,47 @@
+"""What one client does is no reason to take another one for gone."""
+
+from __future__ import annotations
+
+import pytest
+import zmq
+from fake_server import RawClient, fake_server
+
+from fastserve_mega.client import Client, InvalidRequestError
+from fastserve_mega.coordinator.front_door import FrontDoor
+from fastserve_mega.messaging.frames import client_frame_limit
+from fastserve_mega.messaging.messages import Ping
+from fastserve_mega.types import SamplingParams
+
+WAIT_MS = 20_000
+ONE = SamplingParams(max_tokens=1, ignore_eos=True)
+
+
+def test_a_client_is_not_silent_while_its_messages_wait_to_be_read():
+    context = zmq.Context()
+    door = FrontDoor(context, "tcp://127.0.0.1:0", buffer=10, timeout_s=30.0)
+    client = RawClient(door.endpoint)
+    try:
+        client.send(Ping())
+        assert door.socket.poll(WAIT_MS)
+        assert len(list(door.receive(0.0))) == 1
+        client.send(Ping())
+        assert door.socket.poll(WAIT_MS)
+        assert list(door.take_lost(100.0)) == []  # the coordinator was away, not the client
+        assert len(list(door.receive(101.0))) == 1
+        assert list(door.take_lost(130.0)) == []
+        assert [why for _, why in door.take_lost(132.0)] == ["the client went away"]
+    finally:
+        client.close()
+        door.close()
+        context.term()
+
+
+def test_a_frame_that_no_request_can_need_costs_its_sender_the_connection(model_directory):
+    with fake_server(model_directory) as server, Client(server.endpoint) as client:
+        limit = client_frame_limit(client.info().max_context)
+        with pytest.raises(InvalidRequestError, match=f"the limit is {limit}"):
+            client.submit([300] * limit, ONE)
+        flooder = RawClient(server.endpoint)
+        flooder.send_frames(b"x" * (limit + 1))
+        assert len(client.submit([1, 2], ONE).wait().token_ids) == 1
+        flooder.close()
