@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import uvicorn
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.server.app import create_app
+from fastserve_mega.server.connections import FewWarnings, bounded_connections, most_connections
 from fastserve_mega.server.middleware import body_limit
 from fastserve_mega.system.config import Config
 from fastserve_mega.text.tokenizer import Tokenizer
@@ -43,9 +45,11 @@ def run_server(config: Config) -> int:
         stopping=lambda: server.should_exit,
         max_body_bytes=config.server.max_body_bytes or body_limit(_max_context(config)),
     )
+    logging.getLogger("uvicorn.error").addFilter(FewWarnings())
     server = uvicorn.Server(
         uvicorn.Config(
             app,
+            http=bounded_connections(config.server.max_connections or most_connections()),
             host=config.server.host,
             port=config.server.port,
             access_log=False,

@@ -235,6 +235,9 @@ class ServerConfig(Record, frozen=True, kw_only=True):
     """How the model writes calls of tools; auto goes by its chat template, none refuses tools."""
     max_body_bytes: PositiveInt | None = None
     """Longest body of a request; None takes 1 MiB and 64 bytes for each token of the context."""
+    max_connections: PositiveInt | None = None
+    """Connections at the same time; one more takes the place of one without a request, or gets 503.
+    None takes what the limit of open files leaves, at most 10,000."""
 
 
 class Config(Record, frozen=True, kw_only=True):

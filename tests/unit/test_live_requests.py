@@ -72,3 +72,14 @@ def test_a_waiting_prompt_takes_four_bytes_a_token():
     assert requests.num_prompt_tokens == 4000
     requests.remove(request)
     assert requests.num_prompt_tokens == 0
+
+
+def test_resubmissions_from_new_connections_leave_nothing_behind():
+    requests = LiveRequests()
+    request = added(requests, "moved")
+    for number in range(200):
+        requests.move(request, f"c{number}".encode())
+    assert list(requests.clients()) == [b"c199"]
+    assert requests.of_client(b"c0") == []
+    requests.remove(request)
+    assert list(requests.clients()) == []

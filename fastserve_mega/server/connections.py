@@ -1,0 +1,127 @@
+"""How many connections the HTTP server holds, and how long it waits for a whole request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import time
+from collections.abc import Callable
+from typing import cast
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fastserve_mega.logs import LogLimiter
+
+LIMITS_S = {"head": 10.0, "body": 60.0}
+"""Within which a request has to arrive, by its part."""
+_OTHER_FILES = 100
+"""Files that the server has open besides its connections, at most."""
+_MOST_CONNECTIONS = 10_000
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
+
+
+def most_connections() -> int:
+    """As many as this process may have files open, less what it needs for others."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return _MOST_CONNECTIONS
+    return max(min(files - _OTHER_FILES, _MOST_CONNECTIONS), 1)
+
+
+class BoundedConnection(H11Protocol):
+    """uvicorn's connection, which ends when its client takes too long to say what it wants.
+
+    When there are too many, the one that has been without a request for longest makes room.
+    """
+
+    limit = _MOST_CONNECTIONS
+    _awaited: str | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast("asyncio.Transport", transport))
+        self._idle_since = self.loop.time()
+        self._await("head")
+        if len(self.connections) > self.limit:
+            self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        state = self.conn.their_state
+        self._await("head" if state is h11.IDLE else "body" if state is h11.SEND_BODY else None)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._idle_since = self.loop.time()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._await(None)
+        super().connection_lost(exc)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no request on it."""
+        return self.conn.their_state is h11.IDLE
+
+    def _await(self, part: str | None) -> None:
+        """Give the client its time for a part of a request, unless that runs already."""
+        if part == self._awaited:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._awaited = part
+        self._timer = None
+        if part is not None:
+            self._timer = self.loop.call_later(LIMITS_S[part], self._give_up, part)
+
+    def _give_up(self, part: str) -> None:
+        limit_s = LIMITS_S[part]
+        self.logger.warning("a request's %s was not complete within %g s", part, limit_s)
+        self.transport.close()
+
+    def _make_room(self) -> None:
+        others = [each for each in self.connections if isinstance(each, BoundedConnection)]
+        idle = [each for each in others if each.is_idle and each is not self]
+        self.logger.warning("there are more than %d connections", self.limit)
+        if idle:
+            min(idle, key=lambda each: each._idle_since).transport.close()
+        else:
+            self.transport.write(_FULL)
+            self.transport.close()
+
+
+def bounded_connections(limit: int) -> type[asyncio.Protocol]:
+    """What uvicorn is to make for each connection.
+
+    Args:
+        limit: of them at the same time.
+    """
+    return type("LimitedConnection", (BoundedConnection,), {"limit": limit})
+
+
+class FewWarnings(logging.Filter):
+    """Lets one warning of a kind through in a minute: whoever sends nonsense fills no disk.
+
+    Args:
+        clock: in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._limiter = LogLimiter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        number = self._limiter.count(str(record.msg), self._clock())
+        if number > 1:
+            record.msg = f"{record.getMessage()} ({number} times since this was last told)"
+            record.args = ()
+        return number > 0

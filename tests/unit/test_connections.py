@@ -1,0 +1,157 @@
+"""Connections that say nothing, slowly or too often; the time is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from fastserve_mega.server.connections import FewWarnings, bounded_connections
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+
+
+class Transport(asyncio.Transport):
+    """Remembers what is done to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.closed, self.written = False, b""
+
+    def write(self, data):
+        self.written += data
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+    def pause_reading(self):
+        pass
+
+    def resume_reading(self):
+        pass
+
+
+class Loop:
+    """A clock, and what was asked of it."""
+
+    def __init__(self):
+        self.now, self.timers = 0.0, []
+
+    def time(self):
+        return self.now
+
+    def call_later(self, delay, call, *args):
+        timer = Timer(self.now + delay, call, args)
+        self.timers.append(timer)
+        return timer
+
+    def create_task(self, work):
+        work.close()
+        return Task()
+
+    def advance(self, seconds):
+        self.now += seconds
+        due = [each for each in self.timers if each.at <= self.now]
+        self.timers = [each for each in self.timers if each.at > self.now]
+        for timer in due:
+            if not timer.cancelled:
+                timer.call(*timer.args)
+
+
+class Task:
+    def add_done_callback(self, callback):
+        pass
+
+
+class Timer:
+    def __init__(self, at, call, args):
+        self.at, self.call, self.args, self.cancelled = at, call, args, False
+
+    def cancel(self):
+        self.cancelled = True
+
+
+@pytest.fixture
+def connect(monkeypatch):
+    loop, state = Loop(), ServerState()
+
+    async def app(scope, receive, send):
+        raise AssertionError("the loop runs nothing")
+
+    config = uvicorn.Config(app, log_config=None, ws="none", http=bounded_connections(3))
+    config.load()
+
+    def connect():
+        transport = Transport()
+        made = config.http_protocol_class(config, state, {}, loop)
+        made.connection_made(transport)
+        return made, transport
+
+    connect.loop = loop
+    return connect
+
+
+def test_a_head_that_does_not_come_ends_the_connection(connect):
+    made, transport = connect()
+    made.data_received(HEAD[:20])
+    connect.loop.advance(9.0)
+    made.data_received(HEAD[20:21])  # a byte now and then gives no more time
+    assert not transport.closed
+    connect.loop.advance(1.0)
+    assert transport.closed
+
+
+def test_a_body_that_does_not_come_ends_the_connection(connect):
+    made, transport = connect()
+    made.data_received(HEAD + b"x")
+    connect.loop.advance(59.0)
+    made.data_received(b"x")
+    assert not transport.closed
+    connect.loop.advance(1.0)
+    assert transport.closed
+
+
+def test_a_whole_request_may_be_answered_for_as_long_as_it_takes(connect):
+    made, transport = connect()
+    made.data_received(HEAD + b"12345")
+    connect.loop.advance(3600.0)
+    assert not transport.closed
+
+
+def test_one_more_takes_the_place_of_the_one_that_was_idle_longest(connect):
+    busy, _ = connect()
+    busy.data_received(HEAD + b"12345")
+    idle = []
+    for _ in range(3):
+        connect.loop.advance(1.0)
+        idle.append(connect()[1])
+    assert [each.closed for each in idle] == [True, False, False]
+
+
+def test_where_all_are_busy_one_more_gets_503(connect):
+    for _ in range(3):
+        connect()[0].data_received(HEAD + b"12345")
+    _, transport = connect()
+    assert transport.written.startswith(b"HTTP/1.1 503 ")
+    assert transport.closed
+
+
+def test_a_kind_of_warning_is_told_once_a_minute():
+    now = [0.0]
+    few = FewWarnings(clock=lambda: now[0])
+
+    def passes(message):
+        record = logging.LogRecord("n", logging.WARNING, "p", 1, message, (), None)
+        return record.getMessage() if few.filter(record) else None
+
+    assert passes("bad") == "bad"
+    assert [passes("bad") for _ in range(20_000)] == [None] * 20_000
+    assert passes("other") == "other"
+    now[0] = 60.0
+    assert passes("bad") == "bad (20001 times since this was last told)"
