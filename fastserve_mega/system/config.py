@@ -62,6 +62,9 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     """auto: cuda where there is such a device, else cpu."""
     threads_per_rank: PositiveInt | None = None
     """CPU threads of a rank; None divides the cores of the machine among its ranks."""
+    cpu_engine: Literal["auto", "native", "torch"] = "auto"
+    """What computes on CPUs: native is one C++ call a step, built where there is a compiler, and
+    torch computes every model; auto takes native if it can."""
     timeout_s: PositiveFloat = 120.0
     """Longest wait of a rank for another one before it gives up."""
 
