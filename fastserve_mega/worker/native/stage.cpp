@@ -12,12 +12,25 @@
 
 #include "threads.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+#endif
+
 namespace fastserve {
 namespace {
 
 enum InstructionSet : int32_t { PORTABLE, AVX2, AVX512, AVX512_BF16 };
 
 constexpr size_t HUGE_PAGE = size_t{2} << 20;
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t GUARD = 64;  // between two buffers, so that an access behind one is found
+constexpr size_t ROOM_FOR_GUARDS = size_t{1} << 20;
+#else
+constexpr size_t GUARD = 0, ROOM_FOR_GUARDS = 0;
+#endif
 
 // Zeroed memory on huge pages where the system has them.
 class Memory {
@@ -32,14 +45,18 @@ class Memory {
     std::swap(used_, other.used_);
     return *this;
   }
-  explicit Memory(size_t bytes) : bytes_((bytes + 2 * HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE) {
+  explicit Memory(size_t bytes)
+      : bytes_((bytes + ROOM_FOR_GUARDS + 2 * HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE) {
     void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) throw std::bad_alloc();
     at_ = static_cast<char*>(mapped);
     madvise(at_, bytes_, MADV_HUGEPAGE);
+    ASAN_POISON_MEMORY_REGION(at_, bytes_);
   }
   ~Memory() {
-    if (at_) munmap(at_, bytes_);
+    if (!at_) return;
+    ASAN_UNPOISON_MEMORY_REGION(at_, bytes_);
+    munmap(at_, bytes_);
   }
 
   template <class T>
@@ -47,7 +64,8 @@ class Memory {
     const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
     if (used_ + bytes > bytes_) throw std::bad_alloc();
     char* taken = at_ + used_;
-    used_ += bytes;
+    used_ += bytes + GUARD;
+    ASAN_UNPOISON_MEMORY_REGION(taken, bytes);
     return reinterpret_cast<T*>(taken);
   }
 
