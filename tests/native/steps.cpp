@@ -86,6 +86,7 @@ struct Model {
     config.weight_bytes = 4 << 20;
     pool.resize(sizeof(float) * BLOCKS * LAYERS * 2 * 2 * 4 * head_dim);
     config.pool = pool.data();
+    config.pool_bytes = static_cast<int64_t>(pool.size());
     stage = fastserve_create(&config);
     check(stage, "create");
     frequencies = floats(head_dim / 2);

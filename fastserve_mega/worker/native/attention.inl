@@ -38,31 +38,51 @@ struct Query {
   float factor;  // of its weights
 };
 
+static void fetch(const Unit* from, size_t bytes) {
+  const char* at = reinterpret_cast<const char*>(from);
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+}
+
 // Scores of the blocks [first, end) of a table, unscaled: scores[r][tokens from `first` on].
 template <class T, int ROWS>
 static void score_rows(const Stage& stage, const LayerBlocks& blocks, int kv_head,
                        const int32_t* table, int first, int end, const Query<T>* queries,
                        float* scores) {
+  // Few rows are too few sums at a time to keep the processor busy.
+  constexpr int AT_ONCE = ROWS > 6 ? 1 : 2;
   const int size = stage.config.block_size, units = stage.config.head_dim / per_unit<T>();
-  for (int b = first; b < end; b++) {
-    const Unit* keys = blocks.keys(table[b], kv_head);
-    const Unit* next = b + 1 < end ? blocks.keys(table[b + 1], kv_head)
-                                   : blocks.values(table[first], kv_head);
-    const int lines = (blocks.head_bytes + 63) / 64;
-    for (int line = 0; line < lines; line++) __builtin_prefetch(next + line * 16);
-    for (int token = 0; token < size; token += LANES) {
-      Vec sums[ROWS];
-      for (int r = 0; r < ROWS; r++) sums[r] = Vec{};
-      for (int u = 0; u < units; u++) {
-        // At the end of a block this reads on into the next ones; `mask_row` drops that.
-        const Bits key = load_units(keys + u * size + token);
-#pragma GCC unroll 12
-        for (int r = 0; r < ROWS; r++)
-          sums[r] = dot<T>(sums[r], key, broadcast(queries[r].row[u]));
+  const int in_block = (size + LANES - 1) / LANES, total = (end - first) * in_block;
+  for (int vector = 0; vector < total; vector += AT_ONCE) {
+    const Unit* keys[AT_ONCE];
+    int tokens[AT_ONCE];
+    for (int i = 0; i < AT_ONCE; i++) {
+      const int at = vector + i < total ? vector + i : vector;
+      const int block = at / in_block, token = at % in_block * LANES;
+      keys[i] = blocks.keys(table[first + block], kv_head) + token;
+      tokens[i] = block * size + token;
+      if (token == 0) {
+        const bool more = first + block + AT_ONCE < end;
+        fetch(more ? blocks.keys(table[first + block + AT_ONCE], kv_head)
+                   : blocks.values(table[first], kv_head),
+              blocks.head_bytes);
       }
-      for (int r = 0; r < ROWS; r++)
-        store(scores + r * stage.score_width + (b - first) * size + token, sums[r]);
     }
+    Vec sums[ROWS][AT_ONCE];
+    for (int r = 0; r < ROWS; r++)
+      for (int i = 0; i < AT_ONCE; i++) sums[r][i] = Vec{};
+    for (int u = 0; u < units; u++) {
+      // At the end of a block this reads on into the next ones; `soften_row` drops that.
+      Bits key[AT_ONCE];
+      for (int i = 0; i < AT_ONCE; i++) key[i] = load_units(keys[i] + u * size);
+#pragma GCC unroll 12
+      for (int r = 0; r < ROWS; r++) {
+        const Bits query = broadcast(queries[r].row[u]);
+        for (int i = 0; i < AT_ONCE; i++) sums[r][i] = dot<T>(sums[r][i], key[i], query);
+      }
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int i = 0; i < AT_ONCE; i++)
+        store(scores + r * stage.score_width + tokens[i], sums[r][i]);
   }
 }
 
@@ -103,10 +123,7 @@ static void weigh_values(const Stage& stage, const LayerBlocks& blocks, int kv_h
   for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = Vec{};
   for (int b = first; b < end; b++) {
     const Unit* values = blocks.values(table[b], kv_head) + at;
-    if (at == 0 && b + 1 < end) {
-      const Unit* next = blocks.values(table[b + 1], kv_head);
-      for (int line = 0; line < units * dims / 16; line++) __builtin_prefetch(next + line * 16);
-    }
+    if (at == 0 && b + 1 < end) fetch(blocks.values(table[b + 1], kv_head), blocks.head_bytes);
     for (int u = 0; u < units; u++) {
       const Bits v0 = load_units(values + u * dims), v1 = load_units(values + u * dims + LANES);
 #pragma GCC unroll 12

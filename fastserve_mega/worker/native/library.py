@@ -100,6 +100,7 @@ class StageConfig(ctypes.Structure):
         ("attention_softcap", _F),
         ("embedding_scale", _F),
         ("weight_bytes", ctypes.c_int64),
+        ("pool_bytes", ctypes.c_int64),
         ("pool", _P),
     )
 
