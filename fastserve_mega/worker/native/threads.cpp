@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
 
 #include "stage.h"
@@ -11,9 +12,10 @@
 namespace fastserve {
 namespace {
 
-// About 100 microseconds: longer than the threads of a step wait for each other while all of them
-// have a core, and short enough for a process that needs the core of one that waits.
-constexpr int SPINS = 3000;
+// Threads that each have a core meet within some microseconds; for these they spin. Where they have
+// to share one, spinning keeps the others from coming: a wait that ends in sleep halves the limit,
+// one that does not lets it grow again. Each step begins with hope.
+constexpr int32_t FIRST_SPINS = 1500, MOST_SPINS = 4000, FEWEST_SPINS = 32;
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -43,6 +45,7 @@ void Team::run(Job job, void* argument) {
   job_ = job;
   argument_ = argument;
   taken_.store(0, std::memory_order_relaxed);
+  spins_.store(FIRST_SPINS, std::memory_order_relaxed);
   if (size_ > 1) advance(started_);
   job(argument, 0);
   barrier();
@@ -80,8 +83,9 @@ bool Team::take(int total, int chunk, int& from, int& to) {
 }
 
 void Team::wait_while(std::atomic<int32_t>& word, int32_t value) {
-  for (int spins = 0; word.load(std::memory_order_acquire) == value; spins++) {
-    if (spins < SPINS) {
+  const int32_t limit = spins_.load(std::memory_order_relaxed);
+  for (int32_t spins = 0; word.load(std::memory_order_acquire) == value; spins++) {
+    if (spins < limit) {
       pause_briefly();
       continue;
     }
@@ -89,7 +93,11 @@ void Team::wait_while(std::atomic<int32_t>& word, int32_t value) {
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     futex(word, FUTEX_WAIT_PRIVATE, value);
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    if (spins == limit && &word == &passed_)
+      spins_.store(std::max(limit / 2, FEWEST_SPINS), std::memory_order_relaxed);
   }
+  if (&word == &passed_ && spins_.load(std::memory_order_relaxed) == limit)
+    spins_.store(std::min(limit + limit / 8, MOST_SPINS), std::memory_order_relaxed);
 }
 
 void Team::advance(std::atomic<int32_t>& word) {

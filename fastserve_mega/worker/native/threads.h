@@ -41,6 +41,7 @@ class Team {
   alignas(64) std::atomic<int32_t> passed_{0};
   alignas(64) std::atomic<int32_t> taken_{0};
   alignas(64) std::atomic<int32_t> sleepers_{0};
+  alignas(64) std::atomic<int32_t> spins_{0};  // at most, before a thread sleeps
   std::vector<std::thread> threads_;
 
   void wait_while(std::atomic<int32_t>& word, int32_t value);
