@@ -116,7 +116,7 @@ static float soften_row(const StageConfig& config, float* scores, int from, int 
 // out[r][two vectors of dimensions from `at` on] = weights times the values.
 template <class T, int ROWS>
 static void weigh_values(const Stage& stage, const LayerBlocks& blocks, int kv_head,
-                         const int32_t* table, int first, int end, const float* scores, int at,
+                         const int32_t* table, int first, int end, const float* weights, int at,
                          const Query<T>* queries) {
   const int dims = stage.config.head_dim, units = stage.config.block_size / per_unit<T>();
   Vec sums[ROWS][2];
@@ -128,10 +128,10 @@ static void weigh_values(const Stage& stage, const LayerBlocks& blocks, int kv_h
       const Bits v0 = load_units(values + u * dims), v1 = load_units(values + u * dims + LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; r++) {
-        Unit weights;
-        memcpy(&weights, scores + r * stage.score_width + (b - first) * units + u, sizeof weights);
-        sums[r][0] = dot<T>(sums[r][0], v0, broadcast(weights));
-        sums[r][1] = dot<T>(sums[r][1], v1, broadcast(weights));
+        Unit weight;
+        memcpy(&weight, weights + r * stage.score_width + (b - first) * units + u, sizeof weight);
+        sums[r][0] = dot<T>(sums[r][0], v0, broadcast(weight));
+        sums[r][1] = dot<T>(sums[r][1], v1, broadcast(weight));
       }
     }
   }
@@ -145,7 +145,7 @@ static void weigh_values(const Stage& stage, const LayerBlocks& blocks, int kv_h
 // The last dimensions, fewer than two vectors of them, for one row.
 template <class T>
 static void weigh_last_values(const Stage& stage, const LayerBlocks& blocks, int kv_head,
-                              const int32_t* table, int first, int end, const float* scores, int at,
+                              const int32_t* table, int first, int end, const float* weights, int at,
                               float factor, T* out) {
   const int dims = stage.config.head_dim, units = stage.config.block_size / per_unit<T>();
   for (; at < dims; at += LANES) {
@@ -154,9 +154,9 @@ static void weigh_last_values(const Stage& stage, const LayerBlocks& blocks, int
     for (int b = first; b < end; b++) {
       const Unit* values = blocks.values(table[b], kv_head) + at;
       for (int u = 0; u < units; u++) {
-        Unit weights;
-        memcpy(&weights, scores + (b - first) * units + u, sizeof weights);
-        sum = dot<T>(sum, load_some_units(values + u * dims, count), broadcast(weights));
+        Unit weight;
+        memcpy(&weight, weights + (b - first) * units + u, sizeof weight);
+        sum = dot<T>(sum, load_some_units(values + u * dims, count), broadcast(weight));
       }
     }
     T results[LANES];
@@ -172,21 +172,23 @@ static void attend_rows(const Stage& stage, const LayerBlocks& blocks, const Att
   const int32_t* table = stage.step.tables + stage.step.table_at[item.sequence];
   const int first = queries[0].from / config.block_size;
   const int end = (queries[ROWS - 1].to + config.block_size - 1) / config.block_size;
-  const int begin = first * config.block_size;
-  const int width = round_up(end * config.block_size - begin, LANES);
-  score_rows<T, ROWS>(stage, blocks, item.kv_head, table, first, end, queries, scores);
+  // A token has its lane by its place in the sequence, wherever the item begins to look.
+  const int begin = first * config.block_size, base = begin / LANES * LANES, shift = begin - base;
+  const int width = round_up(end * config.block_size - base, LANES);
+  score_rows<T, ROWS>(stage, blocks, item.kv_head, table, first, end, queries, scores + shift);
   for (int r = 0; r < ROWS; r++) {
     float* row = scores + r * stage.score_width;
-    queries[r].factor = 1.0f / soften_row<T>(config, row, queries[r].from - begin,
-                                      queries[r].to - begin, width);
+    queries[r].factor = 1.0f / soften_row<T>(config, row, queries[r].from - base,
+                                             queries[r].to - base, width);
   }
+  const float* weights = scores + shift / per_unit<T>();
   int at = 0;
   for (; at + 2 * LANES <= config.head_dim; at += 2 * LANES)
-    weigh_values<T, ROWS>(stage, blocks, item.kv_head, table, first, end, scores, at, queries);
+    weigh_values<T, ROWS>(stage, blocks, item.kv_head, table, first, end, weights, at, queries);
   if (at == config.head_dim) return;
   for (int r = 0; r < ROWS; r++)
     weigh_last_values<T>(stage, blocks, item.kv_head, table, first, end,
-                         scores + r * stage.score_width, at, queries[r].factor, queries[r].out);
+                         weights + r * stage.score_width, at, queries[r].factor, queries[r].out);
 }
 
 template <class T, int ROWS = MAX_ROWS>
