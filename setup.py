@@ -3,10 +3,28 @@
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 NATIVE = "fastserve_mega/worker/native"
 
+
+class BuildLibrary(build_ext):
+    """Names the library alike for every Python: it is loaded by ctypes and knows none."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+
+class PlatformWheel(bdist_wheel):
+    """Makes one wheel for all versions of Python on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 setup(
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     ext_modules=[
         Extension(
             "fastserve_mega.worker.native._stage",

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import sysconfig
 from enum import IntEnum
 from pathlib import Path
-
-_STEM = "_stage"
-
 
 class NativeError(RuntimeError):
     """The library is not there, or cannot be used; the message is one sentence."""
@@ -171,8 +167,7 @@ class Library:
 
 def library_path() -> Path:
     """Where the build puts the library, whether it is there or not."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX") or ".so"
-    return Path(__file__).with_name(f"{_STEM}{suffix}")
+    return Path(__file__).with_name("_stage.so")
 
 
 @functools.cache
