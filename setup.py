@@ -49,5 +49,5 @@ setup(
             ],
             extra_link_args=["-pthread"],
         )
-    ]
+    ],
 )

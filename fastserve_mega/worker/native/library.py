@@ -10,6 +10,7 @@ import functools
 from enum import IntEnum
 from pathlib import Path
 
+
 class NativeError(RuntimeError):
     """The library is not there, or cannot be used; the message is one sentence."""
 
