@@ -73,6 +73,16 @@ static int chunk_of(const Stage& stage, int groups, int rows) {
   return chunk < 1 ? 1 : chunk > 4 ? 4 : chunk;
 }
 
+// Rows of a step that are computed together: by all threads, who wait for each other, or by one.
+struct Rows {
+  int first, count;
+  bool shared;
+};
+
+static void wait_for_others(Stage& stage, const Rows& rows) {
+  if (rows.shared) wait_for_team(stage);
+}
+
 static void add_bias(float* rows, int count, const float* bias) {
   for (int r = 0; r < count; r++)
     for (int c = 0; c < PANEL; c += LANES) {
@@ -81,19 +91,20 @@ static void add_bias(float* rows, int count, const float* bias) {
     }
 }
 
-// x [rows][x_stride units] times a matrix, shared among the threads; `take(panel, first row, rows,
-// results)` gets the results of a panel, bias included. The panels of a group (1 or 2) come one
-// after the other for the same rows and on the same thread.
+// x [rows][x_stride units] times a matrix; `take(panel, first row, rows, results)` gets the results
+// of a panel, bias included. The panels of a group (1 or 2) come one after the other for the same
+// rows and on the same thread.
 template <class T, class Take>
 static void multiply_matrix(Stage& stage, const Matrix& matrix, const float* bias, int group,
-                            const Unit* x, size_t x_stride, int rows, Take take) {
-  const Tiles tiles(rows);
+                            const Unit* x, size_t x_stride, const Rows& rows, Take take) {
+  const Tiles tiles(rows.count);
   const size_t panel_units = static_cast<size_t>(matrix.units) * PANEL;
   const size_t to_next = panel_units * (tiles.count == 1 ? 1 : group);
   const int groups = (matrix.outputs + PANEL - 1) / PANEL / group;
+  const int chunk = chunk_of(stage, groups, rows.count);
   alignas(64) float out[MAX_ROWS * PANEL];
-  int from, to;
-  while (take_chunk(stage, groups, chunk_of(stage, groups, rows), from, to)) {
+  int from = 0, to = groups;
+  while (!rows.shared || take_chunk(stage, groups, chunk, from, to)) {
     for (int step = from * tiles.count; step < to * tiles.count; step++) {
       const int tile = step % tiles.count, first = tile * tiles.rows;
       const int count = tiles.in_tile(tile), lines = tiles.lines(tile);
@@ -103,9 +114,10 @@ static void multiply_matrix(Stage& stage, const Matrix& matrix, const float* bia
         multiply<T>(count, x + first * x_stride, x_stride, w, matrix.units, out,
                     reinterpret_cast<const char*>(ahead), lines);
         if (bias) add_bias(out, count, bias + panel * PANEL);
-        take(panel, first, count, out);
+        take(panel, rows.first + first, count, out);
       }
     }
+    if (!rows.shared) return;
   }
 }
 

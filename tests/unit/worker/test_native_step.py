@@ -186,7 +186,7 @@ def open_stages(directory, num_stages, dtype):
         )
         open_checkpoint(directory, architecture, partition).load(stage, lambda num_bytes: None)
         cache = KvCache(
-            num_blocks=20,
+            num_blocks=120,
             num_layers=len(partition.layers),
             num_kv_heads=len(partition.kv_heads),
             block_size=BLOCK_SIZE,
@@ -209,6 +209,25 @@ def sequence(tokens, start=0, table=range(1, 20)):
         seed=0,
         prompt_tokens=1,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_a_long_step_has_the_bits_of_short_ones(directory, family, dtype, instruction_set):
+    """So long that the threads go through the layers apart."""
+    torch.set_num_threads(2)
+    requests = [list(range(3 + index, 103 + index)) for index in range(4)]
+    batch = [
+        sequence(tokens, table=range(1 + 25 * index, 26 + 25 * index))
+        for index, tokens in enumerate(requests)
+    ]
+    (engine,) = open_stages(directory(family), 1, dtype)
+    together = engine.run(batch, lambda: None)
+    alone = torch.cat([engine.run([each], lambda: None) for each in batch])
+    engine.close()
+    torch.distributed.destroy_process_group()
+    assert together.shape == (4, 131)
+    assert torch.equal(together.view(torch.int32), alone.view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
