@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import signal
+import socket
 from pathlib import Path
 
 import uvicorn
@@ -12,14 +15,41 @@ from fastserve_mega.server.app import create_app
 from fastserve_mega.system.config import Config
 from fastserve_mega.text.tokenizer import Tokenizer
 
-_DRAIN_TIMEOUT_S = 30
-"""How long answers on their way may take after a request to stop."""
+_LAST_WORDS_S = 1.0
+"""How long after the drain timeout a coordinator that drains as well may tell why it ends."""
+_WRITE_S = 2.0
+"""How long the last words may take to reach the clients."""
 
 
-def run_server(config: Config) -> int:
-    """Serve HTTP until SIGTERM or SIGINT, finish open answers within 30 s, and return 0.
+class _Server(uvicorn.Server):
+    """Ends the answers that are on their way when the time for them is over."""
+
+    def __init__(self, config: uvicorn.Config, client: AsyncClient, drain_s: float) -> None:
+        super().__init__(config)
+        self._client = client
+        self._drain_s = drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and wait for open answers; whoever still waits then is told why."""
+        ending = asyncio.create_task(self._end_answers())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(self._drain_s + _LAST_WORDS_S)
+        await self._client.aclose()
+
+
+def run_server(config: Config, listener: socket.socket | None = None) -> int:
+    """Serve HTTP until SIGTERM or SIGINT, give open answers the drain timeout, and return 0.
 
     The coordinator need not be there yet: until it is, requests are answered with status 503.
+
+    Args:
+        config: of the deployment.
+        listener: where connections come from; None listens at the address of the configuration.
 
     Raises:
         FileNotFoundError, ValueError: the model's directory has no tokenizer.
@@ -40,7 +70,8 @@ def run_server(config: Config) -> int:
         cors_origins=config.server.cors_origins,
         stopping=lambda: server.should_exit,
     )
-    server = uvicorn.Server(
+    drain_s = config.coordinator.drain_timeout_s
+    server = _Server(
         uvicorn.Config(
             app,
             host=config.server.host,
@@ -48,10 +79,12 @@ def run_server(config: Config) -> int:
             access_log=False,
             log_config=None,  # as the command line has set it up
             ws="none",
-            timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
-        )
+            timeout_graceful_shutdown=math.ceil(drain_s + _LAST_WORDS_S + _WRITE_S),
+        ),
+        client,
+        drain_s,
     )
-    server.run()
+    server.run(None if listener is None else [listener])
     return 0
 
 

@@ -235,6 +235,19 @@ class ServerConfig(Record, frozen=True, kw_only=True):
     """How the model writes calls of tools; auto goes by its chat template, none refuses tools."""
 
 
+class SupervisorConfig(Record, frozen=True, kw_only=True):
+    """When `fastserve-mega serve` starts processes again."""
+
+    max_restarts: Count = 50
+    """So often within restart_window_s; a loss after that ends everything. Waits between attempts
+    in vain grow to 30 s."""
+    restart_window_s: PositiveFloat = 600.0
+    """Time in which restarts are counted."""
+    hang_limit_s: PositiveFloat = 8.0
+    """A coordinator or HTTP server that has answered nothing for so long is killed and started
+    again."""
+
+
 class Config(Record, frozen=True, kw_only=True):
     """Everything a deployment says about itself; `configs/smollm2-135m-cpu.yaml` explains it."""
 
@@ -244,4 +257,5 @@ class Config(Record, frozen=True, kw_only=True):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

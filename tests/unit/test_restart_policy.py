@@ -1,0 +1,88 @@
+"""When the launcher tries again, and who is taken for hanging."""
+
+import socket
+import threading
+
+import zmq
+
+from fastserve_mega.launcher.probes import CoordinatorProbe, Watch, http_status
+from fastserve_mega.launcher.restart_policy import RestartPolicy
+from fastserve_mega.messaging.codec import encode
+from fastserve_mega.messaging.messages import Pong
+
+WAIT_S = 60.0
+
+
+def test_the_first_attempt_is_made_at_once_and_those_in_vain_wait_longer_and_longer():
+    policy = RestartPolicy(max_restarts=50, window_s=600.0)
+    waits = [policy.wait_before_attempt(now=float(i)) for i in range(8)]
+    assert waits == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+
+
+def test_a_loss_right_after_a_restart_counts_as_in_vain_and_a_later_one_does_not():
+    policy = RestartPolicy(max_restarts=50, window_s=600.0)
+    assert policy.wait_before_attempt(0.0) == 0.0
+    policy.succeeded(5.0)
+    assert policy.wait_before_attempt(5.7) == 1.0
+    policy.succeeded(8.0)
+    assert policy.wait_before_attempt(30.0) == 0.0
+
+
+def test_six_kills_in_a_minute_are_survived_with_the_limits_of_the_configuration():
+    policy = RestartPolicy(max_restarts=50, window_s=600.0)
+    for kill in range(6):
+        assert policy.wait_before_attempt(10.0 * kill) is not None
+        policy.succeeded(10.0 * kill + 4.0)
+
+
+def test_only_attempts_within_the_window_count():
+    policy = RestartPolicy(max_restarts=2, window_s=100.0)
+    assert policy.wait_before_attempt(0.0) is not None
+    assert policy.wait_before_attempt(60.0) is not None
+    assert policy.wait_before_attempt(99.0) is None
+    assert policy.wait_before_attempt(100.0) is not None
+
+
+def test_silence_is_hanging_only_after_the_limit_and_several_questions():
+    answers = iter([False, True, False, False, False, False])
+    watch = Watch(lambda: next(answers), limit_s=8.0, now=0.0)
+    assert not watch.hangs(100.0)  # a pause of the one who asks
+    assert not watch.hangs(101.0)
+    assert not watch.hangs(103.0)
+    assert not watch.hangs(105.0)
+    assert not watch.hangs(107.0)
+    assert watch.hangs(109.0)
+
+
+def test_only_the_coordinator_that_was_started_counts_as_an_answer():
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    epochs = ["of somebody else", "ours"]
+
+    def answer_twice():
+        for epoch in epochs:
+            peer, _ = router.recv_multipart()
+            router.send_multipart([peer, encode(Pong(epoch))])
+
+    thread = threading.Thread(target=answer_twice)
+    thread.start()
+    probe = CoordinatorProbe(f"tcp://127.0.0.1:{port}", "ours")
+    try:
+        assert not probe.answers(1.0)
+        assert probe.answers(WAIT_S)
+    finally:
+        thread.join(WAIT_S)
+        probe.close()
+        context.destroy(linger=0)
+
+
+def test_nobody_listening_is_no_answer():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert http_status("127.0.0.1", port, "/version", 1.0) is None
+    probe = CoordinatorProbe(f"tcp://127.0.0.1:{port}", "ours")
+    try:
+        assert not probe.answers(0.01)
+    finally:
+        probe.close()
