@@ -105,6 +105,11 @@ class AsyncClient:
             session, self._session = self._session, None
             await session.close()
 
+    def give_up(self, reason: str) -> None:
+        """End what is unfinished with ServerUnavailableError, where `aclose` cancels it."""
+        if self._session is not None:
+            self._session.give_up(reason)
+
     # --- questions -----------------------------------------------------------------------------
 
     async def info(self) -> Welcome:

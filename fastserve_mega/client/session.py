@@ -129,6 +129,12 @@ class Session:
             state.finish(FinishReason.ABORT)
             self._drop(state)
 
+    def give_up(self, reason: str) -> None:
+        """End what is unfinished with an error, and let the server stop working on it."""
+        for request_id in self._requests:
+            self._send(Cancel(request_id))
+        self._fail_all(ServerUnavailableError(reason))
+
     def _drop(self, state: RequestState) -> None:
         """Forget a request that ended at this side; the server is told to stop working on it."""
         if self._requests.pop(state.request_id, None) is not None:

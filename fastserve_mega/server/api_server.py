@@ -39,7 +39,7 @@ class _Server(uvicorn.Server):
 
     async def _end_answers(self) -> None:
         await asyncio.sleep(self._drain_s + _LAST_WORDS_S)
-        await self._client.aclose()
+        self._client.give_up("the server was shut down")
 
 
 def run_server(config: Config, listener: socket.socket | None = None) -> int:
