@@ -28,15 +28,19 @@ class CoordinatorProbe:
         self._socket.connect(endpoint)
 
     def answers(self, limit_s: float) -> bool:
-        """Ask; whether an answer has come within the limit."""
+        """Ask; whether an answer has come, to this question or late to one before."""
         deadline = time.monotonic() + limit_s
+        late = [self._is_answer(self._socket.recv()) for _ in iter(self._has_more, False)]
         if not self._socket.poll(int(limit_s * 1000), zmq.POLLOUT):
-            return False
+            return any(late)
         self._socket.send(codec.encode(Ping()), zmq.DONTWAIT)
         while (left_s := deadline - time.monotonic()) > 0:
             if self._socket.poll(int(left_s * 1000) + 1) and self._is_answer(self._socket.recv()):
                 return True
-        return False
+        return any(late)
+
+    def _has_more(self) -> bool:
+        return bool(self._socket.poll(0))
 
     def _is_answer(self, frame: bytes) -> bool:
         try:
