@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import zmq
 
-from fastserve_mega.messaging import codec
+from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import Ping, Pong
 
 _MIN_MISSES = 3
@@ -33,7 +33,7 @@ class CoordinatorProbe:
         late = [self._is_answer(self._socket.recv()) for _ in iter(self._has_more, False)]
         if not self._socket.poll(int(limit_s * 1000), zmq.POLLOUT):
             return any(late)
-        self._socket.send(codec.encode(Ping()), zmq.DONTWAIT)
+        self._socket.send(frames.encode(Ping()), zmq.DONTWAIT)
         while (left_s := deadline - time.monotonic()) > 0:
             if self._socket.poll(int(left_s * 1000) + 1) and self._is_answer(self._socket.recv()):
                 return True
@@ -44,8 +44,8 @@ class CoordinatorProbe:
 
     def _is_answer(self, frame: bytes) -> bool:
         try:
-            message = codec.decode(frame)
-        except codec.BadFrameError:
+            message = frames.decode(frame)
+        except frames.BadFrameError:
             return False
         return isinstance(message, Pong) and message.epoch == self._epoch
 

@@ -7,7 +7,7 @@ import zmq
 
 from fastserve_mega.launcher.probes import CoordinatorProbe, Watch, http_status
 from fastserve_mega.launcher.restart_policy import RestartPolicy
-from fastserve_mega.messaging.codec import encode
+from fastserve_mega.messaging.frames import encode
 from fastserve_mega.messaging.messages import Pong
 
 WAIT_S = 60.0
@@ -73,6 +73,31 @@ def test_only_the_coordinator_that_was_started_counts_as_an_answer():
         assert probe.answers(WAIT_S)
     finally:
         thread.join(WAIT_S)
+        probe.close()
+        context.destroy(linger=0)
+
+
+def test_answers_that_come_late_do_not_pile_up():
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+
+    def answer_three_times():
+        peer, _ = router.recv_multipart()
+        for _ in range(3):
+            router.send_multipart([peer, encode(Pong("ours"))])
+
+    thread = threading.Thread(target=answer_three_times)
+    thread.start()
+    probe = CoordinatorProbe(f"tcp://127.0.0.1:{port}", "ours")
+    try:
+        assert probe.answers(WAIT_S)
+        thread.join(WAIT_S)
+        # From now on it is silent.
+        asked = [probe.answers(1.0) for _ in range(3)]
+        assert asked.count(True) <= 1
+        assert not asked[-1]
+    finally:
         probe.close()
         context.destroy(linger=0)
 
