@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Literal, NoReturn
 
@@ -49,15 +49,22 @@ def serve(
             return 1
 
 
-def supervise(deployment: Deployment, options: SupervisorConfig) -> NoReturn:
+def supervise(
+    deployment: Deployment, options: SupervisorConfig, sleep: Callable[[float], None] = time.sleep
+) -> NoReturn:
     """Start again whatever ends or hangs.
+
+    Args:
+        deployment: has started.
+        options: how often.
+        sleep: lets time pass.
 
     Raises:
         LaunchError: it cannot start, or that has been tried too often.
     """
     policy = RestartPolicy(options.max_restarts, options.restart_window_s)
     while True:
-        time.sleep(PROBE_S)
+        sleep(PROBE_S)
         if not (lost := deployment.lost()):
             continue
         reason = ", ".join(lost.values())
@@ -68,7 +75,7 @@ def supervise(deployment: Deployment, options: SupervisorConfig) -> NoReturn:
                 f"{options.restart_window_s:g} s (supervisor.max_restarts)"
             )
         _log.warning("%s; starting again%s", reason, f" in {wait_s:g} s" if wait_s else "")
-        time.sleep(wait_s)
+        sleep(wait_s)
         try:
             deployment.restart(lost)
         except ConfigurationError:

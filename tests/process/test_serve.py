@@ -92,6 +92,16 @@ class Served:
                 found.append(process_id)
         return found
 
+    def wait_until_closed(self) -> None:
+        """Until no connection is accepted any more, which is how stopping begins."""
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"{self.url}/version")
+            except httpx.TransportError:
+                return
+        raise AssertionError("it goes on accepting connections")
+
     def stream(self, http: httpx.Client, max_tokens: int):
         body = {"prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         return http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True})
@@ -149,6 +159,20 @@ def test_streams_go_on_whichever_process_is_lost(served):
             assert before.isdisjoint(server.find("worker")) == (name != "api-server")
 
 
+def test_ranks_that_are_lost_while_they_start_are_started_once_more(served):
+    expected = expected_tokens(PROMPT, COUNT)
+    with served() as server, Client(server.endpoint) as client:
+        before = server.find("worker")
+        generation = client.submit(PROMPT, PARAMS)
+        next(iter(generation))
+        send(before[0], signal.SIGKILL)
+        deadline = time.monotonic() + WAIT_S
+        while not (starting := set(server.find("worker")) - set(before)):
+            assert time.monotonic() < deadline, "nothing is started again"
+        send(starting.pop(), signal.SIGKILL)
+        assert generation.wait().token_ids == expected
+
+
 def test_an_http_stream_goes_on_when_the_ranks_are_lost(served):
     with (
         served() as server,
@@ -185,10 +209,9 @@ def test_the_second_ctrl_c_kills(served):
         everyone = descendants(server.process.pid)
         with Client(server.endpoint) as client:
             generation = client.submit(PROMPT, SamplingParams(max_tokens=ENDLESS))
-            chunks = iter(generation)
-            next(chunks)
+            next(iter(generation))
             send(server.process.pid, signal.SIGINT)
-            next(chunks)
+            server.wait_until_closed()
             begin = time.monotonic()
             send(server.process.pid, signal.SIGINT)
             server.process.wait(WAIT_S)

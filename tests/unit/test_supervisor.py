@@ -3,14 +3,66 @@
 import socket
 import threading
 
+import pytest
 import zmq
 
+from fastserve_mega.launcher.deployment import PROBE_S
 from fastserve_mega.launcher.probes import CoordinatorProbe, Watch, http_status
+from fastserve_mega.launcher.processes import ConfigurationError, LaunchError
 from fastserve_mega.launcher.restart_policy import RestartPolicy
+from fastserve_mega.launcher.supervisor import supervise
 from fastserve_mega.messaging.frames import encode
 from fastserve_mega.messaging.messages import Pong
+from fastserve_mega.system.config import SupervisorConfig
 
 WAIT_S = 60.0
+
+
+class Losing:
+    """A deployment that loses its ranks at once, and whose restarts end as they are told to."""
+
+    def __init__(self, *outcomes: Exception | None) -> None:
+        self.outcomes = list(outcomes)
+        self.restarted: list[set[str]] = []
+
+    def lost(self) -> dict[str, str]:
+        if not self.outcomes:
+            raise KeyboardInterrupt
+        return {"ranks": "the ranks process ended with status 137"}
+
+    def restart(self, names) -> None:
+        self.restarted.append(set(names))
+        if (outcome := self.outcomes.pop(0)) is not None:
+            raise outcome
+
+
+@pytest.fixture
+def options():
+    return SupervisorConfig(max_restarts=4)
+
+
+def test_a_restart_in_vain_is_followed_by_the_next_after_a_pause(options):
+    slept = []
+    deployment = Losing(LaunchError("lost while starting"), LaunchError("once more"), None)
+    with pytest.raises(KeyboardInterrupt):
+        supervise(deployment, options, slept.append)
+    assert deployment.restarted == [{"ranks"}] * 3
+    assert [pause for pause in slept if pause != PROBE_S] == [0.0, 2.0]
+    assert slept.count(PROBE_S) == 5  # one look each, and the pause before the second attempt
+
+
+def test_what_cannot_start_is_not_tried_again(options):
+    deployment = Losing(ConfigurationError("no mpirun"), None)
+    with pytest.raises(ConfigurationError, match="no mpirun"):
+        supervise(deployment, options, lambda _: None)
+    assert len(deployment.restarted) == 1
+
+
+def test_the_limit_of_restarts_is_named_when_it_is_reached(options):
+    deployment = Losing(*[None] * 5)
+    with pytest.raises(LaunchError, match=r"status 137, after 4 restarts within 600 s"):
+        supervise(deployment, options, lambda _: None)
+    assert len(deployment.restarted) == 4
 
 
 def test_the_first_attempt_is_made_at_once_and_those_in_vain_wait_longer_and_longer():
