@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: demo serve test test-long coverage test-install model paper
+.PHONY: demo serve test test-long coverage test-install model paper native-sanitize
 
 demo:
 	@tools/demo.sh
@@ -30,3 +30,7 @@ model:
 # ARGS="--data DIRECTORY" Alpaca's lengths are those of alpaca_lengths.csv there.
 paper:
 	@tools/setup_venv.sh && .venv/bin/python -m fastserve_mega.experiments.paper $(ARGS)
+
+# The C++ step under the address, undefined-behaviour and thread sanitizers.
+native-sanitize:
+	@tools/native_sanitize.sh

@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 
 python="${PYTHON:-python3}"
 stamp=.venv/installed-from
-wanted="$(cat setup.cfg constraints.txt | sha256sum)"
+native=fastserve_mega/worker/native
+wanted="$(cat setup.cfg setup.py constraints.txt "$native"/*.{h,inl,cpp} | sha256sum)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi

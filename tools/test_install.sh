@@ -31,7 +31,7 @@ find_python() {
 # Without the directories that earlier builds have left: a wheel takes what lies in build/.
 build_wheel() {
     mkdir "$work/source"
-    cp -r fastserve_mega setup.cfg pyproject.toml README.md LICENSE "$work/source"
+    cp -r fastserve_mega setup.cfg setup.py MANIFEST.in pyproject.toml README.md LICENSE "$work/source"
     "$1" -m venv "$work/builder"
     "$work/builder/bin/python" -m pip --quiet wheel --no-deps --wheel-dir "$work" "$work/source"
     rm -rf "$work/builder" "$work/source"

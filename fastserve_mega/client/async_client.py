@@ -54,7 +54,8 @@ class AsyncClient:
             is on this machine; without any, token ids can be sent and received.
         timeout_s: longest wait for the answer to a question, the first one included.
         heartbeat_s: time between signs of life while requests are unfinished.
-        silence_timeout_s: requests fail when the coordinator has not answered for this long.
+        silence_timeout_s: requests fail when the coordinator has not answered for this long; with
+            `serve`, which starts it again, only after the time that this may take.
 
     Raises:
         ServerUnavailableError: (all methods) the coordinator does not answer, or the client was
@@ -103,6 +104,11 @@ class AsyncClient:
         if self._session is not None:
             session, self._session = self._session, None
             await session.close()
+
+    def give_up(self, reason: str) -> None:
+        """End what is unfinished with ServerUnavailableError, where `aclose` cancels it."""
+        if self._session is not None:
+            self._session.give_up(reason)
 
     # --- questions -----------------------------------------------------------------------------
 

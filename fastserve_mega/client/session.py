@@ -43,7 +43,8 @@ class Session:
     Args:
         endpoint: ZeroMQ address of the coordinator.
         heartbeat_s: time between pings while requests are unfinished.
-        silence_timeout_s: requests fail when pings have not been answered for this long.
+        silence_timeout_s: requests fail when pings have not been answered for this long, or for
+            as long as the server says that starting it again may take.
     """
 
     def __init__(self, endpoint: str, *, heartbeat_s: float, silence_timeout_s: float) -> None:
@@ -56,6 +57,8 @@ class Session:
         self._busy = asyncio.Event()
         self._epoch: str | None = None
         self._unanswered_pings = 0
+        self._restart_within_s = 0.0
+        """How long a coordinator that is lost without a word may be away."""
         self._patient_until = 0.0
         """The coordinator has said that it restarts; `time.monotonic()`."""
         self._in_doubt = False
@@ -129,6 +132,12 @@ class Session:
             state.finish(FinishReason.ABORT)
             self._drop(state)
 
+    def give_up(self, reason: str) -> None:
+        """End what is unfinished with an error, and let the server stop working on it."""
+        for request_id in self._requests:
+            self._send(Cancel(request_id))
+        self._fail_all(ServerUnavailableError(reason))
+
     def _drop(self, state: RequestState) -> None:
         """Forget a request that ended at this side; the server is told to stop working on it."""
         if self._requests.pop(state.request_id, None) is not None:
@@ -158,6 +167,7 @@ class Session:
         else:
             if isinstance(message, Welcome):
                 self.welcome = message
+                self._restart_within_s = message.restart_within_s
                 self._on_epoch(message.epoch)
             elif isinstance(message, Pong):
                 self._on_epoch(message.epoch)
@@ -248,7 +258,7 @@ class Session:
                 self._fail_all(
                     ServerUnavailableError(
                         f"the coordinator at {self.endpoint} has not answered for "
-                        f"{self._silence_timeout_s:g} s"
+                        f"{self._longest_silence_s:g} s"
                     )
                 )
             elif self._unanswered_pings:
@@ -257,7 +267,11 @@ class Session:
     def _is_silent(self) -> bool:
         if time.monotonic() < self._patient_until:
             return False
-        return self._unanswered_pings * self._heartbeat_s >= self._silence_timeout_s
+        return self._unanswered_pings * self._heartbeat_s >= self._longest_silence_s
+
+    @property
+    def _longest_silence_s(self) -> float:
+        return max(self._silence_timeout_s, self._restart_within_s)
 
     def _fail_all(self, error: ClientError) -> None:
         for state in self._requests.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 
 from fastserve_mega.commands.command import Command, load_deployment
 
@@ -11,7 +12,18 @@ def _api_server(options: argparse.Namespace) -> int:
     config = load_deployment(options)
     from fastserve_mega.server.api_server import run_server
 
-    return run_server(config)
+    descriptor = options.listen_fd
+    listener = None if descriptor is None else socket.socket(fileno=descriptor)
+    return run_server(config, listener)
+
+
+def _add_api_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--listen-fd",
+        type=int,
+        metavar="FD",
+        help="an inherited socket to accept from, instead of server.host and server.port",
+    )
 
 
 COMMAND = Command(
@@ -25,4 +37,5 @@ COMMAND = Command(
         "--config configs/smollm2-135m-cpu.yaml --set server.host=0.0.0.0 --set server.port=8001",
     ),
     run=_api_server,
+    add_arguments=_add_api_server,
 )

@@ -129,9 +129,14 @@ def complete_with(argument: argparse.Action, files: Mapping[str, str]) -> None:
 def add_rank_options(parser: argparse.ArgumentParser) -> None:
     """Add what a rank passes on to the coordinator it starts."""
     parser.add_argument(
-        "--supervised",
-        action="store_true",
-        help="the ranks are started again when one is lost: leave requests unfinished then",
+        "--supervisor",
+        type=int,
+        metavar="PID",
+        help="process that starts the ranks again when one is lost: leave requests unfinished "
+        "then, and end with it",
+    )
+    parser.add_argument(
+        "--epoch", metavar="NAME", help="what clients know this start by; drawn by default"
     )
     parser.add_argument(
         "--profile-to",

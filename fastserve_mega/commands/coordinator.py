@@ -14,7 +14,8 @@ def _coordinator(options: argparse.Namespace) -> int:
     return run_coordinator(
         config,
         stop_on_stdin_close=options.stop_on_stdin_close,
-        supervised=options.supervised,
+        supervisor=options.supervisor,
+        epoch=options.epoch,
         profile_to=options.profile_to,
     )
 

@@ -13,11 +13,14 @@ def _worker(options: argparse.Namespace) -> int:
     from fastserve_mega.worker.rank import run_worker
 
     arguments = pass_on(options)
-    if options.supervised:
-        arguments.append("--supervised")
+    if options.supervisor is not None:
+        arguments += ["--supervisor", str(options.supervisor)]
+    if options.epoch:
+        arguments += ["--epoch", options.epoch]
     if options.profile_to:
         arguments += ["--profile-to", str(options.profile_to)]
-    return run_worker(config, arguments, options.runner, supervised=options.supervised)
+    supervised = options.supervisor is not None
+    return run_worker(config, arguments, options.runner, supervised=supervised)
 
 
 def _add_worker(parser: argparse.ArgumentParser) -> None:

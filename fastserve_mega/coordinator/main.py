@@ -23,6 +23,7 @@ from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.messaging.frames import client_frame_limit
 from fastserve_mega.messaging.messages import STOP_WORD, Welcome
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.process_tree import is_running
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.system.config import Config
 from fastserve_mega.types import FinishReason
@@ -48,15 +49,21 @@ class CoordinatorProcess:
     """Owns the sockets and the order of start and end."""
 
     def __init__(
-        self, config: Config, *, stop_on_stdin_close: bool, supervised: bool = False
+        self,
+        config: Config,
+        *,
+        stop_on_stdin_close: bool,
+        supervisor: int | None = None,
+        epoch: str | None = None,
     ) -> None:
         """Bind both sockets.
 
         Args:
             config: of the deployment.
             stop_on_stdin_close: end when the parent (rank 0), which holds the other end, is gone.
-            supervised: a launcher starts everything again when the ranks are lost, so that
+            supervisor: process that starts everything again when the ranks are lost, so that
                 requests can go on.
+            epoch: what clients know this start by; None draws one.
 
         Raises:
             ValueError: the model directory, the configuration or the profile is not usable.
@@ -65,7 +72,7 @@ class CoordinatorProcess:
         if config.scheduler.policy == "srpt":
             raise ValueError("scheduler.policy srpt needs to know the future: simulator only")
         self._config = config
-        self._welcome = _describe(config)
+        self._welcome = _describe(config, epoch, is_supervised=supervisor is not None)
         options = config.coordinator
         self._profile = load_profile(config.scheduler.profile) if config.scheduler.profile else None
         self._event_logs = open_event_logs(options.event_log, config.parallel.data)
@@ -84,7 +91,7 @@ class CoordinatorProcess:
             ranks_per_replica=config.parallel.replica_size,
             silence_limit_s=config.parallel.timeout_s,
         )
-        self._supervised = supervised
+        self._supervisor = supervisor
         self._stop = False
         self._poller = zmq.Poller()
         self._poller.register(self._workers.socket, zmq.POLLIN)
@@ -203,9 +210,9 @@ class CoordinatorProcess:
                 coordinator.turn()
             coordinator.end_all(FinishReason.ERROR, "the server was shut down")
         except WorkersLostError as error:
-            if self._supervised:
-                limit_s = self._config.coordinator.startup_timeout_s
-                coordinator.announce_restart(limit_s, str(error))
+            # Killed with its ranks, the supervisor keeps no promise.
+            if self._supervisor is not None and is_running(self._supervisor):
+                coordinator.announce_restart(self._welcome.restart_within_s, str(error))
             else:
                 coordinator.end_all(FinishReason.ERROR, str(error))
             raise
@@ -228,18 +235,19 @@ class CoordinatorProcess:
             self._stop = True
 
 
-def _describe(config: Config) -> Welcome:
+def _describe(config: Config, epoch: str | None, *, is_supervised: bool) -> Welcome:
     architecture = load_architecture(config.model.directory)
     limit = config.model.max_context
     if limit is not None and limit > architecture.max_context:
         raise ValueError(f"model.max_context is {limit}, the model has {architecture.max_context}")
     return Welcome(
-        epoch=uuid.uuid4().hex,
+        epoch=epoch or uuid.uuid4().hex,
         model_name=config.model.name,
         model_path=str(config.model.directory.resolve()),
         max_context=limit or architecture.max_context,
         vocab_size=architecture.vocab_size,
         eos_token_ids=architecture.eos_token_ids,
+        restart_within_s=config.coordinator.startup_timeout_s if is_supervised else 0.0,
     )
 
 
@@ -247,7 +255,8 @@ def run_coordinator(
     config: Config,
     *,
     stop_on_stdin_close: bool,
-    supervised: bool = False,
+    supervisor: int | None = None,
+    epoch: str | None = None,
     profile_to: Path | None = None,
 ) -> int:
     """Entry point of the process; returns its exit status.
@@ -255,12 +264,13 @@ def run_coordinator(
     Args:
         config: of the deployment.
         stop_on_stdin_close: see `CoordinatorProcess`.
-        supervised: see there too.
+        supervisor: see there too.
+        epoch: and this.
         profile_to: measure, write this file and end, instead of serving.
     """
     try:
         process = CoordinatorProcess(
-            config, stop_on_stdin_close=stop_on_stdin_close, supervised=supervised
+            config, stop_on_stdin_close=stop_on_stdin_close, supervisor=supervisor, epoch=epoch
         )
     except (ValueError, OSError) as error:
         _log.error("%s", error)

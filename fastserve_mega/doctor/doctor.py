@@ -66,6 +66,7 @@ def _checks(config: Config | None, config_file: Path) -> list[Check]:
         Check("Megatron-Core", installation.check_megatron),
         Check("Apex", installation.check_apex),
         Check("Transformer Engine", installation.check_transformer_engine),
+        Check("native step", installation.check_native_step),
         Check("MPI", lambda: mpi.check_mpi(config)),
         Check("host name", lambda: machine.check_host_name(config)),
         Check("cores", lambda: machine.check_cores(config)),

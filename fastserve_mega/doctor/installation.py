@@ -14,6 +14,7 @@ from packaging.version import Version
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
 from fastserve_mega.doctor.probe import ProbeError, python_probe
 from fastserve_mega.system.config import Config
+from fastserve_mega.worker.native.library import NativeError, load_library
 
 _DISTRIBUTION = "fastserve_mega"
 _MIN_PYTHON = (3, 11)
@@ -182,6 +183,16 @@ def check_transformer_engine() -> Iterator[Finding]:
     except ProbeError as error:
         remedy = "install the build for this torch and CUDA, or uninstall it"
         yield problem("Transformer Engine", f"installed but broken: {error}", remedy)
+
+
+def check_native_step() -> Iterator[Finding]:
+    """That the C++ step for CPUs was built, and for which instructions it runs here."""
+    try:
+        found = load_library().best_instruction_set.title
+    except NativeError as error:
+        yield ok("native step", f"not there: {error}; optional: torch computes on CPUs")
+    else:
+        yield ok("native step", f"built; uses {found} here")
 
 
 def _installed(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -12,19 +11,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fastserve_mega.process_tree import descendants, die_with_parent
 from fastserve_mega.system.config import Config
 
 KILL_AFTER_S = 10.0
 """How long a process may take to end by itself when it holds no requests."""
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
+CONFIGURATION_STATUS = 2
+"""Exit status of a process that cannot use what it was told."""
 
 
 class LaunchError(Exception):
     """A process did not start, or ended by itself; str() says which."""
 
 
-def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
+class ConfigurationError(LaunchError):
+    """It cannot start, however often that is tried."""
+
+
+def spawn(command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
     """Start a child in a session of its own, which ends when this process is killed outright.
 
     Its own session: a terminal's Ctrl-C reaches this process only, which ends its children in
@@ -39,21 +43,20 @@ def spawn(command: Sequence[str]) -> subprocess.Popen[bytes]:
         env=environment,
         start_new_session=True,
         stdin=subprocess.DEVNULL,
-        preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock
+        pass_fds=pass_fds,
+        preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock
     )
 
 
-def _end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this child when its parent is killed outright."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill what is left of a process group that has lost its leader and its purpose."""
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a child, its process group, and all that it has started."""
+    below = descendants(process.pid)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for process_id in below:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGKILL)
 
 
 def own_command(name: str, arguments: Sequence[str]) -> list[str]:
@@ -71,12 +74,12 @@ def mpirun_command(ranks: int) -> list[str]:
     """The start of a command line that runs the rest of it on so many ranks.
 
     Raises:
-        LaunchError: there is no mpirun beside this Python or on the PATH.
+        ConfigurationError: there is no mpirun beside this Python or on the PATH.
     """
     beside_python = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
-        raise LaunchError(
+        raise ConfigurationError(
             f"{ranks} ranks need mpirun: pip install 'fastserve_mega[mpi]', or a system MPI"
         )
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)

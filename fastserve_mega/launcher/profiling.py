@@ -12,7 +12,7 @@ from pathlib import Path
 from fastserve_mega.launcher.processes import (
     KILL_AFTER_S,
     LaunchError,
-    end_group,
+    end_tree,
     own_command,
     ranks_prefix,
     spawn,
@@ -42,7 +42,7 @@ def profile(config: Config, arguments: Sequence[str], output: Path) -> int:
             ranks.wait(KILL_AFTER_S)
         return 1
     finally:
-        end_group(ranks)
+        end_tree(ranks)
     if status == 0:
         print(f"{output} is written; use it with --set scheduler.profile={output}")
     return status

@@ -3,87 +3,88 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import socket
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from fastserve_mega.launcher.deployment import PROBE_S, Deployment, http_url
-from fastserve_mega.launcher.processes import LaunchError
-from fastserve_mega.system.config import Config
-
-_MAX_RESTARTS = 3
-_RESTART_WINDOW_S = 600.0
+from fastserve_mega.launcher.processes import ConfigurationError, LaunchError
+from fastserve_mega.launcher.restart_policy import RestartPolicy
+from fastserve_mega.process_tree import adopt_orphans
+from fastserve_mega.system.config import Config, SupervisorConfig
 
 _log = logging.getLogger(__name__)
 
 
-def serve(config: Config, arguments: Sequence[str]) -> int:
-    """`fastserve-mega serve`: run until Ctrl-C or SIGTERM; returns the exit status."""
-    stopping = False
+def serve(
+    config: Config, arguments: Sequence[str], *, runner: Literal["megatron", "fake"] = "megatron"
+) -> int:
+    """`fastserve-mega serve`: run until Ctrl-C or SIGTERM; returns the exit status.
+
+    The first signal ends everything in order, the second one at once.
+    """
+    num_signals = 0
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        if stopping:
-            return
-        stopping = True
-        raise KeyboardInterrupt
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals <= 2:
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    with Deployment(config, arguments, http=True, restarts=True) as deployment:
+    adopt_orphans()
+    with Deployment(config, arguments, http=True, restarts=True, runner=runner) as deployment:
         try:
-            if config.server.port:
-                _check_free(config.server.host, config.server.port)
             deployment.start()
             print(_how_to_use(config, arguments), flush=True)
-            _supervise(deployment)
+            supervise(deployment, config.supervisor)
         except KeyboardInterrupt:
-            _log.warning("stopping")
+            _log.warning("stopping; once more kills")
             return 0
         except LaunchError as error:
             _log.error("%s", error)
             return 1
 
 
-def _supervise(deployment: Deployment) -> NoReturn:
-    """Start the ranks again whenever they end, unless they do so all the time."""
-    restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
-    while True:
-        time.sleep(PROBE_S)
-        try:
-            deployment.check()
-            continue
-        except LaunchError as error:
-            now = time.monotonic()
-            if len(restarts) == _MAX_RESTARTS and now - restarts[0] < _RESTART_WINDOW_S:
-                raise LaunchError(
-                    f"{error}, after {_MAX_RESTARTS} restarts within {_RESTART_WINDOW_S:g} s"
-                ) from None
-            restarts.append(now)
-            _log.warning("%s; starting again", error)
-        deployment.restart_ranks()
-        _log.warning("serving again")
+def supervise(
+    deployment: Deployment, options: SupervisorConfig, sleep: Callable[[float], None] = time.sleep
+) -> NoReturn:
+    """Start again whatever ends or hangs.
 
-
-def _check_free(host: str, port: int) -> None:
-    """Refuse a taken port now, and not when the model is loaded.
+    Args:
+        deployment: has started.
+        options: how often.
+        sleep: lets time pass.
 
     Raises:
-        LaunchError: it cannot be listened on.
+        LaunchError: it cannot start, or that has been tried too often.
     """
-    try:
-        # As the HTTP server does: a port whose last connections are still closing is free.
-        socket.create_server((host, port), reuse_port=False).close()
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise LaunchError(
-            f"cannot listen on {host}:{port} (server.host, server.port): {reason}"
-        ) from None
+    policy = RestartPolicy(options.max_restarts, options.restart_window_s)
+    while True:
+        sleep(PROBE_S)
+        if not (lost := deployment.lost()):
+            continue
+        reason = ", ".join(lost.values())
+        wait_s = policy.wait_before_attempt(time.monotonic())
+        if wait_s is None:
+            raise LaunchError(
+                f"{reason}, after {options.max_restarts} restarts within "
+                f"{options.restart_window_s:g} s (supervisor.max_restarts)"
+            )
+        _log.warning("%s; starting again%s", reason, f" in {wait_s:g} s" if wait_s else "")
+        sleep(wait_s)
+        try:
+            deployment.restart(lost)
+        except ConfigurationError:
+            raise
+        except LaunchError as error:
+            _log.warning("not started: %s", error)
+        else:
+            policy.succeeded(time.monotonic())
+            _log.warning("serving again")
 
 
 def _how_to_use(config: Config, arguments: Sequence[str]) -> str:

@@ -97,6 +97,9 @@ class Welcome(_Answer, frozen=True):
     """Tokens of prompt and answer together."""
     vocab_size: Count
     eos_token_ids: tuple[int, ...]
+    restart_within_s: Seconds = 0.0
+    """When the coordinator is lost without a word, somebody starts it again within this time; 0:
+    nobody does."""
 
 
 class Tokens(_Answer, frozen=True):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import signal
+import socket
 from pathlib import Path
 
 import uvicorn
@@ -11,19 +14,65 @@ import uvicorn
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.server.app import create_app
-from fastserve_mega.server.connections import FewWarnings, bounded_connections, most_connections
+from fastserve_mega.server.connections import (
+    ACCEPTED_AT_ONCE,
+    FewWarnings,
+    bounded_connections,
+    most_connections,
+)
 from fastserve_mega.server.middleware import body_limit
 from fastserve_mega.system.config import Config
 from fastserve_mega.text.tokenizer import Tokenizer
 
-_DRAIN_TIMEOUT_S = 30
-"""How long answers on their way may take after a request to stop."""
+_LAST_WORDS_S = 1.0
+"""How long after the drain timeout a coordinator that drains as well may tell why it ends."""
+_WRITE_S = 2.0
+"""How long the last words may take to reach the clients."""
+_BACKLOG = 2048
+"""Connections that wait in the kernel until they are accepted."""
 
 
-def run_server(config: Config) -> int:
-    """Serve HTTP until SIGTERM or SIGINT, finish open answers within 30 s, and return 0.
+class _Server(uvicorn.Server):
+    """Ends the answers that are on their way when the time for them is over.
+
+    Connections come in small portions, so that there are never many more than may be.
+    """
+
+    def __init__(self, config: uvicorn.Config, client: AsyncClient, drain_s: float) -> None:
+        super().__init__(config)
+        self._client = client
+        self._drain_s = drain_s
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen. Only few connections are accepted in a turn, yet many may wait for theirs."""
+        await super().startup(sockets)
+        # asyncio takes one number for both; the kernel's may be set again.
+        for server in self.servers:
+            for listener in server.sockets:
+                with listener.dup() as same:
+                    same.listen(_BACKLOG)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and wait for open answers; whoever still waits then is told why."""
+        ending = asyncio.create_task(self._end_answers())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(self._drain_s + _LAST_WORDS_S)
+        self._client.give_up("the server was shut down")
+
+
+def run_server(config: Config, listener: socket.socket | None = None) -> int:
+    """Serve HTTP until SIGTERM or SIGINT, give open answers the drain timeout, and return 0.
 
     The coordinator need not be there yet: until it is, requests are answered with status 503.
+
+    Args:
+        config: of the deployment.
+        listener: where connections come from; None listens at the address of the configuration.
 
     Raises:
         FileNotFoundError, ValueError: the model's directory has no tokenizer, or no config.json.
@@ -45,20 +94,25 @@ def run_server(config: Config) -> int:
         stopping=lambda: server.should_exit,
         max_body_bytes=config.server.max_body_bytes or body_limit(_max_context(config)),
     )
-    logging.getLogger("uvicorn.error").addFilter(FewWarnings())
-    server = uvicorn.Server(
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addFilter(FewWarnings())
+    drain_s = config.coordinator.drain_timeout_s
+    server = _Server(
         uvicorn.Config(
             app,
             http=bounded_connections(config.server.max_connections or most_connections()),
+            backlog=ACCEPTED_AT_ONCE,
             host=config.server.host,
             port=config.server.port,
             access_log=False,
             log_config=None,  # as the command line has set it up
             ws="none",
-            timeout_graceful_shutdown=_DRAIN_TIMEOUT_S,
-        )
+            timeout_graceful_shutdown=math.ceil(drain_s + _LAST_WORDS_S + _WRITE_S),
+        ),
+        client,
+        drain_s,
     )
-    server.run()
+    server.run(None if listener is None else [listener])
     return 0
 
 

@@ -16,9 +16,15 @@ from fastserve_mega.logs import LogLimiter
 
 LIMITS_S = {"head": 10.0, "body": 60.0}
 """Within which a request has to arrive, by its part."""
+ACCEPTED_AT_ONCE = 64
+"""Connections that the event loop accepts in one turn, before it looks at the first of them."""
 _OTHER_FILES = 100
 """Files that the server has open besides its connections, at most."""
+_RESERVED_FILES = _OTHER_FILES + 4 * ACCEPTED_AT_ONCE
+"""A connection too many is open for up to four turns: accepted, made, refused, closed."""
 _MOST_CONNECTIONS = 10_000
+_ACCEPT_ERROR = "socket.accept() out of system resource"
+"""What asyncio says, once for each connection, when no more files can be opened."""
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
     b"Content-Length: 0\r\nConnection: close\r\n\r\n"
@@ -26,11 +32,14 @@ _FULL = (
 
 
 def most_connections() -> int:
-    """As many as this process may have files open, less what it needs for others."""
+    """As many as this process may have files open, less what it needs for others.
+
+    Where it may have very few open, half of them.
+    """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return _MOST_CONNECTIONS
-    return max(min(files - _OTHER_FILES, _MOST_CONNECTIONS), 1)
+    return min(max(files - _RESERVED_FILES, files // 2, 1), _MOST_CONNECTIONS)
 
 
 class BoundedConnection(H11Protocol):
@@ -87,10 +96,13 @@ class BoundedConnection(H11Protocol):
 
     def _make_room(self) -> None:
         others = [each for each in self.connections if isinstance(each, BoundedConnection)]
-        idle = [each for each in others if each.is_idle and each is not self]
+        # One that is closed stays in the set until the next turn; it makes room only once.
+        open_ones = [each for each in others if not each.transport.is_closing()]
+        idle = [each for each in open_ones if each.is_idle and each is not self]
         self.logger.warning("there are more than %d connections", self.limit)
         if idle:
-            min(idle, key=lambda each: each._idle_since).transport.close()
+            # Close would wait until the client has read its last answer, which may be never.
+            min(idle, key=lambda each: each._idle_since).transport.abort()
         else:
             self.transport.write(_FULL)
             self.transport.close()
@@ -108,6 +120,8 @@ def bounded_connections(limit: int) -> type[asyncio.Protocol]:
 class FewWarnings(logging.Filter):
     """Lets one warning of a kind through in a minute: whoever sends nonsense fills no disk.
 
+    The event loop's errors about connections that it cannot accept count as warnings.
+
     Args:
         clock: in seconds.
     """
@@ -118,9 +132,10 @@ class FewWarnings(logging.Filter):
         self._limiter = LogLimiter()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
+        kind = str(record.msg).partition("\n")[0]
+        if record.levelno != logging.WARNING and not kind.startswith(_ACCEPT_ERROR):
             return True
-        number = self._limiter.count(str(record.msg), self._clock())
+        number = self._limiter.count(kind, self._clock())
         if number > 1:
             record.msg = f"{record.getMessage()} ({number} times since this was last told)"
             record.args = ()

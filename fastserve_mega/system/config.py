@@ -62,6 +62,9 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     """auto: cuda where there is such a device, else cpu."""
     threads_per_rank: PositiveInt | None = None
     """CPU threads of a rank; None divides the cores of the machine among its ranks."""
+    cpu_engine: Literal["auto", "native", "torch"] = "auto"
+    """What computes on CPUs: native is one C++ call a step, built where there is a compiler, and
+    torch computes every model; auto takes native if it can."""
     timeout_s: PositiveFloat = 120.0
     """Longest wait of a rank for another one before it gives up."""
 
@@ -240,6 +243,19 @@ class ServerConfig(Record, frozen=True, kw_only=True):
     None takes what the limit of open files leaves, at most 10,000."""
 
 
+class SupervisorConfig(Record, frozen=True, kw_only=True):
+    """When `fastserve-mega serve` starts processes again."""
+
+    max_restarts: Count = 50
+    """So often within restart_window_s; a loss after that ends everything. Waits between attempts
+    in vain grow to 30 s."""
+    restart_window_s: PositiveFloat = 600.0
+    """Time in which restarts are counted."""
+    hang_limit_s: PositiveFloat = 8.0
+    """A coordinator or HTTP server that has answered nothing for so long is killed and started
+    again."""
+
+
 class Config(Record, frozen=True, kw_only=True):
     """Everything a deployment says about itself; `configs/smollm2-135m-cpu.yaml` explains it."""
 
@@ -249,4 +265,5 @@ class Config(Record, frozen=True, kw_only=True):
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     coordinator: CoordinatorConfig = field(default_factory=CoordinatorConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
+    supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)

@@ -14,6 +14,7 @@ import zmq
 from msgspec import structs
 
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.process_tree import die_with_parent
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.locate import resolve_model
 from fastserve_mega.system.partition import partition_model
@@ -54,8 +55,10 @@ def run_worker(
         coordinator_arguments: for the coordinator that rank 0 starts.
         runner: what computes tokens; `fake` needs no model and is for tests.
         supervised: SIGTERM means that another rank has died, which mpirun tells in this way, and
-            SIGUSR1 asks to stop.
+            SIGUSR1 asks to stop; and this rank ends with what has started it.
     """
+    if supervised:
+        die_with_parent()
     try:
         topology = read_topology()
         exchange = _make_exchange(topology, config.parallel.timeout_s)
@@ -88,7 +91,7 @@ def _fail_alone(error: Exception) -> int:
         _log.info("%s", error)
     else:
         _log.error("%s", error)
-    return 2
+    return 2 if isinstance(error, ValueError | ImportError) else 1
 
 
 def _check(config: Config, topology: Topology) -> None:

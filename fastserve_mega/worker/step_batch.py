@@ -64,7 +64,7 @@ def build_step(batch: Sequence[SequenceInput], block_size: int, device: torch.de
         ValueError: a sequence has no token, or a block table is too short for its tokens.
     """
     for sequence in batch:
-        _check(sequence, block_size)
+        check_sequence(sequence, block_size)
     groups = _decode_groups(batch, block_size)
     prefill = [index for index, sequence in enumerate(batch) if len(sequence.token_ids) > 1]
     order = [index for group in groups for index in group] + prefill
@@ -89,7 +89,7 @@ def build_step(batch: Sequence[SequenceInput], block_size: int, device: torch.de
         token_ids=tensor([token for sequence in ordered for token in sequence.token_ids]),
         positions=tensor(positions),
         slots=tensor(slots),
-        fresh_blocks=tensor(_fresh_blocks(batch, block_size)),
+        fresh_blocks=tensor(fresh_blocks(batch, block_size)),
         decode=tuple(
             _decode_group([batch[i] for i in group], first_of[group[0]], block_size, device)
             for group in groups
@@ -101,7 +101,12 @@ def build_step(batch: Sequence[SequenceInput], block_size: int, device: torch.de
     )
 
 
-def _check(sequence: SequenceInput, block_size: int) -> None:
+def check_sequence(sequence: SequenceInput, block_size: int) -> None:
+    """See that a sequence has tokens, and blocks for them.
+
+    Raises:
+        ValueError: it has not.
+    """
     if not sequence.token_ids:
         raise ValueError(f"request {sequence.request_id} has no token in this step")
     room = len(sequence.block_table) * block_size
@@ -168,7 +173,7 @@ def _prefill_span(
     )
 
 
-def _fresh_blocks(batch: Sequence[SequenceInput], block_size: int) -> list[int]:
+def fresh_blocks(batch: Sequence[SequenceInput], block_size: int) -> list[int]:
     """Blocks whose first slot is written now and whose last is not.
 
     Only the last block of a sequence can be one; a block filled in this step has nothing left of

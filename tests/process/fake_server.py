@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -125,7 +126,9 @@ def fake_server(
             **{"client_endpoint": "tcp://127.0.0.1:0", "drain_timeout_s": 0.001, **coordinator},
         ),
     )
-    process = CoordinatorProcess(config, stop_on_stdin_close=False, supervised=supervised)
+    process = CoordinatorProcess(
+        config, stop_on_stdin_close=False, supervisor=os.getpid() if supervised else None
+    )
     runners = [
         make_runner(
             device_blocks=device_blocks,

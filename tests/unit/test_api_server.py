@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -7,7 +9,8 @@ import sys
 
 import httpx
 
-from fastserve_mega.client.testing import WAIT_S
+from fastserve_mega.client.testing import WAIT_S, begin
+from fastserve_mega.messaging.messages import Cancel
 
 PROGRAM = """
 import sys
@@ -17,29 +20,56 @@ from fastserve_mega.server.api_server import run_server
 directory, endpoint, port = sys.argv[1:]
 raw = {
     "model": {"path": directory, "max_context": 256},
-    "coordinator": {"client_endpoint": endpoint},
+    "coordinator": {"client_endpoint": endpoint, "drain_timeout_s": 0.05},
     "server": {"port": int(port)},
 }
 sys.exit(run_server(convert(raw, Config)))
 """
 
 
-def test_it_serves_until_sigterm_and_exits_with_0(fake_coordinator, tiny_tokenizer_dir):
+@contextlib.contextmanager
+def running(endpoint, directory):
+    """The process, and an HTTP client that waits until it listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    arguments = [str(tiny_tokenizer_dir), fake_coordinator.endpoint, str(port)]
     server = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM, str(directory), endpoint, str(port)],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         # It connects again, with growing pauses, until the server listens.
         transport = httpx.HTTPTransport(retries=8)
-        with httpx.Client(transport=transport, timeout=WAIT_S) as http:
-            reply = http.get(f"http://127.0.0.1:{port}/v1/models")
-        assert reply.json()["data"][0]["id"] == "tiny"
-        server.send_signal(signal.SIGTERM)
-        _, log = server.communicate(timeout=WAIT_S)
+        url = f"http://127.0.0.1:{port}"
+        with httpx.Client(transport=transport, timeout=WAIT_S, base_url=url) as http:
+            yield server, http
     finally:
         server.kill()
+
+
+def test_it_serves_until_sigterm_and_exits_with_0(fake_coordinator, tiny_tokenizer_dir):
+    with running(fake_coordinator.endpoint, tiny_tokenizer_dir) as (server, http):
+        assert http.get("/v1/models").json()["data"][0]["id"] == "tiny"
+        server.send_signal(signal.SIGTERM)
+        _, log = server.communicate(timeout=WAIT_S)
+    assert server.returncode == 0
+    assert "Traceback" not in log
+
+
+def test_a_stream_that_outlasts_the_drain_timeout_is_told_the_end(
+    fake_coordinator, tiny_tokenizer_dir
+):
+    fake_coordinator.behaviour = begin([5, 6])
+    body = {"prompt": [1, 2], "max_tokens": 50, "stream": True}
+    with running(fake_coordinator.endpoint, tiny_tokenizer_dir) as (server, http):
+        with http.stream("POST", "/v1/completions", json=body) as response:
+            lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+            next(lines)
+            server.send_signal(signal.SIGTERM)
+            *_, last, done = lines
+        _, log = server.communicate(timeout=WAIT_S)
+    assert json.loads(last)["error"]["message"] == "the server was shut down"
+    assert done == "[DONE]"
+    assert fake_coordinator.wait_for(Cancel)
     assert server.returncode == 0
     assert "Traceback" not in log

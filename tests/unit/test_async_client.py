@@ -416,6 +416,29 @@ def test_a_silent_coordinator_fails_the_requests_in_time(fake_coordinator):
     run(main())
 
 
+def test_a_coordinator_that_is_started_again_may_be_silent_for_longer(fake_coordinator):
+    fake_coordinator.behaviour = begin([5])
+    fake_coordinator.welcome = msgspec.structs.replace(
+        fake_coordinator.welcome, restart_within_s=2 * WAIT_S
+    )
+
+    async def main():
+        client = AsyncClient(fake_coordinator.endpoint, heartbeat_s=0.01, silence_timeout_s=0.02)
+        async with client:
+            generation = await client.submit([1])
+            await until(lambda: generation.token_ids)
+            fake_coordinator.silent = True
+            pings = len(fake_coordinator.received(Ping))
+            await wait_for(fake_coordinator, Ping, pings + 5)  # 0.05 s: more than 0.02
+            fake_coordinator.behaviour = answer([5, 6, 7])
+            fake_coordinator.silent = False
+            fake_coordinator.restart()
+            await generation.wait()
+            assert generation.token_ids == (5, 6, 7)
+
+    run(main())
+
+
 def test_pings_go_on_while_requests_are_unfinished_and_then_end(fake_coordinator):
     fake_coordinator.behaviour = begin([5])
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 
 import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from fastserve_mega.server.connections import FewWarnings, bounded_connections
+from fastserve_mega.server.connections import FewWarnings, bounded_connections, most_connections
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
 
@@ -25,6 +26,9 @@ class Transport(asyncio.Transport):
         self.written += data
 
     def close(self):
+        self.closed = True
+
+    def abort(self):
         self.closed = True
 
     def is_closing(self):
@@ -134,6 +138,21 @@ def test_one_more_takes_the_place_of_the_one_that_was_idle_longest(connect):
     assert [each.closed for each in idle] == [True, False, False]
 
 
+def test_of_many_that_come_in_one_turn_each_closes_another_one(connect):
+    transports = [connect()[1] for _ in range(10)]
+    assert [each.closed for each in transports].count(False) == 3
+
+
+def test_files_are_kept_free_for_what_comes_in_a_turn(monkeypatch):
+    def connections(files):
+        monkeypatch.setattr("resource.getrlimit", lambda _: (files, files))
+        return most_connections()
+
+    assert connections(1024) == 1024 - 100 - 4 * 64
+    assert connections(256) == 128
+    assert connections(10**6) == connections(resource.RLIM_INFINITY) == 10_000
+
+
 def test_where_all_are_busy_one_more_gets_503(connect):
     for _ in range(3):
         connect()[0].data_received(HEAD + b"12345")
@@ -155,3 +174,14 @@ def test_a_kind_of_warning_is_told_once_a_minute():
     assert passes("other") == "other"
     now[0] = 60.0
     assert passes("bad") == "bad (20001 times since this was last told)"
+
+
+def test_what_cannot_be_accepted_is_told_once_and_other_errors_each_time():
+    few = FewWarnings(clock=lambda: 0.0)
+
+    def passes(message):
+        return few.filter(logging.LogRecord("asyncio", logging.ERROR, "p", 1, message, (), None))
+
+    accept = "socket.accept() out of system resource\nsocket: <fd=%d>"
+    assert [passes(accept % number) for number in range(3)] == [True, False, False]
+    assert [passes("Fatal error") for _ in range(2)] == [True, True]

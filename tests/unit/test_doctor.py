@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +28,7 @@ from fastserve_mega.system.config import (
     ServerConfig,
 )
 from fastserve_mega.system.hardware import HardwareConfig
+from fastserve_mega.worker.native.library import InstructionSet, NativeError
 
 CONFIG = Config(model=ModelConfig(path="/nowhere/model"))
 
@@ -96,6 +98,20 @@ def test_nvidias_apex_is_found(fake_packages, tmp_path):
     (tmp_path / "apex" / "normalization").mkdir()
     (finding,) = installation.check_apex()
     assert (finding.status, finding.found) == ("ok", "NVIDIA's, without fused kernels")
+
+
+def test_the_native_step(monkeypatch):
+    def missing():
+        raise NativeError("it was not built")
+
+    monkeypatch.setattr(installation, "load_library", missing)
+    (finding,) = installation.check_native_step()
+    assert (finding.status, finding.subject) == ("ok", "native step")
+    assert finding.found.startswith("not there: it was not built; optional")
+    library = SimpleNamespace(best_instruction_set=InstructionSet.AVX2)
+    monkeypatch.setattr(installation, "load_library", lambda: library)
+    (finding,) = installation.check_native_step()
+    assert finding.found == "built; uses AVX2 here"
 
 
 def test_a_torch_that_cannot_be_loaded(fake_packages):

@@ -1,9 +1,11 @@
-"""Children of the launcher do not outlive it."""
+"""Children of the launcher do not outlive it, and neither do their children."""
 
 import subprocess
 import sys
 
 import pytest
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc are Linux's")
 
 START_A_CHILD = """
 import signal
@@ -13,8 +15,46 @@ print("started", flush=True)
 signal.pause()
 """
 
+# A child in a session of its own whose parent is killed, as a rank's is with mpirun.
+LEAVE_AN_ORPHAN = """
+import os, subprocess, sys
+from fastserve_mega import process_tree
+process_tree.adopt_orphans()
+parent = subprocess.Popen(
+    [sys.executable, "-c", '''
+import signal, subprocess
+print(subprocess.Popen(["sleep", "1000"], start_new_session=True).pid, flush=True)
+signal.pause()
+'''],
+    stdout=subprocess.PIPE,
+)
+kept = subprocess.Popen(["sleep", "1000"])
+orphan = int(parent.stdout.readline())
+parent.kill()
+parent.wait()
+assert process_tree.descendants(os.getpid()) == {orphan, kept.pid}
+process_tree.end_descendants(keep=[kept.pid])
+assert not process_tree.is_running(orphan)
+assert process_tree.descendants(os.getpid()) == {kept.pid}
+process_tree.end_descendants()
+assert process_tree.descendants(os.getpid()) == set()
+print("done")
+"""
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+# What ends by itself within the grace is not killed, and can say something.
+END_BY_ITSELF = r"""
+import subprocess
+from fastserve_mega import process_tree
+process_tree.adopt_orphans()
+child = subprocess.Popen(
+    ["sh", "-c", "read word; echo $word"], stdin=subprocess.PIPE, bufsize=0
+)
+child.stdin.write(b"bye\n")
+process_tree.end_descendants(grace_s=60)
+"""
+
+
+@linux_only
 @pytest.mark.timeout(60)
 def test_a_child_ends_when_the_launcher_is_killed_outright():
     launcher = subprocess.Popen([sys.executable, "-c", START_A_CHILD], stdout=subprocess.PIPE)
@@ -24,3 +64,15 @@ def test_a_child_ends_when_the_launcher_is_killed_outright():
         launcher.kill()
         # The child has the same pipe, so its end is the end of the stream.
         assert launcher.stdout.read() == b""
+
+
+@linux_only
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("program", "said"), [(LEAVE_AN_ORPHAN, "done\n"), (END_BY_ITSELF, "bye\n")]
+)
+def test_what_a_killed_child_leaves_behind_is_found_and_ended(program, said):
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (ended.stdout, ended.stderr, ended.returncode) == (said, "", 0)

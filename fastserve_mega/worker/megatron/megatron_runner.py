@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastserve_mega.models.architecture import Architecture, AttentionKind, load_architecture
+from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.system.sizes import block_bytes, host_blocks
@@ -18,8 +18,8 @@ from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
-from fastserve_mega.worker.megatron.attention import StepAttention
 from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
+from fastserve_mega.worker.megatron.engine_choice import open_engine
 from fastserve_mega.worker.megatron.initialize import (
     join_process_groups,
     keep_freed_memory,
@@ -29,11 +29,9 @@ from fastserve_mega.worker.megatron.initialize import (
 )
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import Stage, build_stage
-from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.sampler import Sampler
-from fastserve_mega.worker.step_batch import StepBatch, build_step
 from fastserve_mega.worker.topology import Topology
 
 
@@ -68,14 +66,6 @@ class MegatronRunner:
         choice = choose_layers(config.model.layer_spec, architecture, self._device)
         if topology.rank == 0:
             log_choice(choice)
-        kinds = [architecture.attention_kind(layer) for layer in self._partition.layers]
-        self._kinds = list(dict.fromkeys(kinds))
-        self._kind_of_layer = [self._kinds.index(kind) for kind in kinds]
-        self._rotations = {
-            kind.rope: Rotation(kind.rope, architecture.head_dim, self._device)
-            for kind in self._kinds
-            if kind.rope is not None
-        }
         grammars = Grammars(
             config.model.directory, architecture.vocab_size, architecture.eos_token_ids
         )
@@ -103,11 +93,13 @@ class MegatronRunner:
             action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
             with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
                 checkpoint.load(self._stage, report)
-            self._stage.pack_weights()
-            keep_freed_memory()
             self.cache = _build_cache(
                 config, architecture, self._partition, self._dtype, self._device
             )
+            self._engine = open_engine(
+                config.parallel, self._stage, architecture, self._partition, self.cache
+            )
+            keep_freed_memory()
             self._host = HostPool(host_blocks(config.kv_cache, self.block_bytes), self.cache.pool)
             self._copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
         except BaseException:
@@ -160,50 +152,31 @@ class MegatronRunner:
     def _execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         if self.is_sampling_rank:
             self._sampler.prepare(batch)
-        step = build_step(batch, self.cache.block_size, self._device)
-        self.cache.clear(step.fresh_blocks)
-        attention = [self._attention(step, kind) for kind in self._kinds]
-        of_layers = [attention[kind] for kind in self._kind_of_layer]
-        hidden = self._stage.run_layers(self._receive(step), of_layers)
-        if not self._partition.is_last_stage:
-            self._send(hidden)
-            return StepOutput()
         sampled = [sequence for sequence in batch if sequence.samples]
-        if not sampled:
+        result = self._engine.run(batch, lambda: self._receive(batch))
+        if not self._partition.is_last_stage:
+            self._send(result)
             return StepOutput()
-        logits = self._stage.logits(hidden.index_select(0, step.sample_rows))
-        return self._sampler(logits, sampled) if self.is_sampling_rank else StepOutput()
+        if not sampled or not self.is_sampling_rank:
+            return StepOutput()
+        return self._sampler(result, sampled)
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""
         self._copies.close()
         self._host.close()
         self._finish_sending()
+        self._engine.close()
         dist.destroy_process_group()
-        del self._stage, self.cache, self._host, self._copies
+        del self._stage, self._engine, self.cache, self._host, self._copies
 
-    def _attention(self, step: StepBatch, kind: AttentionKind) -> StepAttention:
-        """For all layers of a kind."""
-        turned = None
-        if kind.rope is not None:
-            turned = self._rotations[kind.rope].at(step.positions, self._dtype)
-        partition = self._partition
-        return StepAttention(
-            step,
-            self.cache,
-            rotation=turned,
-            group_size=len(partition.query_heads) // len(partition.kv_heads),
-            num_kv_heads=len(partition.kv_heads),
-            window=kind.window,
-            softcap=self.architecture.attention_softcap,
-        )
-
-    def _receive(self, step: StepBatch) -> Tensor:
-        """The stage's input, [tokens, hidden]."""
+    def _receive(self, batch: Sequence[SequenceInput]) -> Tensor | None:
+        """What the stage before hands over, [tokens, hidden]; None on the first stage."""
         if self._partition.is_first_stage:
-            return self._stage.embed(step.token_ids, step.positions)
-        shape = (step.token_ids.shape[0], self.architecture.hidden_size)
-        hidden = torch.empty(shape, dtype=self._dtype, device=self._device)
+            return None
+        tokens = sum(len(sequence.token_ids) for sequence in batch)
+        shape = (tokens, self.architecture.hidden_size)
+        hidden = torch.empty(shape, dtype=self._engine.hidden_dtype, device=self._device)
         dist.recv(hidden, src=self._rank - self._partition.tensor_size)
         return hidden
 

@@ -97,10 +97,7 @@ class Stage:
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
             dist.all_gather(parts, local, group=self.groups.tensor)
-        logits = torch.cat(parts, dim=-1)[:, : self._vocab_size]
-        if (limit := self._logit_softcap) is not None:
-            logits = logits.div(limit).tanh_().mul_(limit)
-        return logits
+        return cap_logits(torch.cat(parts, dim=-1)[:, : self._vocab_size], self._logit_softcap)
 
     def _multiply_output(self, hidden: Tensor) -> Tensor:
         if self._packed_output is None:
@@ -111,6 +108,11 @@ class Stage:
         own = self.model.output_layer.weight
         weight = self.model.embedding.word_embeddings.weight if own is None else own
         return cast(Tensor, weight)
+
+
+def cap_logits(logits: Tensor, limit: float | None) -> Tensor:
+    """Squeeze logits into (-limit, limit); None leaves them."""
+    return logits if limit is None else logits.div(limit).tanh_().mul_(limit)
 
 
 def build_stage(

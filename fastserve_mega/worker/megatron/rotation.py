@@ -61,13 +61,13 @@ class Rotation:
     """
 
     def __init__(self, rope: Rope, head_dim: int, device: torch.device) -> None:
-        self._frequencies = rotary_frequencies(rope, head_dim).to(device)
-        self._factor = rope.scaling.attention_factor if rope.scaling else 1.0
+        self.frequencies = rotary_frequencies(rope, head_dim).to(device)
+        self.factor = rope.scaling.attention_factor if rope.scaling else 1.0
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines for attention's `_rotate`, each [tokens, 1, 1, head_dim]."""
-        angles = positions[:, None].float() * self._frequencies
-        cosine, sine = angles.cos() * self._factor, angles.sin() * self._factor
+        angles = positions[:, None].float() * self.frequencies
+        cosine, sine = angles.cos() * self.factor, angles.sin() * self.factor
         cosine = torch.cat((cosine, cosine), dim=-1).to(dtype)
         sine = torch.cat((-sine, sine), dim=-1).to(dtype)
         return cosine[:, None, None], sine[:, None, None]

@@ -58,11 +58,12 @@ def llama(made):
         yield runner
 
 
+@pytest.mark.parametrize("cpu_engine", ["auto", "torch"])
 @pytest.mark.parametrize("family", MODELS)
-def test_greedy_tokens_equal_transformers(made, family):
+def test_greedy_tokens_equal_transformers(made, family, cpu_engine):
     directory, model = made(family)
     expected = [greedy(model, prompt, MAX_TOKENS) for prompt in prompts()]
-    with open_runner(directory) as runner:
+    with open_runner(directory, cpu_engine=cpu_engine) as runner:
         assert runner.is_sampling_rank
         assert runner.device_blocks == 80
         for chunk in (7, 512):

@@ -1,0 +1,106 @@
+"""What computes the steps of a stage: the seam between the runner and torch or C++."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastserve_mega.models.architecture import Architecture, AttentionKind
+from fastserve_mega.system.partition import Partition
+from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.model import Stage
+from fastserve_mega.worker.megatron.rotation import Rotation
+from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.step_batch import StepBatch, build_step
+
+Receive = Callable[[], Tensor | None]
+"""Gives what the stage before hands over, [tokens, hidden]; None on the first stage."""
+
+
+class StageEngine(Protocol):
+    """Computes the steps of one rank's stage."""
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Precision of what a stage hands over to the next."""
+
+    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor:
+        """Run a step of at least one sequence.
+
+        Returns:
+            [tokens, hidden] for the next stage; on the last one, the logits [samples, vocabulary]
+            of the sequences with `samples`, in order.
+
+        Raises:
+            ValueError: a sequence without tokens, or with too few blocks.
+        """
+
+    def close(self) -> None:
+        """Free what the stage's model does not hold. Call once."""
+
+
+class TorchEngine:
+    """Computes with torch, operation by operation, on any device.
+
+    Args:
+        stage: its weights are loaded.
+        architecture: of the model.
+        partition: of this rank.
+        cache: its pool.
+    """
+
+    def __init__(
+        self, stage: Stage, architecture: Architecture, partition: Partition, cache: KvCache
+    ) -> None:
+        stage.pack_weights()
+        self._stage = stage
+        self._architecture = architecture
+        self._partition = partition
+        self._cache = cache
+        self._device = cache.pool.device
+        self.hidden_dtype = cache.pool.dtype
+        kinds = [architecture.attention_kind(layer) for layer in partition.layers]
+        self._kinds = list(dict.fromkeys(kinds))
+        self._kind_of_layer = [self._kinds.index(kind) for kind in kinds]
+        self._rotations = {
+            kind.rope: Rotation(kind.rope, architecture.head_dim, self._device)
+            for kind in self._kinds
+            if kind.rope is not None
+        }
+
+    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor:
+        step = build_step(batch, self._cache.block_size, self._device)
+        self._cache.clear(step.fresh_blocks)
+        attention = [self._attention(step, kind) for kind in self._kinds]
+        hidden = receive()
+        if hidden is None:
+            hidden = self._stage.embed(step.token_ids, step.positions)
+        hidden = self._stage.run_layers(hidden, [attention[kind] for kind in self._kind_of_layer])
+        if not self._partition.is_last_stage:
+            return hidden
+        if not step.sample_rows.shape[0]:
+            return hidden.new_empty((0, self._architecture.vocab_size))
+        return self._stage.logits(hidden.index_select(0, step.sample_rows))
+
+    def close(self) -> None:
+        del self._stage, self._cache
+
+    def _attention(self, step: StepBatch, kind: AttentionKind) -> StepAttention:
+        """For all layers of a kind."""
+        turned = None
+        if kind.rope is not None:
+            turned = self._rotations[kind.rope].at(step.positions, self.hidden_dtype)
+        partition = self._partition
+        return StepAttention(
+            step,
+            self._cache,
+            rotation=turned,
+            group_size=len(partition.query_heads) // len(partition.kv_heads),
+            num_kv_heads=len(partition.kv_heads),
+            window=kind.window,
+            softcap=self._architecture.attention_softcap,
+        )

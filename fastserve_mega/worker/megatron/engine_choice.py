@@ -1,0 +1,97 @@
+"""Chooses between torch and the native step, alike on all ranks."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.partition import Partition
+from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.megatron.engine import StageEngine, TorchEngine
+from fastserve_mega.worker.megatron.model import Stage
+from fastserve_mega.worker.megatron.native_engine import NativeEngine
+from fastserve_mega.worker.native.library import NativeError, load_library
+
+_MAX_HEAD_DIM = 512
+_READ_AHEAD_BYTES = 64
+"""The kernels read that much behind the keys of a head."""
+
+_log = logging.getLogger(__name__)
+
+
+def open_engine(
+    parallel: ParallelConfig,
+    stage: Stage,
+    architecture: Architecture,
+    partition: Partition,
+    cache: KvCache,
+) -> StageEngine:
+    """Open what computes the steps of a stage whose weights are loaded.
+
+    All ranks call it together: what stages hand over to each other depends on it.
+
+    Raises:
+        ValueError: parallel.cpu_engine=native, but it cannot be used.
+    """
+    if cache.pool.device.type != "cpu":
+        return TorchEngine(stage, architecture, partition, cache)
+    obstacle: str | None = "parallel.cpu_engine=torch"
+    if parallel.cpu_engine != "torch":
+        obstacle = _agreed(_obstacle(architecture, partition, cache))
+        if obstacle and parallel.cpu_engine == "native":
+            raise ValueError(f"parallel.cpu_engine=native, but {obstacle}")
+    is_first = partition.is_first_stage and partition.tensor_rank == 0
+    if obstacle:
+        if is_first:
+            _log.info("steps on the CPU: torch (%s)", obstacle)
+        return TorchEngine(stage, architecture, partition, cache)
+    engine = NativeEngine(load_library(), stage, architecture, partition, cache)
+    if is_first:
+        _log.info("steps on the CPU: native (%s, %d threads a rank)", engine.title, engine.threads)
+    return engine
+
+
+def _obstacle(architecture: Architecture, partition: Partition, cache: KvCache) -> str | None:
+    """Why this rank cannot compute natively, None if it can."""
+    try:
+        load_library()
+    except NativeError as error:
+        return f"native step: {error}"
+    dtype = cache.pool.dtype
+    head_bytes = architecture.head_dim * cache.block_size * dtype.itemsize
+    obstacles = {
+        f"no {str(dtype).removeprefix('torch.')}": dtype not in (torch.float32, torch.bfloat16),
+        "no mixture of experts": architecture.experts is not None,
+        "no layers that tensor-parallel ranks share": partition.tensor_size > 1,
+        f"no head_dim above {_MAX_HEAD_DIM}": architecture.head_dim > _MAX_HEAD_DIM,
+        f"no heads of less than {_READ_AHEAD_BYTES} bytes in a block": (
+            head_bytes < _READ_AHEAD_BYTES
+        ),
+    }
+    if dtype == torch.bfloat16:
+        # It computes bfloat16 in pairs.
+        obstacles |= {
+            f"no odd hidden size, {architecture.hidden_size}": architecture.hidden_size % 2 != 0,
+            f"no odd ffn size, {architecture.ffn_hidden_size}": (
+                architecture.ffn_hidden_size % 2 != 0
+            ),
+            f"no odd head_dim, {architecture.head_dim}": architecture.head_dim % 2 != 0,
+            f"no odd kv_cache.block_size, {cache.block_size}": cache.block_size % 2 != 0,
+        }
+    found = next((said for said, applies in obstacles.items() if applies), None)
+    return None if found is None else f"the native step has {found}"
+
+
+def _agreed(obstacle: str | None) -> str | None:
+    """The obstacle of this rank, or that another one has some."""
+    if dist.get_world_size() == 1:
+        return obstacle
+    obstacles = torch.tensor([0 if obstacle is None else 1])
+    dist.all_reduce(obstacles)
+    if obstacle is None and obstacles.item():
+        return "another rank cannot compute natively"
+    return obstacle

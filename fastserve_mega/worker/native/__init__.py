@@ -1,0 +1,1 @@
+"""A decoder stage for CPUs in C++, called once a step. Optional: it needs a compiler to build."""

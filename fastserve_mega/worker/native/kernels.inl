@@ -1,0 +1,7 @@
+// Everything that is compiled once per instruction set, in the right order. The file that includes
+// this has included the standard headers before it named its instruction set: an inline function of
+// a header must not be compiled for more than the machine may have.
+#include "vectors.inl"
+#include "matrices.inl"
+#include "attention.inl"
+#include "run.inl"

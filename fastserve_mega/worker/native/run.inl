@@ -1,0 +1,237 @@
+// A whole step of a stage on one of its threads; included once per instruction set.
+
+// Rows that a thread takes through a layer by itself in a long step.
+constexpr int ROWS_APART = 3 * MAX_ROWS;
+
+// The part of [0, rows) that belongs to a thread.
+static void share(const Stage& stage, int thread, int rows, int& from, int& to) {
+  const int64_t threads = stage.config.threads;
+  from = static_cast<int>(rows * static_cast<int64_t>(thread) / threads);
+  to = static_cast<int>(rows * static_cast<int64_t>(thread + 1) / threads);
+}
+
+// A token's row of the embedding table; where that is the output matrix, it is only there packed.
+template <class T>
+static void embed_row(const Stage& stage, int token, int position, float* out) {
+  const StageConfig& c = stage.config;
+  const int size = c.hidden;
+  if (stage.embedding) {
+    const T* table = static_cast<const T*>(stage.embedding) + static_cast<size_t>(token) * size;
+    for (int k = 0; k < size; k++) out[k] = to_float(table[k]);
+  } else {
+    const Matrix& matrix = stage.layers[c.layers].matrices[OUTPUT];
+    const Unit* at = matrix.panels + static_cast<size_t>(token / PANEL) * matrix.units * PANEL +
+                     token % PANEL;
+    for (int u = 0; u < matrix.units; u++) {
+      T values[per_unit<T>()];
+      memcpy(values, at + static_cast<size_t>(u) * PANEL, sizeof(Unit));
+      for (int i = 0; i < per_unit<T>(); i++) out[u * per_unit<T>() + i] = to_float(values[i]);
+    }
+  }
+  if (stage.position_table) {
+    const T* table = static_cast<const T*>(stage.position_table) + static_cast<size_t>(position) * size;
+    for (int k = 0; k < size; k++) out[k] += to_float(table[k]);
+  }
+  if (c.embedding_scale != 1.0f)
+    for (int k = 0; k < size; k++) out[k] *= c.embedding_scale;
+}
+
+template <class T>
+static void enter(Stage& stage, int thread) {
+  const StageConfig& c = stage.config;
+  const int width = stage.work.hidden_width, half = c.head_dim / 2;
+  int from, to;
+  share(stage, thread, stage.step.tokens, from, to);
+  for (int row = from; row < to; row++) {
+    float* hidden = stage.work.hidden + static_cast<size_t>(row) * width;
+    const int position = stage.step.positions[row];
+    if (c.first)
+      embed_row<T>(stage, stage.step.token_ids[row], position, hidden);
+    else
+      memcpy(hidden, stage.step.hidden_in + static_cast<size_t>(row) * c.hidden, sizeof(float) * c.hidden);
+    for (int n = 0; n < c.ropes; n++) {
+      const Rope& rope = stage.ropes[n];
+      const size_t at = (static_cast<size_t>(n) * stage.work.capacity + row) * half;
+      for (int i = 0; i < half; i++) {
+        const float angle = static_cast<float>(position) * rope.frequencies[i];
+        stage.work.cosines[at + i] = cosf(angle) * rope.factor;
+        stage.work.sines[at + i] = sinf(angle) * rope.factor;
+      }
+    }
+  }
+  wait_for_team(stage);
+}
+
+// Norm rows of the residual, or those in `chosen`. Returns where they are: in a small step each
+// thread has its own, so that none has to wait.
+template <class T>
+static const Unit* norm_rows(Stage& stage, int thread, const float* const* norm, const Rows& rows,
+                             const int32_t* chosen) {
+  const int width = stage.work.hidden_width;
+  const bool own = rows.shared && rows.count <= OWN_ROWS;
+  void* target = own ? stage.own_rows[thread] : stage.work.normed;
+  int from = 0, to = rows.count;
+  if (rows.shared && !own) share(stage, thread, rows.count, from, to);
+  for (int i = rows.first + from; i < rows.first + to; i++) {
+    const float* hidden = stage.work.hidden + static_cast<size_t>(chosen ? chosen[i] : i) * width;
+    normalize<T>(stage.config, hidden, norm, stage.config.hidden, rows_of<T>(target, i, width));
+  }
+  if (!own) wait_for_others(stage, rows);
+  return units_of<T>(rows_of<T>(target, rows.first, width));
+}
+
+static void add_rows(float* rows, int width, int panel, int first, int count, const float* added) {
+  for (int r = 0; r < count; r++) {
+    float* row = rows + static_cast<size_t>(first + r) * width + panel * PANEL;
+    for (int c = 0; c < PANEL; c += LANES) store(row + c, load(row + c) + load(added + r * PANEL + c));
+  }
+}
+
+static void put_rows(float* rows, int width, int panel, int first, int count, const float* values) {
+  for (int r = 0; r < count; r++)
+    memcpy(rows + static_cast<size_t>(first + r) * width + panel * PANEL, values + r * PANEL,
+           sizeof(float) * PANEL);
+}
+
+// Add x times a matrix to the residual, with a norm between where the model has one.
+template <class T>
+static void add_product(Stage& stage, int thread, const Layer& layer, MatrixName name,
+                        VectorName post_norm, void* x, int x_width, const Rows& rows) {
+  const Workspace& work = stage.work;
+  const float* const* norm = layer.vectors + post_norm;
+  float* target = norm[0] ? work.added : work.hidden;
+  multiply_matrix<T>(stage, layer.matrices[name], layer.vectors[BIASES + name], 1,
+                     units_of<T>(rows_of<T>(x, rows.first, x_width)), x_width / per_unit<T>(), rows,
+                     [&](int panel, int first, int count, const float* out) {
+                       (norm[0] ? put_rows : add_rows)(target, work.hidden_width, panel, first,
+                                                       count, out);
+                     });
+  wait_for_others(stage, rows);
+  if (!norm[0]) return;
+  int from = 0, to = rows.count;
+  if (rows.shared) share(stage, thread, rows.count, from, to);
+  for (int row = rows.first + from; row < rows.first + to; row++) {
+    float* added = rows_of<float>(work.added, row, work.hidden_width);
+    float* hidden = rows_of<float>(work.hidden, row, work.hidden_width);
+    normalize<float>(stage.config, added, norm, stage.config.hidden, added);
+    for (int k = 0; k < stage.config.hidden; k++) hidden[k] += added[k];
+  }
+  wait_for_others(stage, rows);
+}
+
+// Queries, keys and values of a layer, the latter in their blocks.
+template <class T>
+static void before_attention(Stage& stage, int thread, int number, const Rows& rows) {
+  const Layer& layer = stage.layers[number];
+  const Workspace& work = stage.work;
+  const LayerBlocks blocks = blocks_of_layer<T>(stage, number);
+  const Unit* normed = norm_rows<T>(stage, thread, layer.vectors + INPUT_NORM, rows, nullptr);
+  multiply_matrix<T>(stage, layer.matrices[QKV], layer.vectors[BIASES + QKV], 1, normed,
+                     work.hidden_width / per_unit<T>(), rows,
+                     [&](int panel, int first, int count, const float* out) {
+                       put_rows(work.qkv, work.qkv_width, panel, first, count, out);
+                     });
+  wait_for_others(stage, rows);
+  int from = 0, to = rows.count;
+  while (!rows.shared || take_chunk(stage, rows.count, 1, from, to)) {
+    for (int row = rows.first + from; row < rows.first + to; row++)
+      place_token<T>(stage, layer, blocks, row);
+    if (!rows.shared) return;
+  }
+}
+
+template <class T>
+static void run_attention(Stage& stage, int thread, int number) {
+  const LayerBlocks blocks = blocks_of_layer<T>(stage, number);
+  wait_for_team(stage);
+  int from, to;
+  while (take_chunk(stage, stage.item_count, 1, from, to))
+    attend_item<T>(stage, blocks, stage.items[from], stage.layers[number].window,
+                   reinterpret_cast<float*>(stage.scores[thread]));
+  wait_for_team(stage);
+}
+
+// The rest of a layer.
+template <class T>
+static void after_attention(Stage& stage, int thread, int number, const Rows& rows) {
+  const Layer& layer = stage.layers[number];
+  const Workspace& work = stage.work;
+  add_product<T>(stage, thread, layer, PROJECTION, POST_ATTENTION_NORM, work.attended,
+                 work.heads_width, rows);
+  const Unit* normed = norm_rows<T>(stage, thread, layer.vectors + FEED_FORWARD_NORM, rows, nullptr);
+  alignas(64) float gates[MAX_ROWS * PANEL];
+  multiply_matrix<T>(stage, layer.matrices[FC1], layer.vectors[BIASES + FC1],
+                     stage.config.gated ? 2 : 1, normed, work.hidden_width / per_unit<T>(), rows,
+                     [&](int panel, int first, int count, const float* out) {
+                       activate_rows<T>(stage, panel, first, count, out, gates);
+                     });
+  wait_for_others(stage, rows);
+  add_product<T>(stage, thread, layer, FC2, POST_FEED_FORWARD_NORM, work.activated, work.ffn_width,
+                 rows);
+}
+
+// All layers with the threads at the same rows: each reads its part of the weights once.
+template <class T>
+static void run_together(Stage& stage, int thread) {
+  const Rows rows{0, stage.step.tokens, true};
+  for (int layer = 0; layer < stage.config.layers; layer++) {
+    before_attention<T>(stage, thread, layer, rows);
+    run_attention<T>(stage, thread, layer);
+    after_attention<T>(stage, thread, layer, rows);
+  }
+}
+
+// All layers with each thread at rows of its own: they meet only before and after attention, which
+// matters when they do not all have a core. The weights are read once for some rows.
+template <class T>
+static void run_apart(Stage& stage, int thread) {
+  const int layers = stage.config.layers, tokens = stage.step.tokens;
+  for (int layer = -1; layer < layers; layer++) {
+    if (layer >= 0) run_attention<T>(stage, thread, layer);
+    int from, to;
+    while (take_chunk(stage, tokens, ROWS_APART, from, to)) {
+      const Rows rows{from, to - from, false};
+      if (layer >= 0) after_attention<T>(stage, thread, layer, rows);
+      if (layer + 1 < layers) before_attention<T>(stage, thread, layer + 1, rows);
+    }
+  }
+  wait_for_team(stage);
+}
+
+template <class T>
+static void leave(Stage& stage, int thread) {
+  const StageConfig& c = stage.config;
+  const StepInput& step = stage.step;
+  const Layer& end = stage.layers[c.layers];
+  if (!c.last) {
+    int from, to;
+    share(stage, thread, step.tokens, from, to);
+    for (int row = from; row < to; row++)
+      memcpy(step.hidden_out + static_cast<size_t>(row) * c.hidden,
+             stage.work.hidden + static_cast<size_t>(row) * stage.work.hidden_width,
+             sizeof(float) * c.hidden);
+    return;
+  }
+  if (!step.samples) return;
+  const Rows rows{0, step.samples, true};
+  const Unit* normed = norm_rows<T>(stage, thread, end.vectors + FINAL_NORM, rows, step.sample_rows);
+  multiply_matrix<T>(stage, end.matrices[OUTPUT], nullptr, 1, normed,
+                     stage.work.hidden_width / per_unit<T>(), rows,
+                     [&](int panel, int first, int count, const float* out) {
+                       const int left = c.vocabulary - panel * PANEL;
+                       const int columns = left < PANEL ? left : PANEL;
+                       for (int r = 0; r < count; r++)
+                         memcpy(step.logits + static_cast<size_t>(first + r) * c.vocabulary +
+                                    panel * PANEL,
+                                out + r * PANEL, sizeof(float) * columns);
+                     });
+}
+
+template <class T>
+static void run_stage(Stage& stage, int thread) {
+  enter<T>(stage, thread);
+  const int threads = stage.config.threads;
+  const bool apart = threads > 1 && stage.step.tokens >= 2 * ROWS_APART * threads;
+  (apart ? run_apart<T> : run_together<T>)(stage, thread);
+  leave<T>(stage, thread);
+}

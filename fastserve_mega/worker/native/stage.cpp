@@ -1,0 +1,303 @@
+// Building a stage and running its steps: the C interface that library.py loads.
+#include "stage.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "threads.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
+#endif
+
+namespace fastserve {
+namespace {
+
+enum InstructionSet : int32_t { PORTABLE, AVX2, AVX512, AVX512_BF16 };
+
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t GUARD = 64;  // between two buffers, so that an access behind one is found
+constexpr size_t ROOM_FOR_GUARDS = size_t{1} << 20;
+#else
+constexpr size_t GUARD = 0, ROOM_FOR_GUARDS = 0;
+#endif
+
+// Zeroed memory on huge pages where the system has them.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(Memory&& other) noexcept : at_(other.at_), bytes_(other.bytes_), used_(other.used_) {
+    other.at_ = nullptr;
+  }
+  Memory& operator=(Memory&& other) noexcept {
+    std::swap(at_, other.at_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(used_, other.used_);
+    return *this;
+  }
+  explicit Memory(size_t bytes)
+      : bytes_((bytes + ROOM_FOR_GUARDS + 2 * HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE) {
+    void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    at_ = static_cast<char*>(mapped);
+    madvise(at_, bytes_, MADV_HUGEPAGE);
+    ASAN_POISON_MEMORY_REGION(at_, bytes_);
+  }
+  ~Memory() {
+    if (!at_) return;
+    ASAN_UNPOISON_MEMORY_REGION(at_, bytes_);
+    munmap(at_, bytes_);
+  }
+
+  template <class T>
+  T* take(size_t count) {
+    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+    if (used_ + bytes > bytes_) throw std::bad_alloc();
+    char* taken = at_ + used_;
+    used_ += bytes + GUARD;
+    ASAN_UNPOISON_MEMORY_REGION(taken, bytes);
+    return reinterpret_cast<T*>(taken);
+  }
+
+ private:
+  char* at_ = nullptr;
+  size_t bytes_ = 0, used_ = 0;
+};
+
+// Ask for huge pages where memory of others has not been touched yet.
+void use_huge_pages(void* memory, size_t bytes) {
+  const auto from = (reinterpret_cast<uintptr_t>(memory) + 4095) & ~uintptr_t{4095};
+  const auto to = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~uintptr_t{4095};
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
+}
+
+int best_instruction_set() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return AVX512_BF16;
+  return avx512 ? AVX512 : avx2 ? AVX2 : PORTABLE;
+#else
+  return PORTABLE;
+#endif
+}
+
+Kernels choose_kernels(const StageConfig& config) {
+  const auto dtype = static_cast<DType>(config.dtype);
+#if defined(__x86_64__)
+  if (config.instruction_set == AVX512_BF16)
+    return dtype == BFLOAT16 ? avx512_bf16_kernels() : avx512_kernels(dtype);
+  if (config.instruction_set == AVX512) return avx512_kernels(dtype);
+  if (config.instruction_set == AVX2) return avx2_kernels(dtype);
+#endif
+  return portable_kernels(dtype);
+}
+
+size_t element_bytes(const StageConfig& config) { return config.dtype == BFLOAT16 ? 2 : 4; }
+
+}  // namespace
+
+// A stage with all that belongs to it.
+struct OwnedStage {
+  explicit OwnedStage(const StageConfig& config)
+      : kernels(choose_kernels(config)),
+        layers(config.layers + 1),
+        ropes(config.ropes),
+        weights(config.weight_bytes),
+        team(config.threads),
+        own_rows(config.threads),
+        scores(config.threads) {
+    use_huge_pages(config.pool, static_cast<size_t>(config.pool_bytes));
+    stage.config = config;
+    stage.layers = layers.data();
+    stage.ropes = ropes.data();
+    stage.team = &team;
+    stage.own_rows = own_rows.data();
+    stage.scores = scores.data();
+    Workspace& work = stage.work;
+    const int heads = config.kv_heads * config.group;
+    work.hidden_width = round_up(config.hidden, PANEL);
+    work.ffn_width = round_up(config.feed_forward, PANEL);
+    work.qkv_width = round_up((heads + 2 * config.kv_heads) * config.head_dim, PANEL);
+    work.heads_width = round_up(heads * config.head_dim, PANEL);
+  }
+
+  void make_room(int rows, int context);
+  void plan_attention(const StepInput& step);
+
+  Stage stage;
+  Kernels kernels;
+  std::vector<Layer> layers;
+  std::vector<Rope> ropes;
+  Memory weights, rows, score_memory;
+  Team team;
+  std::vector<char*> own_rows, scores;
+  std::vector<AttentionItem> items;
+};
+
+void OwnedStage::make_room(int needed_rows, int context) {
+  const StageConfig& config = stage.config;
+  Workspace& work = stage.work;
+  const size_t element = element_bytes(config), threads = config.threads;
+  if (needed_rows > work.capacity) {
+    const size_t count = std::max(2 * work.capacity, round_up(needed_rows, 64));
+    const size_t hidden = count * work.hidden_width, heads = count * work.heads_width;
+    const size_t qkv = count * work.qkv_width, ffn = count * work.ffn_width;
+    const size_t angles = count * config.ropes * (config.head_dim / 2);
+    const size_t own = threads * OWN_ROWS * work.hidden_width * element;
+    const size_t floats = sizeof(float) * (2 * hidden + qkv + 2 * angles);
+    rows = Memory(floats + element * (hidden + 2 * heads + ffn) + own + (16 + threads) * 64);
+    work.capacity = static_cast<int>(count);
+    work.hidden = rows.take<float>(hidden);
+    work.added = rows.take<float>(hidden);
+    work.qkv = rows.take<float>(qkv);
+    work.cosines = rows.take<float>(angles);
+    work.sines = rows.take<float>(angles);
+    work.normed = rows.take<char>(hidden * element);
+    work.query = rows.take<char>(heads * element);
+    work.attended = rows.take<char>(heads * element);
+    work.activated = rows.take<char>(ffn * element);
+    for (char*& own_row : own_rows) own_row = rows.take<char>(own / threads);
+  }
+  // A row's scores end with the vector that reads over the end of its last block.
+  const int width = round_up(context, config.block_size) + 64;
+  if (width > stage.score_width) {
+    stage.score_width = round_up(std::max(width, 2 * stage.score_width), 16);
+    const size_t bytes = sizeof(float) * kernels.attention_rows * stage.score_width;
+    score_memory = Memory(threads * (bytes + 64));
+    for (char*& score : scores) score = score_memory.take<char>(bytes);
+  }
+}
+
+void OwnedStage::plan_attention(const StepInput& step) {
+  items.clear();
+  for (int sequence = 0; sequence < step.sequences; sequence++) {
+    const int total = step.rows[sequence] * stage.config.group;
+    for (int kv_head = 0; kv_head < stage.config.kv_heads; kv_head++)
+      for (int first = 0; first < total; first += kernels.attention_rows)
+        items.push_back({sequence, kv_head, first, std::min(kernels.attention_rows, total - first)});
+  }
+  stage.items = items.data();
+  stage.item_count = static_cast<int>(items.size());
+}
+
+namespace {
+
+// Panel p of the matrix is rows [32 p, 32 p + 32) of `from`, or every `step`-th panel from `first`.
+void pack_panels(Unit* to, const Unit* from, int rows, int units, int first, int step) {
+  for (int panel = 0; panel * PANEL < rows; panel++) {
+    Unit* target = to + static_cast<size_t>(panel * step + first) * units * PANEL;
+    for (int row = 0; row < PANEL && panel * PANEL + row < rows; row++) {
+      const Unit* source = from + static_cast<size_t>(panel * PANEL + row) * units;
+      for (int u = 0; u < units; u++) target[static_cast<size_t>(u) * PANEL + row] = source[u];
+    }
+  }
+}
+
+bool is_interleaved(const StageConfig& config, int layer, int matrix) {
+  return config.gated && matrix == FC1 && layer < config.layers;
+}
+
+}  // namespace
+}  // namespace fastserve
+
+using namespace fastserve;
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int fastserve_best_instruction_set() { return best_instruction_set(); }
+
+// Null when there is not enough memory or no thread to be had.
+EXPORT OwnedStage* fastserve_create(const StageConfig* config) {
+  try {
+    return new OwnedStage(*config);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+EXPORT void fastserve_destroy(OwnedStage* owned) { delete owned; }
+
+// Lay out a matrix [rows][columns]; layer `layers` is the output. 0, or -1 without memory.
+EXPORT int fastserve_set_matrix(OwnedStage* owned, int layer, int name, const void* from, int rows,
+                                int columns) {
+  const StageConfig& config = owned->stage.config;
+  const int units = columns * static_cast<int>(element_bytes(config)) / 4;
+  const int parts = is_interleaved(config, layer, name) ? 2 : 1;
+  const int outputs = round_up(rows / parts, PANEL) * parts;
+  try {
+    Unit* to = owned->weights.take<Unit>(static_cast<size_t>(outputs) * units);
+    const Unit* source = static_cast<const Unit*>(from);
+    for (int part = 0; part < parts; part++)
+      pack_panels(to, source + static_cast<size_t>(part) * (rows / parts) * units, rows / parts,
+                  units, part, parts);
+    owned->layers[layer].matrices[name] = Matrix{to, units, outputs};
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+  return 0;
+}
+
+// Copy a vector; the bias of a gated matrix is laid out like it.
+EXPORT int fastserve_set_vector(OwnedStage* owned, int layer, int name, const float* from, int size) {
+  const StageConfig& config = owned->stage.config;
+  const int parts = is_interleaved(config, layer, name - BIASES) ? 2 : 1;
+  const int count = size / parts;
+  try {
+    float* to = owned->weights.take<float>(round_up(count, PANEL) * parts);
+    for (int part = 0; part < parts; part++)
+      for (int i = 0; i < count; i++)
+        to[(i / PANEL * parts + part) * PANEL + i % PANEL] = from[part * count + i];
+    owned->layers[layer].vectors[name] = to;
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+  return 0;
+}
+
+// Number of the rotation, -1 for none; tokens that a token sees, 0 for all.
+EXPORT void fastserve_set_attention(OwnedStage* owned, int layer, int rope, int window) {
+  owned->layers[layer].rope = rope;
+  owned->layers[layer].window = window;
+}
+
+// `frequencies` [head_dim / 2] must stay where they are, like the tables below.
+EXPORT void fastserve_set_rope(OwnedStage* owned, int number, const float* frequencies, float factor) {
+  owned->ropes[number] = Rope{frequencies, factor};
+}
+
+// Rows of token and position embeddings; null for the output matrix and for none.
+EXPORT void fastserve_set_tables(OwnedStage* owned, const void* tokens, const void* positions) {
+  owned->stage.embedding = tokens;
+  owned->stage.position_table = positions;
+}
+
+// 0, or -1 without memory.
+EXPORT int fastserve_step(OwnedStage* owned, const StepInput* step) {
+  try {
+    owned->make_room(step->tokens, step->max_context);
+    owned->plan_attention(*step);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+  owned->stage.step = *step;
+  owned->team.run(
+      [](void* argument, int thread) {
+        auto* self = static_cast<OwnedStage*>(argument);
+        self->kernels.run(self->stage, thread);
+      },
+      owned);
+  return 0;
+}

@@ -1,0 +1,132 @@
+// One pipeline stage of a decoder, as plain data that all instruction sets share.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastserve {
+
+// Outputs of a matrix that lie next to each other: [panels][units of input][PANEL].
+constexpr int PANEL = 32;
+constexpr int MAX_HEAD_DIM = 512;
+
+// A unit is 32 bits along the reduced dimension: one float32, or two neighbouring bfloat16.
+using Unit = uint32_t;
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+constexpr int per_unit() {
+  return static_cast<int>(sizeof(Unit) / sizeof(T));
+}
+
+// The numbers of these enumerations are those of library.py.
+enum DType : int32_t { FLOAT32, BFLOAT16 };
+enum NormKind : int32_t { RMS_NORM, LAYER_NORM };
+enum Activation : int32_t { SILU, GELU, GELU_TANH, RELU };
+enum MatrixName : int32_t { QKV, PROJECTION, FC1, FC2, MATRICES, OUTPUT = QKV };
+enum VectorName : int32_t {
+  INPUT_NORM,
+  FEED_FORWARD_NORM = INPUT_NORM + 2,
+  POST_ATTENTION_NORM = FEED_FORWARD_NORM + 2,
+  POST_FEED_FORWARD_NORM = POST_ATTENTION_NORM + 2,
+  QUERY_NORM = POST_FEED_FORWARD_NORM + 2,
+  KEY_NORM = QUERY_NORM + 2,
+  BIASES = KEY_NORM + 2,  // one for each matrix
+  VECTORS = BIASES + MATRICES,
+  FINAL_NORM = INPUT_NORM,
+};
+
+extern "C" {
+
+// What a stage looks like; all sizes are those of this rank.
+struct StageConfig {
+  int32_t instruction_set, threads, dtype, layers, hidden, feed_forward, kv_heads, group, head_dim;
+  int32_t block_size, vocabulary, norm, activation, gated, ropes, first, last;
+  float norm_epsilon, attention_scale, attention_softcap, embedding_scale;
+  int64_t weight_bytes, pool_bytes;
+  void* pool;
+};
+
+// One step: sequences of new tokens, one after the other.
+struct StepInput {
+  int32_t tokens, sequences, samples, max_context;
+  const int32_t *token_ids, *positions, *slots;         // [tokens]
+  const int32_t *first_row, *rows, *start, *table_at;   // [sequences]
+  const int32_t *tables, *sample_rows;                  // block ids; [samples]
+  const float* hidden_in;                               // [tokens, hidden]; not on the first stage
+  float *hidden_out, *logits;                           // on all but the last stage; on the last
+};
+}
+
+struct Matrix {
+  const Unit* panels = nullptr;
+  int units = 0, outputs = 0;
+};
+
+struct Rope {
+  const float* frequencies = nullptr;  // [head_dim / 2]
+  float factor = 1.0f;
+};
+
+struct Layer {
+  Matrix matrices[MATRICES];
+  const float* vectors[VECTORS] = {};  // a norm's weight, and after it its bias; null if none
+  int rope = -1, window = 0;           // none, no limit
+};
+
+// Query heads [first, first + count) of all new tokens of a sequence that share a key-value head,
+// counted as token * group + head.
+struct AttentionItem {
+  int sequence, kv_head, first, count;
+};
+
+// Buffers of a step, of `capacity` rows each; widths are rounded up to whole panels.
+struct Workspace {
+  int capacity = 0, ffn_width = 0, hidden_width = 0, qkv_width = 0, heads_width = 0;
+  float *hidden = nullptr, *qkv = nullptr, *added = nullptr, *cosines = nullptr, *sines = nullptr;
+  void *normed = nullptr, *query = nullptr, *attended = nullptr, *activated = nullptr;
+};
+
+class Team;
+
+struct Stage {
+  StageConfig config;
+  Layer* layers = nullptr;  // one more than there are: the final norm and the output matrix
+  Rope* ropes = nullptr;
+  const void *embedding = nullptr, *position_table = nullptr;  // rows of `hidden`; null if none
+  Team* team = nullptr;
+  Workspace work;
+  char** own_rows = nullptr;  // of each thread: normed rows of a small step
+  char** scores = nullptr;    // of each thread
+  int score_width = 0;        // floats
+  StepInput step;
+  const AttentionItem* items = nullptr;
+  int item_count = 0;
+};
+
+// Steps of at most this many rows are normed by each thread for itself, which saves a barrier.
+constexpr int OWN_ROWS = 8;
+
+inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// The work of one thread of a step.
+using StageFunction = void (*)(Stage&, int thread);
+
+struct Kernels {
+  StageFunction run;
+  int attention_rows;  // of an item, at most
+};
+
+Kernels portable_kernels(DType dtype);
+Kernels avx2_kernels(DType dtype);
+Kernels avx512_kernels(DType dtype);
+Kernels avx512_bf16_kernels();
+
+// Threads of a stage; see threads.cpp. Not inline, so that each has one version for all machines.
+void wait_for_team(Stage& stage);
+bool take_chunk(Stage& stage, int total, int chunk, int& from, int& to);
+
+}  // namespace fastserve

@@ -1,0 +1,115 @@
+"""A stage of the C++ library, with torch's tensors."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from fastserve_mega.worker.native.library import (
+    Library,
+    MatrixName,
+    NativeError,
+    StageConfig,
+    VectorName,
+)
+from fastserve_mega.worker.native.step import StepArrays
+
+_PANEL = 32
+"""Rows of a matrix that are laid out together; the last ones are filled up with zeros."""
+
+
+def packed_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """Memory of a packed matrix, or at most that."""
+    return (-(-rows // _PANEL) + 1) * _PANEL * columns * itemsize
+
+
+class NativeStage:
+    """Weights, buffers and threads of one stage.
+
+    Args:
+        library: loaded.
+        config: sizes; `pool` must be memory that outlives the stage.
+
+    Raises:
+        NativeError: there is too little memory, or a thread cannot be started.
+    """
+
+    def __init__(self, library: Library, config: StageConfig) -> None:
+        self._library = library
+        self._config = config
+        self._kept: list[Tensor] = []
+        self._handle = library.create(ctypes.byref(config))
+        if not self._handle:
+            raise NativeError(f"cannot allocate {config.weight_bytes / 2**30:.2f} GiB of weights")
+
+    def set_matrix(self, layer: int, name: MatrixName, weight: Tensor) -> None:
+        """Lay out a copy of a weight [outputs, inputs]."""
+        weight = weight.detach().contiguous()
+        rows, columns = weight.shape
+        self._check(
+            self._library.set_matrix(self._handle, layer, name, weight.data_ptr(), rows, columns)
+        )
+
+    def set_vector(self, layer: int, name: int, vector: Tensor) -> None:
+        """Copy a norm's weight, what follows it, or a bias; see `VectorName`."""
+        values = vector.detach().float().contiguous()
+        self._check(
+            self._library.set_vector(self._handle, layer, name, values.data_ptr(), len(values))
+        )
+
+    def set_norm(self, layer: int, name: VectorName, weight: Tensor, bias: Tensor | None) -> None:
+        """Copy a norm's weight and bias."""
+        self.set_vector(layer, name, weight)
+        if bias is not None:
+            self.set_vector(layer, name + 1, bias)
+
+    def set_attention(self, layer: int, rope: int | None, window: int | None) -> None:
+        """Say how a layer treats positions; `rope` is a number of `set_rope`."""
+        self._library.set_attention(
+            self._handle, layer, -1 if rope is None else rope, 0 if window is None else window
+        )
+
+    def set_rope(self, number: int, frequencies: Tensor, factor: float) -> None:
+        """Set a rotation: radians per position of each pair, and what all is multiplied by."""
+        self._library.set_rope(self._handle, number, self._keep(frequencies), factor)
+
+    def set_tables(self, tokens: Tensor | None, positions: Tensor | None) -> None:
+        """Set the embeddings' rows; without `tokens`, they are those of the output matrix."""
+        self._library.set_tables(
+            self._handle,
+            None if tokens is None else self._keep(tokens),
+            None if positions is None else self._keep(positions),
+        )
+
+    def run(self, step: StepArrays, hidden: Tensor | None) -> Tensor:
+        """Run a step; `hidden` [tokens, hidden] in float32, on all but the first stage.
+
+        Returns:
+            The same for the next stage; on the last, the logits [samples, vocabulary].
+        """
+        config = self._config
+        if config.last:
+            result = torch.empty((step.samples, config.vocabulary), dtype=torch.float32)
+            step.input.logits = result.data_ptr()
+        else:
+            result = torch.empty((step.tokens, config.hidden), dtype=torch.float32)
+            step.input.hidden_out = result.data_ptr()
+        step.input.hidden_in = None if hidden is None else hidden.data_ptr()
+        self._check(self._library.step(self._handle, ctypes.byref(step.input)))
+        return result
+
+    def close(self) -> None:
+        """End the threads and free all memory. Call once."""
+        self._library.destroy(self._handle)
+        self._handle = None
+
+    def _keep(self, tensor: Tensor) -> int:
+        kept = tensor.detach().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+    def _check(self, status: int) -> None:
+        if status:
+            raise NativeError("the native step is out of memory")

@@ -1,0 +1,114 @@
+#include "threads.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+
+#include "stage.h"
+
+namespace fastserve {
+namespace {
+
+// Threads that each have a core meet within some microseconds; for these they spin. Where they have
+// to share one, spinning keeps the others from coming: a wait that ends in sleep halves the limit,
+// one that does not lets it grow again. Each step begins with hope.
+constexpr int32_t FIRST_SPINS = 1500, MOST_SPINS = 4000, FEWEST_SPINS = 32;
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void futex(std::atomic<int32_t>& word, int operation, int32_t value) {
+  syscall(SYS_futex, reinterpret_cast<int32_t*>(&word), operation, value, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+Team::Team(int size) : size_(size) {
+  for (int thread = 1; thread < size; thread++) threads_.emplace_back(&Team::serve, this, thread);
+}
+
+Team::~Team() {
+  stopping_ = true;
+  advance(started_);
+  for (auto& thread : threads_) thread.join();
+}
+
+void Team::run(Job job, void* argument) {
+  job_ = job;
+  argument_ = argument;
+  taken_.store(0, std::memory_order_relaxed);
+  spins_.store(FIRST_SPINS, std::memory_order_relaxed);
+  if (size_ > 1) advance(started_);
+  job(argument, 0);
+  barrier();
+}
+
+void Team::serve(int thread) {
+  for (int32_t seen = 0;; seen++) {
+    wait_while(started_, seen);
+    if (stopping_) return;
+    job_(argument_, thread);
+    barrier();
+  }
+}
+
+void Team::barrier() {
+  if (size_ == 1) {
+    taken_.store(0, std::memory_order_relaxed);
+    return;
+  }
+  const int32_t passed = passed_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    taken_.store(0, std::memory_order_relaxed);
+    advance(passed_);
+  } else {
+    wait_while(passed_, passed);
+  }
+}
+
+bool Team::take(int total, int chunk, int& from, int& to) {
+  from = taken_.fetch_add(chunk, std::memory_order_relaxed);
+  if (from >= total) return false;
+  to = from + chunk < total ? from + chunk : total;
+  return true;
+}
+
+void Team::wait_while(std::atomic<int32_t>& word, int32_t value) {
+  const int32_t limit = spins_.load(std::memory_order_relaxed);
+  for (int32_t spins = 0; word.load(std::memory_order_acquire) == value; spins++) {
+    if (spins < limit) {
+      pause_briefly();
+      continue;
+    }
+    // In this order, so that `advance` either sees the sleeper or has changed the word before.
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    futex(word, FUTEX_WAIT_PRIVATE, value);
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    if (spins == limit && &word == &passed_)
+      spins_.store(std::max(limit / 2, FEWEST_SPINS), std::memory_order_relaxed);
+  }
+  if (&word == &passed_ && spins_.load(std::memory_order_relaxed) == limit)
+    spins_.store(std::min(limit + limit / 8, MOST_SPINS), std::memory_order_relaxed);
+}
+
+void Team::advance(std::atomic<int32_t>& word) {
+  word.fetch_add(1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst)) futex(word, FUTEX_WAKE_PRIVATE, INT_MAX);
+}
+
+void wait_for_team(Stage& stage) { stage.team->barrier(); }
+
+bool take_chunk(Stage& stage, int total, int chunk, int& from, int& to) {
+  return stage.team->take(total, chunk, from, to);
+}
+
+}  // namespace fastserve
