@@ -91,10 +91,10 @@ def memory_mb() -> dict[str, float]:
 def be_a_rank(directory: Path, dtype: str, tensor: int, results: Path) -> None:
     """Load as a worker does, and write what it took."""
     from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
-    from fastserve_mega.worker.exchange import make_exchange
     from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
     from fastserve_mega.worker.network import choose_master
     from fastserve_mega.worker.rank_group import RankGroup
+    from fastserve_mega.worker.rendezvous import make_exchange
     from fastserve_mega.worker.topology import read_topology
 
     logging.basicConfig(format="%(message)s")

@@ -19,18 +19,13 @@ from fastserve_mega.system.config import Config
 from fastserve_mega.system.locate import resolve_model
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.worker.coordinator_child import CoordinatorChild
-from fastserve_mega.worker.exchange import (
-    Exchange,
-    ForeignMpiError,
-    MissingRanksError,
-    MpiExchange,
-    SingleExchange,
-)
+from fastserve_mega.worker.exchange import MissingRanksError
 from fastserve_mega.worker.fake_runner import FakeModelRunner
 from fastserve_mega.worker.loop import CoordinatorLostError, WorkerLoop, connect_to_coordinator
 from fastserve_mega.worker.model_runner import ModelRunner
 from fastserve_mega.worker.network import choose_master, endpoint_for_other_hosts, lead_gloo
 from fastserve_mega.worker.rank_group import OthersFailedError, RankGroup, SaidError, is_expected
+from fastserve_mega.worker.rendezvous import make_exchange
 from fastserve_mega.worker.topology import Topology, find_launcher, read_topology
 
 RunnerName = Literal["megatron", "fake"]
@@ -61,7 +56,7 @@ def run_worker(
         die_with_parent()
     try:
         topology = read_topology()
-        exchange = _make_exchange(topology, config.parallel.timeout_s)
+        exchange = make_exchange(topology, config.parallel.timeout_s)
     except (ValueError, ImportError, OSError, MissingRanksError) as error:
         return _fail_alone(error)
     ranks = RankGroup(topology, exchange, config.parallel.timeout_s)
@@ -260,44 +255,3 @@ class _Rank:
     def _report_loss(self, *_: object) -> None:
         if self._child:
             self._child.report_loss()
-
-
-def _make_exchange(topology: Topology, limit_s: float) -> Exchange:
-    """MPI where the launcher has it, else a store at MASTER_ADDR:MASTER_PORT.
-
-    Args:
-        topology: as the launcher tells it.
-        limit_s: longest wait for the store.
-
-    Raises:
-        ValueError: the ranks cannot find each other; the message says what to set.
-        ImportError: there is no MPI library.
-    """
-    launcher = topology.launcher
-    if launcher is None or topology.world_size == 1:
-        return SingleExchange()
-    has_store = "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ
-    alone = ""
-    if launcher.has_mpi:
-        try:
-            mpi = MpiExchange(launcher)
-            if mpi.world_size == topology.world_size:
-                return mpi
-            library = mpi.library
-        except ForeignMpiError as error:
-            library = str(error)
-        alone = (
-            f"the ranks were started by {launcher.name}, but mpi4py has loaded {library}, in which "
-            "each of them is alone: use the launcher of that MPI, or set MPI4PY_LIBMPI to the "
-            "libmpi of the launcher's"
-        )
-    if not has_store:
-        raise ValueError(
-            alone
-            or f"ranks started by {launcher.name} meet at MASTER_ADDR and MASTER_PORT, which "
-            "must be set to rank 0's host and a free port there"
-        )
-    # Imported late: it loads torch, which takes seconds.
-    from fastserve_mega.worker.store_exchange import StoreExchange
-
-    return StoreExchange(topology, limit_s)

@@ -87,7 +87,9 @@ class Served:
         for process_id in sorted(descendants(self.process.pid)):
             words = Path(f"/proc/{process_id}/cmdline").read_bytes().decode().split("\0")
             program = Path(words[0]).name
-            kind = words[words.index("fastserve_mega") + 1] if "python" in program else program
+            # A process that has just been forked is not yet what it will be.
+            is_ours = "python" in program and "fastserve_mega" in words[:-1]
+            kind = words[words.index("fastserve_mega") + 1] if is_ours else program
             if kind == name:
                 found.append(process_id)
         return found

@@ -11,8 +11,10 @@ import trace_request
 def test_what_a_streamed_chat_request_passes_through_is_seen(model_directory):
     few = trace_request.trace_chat(model_directory, 2)
     many = trace_request.trace_chat(model_directory, 5)
-    assert {"server/service.py", "coordinator/coordinator.py", "worker/loop.py"} <= many.files
-    assert many.functions == many.functions | few.functions
+    # Which functions there are besides depends on timing: whether somebody starves, for example.
+    entered = {"server/service.py", "coordinator/coordinator.py", "worker/loop.py"}
+    assert entered <= few.files
+    assert entered <= many.files
     made = {name: (few.made()[name], count) for name, count in many.made().items()}
     assert made["coordinator.live_request.LiveRequest"] == (1, 1)
     assert made["scheduling.request.Request"] == (1, 1)

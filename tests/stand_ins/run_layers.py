@@ -26,7 +26,7 @@ def run(job: dict) -> dict:
     apex_norm.calls.clear()
     config = Config(
         model=ModelConfig(path=job["model"], dtype="float32", layer_spec=job["layer_spec"]),
-        parallel=ParallelConfig(device="cpu", threads_per_rank=1),
+        parallel=ParallelConfig(device="cpu", threads_per_rank=1, cpu_engine="torch"),
         kv_cache=KvCacheConfig(block_size=4, device_blocks=80),
     )
     runner = MegatronRunner(config, Topology(), "", 0)
