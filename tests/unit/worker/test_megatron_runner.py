@@ -83,6 +83,7 @@ def logits_of(runner, prompt):
         seen.append(logits)
         return sampler(logits, sequences)
 
+    sample.prepare = sampler.prepare
     runner._sampler = sample
     generate(runner, [prompt], SamplingParams(max_tokens=1, temperature=0.0), block_size=BLOCK_SIZE)
     return seen[0][0]

@@ -101,6 +101,7 @@ def logits_of(runner, requests, max_tokens=MAX_TOKENS, chunk=512):
             seen[sequence.request_id, sequence.context] = row.clone()
         return sampler(logits, sequences)
 
+    sample.prepare = sampler.prepare
     runner._sampler = sample
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     outputs = generate(runner, requests, params, block_size=BLOCK_SIZE, chunk=chunk)
