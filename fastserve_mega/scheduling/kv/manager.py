@@ -22,7 +22,7 @@ _PAYBACK = 4
 batch: so recomputing takes at most a fifth of the time, however many requests there are."""
 
 _WHILE_COPIED = {True: RequestStatus.SWAPPING_IN, False: RequestStatus.READY}
-"""Whether no step waits for the copies: the status of a request that KV is being copied to."""
+"""By whether no step waits: the status of a request that KV is copied to."""
 
 
 class KvManager:

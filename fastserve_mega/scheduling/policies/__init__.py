@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.policies.fcfs import Fcfs
@@ -48,4 +49,6 @@ def find_policy(name: str) -> type[Policy]:
             f"scheduler.policy {name!r} is not a subclass of "
             f"{Policy.__module__}.{Policy.__qualname__}"
         )
+    if inspect.isabstract(found):
+        raise ValueError(f"scheduler.policy {name!r} defines no key")
     return found

@@ -12,6 +12,7 @@ simulator. docs/scheduling.md shows a whole one.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig
 
 
-class Policy:
+class Policy(ABC):
     """Orders the unfinished requests; knows nothing of memory, batches or workers.
 
     A policy defines `key`, and of the other five methods those that its order needs. All must be
@@ -39,9 +40,9 @@ class Policy:
         self.cost_model = cost_model
         self.queues: RequestQueues = SortedQueues(self.key)
 
+    @abstractmethod
     def key(self, request: Request) -> tuple[Any, ...]:
         """Sort requests by this, the first to run first; ends in a number unique to the request."""
-        raise NotImplementedError(f"{type(self).__name__} defines no key")
 
     def add(self, request: Request, now: float) -> None:
         """Queue a request that arrived."""

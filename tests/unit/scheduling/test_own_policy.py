@@ -24,6 +24,10 @@ class LongestPromptFirst(Policy):
         return -request.num_prompt_tokens, request.arrival_number
 
 
+class NoOrder(Policy):
+    """A policy that forgot its key."""
+
+
 NOT_A_POLICY = 3
 
 
@@ -81,6 +85,7 @@ def test_the_documented_policy_forgets_what_has_finished(documented):
         ("no_such_module:Policy", "cannot be loaded: No module named 'no_such_module'"),
         (f"{__name__}:Missing", "cannot be loaded: .* has no attribute 'Missing'"),
         (f"{__name__}:NOT_A_POLICY", "is not a subclass of fastserve_mega.scheduling"),
+        (f"{__name__}:NoOrder", "defines no key"),
         ("lifo", "must be one of skip_join_mlfq, .*, got 'lifo'"),
         ("a b:C", "my_package.my_module:Class, got 'a b:C'"),
     ],
