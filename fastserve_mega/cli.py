@@ -25,7 +25,7 @@ from fastserve_mega.commands import (
     top,
     worker,
 )
-from fastserve_mega.commands.command import CommandParser, Group, add_command
+from fastserve_mega.commands.command import CommandParser, Group, add_command, fail
 from fastserve_mega.logs import set_up_logging
 
 GROUPS: tuple[Group, ...] = (
@@ -38,6 +38,16 @@ GROUPS: tuple[Group, ...] = (
     Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
     Group("the shell", (completion.COMMAND,)),
 )
+EXTRA_OF_MODULE = {
+    "fastapi": "server",
+    "uvicorn": "server",
+    "megatron": "worker",
+    "mpi4py": "worker",
+    "torch": "worker",
+    "numpy": "simulator",
+    "matplotlib": "simulator",
+}
+"""What brings a library that a command may lack, where only another role was installed."""
 _FIRST_STEPS = """\
 first steps:
   fastserve-mega doctor --config YAML     is everything there?
@@ -55,7 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     set_up_logging(options.command, verbose=options.verbose, log_format=options.log_format)
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRA_OF_MODULE:
+            raise
+        needed = f"it needs {module}: pip install 'fastserve_mega[{EXTRA_OF_MODULE[module]}]'"
+        return fail(options, needed)
     return status
 
 

@@ -172,5 +172,5 @@ COMMAND = Command(
     ),
     run=_bench,
     add_arguments=_add_bench,
-    config=None,
+    config="optional",
 )

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from msgspec import structs
 
 from fastserve_mega.logs import LOG_FORMATS
-from fastserve_mega.system.config import Config, SchedulerConfig
+from fastserve_mega.system.config import Config, CoordinatorConfig, SchedulerConfig
 from fastserve_mega.system.config_file import load_config
 
 T = TypeVar("T")
+
+ConfigUse = Literal["required", "model", "optional", "none"]
+"""Whether a command takes --config: `model` may have the name of a model in its place."""
+_SHORT_OPTIONS = (
+    ("tensor", "parallel.tensor", "ranks that share each layer"),
+    ("pipeline", "parallel.pipeline", "stages, each on a rank of its own"),
+    ("data", "parallel.data", "copies of the model"),
+    ("port", "server.port", "of the HTTP server"),
+)
+"""Settings that have an option of their own, and what they are."""
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +48,7 @@ class Command:
     run: Callable[[argparse.Namespace], int]
     """Returns the exit status."""
     add_arguments: Callable[[argparse.ArgumentParser], object] = _no_arguments
-    config: bool | None = True
-    """Whether it takes --config: True if it must be given, None if it may, False if not."""
+    config: ConfigUse = "required"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +71,10 @@ def add_command(parsers: argparse._SubParsersAction[CommandParser], command: Com
         epilog=f"examples:\n{lines}",
         formatter_class=HelpFormatter,
     )
-    if command.config is not False:
-        _add_config(parser, required=command.config is True)
+    if command.config != "none":
+        _add_config(parser, required=command.config == "required")
+    if command.config == "model":
+        _add_model(parser)
     command.add_arguments(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="log what happens")
     parser.add_argument(
@@ -116,6 +129,41 @@ def _add_config(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What stands for a configuration; given as well as one, it overrides it."""
+    model = parser.add_argument(
+        "model",
+        nargs="?",
+        action=_ModelOverride,
+        metavar="MODEL",
+        help="directory of a model, or its name on the Hugging Face hub: instead of --config, "
+        "which may say much more",
+    )
+    complete_with(model, DIRECTORY)
+    for name, field, what in _SHORT_OPTIONS:
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            dest="overrides",
+            type=partial("{}={}".format, field),
+            metavar="N",
+            help=f"{what}; short for --set {field}=N",
+        )
+
+
+class _ModelOverride(argparse.Action):
+    """Takes MODEL for `--set model.path=MODEL`."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: object = None
+    ) -> None:
+        if values is None:
+            return
+        if values.endswith((".yaml", ".yml")):
+            parser.error(f"{values} is no model; a configuration is given with --config")
+        namespace.overrides = [*namespace.overrides, f"model.path={json.dumps(values)}"]
+
+
 FILE = {"bash": "_shtab_compgen_files", "zsh": "_files"}
 DIRECTORY = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
 """What shtab completes an argument with; for `complete_with`."""
@@ -157,9 +205,27 @@ def policy_names(text: str) -> tuple[str, ...]:
     return names
 
 
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Add what names a running server, in place of the configuration it was started with."""
+    parser.add_argument(
+        "--url",
+        metavar="URL",
+        help="of a running server; default: coordinator.client_endpoint of the configuration",
+    )
+
+
+def server_endpoint(options: argparse.Namespace) -> str:
+    """Where the server listens that a command is to talk to."""
+    if options.url is not None:
+        return str(options.url)
+    if options.config is None and not options.overrides:
+        return CoordinatorConfig().client_endpoint
+    return load(options, load_config).coordinator.client_endpoint
+
+
 def pass_on(options: argparse.Namespace) -> list[str]:
     """The arguments that give a child process the same configuration and log."""
-    arguments = ["--config", options.config]
+    arguments = [] if options.config is None else ["--config", options.config]
     for override in options.overrides:
         arguments += ["--set", override]
     if options.verbose:
@@ -169,8 +235,10 @@ def pass_on(options: argparse.Namespace) -> list[str]:
     return arguments
 
 
-def load(options: argparse.Namespace, read: Callable[[str, Sequence[str]], T]) -> T:
+def load(options: argparse.Namespace, read: Callable[[str | None, Sequence[str]], T]) -> T:
     """The configuration, or one sentence on stderr and exit status 2."""
+    if options.config is None and not options.overrides:
+        raise SystemExit(fail(options, "say what to serve: MODEL, or --config YAML"))
     try:
         return read(options.config, options.overrides)
     except (ValueError, OSError) as error:
@@ -184,7 +252,7 @@ def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Co
     """
     from fastserve_mega.system.locate import resolve_model
 
-    def read(path: str, overrides: Sequence[str]) -> Config:
+    def read(path: str | None, overrides: Sequence[str]) -> Config:
         config = load_config(path, overrides)
         return structs.replace(config, model=resolve_model(config.model, weights=weights))
 

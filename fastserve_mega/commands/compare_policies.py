@@ -124,5 +124,5 @@ COMMAND = Command(
     ),
     run=_compare,
     add_arguments=_add_arguments,
-    config=False,
+    config="none",
 )

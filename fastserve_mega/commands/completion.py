@@ -25,5 +25,5 @@ COMMAND = Command(
     examples=("bash", "zsh"),
     run=_complete,
     add_arguments=lambda parser: parser.add_argument("shell", choices=("bash", "zsh")),
-    config=False,
+    config="none",
 )

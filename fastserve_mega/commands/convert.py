@@ -47,5 +47,5 @@ COMMAND = Command(
     ),
     run=_convert,
     add_arguments=_add_convert,
-    config=False,
+    config="none",
 )

@@ -35,5 +35,6 @@ COMMAND = Command(
     "addresses.",
     examples=("--config configs/smollm2-135m-cpu.yaml",),
     run=_coordinator,
+    config="optional",
     add_arguments=_add_coordinator,
 )

@@ -14,7 +14,7 @@ def _plan(options: argparse.Namespace) -> int:
     from fastserve_mega.commands.plan_report import run_plan
 
     try:
-        return run_plan(config, Path(options.config), as_json=options.json)
+        return run_plan(config, Path(options.config or ""), as_json=options.json)
     except ValueError as error:
         return fail(options, error)
 
@@ -30,9 +30,11 @@ COMMAND = Command(
     "configuration and the model's config.json, without a GPU or weights. Ends with "
     "status 1 and says why when something does not fit.",
     examples=(
+        "Qwen/Qwen2.5-7B-Instruct --tensor 2",
         "--config configs/llama-3-70b-4xh100.yaml",
         "--config configs/llama-3-70b-4xh100.yaml --set hardware.device_memory_gb=40 --json",
     ),
     run=_plan,
+    config="model",
     add_arguments=_add_plan,
 )

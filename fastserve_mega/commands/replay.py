@@ -46,5 +46,5 @@ COMMAND = Command(
     examples=("events.jsonl", "events.jsonl --policy fcfs,mlfq --json latencies.json"),
     run=_replay,
     add_arguments=_add_replay,
-    config=False,
+    config="none",
 )

@@ -21,8 +21,11 @@ COMMAND = Command(
     "and the OpenAI-compatible HTTP server on this machine, and says how to use them. The "
     "ranks are started again when one dies; Ctrl-C ends everything.",
     examples=(
+        "~/models/qwen3-8b",
+        "Qwen/Qwen3-8B --tensor 2 --port 8080",
         "--config configs/smollm2-135m-cpu.yaml",
         "--config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1 --set server.port=8080",
     ),
     run=_serve,
+    config="model",
 )

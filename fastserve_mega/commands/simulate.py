@@ -28,7 +28,8 @@ def _simulate(options: argparse.Namespace) -> int:
     )
     from fastserve_mega.simulator.main import run_simulate
 
-    def read(path: str, overrides: Sequence[str]) -> SimulationConfig:
+    def read(path: str | None, overrides: Sequence[str]) -> SimulationConfig:
+        assert path is not None  # argparse has asked for it
         deployment, _ = split_overrides(overrides)
         measured = options.profile or load_config(path, deployment).scheduler.profile
         profile = load_profile(measured) if measured else None

@@ -45,5 +45,5 @@ COMMAND = Command(
     examples=("events.jsonl chatcmpl-3f2a",),
     run=_story,
     add_arguments=_add_story,
-    config=False,
+    config="none",
 )

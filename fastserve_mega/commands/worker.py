@@ -41,5 +41,6 @@ COMMAND = Command(
     "with the same configuration; rank 0 starts the coordinator.",
     examples=("--config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1",),
     run=_worker,
+    config="optional",
     add_arguments=_add_worker,
 )

@@ -14,7 +14,7 @@ from fastserve_mega.system.config import Config
 T = TypeVar("T")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read the configuration of a deployment; see `load_yaml`."""
     return load_yaml(path, Config, overrides)
 
@@ -62,7 +62,7 @@ def load_yaml(
         return checked(raw)
     except ValueError as error:
         origin = _origin(str(error), _settings_of(text, section), overrides, checked) or path
-        raise ValueError(f"{origin}: {error}") from None
+        raise ValueError(f"{origin or 'configuration'}: {error}") from None
 
 
 def _settings_of(text: str, section: str | None) -> dict[str, Any]:

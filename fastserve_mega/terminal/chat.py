@@ -2,37 +2,187 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
 from rich.console import Console
 
-from fastserve_mega.client import Client, ClientError
-from fastserve_mega.system.config import Config
+from fastserve_mega.client import ClientError, ServerUnavailableError
+from fastserve_mega.terminal.chat_server import ChatServer, connect
 from fastserve_mega.types import SamplingParams
 
-_MAX_TOKENS = 512
+_HELP = """\
+/system TEXT  begin anew, with TEXT as what the model is told first
+/clear        begin anew
+/bye          end, as Ctrl-D does
+Ctrl-C        end an answer
+\\             at the end of a line: the question goes on in the next one
+\"\"\"           around a question of many lines"""
+_MANY_LINES = '"""'
+_HISTORY_LINES = 1000
 
 
-def run_chat(config: Config, console: Console | None = None) -> int:
-    """Read lines, stream answers; an empty line or Ctrl-D ends. Returns the exit status."""
+@dataclass
+class Conversation:
+    """What was said so far."""
+
+    system: str | None = None
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """For the model."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return [*first, *self.turns]
+
+    def add(self, role: str, content: str) -> None:
+        """Say something."""
+        self.turns.append({"role": role, "content": content})
+
+
+def run_chat(
+    url: str,
+    *,
+    system: str | None = None,
+    temperature: float = 0.7,
+    max_tokens: int = 512,
+    console: Console | None = None,
+) -> int:
+    """Read questions, stream answers; /bye or Ctrl-D ends. Returns the exit status.
+
+    Args:
+        url: of the server, HTTP or ZeroMQ.
+        system: what the model is told first.
+        temperature: 0 is greedy.
+        max_tokens: of an answer.
+        console: where to write.
+    """
     console = console or Console(highlight=False)
     try:
-        with Client(config.coordinator.client_endpoint) as client:
-            console.print(f"[dim]{client.info().model_name}; an empty line ends[/dim]")
-            _converse(client, console)
-    except ClientError as error:
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+        server = connect(url)
+    except (ClientError, ValueError) as error:
         console.print(f"[red]{error}[/red]")
         return 1
-    except (EOFError, KeyboardInterrupt):
-        console.print()
+    with contextlib.closing(server), _line_editing():
+        console.print(f"[dim]{server.model}; /help lists what can be typed[/dim]")
+        return _converse(server, Conversation(system), params, console)
+
+
+def _converse(
+    server: ChatServer, conversation: Conversation, params: SamplingParams, console: Console
+) -> int:
+    for question in _questions(console):
+        if question.startswith("/"):
+            if _obey(question, conversation, console):
+                break
+            continue
+        conversation.add("user", question)
+        try:
+            text = _answer(server, conversation, params, console)
+        except ServerUnavailableError as error:
+            console.print(f"[red]{error}[/red]")
+            return 1
+        except ClientError as error:
+            console.print(f"[red]{error}[/red]")
+            conversation.turns.pop()
+        else:
+            conversation.add("assistant", text)
     return 0
 
 
-def _converse(client: Client, console: Console) -> None:
-    messages: list[dict[str, str]] = []
-    params = SamplingParams(max_tokens=_MAX_TOKENS, temperature=0.7, top_p=0.9)
-    while question := console.input("[bold]you:[/bold] ").strip():
-        messages.append({"role": "user", "content": question})
-        answer = client.chat(messages, params)
-        for chunk in answer:
-            console.print(chunk.text, end="", markup=False)
-        console.print()
-        messages.append({"role": "assistant", "content": answer.text})
+def _answer(
+    server: ChatServer, conversation: Conversation, params: SamplingParams, console: Console
+) -> str:
+    """Stream an answer to the terminal; Ctrl-C leaves what has come so far."""
+    began, text, num_tokens = time.perf_counter(), "", None
+    pieces = server.answer(conversation.messages, params)
+    try:
+        while True:
+            piece = next(pieces)
+            text += piece
+            console.print(piece, end="", markup=False, soft_wrap=True)
+    except StopIteration as end:
+        num_tokens = end.value
+    except KeyboardInterrupt:
+        pieces.close()
+    console.print()
+    if num_tokens:
+        seconds = time.perf_counter() - began
+        console.print(
+            f"[dim]{num_tokens} tokens, {num_tokens / max(seconds, 1e-9):.1f} tokens/s[/dim]"
+        )
+    return text
+
+
+def _obey(command: str, conversation: Conversation, console: Console) -> bool:
+    """Do what a line with a slash says; whether that ends it all."""
+    name, _, text = command.partition(" ")
+    match name:
+        case "/bye" | "/exit" | "/quit":
+            return True
+        case "/clear":
+            conversation.turns.clear()
+        case "/system":
+            conversation.system = text.strip() or None
+            conversation.turns.clear()
+        case "/help":
+            console.print(_HELP, markup=False)
+        case _:
+            console.print(f"there is no {name}; /help lists what can be typed", markup=False)
+    return False
+
+
+def _questions(console: Console) -> Iterator[str]:
+    """What is asked, until Ctrl-D."""
+    while True:
+        try:
+            question = _read_question().strip()
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print()
+            continue
+        if question:
+            yield question
+
+
+def _read_question() -> str:
+    line = input("you: ")
+    if line.startswith(_MANY_LINES):
+        lines = [line.removeprefix(_MANY_LINES)]
+        while not lines[-1].rstrip().endswith(_MANY_LINES):
+            lines.append(input("...  "))
+        return "\n".join(lines).rstrip().removesuffix(_MANY_LINES)
+    lines = [line]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1].removesuffix("\\")
+        lines.append(input("...  "))
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _line_editing() -> Iterator[None]:
+    """Arrow keys edit and recall lines, those of earlier conversations as well."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import readline
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    path = state / "fastserve_mega" / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            readline.write_history_file(path)

@@ -15,7 +15,6 @@ from fastserve_mega.client import Client, ServerUnavailableError
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.snapshot import PoolView, ReplicaView, RequestView
-from fastserve_mega.system.config import Config
 
 _STYLES = {"running": "green", "resident": "blue", "swapped": "yellow", "waiting": "bright_black"}
 _MARK = "■"
@@ -25,16 +24,15 @@ _BAR_WIDTH = 20
 _ANSWER_S = 3.0
 
 
-def run_top(config: Config, *, interval_s: float, once: bool) -> int:
+def run_top(endpoint: str, *, interval_s: float, once: bool) -> int:
     """Show snapshots until Ctrl-C; returns the exit status.
 
     Args:
-        config: of the deployment, whose coordinator is asked.
+        endpoint: ZeroMQ address of the coordinator for clients.
         interval_s: between two snapshots.
         once: print one and end; also what happens when the output is not a terminal.
     """
     console = Console()
-    endpoint = config.coordinator.client_endpoint
     try:
         with Client(endpoint, timeout_s=_ANSWER_S) as client:
             before = client.snapshot()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
-from typing import Any
+
+from tokenizers import Tokenizer
 
 _SPACE = "\u2581"
 """What SentencePiece writes for a space."""
@@ -13,18 +14,12 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenBytes:
-    """Token ids to bytes, for the kinds of tokenizers that models have.
+    """Token ids to bytes, for the kinds of tokenizers that models have."""
 
-    Args:
-        tokenizer: of transformers.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._added = {
-            token_id: str(token.content)
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-        }
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
         kinds = _decoder_kinds(tokenizer)
         self._byte_level = "ByteLevel" in kinds
         self._pieces = bool(kinds & {"ByteFallback", "Replace", "Metaspace"})
@@ -33,24 +28,23 @@ class TokenBytes:
         """The bytes of a token, those of a special token included; empty for an unknown id."""
         if token_id in self._added:
             return self._added[token_id].encode()
-        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        piece = self._tokenizer.id_to_token(token_id)
         if piece is None:
             return b""
         if self._byte_level:
             table = byte_of_character()
             return bytes(table[character] for character in piece if character in table)
         if not self._pieces:
-            return str(self._tokenizer.decode([token_id])).encode()
+            return self._tokenizer.decode([token_id]).encode()
         if match := _BYTE_PIECE.fullmatch(piece):
             return bytes((int(match[1], 16),))
-        return str(piece).replace(_SPACE, " ").encode()
+        return piece.replace(_SPACE, " ").encode()
 
 
-def _decoder_kinds(tokenizer: Any) -> set[str]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.decoder is None:
+def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
+    if tokenizer.decoder is None:
         return set()
-    state = json.loads(backend.decoder.__getstate__())
+    state = json.loads(tokenizer.decoder.__getstate__())
     return {part["type"] for part in (state, *state.get("decoders", ()))}
 
 

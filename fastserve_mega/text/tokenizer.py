@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastserve_mega.text.token_bytes import TokenBytes
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
-_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""Marks of transformers' own, which Jinja does not know."""
-_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-_NO_LIMIT = 10**30
-"""In place of the tokenizer's own model_max_length: the context is checked by the server, and the
-tokenizer would only warn."""
+from fastserve_mega.text.chat_template import ChatTemplate, special_tokens
+from fastserve_mega.text.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -30,19 +26,26 @@ class Tokenizer:
 
     Raises:
         FileNotFoundError: the directory does not exist.
-        ValueError: it holds no tokenizer that transformers can load.
+        ValueError: it holds no usable tokenizer.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory).expanduser()
         if not self.directory.is_dir():
             raise FileNotFoundError(f"the tokenizer directory {self.directory} does not exist")
-        self._tokenizer = _load(self.directory)
-        self._token_bytes = TokenBytes(self._tokenizer)
-        self._special_ids = frozenset(self._tokenizer.all_special_ids)
-        self.longest_token: int = max(map(len, self._tokenizer.get_vocab()), default=1)
+        try:
+            self._backend, settings = _load(self.directory)
+            self._chat_template = ChatTemplate.load(self.directory, settings)
+        except Exception as error:
+            # The tokenizers library raises bare Exceptions.
+            raise ValueError(f"no usable tokenizer in {self.directory}: {error}") from error
+        self._token_bytes = TokenBytes(self._backend)
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(each for each in added if added[each].special)
+        vocabulary = self._backend.get_vocab()
+        self.longest_token: int = max(map(len, vocabulary), default=1)
         """Characters of the longest token: no text of so many tokens is longer than that."""
-        self.vocab_size: int = len(self._tokenizer)
+        self.vocab_size: int = len(vocabulary)
         """Number of ids with a meaning; a model's own vocabulary may be padded beyond it."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -55,31 +58,16 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {error.reason}") from None
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return ids
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     @property
     def has_chat_template(self) -> bool:
-        return self._tokenizer.chat_template is not None
+        return self._chat_template is not None
 
-    @property
+    @cached_property
     def tools_template(self) -> str | None:
         """The chat template for conversations with tools; None when it knows nothing of tools."""
-        templates = self._tokenizer.chat_template
-        if isinstance(templates, dict):
-            templates = templates.get("tool_use", templates.get("default"))
-        if templates is None:
-            return None
-        from jinja2 import Environment, TemplateError, meta
-
-        try:
-            # Templates of Hugging Face use these two extensions of Jinja.
-            parsed = Environment(
-                autoescape=False, extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]
-            ).parse(_GENERATION.sub("", templates))
-        except TemplateError:
-            return None
-        return str(templates) if "tools" in meta.find_undeclared_variables(parsed) else None
+        return self._chat_template.tools_source if self._chat_template else None
 
     def apply_chat_template(
         self,
@@ -95,27 +83,15 @@ class Tokenizer:
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
         """
-        if not self.has_chat_template:
+        if self._chat_template is None:
             raise ValueError("the model has no chat template; send a plain prompt instead")
-        from jinja2 import TemplateError
-
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-        except (TemplateError, TypeError, AttributeError, LookupError) as error:
-            # Not all templates check what they are given before they use it.
-            raise ValueError(f"the model's chat template refuses the messages: {error}") from None
+        text = self._chat_template.render(messages, tools)
         # The template has written the special tokens already.
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special and unknown ones are skipped."""
-        text: str = self._tokenizer.decode(self.visible(token_ids), skip_special_tokens=True)
-        return text
+        return self._backend.decode(self.visible(token_ids), skip_special_tokens=True)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a single token stands for; a character may be spread over several tokens."""
@@ -130,31 +106,41 @@ class Tokenizer:
         ]
 
 
-def _load(directory: Path) -> Any:
-    """Take the fast tokenizer by its file where there is one: AutoTokenizer would import torch."""
-    with _without_advice():
-        import transformers
-
-        fast = (directory / "tokenizer.json").is_file()
-        loader: Any = getattr(transformers, "PreTrainedTokenizerFast" if fast else "AutoTokenizer")
-        try:
-            return loader.from_pretrained(
-                directory, local_files_only=True, model_max_length=_NO_LIMIT
-            )
-        except Exception as error:
-            # Its errors are of many kinds, the bare Exception of the tokenizers library included.
-            raise ValueError(f"no usable tokenizer in {directory}: {error}") from error
+def _load(directory: Path) -> tuple[Backend, Mapping[str, Any]]:
+    """The tokenizer, and what tokenizer_config.json says beside it."""
+    config = directory / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    path = directory / "tokenizer.json"
+    backend = Backend.from_file(str(path)) if path.is_file() else _convert(directory)
+    backend.no_truncation()  # as for training; the server checks lengths
+    backend.no_padding()
+    _add_special_tokens(backend, settings)
+    return backend, settings
 
 
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep transformers from advising to install torch, which a tokenizer has no use for."""
-    previous = os.environ.get(_ADVICE)
-    os.environ[_ADVICE] = "1"
+def _add_special_tokens(backend: Backend, settings: Mapping[str, Any]) -> None:
+    """Make special, in the order of their ids, what only tokenizer_config.json says is so."""
+    described = settings.get("added_tokens_decoder") or {}
+    for token_id in sorted(described, key=int):
+        token = dict(described[token_id])
+        content, special = token.pop("content"), token.pop("special", False)
+        if backend.token_to_id(content) in (int(token_id), None):
+            backend.add_tokens([AddedToken(content, special=special, **token)])
+    named = (token for token in special_tokens(settings).values())
+    backend.add_special_tokens([each for each in named if backend.token_to_id(each) is not None])
+
+
+def _convert(directory: Path) -> Backend:
+    """Of a directory that has a tokenizer in another form, such as SentencePiece's."""
     try:
-        yield
-    finally:
-        if previous is None:
-            del os.environ[_ADVICE]
-        else:
-            os.environ[_ADVICE] = previous
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise ValueError(
+            "there is no tokenizer.json; other forms need transformers: "
+            "pip install 'fastserve_mega[tokenizers]'"
+        ) from None
+    converted: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    backend: Backend | None = getattr(converted, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError("there is no tokenizer.json, and transformers cannot make one")
+    return backend

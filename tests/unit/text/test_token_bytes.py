@@ -1,7 +1,6 @@
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from fastserve_mega.text.token_bytes import TokenBytes
 from fastserve_mega.text.tokenizer import Tokenizer
@@ -25,5 +24,5 @@ def test_pieces_of_sentencepiece():
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    token_bytes = TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend))
+    token_bytes = TokenBytes(backend)
     assert [token_bytes(token) for token in range(5)] == [b" fox", b"\xe6", b"\x97", b"\xa5", b"x "]

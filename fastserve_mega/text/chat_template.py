@@ -1,0 +1,156 @@
+"""The chat template of a model: a Jinja program from its directory, which may be anybody's.
+
+What a template may rely on (its variables, functions and filters) is what transformers gives it,
+as templates are written for that. It runs in Jinja's sandbox.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Environment, Template, TemplateError, meta
+from jinja2.ext import Extension
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_DEFAULT, _TOOLS = "default", "tool_use"
+
+
+class ChatTemplate:
+    """Writes a conversation as the text that a model was trained on.
+
+    Args:
+        source: in Jinja.
+        tools_source: for conversations with tools, where that is another one.
+        special_tokens: variables such as `bos_token`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        tools_source: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        self._source = source
+        self._tools_source = tools_source or source
+        self._special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def load(cls, directory: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+        """Read the template of a directory; None if there is none.
+
+        Args:
+            directory: with `chat_template.jinja` and `additional_chat_templates`, if any.
+            settings: from its tokenizer_config.json, with `chat_template` otherwise: a text, or
+                several with names.
+        """
+        given = settings.get("chat_template")
+        named = {_DEFAULT: given} if isinstance(given, str) else {}
+        if isinstance(given, list):
+            named = {str(each["name"]): str(each["template"]) for each in given}
+        if (path := directory / "chat_template.jinja").is_file():
+            named[_DEFAULT] = path.read_text(encoding="utf-8")
+        for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+            named[path.stem] = path.read_text(encoding="utf-8")
+        if _DEFAULT not in named:
+            return None
+        return cls(named[_DEFAULT], named.get(_TOOLS), special_tokens(settings))
+
+    @property
+    def tools_source(self) -> str | None:
+        """The text of the template for conversations with tools; None when it ignores them."""
+        try:
+            parsed = _ENVIRONMENT.parse(self._tools_source)
+        except TemplateError:
+            return None
+        return self._tools_source if "tools" in meta.find_undeclared_variables(parsed) else None
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """The conversation, up to where the assistant's answer begins.
+
+        Raises:
+            ValueError: the template refuses the messages, or is no valid one.
+        """
+        try:
+            template = self._with_tools if tools else self._plain
+            return template.render(
+                messages=[dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            # Not all templates check what they are given before they use it.
+            raise ValueError(f"the model's chat template refuses the messages: {error}") from None
+
+    @cached_property
+    def _plain(self) -> Template:
+        return _ENVIRONMENT.from_string(self._source)
+
+    @cached_property
+    def _with_tools(self) -> Template:
+        return _ENVIRONMENT.from_string(self._tools_source)
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those that a tokenizer_config.json names, such as `bos_token`, by that name."""
+    tokens = {}
+    for name, value in settings.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if re.fullmatch(r"[a-z_]+_token", name) and isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant said, for training: here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared as a set of Jinja's
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
+
+    def _unchanged(self, caller: Macro) -> str:
+        return str(caller())
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Jinja's own filter of this name escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _make_environment() -> Environment:
+    environment = ImmutableSandboxedEnvironment(
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+_ENVIRONMENT = _make_environment()
