@@ -16,6 +16,7 @@ from fastserve_mega.commands import (
     convert,
     coordinator,
     doctor,
+    init,
     plan,
     profile,
     replay,
@@ -30,7 +31,10 @@ from fastserve_mega.logs import set_up_logging
 
 GROUPS: tuple[Group, ...] = (
     Group("serve a model", (serve.COMMAND, chat.COMMAND, top.COMMAND, api_server.COMMAND)),
-    Group("prepare a deployment", (doctor.COMMAND, plan.COMMAND, profile.COMMAND, convert.COMMAND)),
+    Group(
+        "prepare a deployment",
+        (init.COMMAND, doctor.COMMAND, plan.COMMAND, profile.COMMAND, convert.COMMAND),
+    ),
     Group(
         "measure and compare",
         (bench.COMMAND, simulate.COMMAND, compare_policies.COMMAND, replay.COMMAND, story.COMMAND),
@@ -50,10 +54,11 @@ EXTRA_OF_MODULE = {
 """What brings a library that a command may lack, where only another role was installed."""
 _FIRST_STEPS = """\
 first steps:
-  fastserve-mega doctor --config YAML     is everything there?
-  fastserve-mega plan --config YAML       does it fit?
-  fastserve-mega serve --config YAML      start it
-  fastserve-mega chat --config YAML       talk to it
+  fastserve-mega doctor MODEL     is everything there?
+  fastserve-mega plan MODEL       does it fit?
+  fastserve-mega serve MODEL      start it
+  fastserve-mega chat             talk to it
+  fastserve-mega init MODEL       write all settings to a file, for --config
 """
 
 

@@ -8,12 +8,11 @@ configuration_reference.py --check    # exit status 1 when it is not current
 from __future__ import annotations
 
 import argparse
-import ast
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from fastserve_mega.system.settings import Section, read_sections
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "fastserve_mega" / "system" / "config.py"
@@ -42,102 +41,6 @@ WORKLOAD_HEAD = """\
 examples are in [`configs/workloads`](../configs/workloads/synthetic.yaml).
 `--set workload.NAME=value` overrides one value.
 """
-NAMES = {
-    "None": "null", "True": "true", "False": "false", "str": "string", "int": "integer",
-    "float": "number", "bool": "true or false", "Mapping[str, int]": "mapping", "Device": "mapping",
-    "Link": "mapping", "SyntheticLengths": "mapping", "Lognormal": "mapping",
-    "field(default_factory=dict)": "{}",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A field of a configuration record; `type` and `default` as in YAML."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
-    section: str | None = None
-    """The record, when the field is a section of its own."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A configuration record."""
-
-    meaning: str
-    settings: tuple[Setting, ...]
-
-
-def read_sections(*sources: str) -> dict[str, Section]:
-    """All records of modules, by name."""
-    body = [node for source in sources for node in ast.parse(source).body]
-    classes = [node for node in body if isinstance(node, ast.ClassDef)]
-    aliases = {
-        target.id: node.value
-        for node in body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
-    known = {node.name for node in classes}
-    return {
-        node.name: Section(plain(ast.get_docstring(node)), tuple(settings(node, known, aliases)))
-        for node in classes
-    }
-
-
-def settings(node: ast.ClassDef, known: set[str], aliases: dict[str, ast.expr]) -> list[Setting]:
-    """The fields of a record, each with the string literal after it as its meaning."""
-    found = []
-    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-            continue
-        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-        name, kind = field.target.id, ast.unparse(field.annotation)
-        found.append(
-            Setting(
-                name,
-                type_text(field.annotation, aliases),
-                "required" if field.value is None else yaml_text(field.value),
-                plain(after.value.value) if documented else "",
-                section=kind if kind in known else None,
-            )
-        )
-    return found
-
-
-def type_text(node: ast.expr, aliases: dict[str, ast.expr]) -> str:
-    """A type as users of YAML would call it."""
-    match node:
-        case ast.Name(id=name) if name in aliases:
-            return type_text(aliases[name], aliases)
-        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
-            return f"{type_text(left, aliases)} or {type_text(right, aliases)}"
-        case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[kind, *_])):
-            return type_text(kind, aliases)
-        case ast.Subscript(value=ast.Name(id="Literal"), slice=words):
-            values = words.elts if isinstance(words, ast.Tuple) else [words]
-            return ", ".join(f"`{yaml_text(value)}`" for value in values)
-        case ast.Subscript(value=ast.Name(id="tuple"), slice=ast.Tuple(elts=[item, _])):
-            return f"list of {type_text(item, aliases)}"
-    text = ast.unparse(node)
-    return NAMES.get(text, text)
-
-
-def yaml_text(node: ast.expr) -> str:
-    """A default value as it is written in YAML."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    text = ast.unparse(node)
-    return NAMES.get(text, text)
-
-
-def plain(docstring: str | None) -> str:
-    """On one line, in the words of YAML."""
-    words = " ".join((docstring or "").split())
-    return re.sub(r"\bNone\b", "null", words).replace("|", "\\|")
 
 
 def reference(sections: dict[str, Section]) -> str:

@@ -25,6 +25,7 @@ from fastserve_mega.launcher.processes import (
     ranks_prefix,
     spawn,
 )
+from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.process_tree import end_descendants
 from fastserve_mega.system.config import Config
 
@@ -100,6 +101,10 @@ class Deployment:
         """What does not run or does not answer though it should, and a sentence on each."""
         wanted = [RANKS, HTTP_SERVER] if self._http else [RANKS]
         return {name: reason for name in wanted if (reason := self._trouble(name))}
+
+    def snapshot(self) -> Snapshot | None:
+        """What the coordinator is doing; None when it does not answer."""
+        return self._probe.snapshot(PROBE_S) if self._probe else None
 
     def restart(self, names: Collection[str]) -> None:
         """Kill what is left of some processes, and start them again at the same addresses.

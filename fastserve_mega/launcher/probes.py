@@ -9,7 +9,7 @@ from collections.abc import Callable
 import zmq
 
 from fastserve_mega.messaging import frames
-from fastserve_mega.messaging.messages import Ping, Pong
+from fastserve_mega.messaging.messages import GetSnapshot, Message, Ping, Pong, Snapshot
 
 _MIN_MISSES = 3
 """A pause of this process itself, after which one answer is late, is nobody's fault."""
@@ -29,24 +29,38 @@ class CoordinatorProbe:
 
     def answers(self, limit_s: float) -> bool:
         """Ask; whether an answer has come, to this question or late to one before."""
+        late = [self._receive() for _ in iter(self._has_more, False)]
+        return (
+            any(map(self._is_pong, late)) or self._ask(Ping(), self._is_pong, limit_s) is not None
+        )
+
+    def snapshot(self, limit_s: float) -> Snapshot | None:
+        """What the coordinator is doing; None when it does not say so within the limit."""
+        answer = self._ask(GetSnapshot(), lambda each: isinstance(each, Snapshot), limit_s)
+        return answer if isinstance(answer, Snapshot) else None
+
+    def _ask(
+        self, question: Message, answers: Callable[[Message | None], bool], limit_s: float
+    ) -> Message | None:
         deadline = time.monotonic() + limit_s
-        late = [self._is_answer(self._socket.recv()) for _ in iter(self._has_more, False)]
         if not self._socket.poll(int(limit_s * 1000), zmq.POLLOUT):
-            return any(late)
-        self._socket.send(frames.encode(Ping()), zmq.DONTWAIT)
+            return None
+        self._socket.send(frames.encode(question), zmq.DONTWAIT)
         while (left_s := deadline - time.monotonic()) > 0:
-            if self._socket.poll(int(left_s * 1000) + 1) and self._is_answer(self._socket.recv()):
-                return True
-        return any(late)
+            if self._socket.poll(int(left_s * 1000) + 1) and answers(answer := self._receive()):
+                return answer
+        return None
 
     def _has_more(self) -> bool:
         return bool(self._socket.poll(0))
 
-    def _is_answer(self, frame: bytes) -> bool:
+    def _receive(self) -> Message | None:
         try:
-            message = frames.decode(frame)
+            return frames.decode(self._socket.recv())
         except frames.BadFrameError:
-            return False
+            return None
+
+    def _is_pong(self, message: Message | None) -> bool:
         return isinstance(message, Pong) and message.epoch == self._epoch
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Literal, NoReturn
 from fastserve_mega.launcher.deployment import PROBE_S, Deployment, http_url
 from fastserve_mega.launcher.processes import ConfigurationError, LaunchError
 from fastserve_mega.launcher.restart_policy import RestartPolicy
+from fastserve_mega.launcher.stats_line import StatsLine
+from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.process_tree import adopt_orphans
 from fastserve_mega.system.config import Config, SupervisorConfig
 
@@ -38,9 +41,11 @@ def serve(
     adopt_orphans()
     with Deployment(config, arguments, http=True, restarts=True, runner=runner) as deployment:
         try:
+            print(_what_starts(config), flush=True)
             deployment.start()
-            print(_how_to_use(config, arguments), flush=True)
-            supervise(deployment, config.supervisor)
+            print(_how_to_use(config, arguments, deployment.snapshot()), flush=True)
+            stats = StatsLine(deployment.snapshot, time.monotonic())
+            supervise(deployment, config.supervisor, stats=stats)
         except KeyboardInterrupt:
             _log.warning("stopping; once more kills")
             return 0
@@ -50,7 +55,10 @@ def serve(
 
 
 def supervise(
-    deployment: Deployment, options: SupervisorConfig, sleep: Callable[[float], None] = time.sleep
+    deployment: Deployment,
+    options: SupervisorConfig,
+    sleep: Callable[[float], None] = time.sleep,
+    stats: StatsLine | None = None,
 ) -> NoReturn:
     """Start again whatever ends or hangs.
 
@@ -58,6 +66,7 @@ def supervise(
         deployment: has started.
         options: how often.
         sleep: lets time pass.
+        stats: says on stdout how much there is to do.
 
     Raises:
         LaunchError: it cannot start, or that has been tried too often.
@@ -65,6 +74,8 @@ def supervise(
     policy = RestartPolicy(options.max_restarts, options.restart_window_s)
     while True:
         sleep(PROBE_S)
+        if stats and (line := stats.due(time.monotonic())):
+            print(line, flush=True)
         if not (lost := deployment.lost()):
             continue
         reason = ", ".join(lost.values())
@@ -87,10 +98,31 @@ def supervise(
             _log.warning("serving again")
 
 
-def _how_to_use(config: Config, arguments: Sequence[str]) -> str:
+def _what_starts(config: Config) -> str:
+    parallel = config.parallel
+    sizes = {"data": parallel.data, "pipeline": parallel.pipeline, "tensor": parallel.tensor}
+    mesh = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    ranks = "1 rank" if parallel.world_size == 1 else f"{parallel.world_size} ranks ({mesh})"
+    return f"starting {config.model.name} from {config.model.path} on {ranks}"
+
+
+def _how_to_use(config: Config, arguments: Sequence[str], snapshot: Snapshot | None) -> str:
     url, name = http_url(config), config.model.name
+    tokens = config.kv_cache.block_size * sum(
+        replica.device.capacity for replica in (snapshot.replicas if snapshot else ())
+    )
+    addresses = {"OpenAI API": "/v1", "API reference": "/docs", "metrics": "/metrics"}
+    if config.server.live_view:
+        addresses["live view"] = "/"
+    listed = "\n".join(f"  {what:<15}{url}{path}" for what, path in addresses.items())
+    room = f" with room for {tokens:,} tokens of KV" if tokens else ""
     return f"""
-{name} is being served. Try:
+{name} is being served{room}, policy {config.scheduler.policy}.
+
+{listed}
+  {"ZeroMQ":<15}{config.coordinator.client_endpoint}
+
+Try:
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
@@ -99,7 +131,14 @@ def _how_to_use(config: Config, arguments: Sequence[str]) -> str:
     .chat.completions.create(model='{name}', messages=[{{'role': 'user', 'content': 'Hello!'}}])
     .choices[0].message.content)"
 
-  fastserve-mega chat {" ".join(arguments)}
+  fastserve-mega chat {_server_of(config, arguments)}
 
 Ctrl-C ends it.
 """
+
+
+def _server_of(config: Config, arguments: Sequence[str]) -> str:
+    """What tells `chat` where this is."""
+    if "--config" in arguments:
+        return shlex.join(arguments)
+    return f"--url {config.coordinator.client_endpoint}"
