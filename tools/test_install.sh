@@ -45,7 +45,7 @@ use() {
     torch="$(grep '^torch==' constraints.txt)"
     "$environment/bin/python" -m pip --quiet install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
         "$torch" || return
-    "$environment/bin/python" -m pip --quiet install "$wheel[mpi,demo]" || return
+    "$environment/bin/python" -m pip --quiet install "$wheel[all,mpi,demo]" || return
     "$environment/bin/python" -m pip check || return
     "$environment/bin/python" tools/fetch_smollm2.py || return
     mkdir -p "$work/empty"
