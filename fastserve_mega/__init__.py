@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastserve_mega.client import AsyncClient, Client, RequestOptions
+    from fastserve_mega.offline.llm import LLM
     from fastserve_mega.types import FinishReason, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
+    "LLM",
     "AsyncClient",
     "Client",
     "FinishReason",
@@ -19,6 +21,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "LLM": "fastserve_mega.offline.llm",
     "AsyncClient": "fastserve_mega.client",
     "Client": "fastserve_mega.client",
     "FinishReason": "fastserve_mega.types",

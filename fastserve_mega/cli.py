@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fastserve_mega import __version__
 from fastserve_mega.commands import (
     api_server,
+    batch,
     bench,
     chat,
     compare_policies,
@@ -30,7 +31,10 @@ from fastserve_mega.commands.command import CommandParser, Group, add_command, f
 from fastserve_mega.logs import set_up_logging
 
 GROUPS: tuple[Group, ...] = (
-    Group("serve a model", (serve.COMMAND, chat.COMMAND, top.COMMAND, api_server.COMMAND)),
+    Group(
+        "serve a model",
+        (serve.COMMAND, chat.COMMAND, batch.COMMAND, top.COMMAND, api_server.COMMAND),
+    ),
     Group(
         "prepare a deployment",
         (init.COMMAND, doctor.COMMAND, plan.COMMAND, profile.COMMAND, convert.COMMAND),
@@ -44,6 +48,7 @@ GROUPS: tuple[Group, ...] = (
 )
 EXTRA_OF_MODULE = {
     "fastapi": "server",
+    "httpx": "http",
     "uvicorn": "server",
     "megatron": "worker",
     "mpi4py": "worker",

@@ -1,8 +1,17 @@
-"""Starts a deployment on one machine and keeps it up: `Deployment`, `serve`, `profile`."""
+"""Deployments on one machine: `serve`, `profile`, and `temporary_deployment` for a job."""
 
 from fastserve_mega.launcher.deployment import Deployment, http_url
 from fastserve_mega.launcher.processes import LaunchError, mpirun_command
 from fastserve_mega.launcher.profiling import profile
 from fastserve_mega.launcher.supervisor import serve
+from fastserve_mega.launcher.temporary import temporary_deployment
 
-__all__ = ["Deployment", "LaunchError", "http_url", "mpirun_command", "profile", "serve"]
+__all__ = [
+    "Deployment",
+    "LaunchError",
+    "http_url",
+    "mpirun_command",
+    "profile",
+    "serve",
+    "temporary_deployment",
+]

@@ -41,7 +41,9 @@ class CoordinatorChild:
         if not line:
             status = self._process.wait()
             raise SaidError(f"the coordinator did not start (exit status {status})")
-        self.worker_endpoint: str = json.loads(line)["worker"]
+        addresses = json.loads(line)
+        self.worker_endpoint: str = addresses["worker"]
+        self.client_endpoint: str = addresses["client"]
 
     def is_alive(self) -> bool:
         """Whether it runs.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -29,6 +30,8 @@ from fastserve_mega.worker.rendezvous import make_exchange
 from fastserve_mega.worker.topology import Topology, find_launcher, read_topology
 
 RunnerName = Literal["megatron", "fake"]
+OnReady = Callable[[str, Callable[[], None]], object]
+"""Takes the coordinator's address for clients, and what ends all ranks."""
 _FAKE_BLOCKS = 1024
 _LAST_WORDS_MS = 1000
 _LET_OTHERS_SPEAK_S = 2.0
@@ -42,6 +45,7 @@ def run_worker(
     runner: RunnerName,
     *,
     supervised: bool = False,
+    on_ready: OnReady = lambda _endpoint, _stop: None,
 ) -> int:
     """Entry point of a rank; returns its exit status.
 
@@ -51,6 +55,7 @@ def run_worker(
         runner: what computes tokens; `fake` needs no model and is for tests.
         supervised: SIGTERM means that another rank has died, which mpirun tells in this way, and
             SIGUSR1 asks to stop; and this rank ends with what has started it.
+        on_ready: called by rank 0 before its first step.
     """
     if supervised:
         die_with_parent()
@@ -72,7 +77,7 @@ def run_worker(
             _log.exception("rank %d cannot start", topology.rank)
         ranks.fail(error)
         return 1
-    return rank.serve()
+    return rank.serve(on_ready)
 
 
 def _fail_alone(error: Exception) -> int:
@@ -167,8 +172,10 @@ class _Rank:
             patience_s=self._config.parallel.timeout_s,
         )
 
-    def serve(self) -> int:
+    def serve(self, on_ready: OnReady) -> int:
         """Execute steps until told to end; returns the exit status."""
+        if self._child:
+            on_ready(self._child.client_endpoint, self._request_stop)
         try:
             is_normal_end = self._loop.run()
         except CoordinatorLostError as error:
@@ -215,6 +222,8 @@ class _Rank:
         return self._child.worker_endpoint
 
     def _handle_signals(self, *, supervised: bool) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals are the program's that this rank is a part of
         # Signals reach all ranks; rank 0 lets the coordinator drain, which then ends them all.
         signal.signal(signal.SIGINT, self._request_stop)
         signal.signal(signal.SIGUSR1, self._request_stop)

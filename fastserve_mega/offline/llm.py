@@ -1,0 +1,196 @@
+"""A model inside a program: `LLM("directory").generate(prompts)`."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, TypeVar, Unpack
+
+from msgspec import structs
+from rich.console import Console
+from rich.progress import track
+
+from fastserve_mega.client import Client, RequestOptions
+from fastserve_mega.client.sync_client import Generation
+from fastserve_mega.launcher import temporary_deployment
+from fastserve_mega.offline.launched import LaunchedRank, is_launched
+from fastserve_mega.system.config import Config
+from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.locate import resolve_model
+from fastserve_mega.types import FinishReason, SamplingParams, TokenLogprobs, Usage
+
+T = TypeVar("T")
+Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, str]]
+_AT_ONCE = 1024
+"""Requests that are with the coordinator at a time: enough for any batch to be full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    """One for each token when asked for."""
+
+
+class LLM:
+    """A model on ranks of its own, for as long as the program needs it. A context manager.
+
+    Started as a plain program, it starts its ranks on this machine. Started by mpirun, srun or
+    torchrun with as many ranks as the model has, it is one of them: the first rank goes on with the
+    program, and on the others the constructor computes until the first is done and then exits.
+
+    Args:
+        model: directory, or name on the Hugging Face hub; None takes that of `config`.
+        tensor: ranks that share each layer.
+        pipeline: stages.
+        data: copies of the model.
+        config: a YAML file with more settings.
+        settings: more of them as `section.field=value`.
+        runner: of the ranks; `fake` computes nothing and is for tests.
+
+    Raises:
+        ValueError, OSError: the model or a setting cannot be used.
+        LaunchError: the ranks do not start.
+        SystemExit: on all ranks but the first of a launcher, when the first has ended.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        tensor: int | None = None,
+        pipeline: int | None = None,
+        data: int | None = None,
+        config: str | None = None,
+        settings: Sequence[str] = (),
+        runner: Literal["megatron", "fake"] = "megatron",
+    ) -> None:
+        given = {
+            "model.path": None if model is None else json.dumps(model),
+            "parallel.tensor": tensor,
+            "parallel.pipeline": pipeline,
+            "parallel.data": data,
+        }
+        overrides = [f"{name}={given[name]}" for name in given if given[name] is not None]
+        overrides += settings
+        arguments = [] if config is None else ["--config", config]
+        arguments += [word for each in overrides for word in ("--set", each)]
+        loaded = load_config(config, overrides)
+        with ExitStack() as stack:
+            endpoint = _start(loaded, arguments, runner, stack)
+            self._client = stack.enter_context(Client(endpoint))
+            # Also when the program ends without a word.
+            self._close = weakref.finalize(self, stack.pop_all().close)
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the ranks; may be called again."""
+        self._close()
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Completion]:
+        """Continue texts, or token ids.
+
+        Args:
+            prompts: one text, or many prompts.
+            params: for all of them.
+            options: for all of them; see `RequestOptions`.
+
+        Raises:
+            ClientError: a request was refused, or the ranks were lost.
+        """
+        each_prompt = [prompts] if isinstance(prompts, str) else prompts
+        return self._all(each_prompt, lambda each: self._client.generate(each, params, **options))
+
+    def chat(
+        self,
+        conversations: Sequence[Conversation],
+        params: SamplingParams | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Completion]:
+        """Answer conversations, each a list of messages with `role` and `content`.
+
+        Raises:
+            ClientError: a request was refused, or the ranks were lost.
+        """
+        return self._all(conversations, lambda each: self._client.chat(each, params, **options))
+
+    def _all(self, inputs: Sequence[T], start: Callable[[T], Generation]) -> list[Completion]:
+        answers = track(
+            _in_order(inputs, start),
+            description="answers",
+            total=len(inputs),
+            console=Console(stderr=True),
+            transient=True,
+            disable=len(inputs) == 1,
+        )
+        return list(answers)
+
+
+def _start(
+    config: Config,
+    arguments: Sequence[str],
+    runner: Literal["megatron", "fake"],
+    stack: ExitStack,
+) -> str:
+    """Start the ranks; the stack ends them. Returns the coordinator's address."""
+    if is_launched():
+        # One and the same for all ranks, so its port is found out when it is there.
+        arguments = [*arguments, "--set", "coordinator.client_endpoint=tcp://127.0.0.1:0"]
+        rank = LaunchedRank(config, arguments, runner)
+        stack.callback(rank.close)
+        return rank.endpoint
+    model = resolve_model(config.model, weights=runner == "megatron")
+    config = structs.replace(config, model=model)
+    deployment = temporary_deployment(config, arguments, http=False, runner=runner)
+    return stack.enter_context(deployment).coordinator.client_endpoint
+
+
+def _in_order(inputs: Iterable[T], start: Callable[[T], Generation]) -> Iterator[Completion]:
+    """Answers in the order of the inputs, so many of which are asked at a time."""
+    under_way: deque[Generation] = deque()
+    for each in inputs:
+        if len(under_way) == _AT_ONCE:
+            yield _whole(under_way.popleft())
+        under_way.append(start(each))
+    while under_way:
+        yield _whole(under_way.popleft())
+
+
+def _whole(generation: Generation) -> Completion:
+    for _ in generation:
+        pass
+    assert generation.finish_reason is not None  # an error would have been raised
+    assert generation.usage is not None
+    return Completion(
+        generation.text,
+        generation.token_ids,
+        generation.finish_reason,
+        generation.usage,
+        generation.logprobs,
+    )

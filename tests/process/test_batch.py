@@ -1,0 +1,98 @@
+"""A file of requests against a server without a model."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+from http_server import serving
+
+from fastserve_mega.offline import batch
+from fastserve_mega.offline.batch import BatchOptions, run_batch
+from fastserve_mega.text.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def files(tmp_path):
+    requests = tmp_path / "in.jsonl"
+    body = {"prompt": "the fox", "max_tokens": 5, "temperature": 0}
+    lines = [
+        {"custom_id": str(number), "url": "/v1/completions", "body": body} for number in range(40)
+    ]
+    lines[7]["body"] = {"prompt": "the fox", "max_tokens": -1}
+    requests.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return requests, tmp_path / "out.jsonl"
+
+
+def options(url, files, **changes):
+    return BatchOptions(
+        **{"url": url, "requests": files[0], "answers": files[1], "concurrency": 8,
+           "patience_s": 60.0} | changes
+    )  # fmt: skip
+
+
+def read(path):
+    lines = path.read_text().splitlines()
+    return {each["custom_id"]: each["response"] for each in map(json.loads, lines)}
+
+
+def test_every_line_is_answered_or_refused(start_server, model_directory, files, capsys):
+    with start_server() as server, serving(server, Tokenizer(model_directory)) as url:
+        assert run_batch(options(f"{url}/v1", files)) == 0
+        assert "40 answers in" in capsys.readouterr().out
+        answers = read(files[1])
+        assert run_batch(options(url, files)) == 0
+    assert len(files[1].read_text().splitlines()) == len(answers) == 40
+    assert answers["7"]["status_code"] == 400
+    assert "max_tokens" in answers["7"]["body"]["error"]["message"]
+    good = [each for name, each in answers.items() if name != "7"]
+    assert {each["status_code"] for each in good} == {200}
+    assert {each["body"]["usage"]["completion_tokens"] for each in good} == {5}
+
+
+@pytest.fixture
+def unreliable(monkeypatch):
+    """Let a list of failures come before the answers of a mocked server."""
+    troubles, bodies = [], []
+
+    def handle(request):
+        bodies.append(json.loads(request.content))
+        trouble = troubles.pop(0) if troubles else 200
+        if isinstance(trouble, Exception):
+            raise trouble
+        return httpx.Response(trouble, json={"n": len(bodies)}, headers={"x-request-id": "r"})
+
+    def connect(_):
+        transport = httpx.MockTransport(handle)
+        return httpx.AsyncClient(transport=transport, base_url="http://x")
+
+    monkeypatch.setattr(batch, "_connect", connect)
+    monkeypatch.setattr(batch, "_PAUSES_S", (0.0,))
+    return troubles, bodies
+
+
+def test_a_server_that_is_full_or_restarts_is_asked_again(unreliable, files):
+    troubles, bodies = unreliable
+    troubles += [429, 503, httpx.ConnectError("refused"), httpx.ReadError("cut"), 500, 500]
+    assert run_batch(options("", files, concurrency=1)) == 0
+    assert len(bodies) == 46
+    assert {each["status_code"] for each in read(files[1]).values()} == {200}
+    assert {body["priority"] for body in bodies} == {batch.LOWEST_PRIORITY}
+
+
+def test_what_fails_every_time_is_its_answer(unreliable, files):
+    unreliable[0][:] = [500, 500, 500]
+    assert run_batch(options("", files, concurrency=1)) == 0
+    assert read(files[1])["0"]["status_code"] == 500
+
+
+def test_a_server_that_is_gone_ends_it_and_the_rest_is_done_later(unreliable, files, capsys):
+    troubles, _ = unreliable
+    troubles += [200] * 10 + [httpx.ConnectError("refused")] * 10
+    assert run_batch(options("", files, patience_s=-1.0, concurrency=1)) == 1
+    assert "no answer for -1 s (ConnectError: refused)" in capsys.readouterr().err
+    assert len(read(files[1])) == 10
+    troubles.clear()
+    assert run_batch(options("", files)) == 0
+    assert len(files[1].read_text().splitlines()) == len(read(files[1])) == 40
