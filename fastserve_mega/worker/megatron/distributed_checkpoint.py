@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -116,13 +114,9 @@ def read_tensors(directory: Path, tensors: Sequence[Any]) -> None:
     """
     with one_sentence(directory), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron calls deprecated functions of torch
-        dist_checkpointing.load(
-            {str(number): tensor for number, tensor in enumerate(tensors)},
-            str(directory),
-            sharded_strategy=TorchDistLoadShardedStrategy(),
-            common_strategy=_NoCommonState(),
-            # Several ranks may read the same part.
-            validate_access_integrity=False,
+        # Not dist_checkpointing.load, which unpickles what else a trainer has left there.
+        TorchDistLoadShardedStrategy().load(
+            {str(number): tensor for number, tensor in enumerate(tensors)}, directory
         )
 
 
@@ -239,26 +233,6 @@ def _rounds(tensors: Sequence[Any], count: int) -> list[list[Any]]:
         parts[min(count - 1, count * done // max(1, total))].append(tensor)
         done += tensor.data.nbytes
     return parts
-
-
-class _NoCommonState(LoadCommonStrategy):  # type: ignore[misc] # megatron is untyped
-    """Leaves `common.pt` alone: it is the trainer's, and a pickle."""
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        return {}
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> Any:
-        return {}
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        pass
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        pass
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
 
 
 def _check_format(directory: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import is_main_replica
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     mcore_to_pyt_state_dict,
@@ -22,6 +22,8 @@ from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.megatron.distributed_checkpoint import one_sentence, sharded_tensors
 from fastserve_mega.worker.megatron.model import Stage
 
+_COMMON_FILE = "common.pt"
+"""What a trainer has to say besides; Megatron wants it to be there."""
 Fill = Callable[[str, tuple[int, ...]], Tensor]
 """Makes the values of a part of a tensor: (name, offset of the part) → a tensor on the CPU."""
 
@@ -39,12 +41,21 @@ def save_tensors(directory: Path, tensors: Sequence[Any], fill: Fill | None = No
         ValueError: a file cannot be written, on whichever rank that was.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, list[Any]] = {}
+    for tensor in tensors:
+        if is_main_replica(tensor.replica_id):
+            parts.setdefault(tensor.key, []).append(tensor)
     with one_sentence(directory):
-        dist_checkpointing.save(
-            {str(number): tensor for number, tensor in enumerate(tensors)},
-            str(directory),
-            sharded_strategy=_SaveInThisProcess(fill),
+        # Torch's plain writer in place of Megatron's, which forks processes and needs CUDA.
+        torch_checkpoint.save(  # type: ignore[attr-defined] # public, but not exported
+            mcore_to_pyt_state_dict(parts),
+            storage_writer=FileSystemWriter(directory, overwrite=False),
+            planner=_FillingPlanner(fill),
         )
+    if torch.distributed.get_rank() == 0:
+        torch.save({}, directory / _COMMON_FILE)
+        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+    torch.distributed.barrier()
 
 
 def save_stage(
@@ -70,30 +81,6 @@ def save_stage(
     save_tensors(
         directory, [tensor for _, tensor in sharded_tensors(stage, architecture, partition)]
     )
-
-
-class _SaveInThisProcess(SaveShardedStrategy):  # type: ignore[misc] # megatron is untyped
-    """Torch's plain writer in place of Megatron's, which forks processes and needs CUDA."""
-
-    def __init__(self, fill: Fill | None) -> None:
-        super().__init__("torch_dist", 1)
-        self._fill = fill
-
-    def save(self, sharded_state_dict: Mapping[str, Any], checkpoint_dir: str) -> None:
-        """Called by Megatron with what it has checked."""
-        parts: dict[str, list[Any]] = {}
-        for tensor in sharded_state_dict.values():
-            if is_main_replica(tensor.replica_id):
-                parts.setdefault(tensor.key, []).append(tensor)
-        torch_checkpoint.save(  # type: ignore[attr-defined] # public, but not exported
-            mcore_to_pyt_state_dict(parts),
-            storage_writer=FileSystemWriter(checkpoint_dir, overwrite=False),
-            planner=_FillingPlanner(self._fill),
-        )
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        return True
 
 
 class _FillingPlanner(MCoreSavePlanner):  # type: ignore[misc] # megatron is untyped
