@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: demo serve test test-long coverage test-install model paper native-sanitize
+.PHONY: demo serve test test-long coverage test-install check-launch model paper native-sanitize
 
 demo:
 	@tools/demo.sh
@@ -34,3 +34,7 @@ paper:
 # The C++ step under the address, undefined-behaviour and thread sanitizers.
 native-sanitize:
 	@tools/native_sanitize.sh
+
+# Files of launch/, with promtool, kustomize, hadolint and others where they are installed.
+check-launch:
+	@tools/check_launch.sh
