@@ -248,13 +248,21 @@ def load(options: argparse.Namespace, read: Callable[[str | None, Sequence[str]]
 def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Config:
     """The configuration, with the model found on this machine or fetched to it.
 
-    Whether its directory is usable is seen, and said, by the processes that read it.
+    Args:
+        options: of the command line.
+        weights: whether this machine's ranks are to compute it: then it must be possible to split
+            it among them.
     """
+    from fastserve_mega.models.architecture import load_architecture
     from fastserve_mega.system.locate import resolve_model
+    from fastserve_mega.system.partition import check_partition
 
     def read(path: str | None, overrides: Sequence[str]) -> Config:
         config = load_config(path, overrides)
-        return structs.replace(config, model=resolve_model(config.model, weights=weights))
+        config = structs.replace(config, model=resolve_model(config.model, weights=weights))
+        if weights:
+            check_partition(load_architecture(config.model.directory), config.parallel)
+        return config
 
     return load(options, read)
 

@@ -27,7 +27,7 @@ def run_doctor(config_file: str | None, overrides: Sequence[str], *, as_json: bo
     """Look at everything; returns the exit status, 1 when something is broken.
 
     Args:
-        config_file: of the deployment; None looks at the installation only.
+        config_file: of the deployment; None, and no overrides, looks at the installation only.
         overrides: `section.field=value`.
         as_json: print a list of findings instead of a table.
     """
@@ -42,10 +42,10 @@ def run_doctor(config_file: str | None, overrides: Sequence[str], *, as_json: bo
 def diagnose(config_file: str | None, overrides: Sequence[str]) -> list[Finding]:
     """All findings, in a fixed order."""
     config, findings = None, []
-    if config_file is not None:
+    if config_file is not None or overrides:
         try:
             config = load_config(config_file, overrides)
-            findings = [ok("configuration", config_file)]
+            findings = [ok("configuration", config_file or ", ".join(overrides))]
         except (ValueError, OSError) as error:
             findings = [problem("configuration", str(error), "docs/configuration.md")]
     checks = _checks(config, Path(config_file or ""))

@@ -18,6 +18,8 @@ from fastserve_mega.worker.native.library import NativeError, load_library
 
 _DISTRIBUTION = "fastserve_mega"
 _MIN_PYTHON = (3, 11)
+_FOR_DEVELOPERS = {"test", "compat"}
+"""Extras that nobody needs who serves; the packages of one of them are not for this environment."""
 _TORCH = """
 import json, torch
 cuda = torch.cuda.is_available()
@@ -100,7 +102,7 @@ def _shortcoming(requirement: Requirement) -> str | None:
 def _missing_extras(requirements: list[Requirement]) -> dict[str, list[str]]:
     missing: dict[str, list[str]] = {}
     extras = metadata.metadata(_DISTRIBUTION).get_all("Provides-Extra") or []
-    for extra in extras:
+    for extra in sorted({*extras} - _FOR_DEVELOPERS):
         for each in requirements:
             belongs = each.marker is not None and each.marker.evaluate({"extra": extra})
             if belongs and not each.extras and _shortcoming(each):

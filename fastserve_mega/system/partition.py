@@ -73,6 +73,16 @@ def split_layers(num_layers: int, parallel: ParallelConfig) -> tuple[range, ...]
     return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
 
 
+def check_partition(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """See that the model can be split as it is to be.
+
+    Raises:
+        ValueError: it cannot; the message names value and limit.
+    """
+    for rank in range(parallel.replica_size):
+        partition_model(architecture, parallel, rank, parallel.replica_size)
+
+
 def partition_model(
     architecture: Architecture, parallel: ParallelConfig, rank: int, world_size: int
 ) -> Partition:

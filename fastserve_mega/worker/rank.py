@@ -18,7 +18,7 @@ from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.process_tree import die_with_parent
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.locate import resolve_model
-from fastserve_mega.system.partition import partition_model
+from fastserve_mega.system.partition import check_partition
 from fastserve_mega.worker.coordinator_child import CoordinatorChild
 from fastserve_mega.worker.exchange import MissingRanksError
 from fastserve_mega.worker.fake_runner import FakeModelRunner
@@ -107,9 +107,7 @@ def _check(config: Config, topology: Topology) -> None:
             f"pipeline {config.parallel.pipeline} x tensor {config.parallel.tensor}), the "
             f"launcher started {topology.world_size}"
         )
-    architecture = load_architecture(config.model.directory)
-    replica_size = config.parallel.replica_size
-    partition_model(architecture, config.parallel, topology.rank % replica_size, replica_size)
+    check_partition(load_architecture(config.model.directory), config.parallel)
 
 
 def _resolve_model(config: Config, ranks: RankGroup, *, weights: bool) -> Config:

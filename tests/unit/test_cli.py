@@ -62,7 +62,12 @@ def test_a_wrong_override_is_one_sentence(command, capsys):
     if command.config == "none" or command.name == "doctor":
         return
     words = ["--config", "configs/smollm2-135m-cpu.yaml", "--set", "model.colour=red"]
-    words += {"profile": ["--output", "nowhere.json"], "bench": ["--burst"]}.get(command.name, [])
+    needed = {
+        "batch": ["in.jsonl", "out.jsonl"],
+        "bench": ["--burst"],
+        "profile": ["--output", "nowhere.json"],
+    }
+    words += needed.get(command.name, [])
     with pytest.raises(SystemExit) as end:
         cli.main([command.name, *words])
     assert end.value.code == 2
@@ -92,7 +97,7 @@ def test_a_file_without_config_is_answered_with_the_option(capsys, words, hint):
     assert capsys.readouterr().err.endswith(hint)
 
 
-def test_a_model_by_its_name_stands_for_a_configuration(monkeypatch):
+def test_a_model_by_its_name_stands_for_a_configuration(monkeypatch, tmp_path):
     asked = []
 
     def serve(config, arguments):
@@ -100,8 +105,9 @@ def test_a_model_by_its_name_stands_for_a_configuration(monkeypatch):
         return 0
 
     monkeypatch.setattr("fastserve_mega.launcher.serve", serve)
-    monkeypatch.setattr("fastserve_mega.system.locate.resolve_model", lambda model, weights: model)
-    name = "~/models/odd name: 'x'"
+    directory = tmp_path / "odd name: 'x'"
+    shutil.copytree("fastserve_mega/experiments/configs/architectures/opt-13b", directory)
+    name = str(directory)
     assert (
         cli.main(["serve", name, "--tensor", "2", "--port", "8080", "--set", "server.port=9"]) == 0
     )
