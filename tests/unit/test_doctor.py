@@ -327,4 +327,5 @@ def test_a_broken_configuration_is_a_finding(monkeypatch, capsys):
     words = ["--config", "configs/smollm2-135m-cpu.yaml", "--set", "model.colour=red", "--json"]
     assert cli.main(["doctor", *words]) == 1
     assert "unknown field 'model.colour'" in json.loads(capsys.readouterr().out)[0]["found"]
-    assert cli.main(["doctor", "--set", "model.path=/m"]) == 2
+    assert cli.main(["doctor", "/m", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["found"] == 'model.path="/m"'
