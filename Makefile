@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: demo serve test test-long coverage test-install check-launch model paper native-sanitize
+.PHONY: demo serve test test-long coverage test-install test-browser check-launch model paper native-sanitize
 
 demo:
 	@tools/demo.sh
@@ -22,6 +22,10 @@ coverage:
 # `make test-install ARGS=3.12` is one of them.
 test-install:
 	@tools/test_install.sh $(ARGS)
+
+# The live view in Chromium.
+test-browser:
+	@tools/test_browser.sh
 
 model:
 	@tools/setup_venv.sh && .venv/bin/python tools/fetch_smollm2.py

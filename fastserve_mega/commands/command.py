@@ -76,7 +76,9 @@ def add_command(parsers: argparse._SubParsersAction[CommandParser], command: Com
     if command.config == "model":
         _add_model(parser)
     command.add_arguments(parser)
-    parser.add_argument("-v", "--verbose", action="store_true", help="log what happens, each HTTP request included")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="log what happens, and each HTTP request"
+    )
     parser.add_argument(
         "--log-format",
         choices=LOG_FORMATS,

@@ -291,6 +291,7 @@ class Coordinator:
             finished_requests=requests.num_finished,
             ttft_s=Percentiles.of(requests.recent_ttft_s),
             jct_s=Percentiles.of(requests.recent_jct_s),
+            policy=self._metrics.info.get("policy", ""),
         )
 
     # --- ends ----------------------------------------------------------------------------------

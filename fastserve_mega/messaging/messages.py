@@ -163,6 +163,8 @@ class Snapshot(_Answer, frozen=True):
     finished_requests: Count
     ttft_s: Percentiles
     jct_s: Percentiles
+    policy: str = ""
+    """Name of the policy, as configured."""
 
 
 # --- coordinator and workers -------------------------------------------------------------------

@@ -37,7 +37,7 @@ class ServingMetrics:
         """
         registry = self._registry = CollectorRegistry()
         self.requests = RequestMetrics(registry)
-        labels = dict(info or {})
+        labels = self.info = dict(info or {})
         served = Gauge("fastserve_info", "1; its labels say what is served", list(labels),
                        registry=registry)  # fmt: skip
         (served.labels(**labels) if labels else served).set(1)

@@ -1,4 +1,4 @@
-"""The live view: one page, fed by server-sent events."""
+"""The live view: a page (server/page), fed by server-sent events."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
+from pathlib import Path
 
 from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse
 
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
 from fastserve_mega.server.answers import encode_event, event_stream
@@ -17,9 +17,9 @@ _INTERVAL_S = 0.25
 _MAX_REQUESTS = 200
 _MAX_VIEWERS = 32
 # Nothing from elsewhere, not even if a request id should ever hold markup.
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-)
+_POLICY = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'"
+_PAGE = "index.html"
+_MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
 class _Feed:
@@ -64,20 +64,36 @@ class _Feed:
             await asyncio.sleep(_INTERVAL_S)
 
 
+def _read_files() -> dict[str, Response]:
+    """Answers by the name of the file."""
+    return {
+        file.name: Response(
+            file.read_bytes(),
+            media_type=_MEDIA_TYPES[Path(file.name).suffix],
+            headers={"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"},
+        )
+        for file in resources.files(__package__).joinpath("page").iterdir()
+    }
+
+
 def live_router(client: AsyncClient, stopping: Callable[[], bool]) -> APIRouter:
-    """The page at /, and its events at /live.
+    """The page at /, its parts below /live/, and its events at /live.
 
     Args:
         client: of the coordinator.
         stopping: whether the server is about to end; an open stream must not hold it up.
     """
     router = APIRouter(include_in_schema=False)
-    page = resources.files(__package__).joinpath("live.html").read_text(encoding="utf-8")
+    files = _read_files()
     feed = _Feed(client, stopping)
 
     @router.get("/")
-    async def live_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
+    async def live_page() -> Response:
+        return files[_PAGE]
+
+    @router.get("/live/{name}")
+    async def live_file(name: str) -> Response:
+        return files.get(name) or Response(status_code=404)
 
     @router.get("/live")
     async def live_events() -> Response:

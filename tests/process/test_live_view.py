@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import socket
 import threading
@@ -68,6 +69,7 @@ def test_events_show_what_the_scheduler_does(start_server, tokenizer):
             assert response.headers["content-type"].startswith("text/event-stream")
             events = snapshots(response.iter_lines())
             first = next(events)
+            assert first["policy"] == "skip_join_mlfq"
             (replica,) = first["replicas"]
             assert {view["request_id"] for view in replica["requests"]} == ids
             assert replica["device"]["owned"] > 0
@@ -113,10 +115,15 @@ def test_all_viewers_share_one_question_and_nobody_asks_when_they_are_gone(
 def test_the_page_asks_nobody_else(start_server, tokenizer):
     with start_server() as server, serving(server.endpoint, tokenizer) as url:
         page = httpx.get(f"{url}/", timeout=WAIT_S)
-    assert page.status_code == 200
-    assert "http://" not in page.text.replace("http://www.w3.org/2000/svg", "")
-    assert "https://" not in page.text
-    assert "default-src 'none'" in page.headers["content-security-policy"]
+        parts = re.findall(r'(?:href|src)="([^"]+)"', page.text)
+        files = [page, *(httpx.get(f"{url}/{part}", timeout=WAIT_S) for part in parts)]
+        assert httpx.get(f"{url}/live/live.py", timeout=WAIT_S).status_code == 404
+    assert {part.rpartition(".")[2] for part in parts} == {"css", "js"}
+    for file in files:
+        assert file.status_code == 200
+        assert "http://" not in file.text.replace("http://www.w3.org/2000/svg", "")
+        assert "https://" not in file.text
+        assert "default-src 'none'" in file.headers["content-security-policy"]
 
 
 def test_it_can_be_switched_off(start_server, tokenizer):
@@ -171,10 +178,39 @@ def test_the_page_in_a_browser(start_server, tokenizer, browser):
         assert "in use" in find(".pool.device")[0].text
         find("#max-tokens")[0].clear()
         find("#max-tokens")[0].send_keys("5")
-        find("button")[0].click()
+        find("#send")[0].click()
         wait_for(browser, lambda _: "finished" in find("#path")[0].text)
+        wait_for(browser, lambda _: "arrived in Q1" in find("#moves")[0].text)
         for generation in running:
             generation.cancel()
         wait_for(browser, lambda _: not find(".request[title]"))
+        assert "skip_join_mlfq: " in find("#policy")[0].text
+        assert len(find(".chart polygon[points]")) == 7
+        find("#mixed")[0].click()
+        wait_for(browser, lambda _: "20 of 20 finished" in find("#mixed-state")[0].text)
         # A path relative to the page, and nothing that the page's own rules forbid.
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_second_prompt_ends_the_first(start_server, tokenizer, browser):
+    """Of the first answer nothing is shown any more, and nothing computed."""
+    with (
+        start_server() as server,
+        Client(server.endpoint) as client,
+        serving(server.endpoint, tokenizer) as url,
+    ):
+        browser.get(url)
+        find = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
+        find("#max-tokens")[0].clear()
+        find("#max-tokens")[0].send_keys("400")
+        server.runner.open_gate.clear()
+        find("#send")[0].click()
+        wait_for(browser, lambda _: client.snapshot().replicas[0].requests)
+        find("#max-tokens")[0].clear()
+        find("#max-tokens")[0].send_keys("7")
+        find("#send")[0].click()
+        wait_for(browser, lambda _: client.snapshot().finished_requests == 1)
+        server.runner.open_gate.set()
+        wait_for(browser, lambda _: "finished" in find("#path")[0].text)
+        wait_for(browser, lambda _: not client.snapshot().replicas[0].requests)
+        assert client.snapshot().generation_tokens < 400
