@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastserve_mega.server.answers import UsageInStream
+from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
+from fastserve_mega.server.choices import UsageInStream
 from fastserve_mega.server.structured import (
     ResponseFormat,
     Schema,
@@ -30,6 +31,7 @@ from fastserve_mega.types import (
 )
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Number = TypeVar("Number", int, float)
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""
@@ -173,22 +175,26 @@ class GenerationRequest(Strict):
         refuse_many_fields(metadata)
         return metadata
 
-    def sampling_params(self, max_tokens: int, number: int = 0) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int, number: int = 0, defaults: SamplingDefaults = NO_DEFAULTS
+    ) -> SamplingParams:
         """How to sample at most `max_tokens` tokens of answer `number` to a prompt.
+
+        The defaults stand for what the request does not give.
 
         Raises:
             ValueError: a value is outside its range.
         """
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=_given(self.temperature, defaults.temperature),
+            top_p=_given(self.top_p, defaults.top_p),
             # vLLM's clients say -1 for all tokens.
-            top_k=0 if self.top_k in (None, -1) else self.top_k,
-            min_p=self.min_p or 0.0,
+            top_k=0 if self.top_k == -1 else _given(self.top_k, defaults.top_k),
+            min_p=_given(self.min_p, defaults.min_p),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias=_by_token_id(self.logit_bias or {}),
             logprobs=self.top_logprobs_asked,
             structured=self.structured_output(),
@@ -235,6 +241,10 @@ class CompletionRequest(GenerationRequest):
             return [self.prompt]
         ids = [item for item in self.prompt if isinstance(item, int)]
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+
+
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
 
 
 def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
