@@ -54,7 +54,7 @@ class AnswerShape(Protocol):
     def end(self) -> Iterable[Event]:
         """The end of all."""
 
-    def failure(self, error: ApiError) -> Event:
+    def failure(self, error: ApiError) -> Iterable[Event]:
         """An error after the stream has begun."""
 
 
@@ -191,7 +191,8 @@ async def _server_sent(
         async for event in events:
             yield encode_event(*event)
     except ClientError as error:
-        yield encode_event(*shape.failure(from_client_error(error)))
+        for event in shape.failure(from_client_error(error)):
+            yield encode_event(*event)
     if shape.last_words:
         yield shape.last_words
 

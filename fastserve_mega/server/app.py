@@ -19,7 +19,10 @@ from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.dialect import dialect_of
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
+from fastserve_mega.server.messages.router import messages_router
 from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey, body_limit
+from fastserve_mega.server.responses.router import responses_router
+from fastserve_mega.server.responses.store import ResponseStore
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.tokens import tokens_router
 from fastserve_mega.system.config import ReasoningParserName, ToolParserName
@@ -80,6 +83,8 @@ def create_app(
     conversations = Conversations(service, dialect)
     app.include_router(completions_router(service))
     app.include_router(chat_router(conversations))
+    app.include_router(responses_router(conversations, ResponseStore()))
+    app.include_router(messages_router(conversations))
     app.include_router(tokens_router(service))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)

@@ -18,7 +18,7 @@ from fastserve_mega.server.tools.forced import (
 from fastserve_mega.server.tools.pieces import ToolParser
 from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
 
-_MOST_TOOLS = 128
+MAX_TOOLS = 128
 MAX_MESSAGES = 4096
 """Of a conversation; the template takes some 30 microseconds for each."""
 _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
@@ -227,7 +227,7 @@ class ChatRequest(GenerationRequest):
         return self
 
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
-        default=None, max_length=_MOST_TOOLS
+        default=None, max_length=MAX_TOOLS
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None

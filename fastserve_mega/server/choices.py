@@ -100,8 +100,8 @@ class ChoicesShape:
             return []
         return [Event({**self._head, "choices": [], "usage": self._counts()})]
 
-    def failure(self, error: ApiError) -> Event:
-        return Event(error.body)
+    def failure(self, error: ApiError) -> Iterable[Event]:
+        return [Event(error.body)]
 
     def _pieces(self, choices: Sequence[Json]) -> Iterable[Event]:
         told: Json = {}

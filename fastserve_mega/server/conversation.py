@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
+from pydantic import ValidationError
 
 from fastserve_mega.server.answers import Answer, AnswerShape
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.dialect import Dialect
-from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.errors import ApiError, from_validation
 from fastserve_mega.server.reasoning import ThinkParser
 from fastserve_mega.server.service import RenderedChat, Service
 from fastserve_mega.server.tools.described import describe_tools
@@ -29,6 +30,8 @@ class ChatAnswer:
     new_parser: Callable[[], ToolParser]
     """Reads one generation."""
     new_call_id: Callable[[], str]
+    count_tokens: Callable[[str], int]
+    """Tokens of a text of the answer."""
 
 
 class Conversations:
@@ -42,6 +45,15 @@ class Conversations:
     def __init__(self, service: Service, dialect: Dialect) -> None:
         self.service = service
         self._dialect = dialect
+
+    @staticmethod
+    def chat_request(body: Mapping[str, Any]) -> ChatRequest:
+        """The chat completion that another API's request amounts to."""
+        try:
+            return ChatRequest.model_validate(body)
+        except ValidationError as error:
+            errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+            raise from_validation(errors, body) from None
 
     async def render(self, body: ChatRequest) -> RenderedChat:
         """The conversation as the model reads it."""
@@ -100,7 +112,8 @@ class Conversations:
 
         def of_answer(answer: Answer) -> AnswerShape:
             new_id = tools.new_call_id if tools else new_call_id
-            return shape(ChatAnswer(answer, answer_id, model, new_parser, new_id))
+            count = self.service.count_tokens
+            return shape(ChatAnswer(answer, answer_id, model, new_parser, new_id, count))
 
         return await self.service.answer(
             http,

@@ -77,40 +77,55 @@ class StreamOptions(Strict):
     """vLLM's: with each piece of the stream, not only at its end; needs include_usage."""
 
 
-class GenerationRequest(Strict):
-    """What completions and chat completions have in common. null stands for the default."""
+class Common(Strict):
+    """What all APIs that generate have in common. null stands for the default."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(default=None, ge=1, le=128)
-    """Answers to each prompt."""
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    """Token id, as a string, to what is added to its logit."""
-    seed: int | None = None
-    stop: str | Texts | None = None
     # About who asks, not about the answer.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str | None] | None = None
     # Extensions, named as in vLLM.
+    seed: int | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: TokenIds | None = None
     priority: int = 0
     cache_salt: str | None = None
     """KV is shared among requests with the same salt only."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the answer ends with finish reason `timeout`."""
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _little_metadata(cls, metadata: object) -> object:
+        refuse_many_fields(metadata)
+        return metadata
+
+    def common(self) -> dict[str, Any]:
+        """These fields of the request, for a request of another API."""
+        return {name: getattr(self, name) for name in Common.model_fields}
+
+
+class GenerationRequest(Common):
+    """What completions and chat completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=128)
+    """Answers to each prompt."""
+    max_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    """Token id, as a string, to what is added to its logit."""
+    stop: str | Texts | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: TokenIds | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -168,12 +183,6 @@ class GenerationRequest(Strict):
         if isinstance(bias, dict) and len(bias) > MAX_BIASED_TOKENS:
             raise ValueError(f"at most {MAX_BIASED_TOKENS} tokens, got {len(bias)}")
         return bias
-
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _little_metadata(cls, metadata: object) -> object:
-        refuse_many_fields(metadata)
-        return metadata
 
     def sampling_params(
         self, max_tokens: int, number: int = 0, defaults: SamplingDefaults = NO_DEFAULTS

@@ -60,6 +60,10 @@ class Service:
         await self._check_length(len(text))
         return await self._tokenize(partial(self.tokenizer.encode, text), len(text))
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text that the model has written."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False)) if text else 0
+
     def text_of(self, prompt: str | Sequence[int]) -> str:
         """A prompt as text."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
