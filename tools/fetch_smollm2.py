@@ -38,6 +38,8 @@ FILES = (
     "tokenizer_config.json",
 )
 SPECIAL_TOKEN_TYPE = 3  # GGUF: a control token
+# What the model's card samples with; its generation_config.json says nothing of it.
+SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -272,7 +274,7 @@ def write_model(gguf_path: Path, directory: Path) -> None:
     metadata = read_metadata(reader)
     write_safetensors(directory / "model.safetensors", list(convert_weights(reader, metadata)))
     write_json(directory / "config.json", model_config(metadata))
-    write_json(directory / "generation_config.json", token_id_config(metadata))
+    write_json(directory / "generation_config.json", {**token_id_config(metadata), **SAMPLING})
     write_json(directory / "tokenizer_config.json", tokenizer_config(metadata))
     build_tokenizer(metadata).save(str(directory / "tokenizer.json"))
 

@@ -34,7 +34,7 @@ from fastserve_mega.messaging.messages import (
     Submit,
     Welcome,
 )
-from fastserve_mega.text.detokenizer import Detokenizer, stop_strings
+from fastserve_mega.text.detokenizer import Detokenizer, TokenDecoder, stop_strings
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams
 
@@ -199,8 +199,12 @@ class AsyncClient:
         cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
+        decoder: TokenDecoder | None = None,
     ) -> AsyncGeneration:
-        """`generate` for token ids; see `RequestOptions` for the keyword arguments."""
+        """`generate` for token ids; see `RequestOptions` for the keyword arguments.
+
+        `decoder` makes the text; None is the tokenizer, which shows no special tokens.
+        """
         welcome = await self.info()
         params = params or SamplingParams()
         if params.seed is None:
@@ -219,7 +223,7 @@ class AsyncClient:
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= frozenset(welcome.eos_token_ids)
-        detokenizer = await self._new_detokenizer(stop, end_ids, params.min_tokens)
+        detokenizer = await self._new_detokenizer(stop, end_ids, params.min_tokens, decoder)
         state = RequestState(submit, detokenizer, end_ids, submitted_at=time.monotonic())
         session = self._started()
         session.start(state, submit)
@@ -250,16 +254,20 @@ class AsyncClient:
             raise InvalidRequestError(str(error)) from None
 
     async def _new_detokenizer(
-        self, stop: str | Sequence[str] | None, silent: frozenset[int], min_tokens: int
+        self,
+        stop: str | Sequence[str] | None,
+        silent: frozenset[int],
+        min_tokens: int,
+        decoder: TokenDecoder | None,
     ) -> Detokenizer | None:
         try:
             stops = stop_strings(stop)
         except ValueError as error:
             raise InvalidRequestError(str(error)) from None
-        tokenizer = await (self._require_tokenizer() if stops else self.tokenizer())
-        if tokenizer is None:
+        decoder = decoder or await (self._require_tokenizer() if stops else self.tokenizer())
+        if decoder is None:
             return None
-        return Detokenizer(tokenizer, stops, silent, min_tokens)
+        return Detokenizer(decoder, stops, silent, min_tokens)
 
     async def _require_tokenizer(self) -> Tokenizer:
         tokenizer = await self.tokenizer()

@@ -72,6 +72,11 @@ class AsyncGeneration:
         return tuple(self._state.received)
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._state.stopped_by
+
+    @property
     def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """One for each of `token_ids` when asked for, else empty."""
         return tuple(self._state.logprobs)
@@ -176,6 +181,10 @@ class RequestState:
     def text(self) -> str:
         """All text so far."""
         return "".join(self._texts)
+
+    @property
+    def stopped_by(self) -> str | None:
+        return self._detokenizer.stopped_by if self._detokenizer else None
 
     def on_tokens(self, message: Tokens) -> None:
         """Take what is new in the message; ends the request when its text is at a stop string."""

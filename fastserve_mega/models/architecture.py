@@ -187,7 +187,7 @@ def load_architecture(directory: Path) -> Architecture:
             malformed or not supported; the message names the file and the value.
     """
     path = directory / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if config is None:
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     names = config.get("architectures")
@@ -210,7 +210,12 @@ def load_architecture(directory: Path) -> Architecture:
     return architecture
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read the JSON object of a file; None when there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -224,7 +229,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Union of both files, in order: either may name tokens that the other lacks."""
-    generation = _read_json(directory / "generation_config.json") or {}
+    generation = read_json(directory / "generation_config.json") or {}
     found: dict[int, None] = {}
     for source in (generation, config):
         value = source.get("eos_token_id")

@@ -1,70 +1,90 @@
-"""From running generations to an HTTP response, whole or as a stream of server-sent events."""
+"""From running generations to an HTTP response, whole or as a stream of server-sent events.
+
+The one loop of all endpoints that generate. How an API writes its answers is an `AnswerShape`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
 from fastserve_mega.client import AsyncGeneration, Chunk, ClientError
-from fastserve_mega.server.errors import from_client_error
-from fastserve_mega.types import FinishReason
+from fastserve_mega.server.errors import ApiError, from_client_error
+from fastserve_mega.types import FinishReason, Usage
 
 Json = dict[str, Any]
 
 
-class Choice(Protocol):
-    """One of the answers to a request, as its endpoint writes it.
+class Event(NamedTuple):
+    """A server-sent event."""
 
-    Each method gives entries of `choices`. An object writes one answer, in a stream or whole, and
-    may keep what it needs to know of the pieces before.
+    data: Json
+    name: str = ""
+
+
+class AnswerShape(Protocol):
+    """How an API writes an answer. An object writes one answer, in a stream or whole.
+
+    In a stream its methods are called in the order in which things happen, so it may keep what it
+    needs to know of the pieces before. Generations are told by their index.
     """
 
-    def whole(self, text: str, chunk: Chunk, reason: str) -> Json:
-        """A whole answer: its text, and all its tokens as one chunk."""
+    last_words: bytes
+    """Ends a stream, after an error too."""
 
-    def opening(self) -> list[Json]:
-        """What begins a stream."""
+    def whole(self) -> Json:
+        """The body of the response, when all generations have ended."""
 
-    def delta(self, chunk: Chunk) -> list[Json]:
-        """A piece of a stream."""
+    def opening(self, index: int) -> Iterable[Event]:
+        """What comes before the first piece of a generation."""
 
-    def closing(self, reason: str) -> list[Json]:
-        """The end of a stream."""
+    def delta(self, index: int, chunk: Chunk) -> Iterable[Event]:
+        """A piece of a generation."""
+
+    def closing(self, index: int) -> Iterable[Event]:
+        """The end of a generation."""
+
+    def end(self) -> Iterable[Event]:
+        """The end of all."""
+
+    def failure(self, error: ApiError) -> Iterable[Event]:
+        """An error after the stream has begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an HTTP request gets: its generations, and how they are written."""
+    """What an HTTP request gets: its generations."""
 
-    head: Json
-    """The fields that each JSON object of the answer begins with."""
     generations: Sequence[AsyncGeneration]
     """`answers_per_prompt` for each prompt, in their order."""
-    choices: Sequence[Choice]
-    """One for each generation."""
     answers_per_prompt: int = 1
 
     @property
-    def usage(self) -> Json:
+    def usage(self) -> Usage:
         """Token counts so far; a prompt with several answers counts once."""
         usages = [generation.progress for generation in self.generations]
         prompts = usages[:: self.answers_per_prompt]
-        prompt = sum(usage.prompt_tokens for usage in prompts)
-        completion = sum(usage.completion_tokens for usage in usages)
-        cached = sum(usage.cached_tokens for usage in prompts)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        return Usage(
+            sum(usage.prompt_tokens for usage in prompts),
+            sum(usage.completion_tokens for usage in usages),
+            sum(usage.cached_tokens for usage in prompts),
+        )
+
+    def text_and_tokens(self, index: int) -> Chunk:
+        """All of a generation as one piece."""
+        generation = self.generations[index]
+        return Chunk(generation.text, generation.token_ids, generation.logprobs)
+
+    def reason(self, index: int) -> str:
+        """Why a generation has ended."""
+        return (self.generations[index].finish_reason or FinishReason.ERROR).value
 
     def end(self) -> None:
         """Cancel what still runs for this request, whatever happened."""
@@ -72,28 +92,25 @@ class Answer:
             generation.cancel()
 
 
-UsageInStream = Literal["never", "at the end", "always"]
-
-
-async def respond(http: Request, answer: Answer, *, stream: bool, usage: UsageInStream) -> Response:
+async def respond(http: Request, answer: Answer, shape: AnswerShape, *, stream: bool) -> Response:
     """Answer with what the generations yield; they are cancelled when the HTTP client goes away.
 
     Args:
         http: the request, to notice that its sender has gone.
         answer: what to answer with.
+        shape: writes it.
         stream: as server-sent events.
-        usage: when a stream tells the token counts; `always` is with each piece.
 
     Raises:
         ClientError: a generation failed, and nothing was sent yet.
     """
     watch = asyncio.create_task(_cancel_on_disconnect(http, answer))
     if not stream:
-        return _json(await _whole_answer(answer, watch))
-    events = _events(answer, watch, usage)
+        return _json(await _whole_answer(answer, shape, watch))
+    events = _events(answer, shape, watch)
     # Nothing is sent before there is something to tell: until then an error has its HTTP status.
     first = await anext(events)
-    return event_stream(_server_sent(first, events))
+    return event_stream(_server_sent(first, events, shape))
 
 
 async def _cancel_on_disconnect(http: Request, answer: Answer) -> None:
@@ -102,45 +119,31 @@ async def _cancel_on_disconnect(http: Request, answer: Answer) -> None:
     answer.end()
 
 
-async def _whole_answer(answer: Answer, watch: asyncio.Task[None]) -> Json:
+async def _whole_answer(answer: Answer, shape: AnswerShape, watch: asyncio.Task[None]) -> Json:
     try:
         await asyncio.gather(*(generation.wait() for generation in answer.generations))
     finally:
         watch.cancel()
         answer.end()
-    choices = [
-        choice.whole(
-            generation.text,
-            Chunk(generation.text, generation.token_ids, generation.logprobs),
-            _reason(generation),
-        )
-        for choice, generation in zip(answer.choices, answer.generations, strict=True)
-    ]
-    return {**answer.head, "choices": choices, "usage": answer.usage}
+    return shape.whole()
 
 
 async def _events(
-    answer: Answer, watch: asyncio.Task[None], usage: UsageInStream
-) -> AsyncIterator[Json]:
-    """The JSON objects of a stream, in their order."""
+    answer: Answer, shape: AnswerShape, watch: asyncio.Task[None]
+) -> AsyncIterator[Event]:
+    """The events of a stream, in their order."""
     opened = set()
     try:
         async with aclosing(_merge(answer.generations)) as merged:
             async for index, chunk in merged:
-                choice = answer.choices[index]
-                written = [] if index in opened else choice.opening()
-                opened.add(index)
-                if chunk is None:
-                    written += choice.closing(_reason(answer.generations[index]))
-                else:
-                    written += choice.delta(chunk)
-                told: Json = {}
-                if usage != "never":
-                    told = {"usage": answer.usage if usage == "always" else None}
-                for each in written:
-                    yield {**answer.head, "choices": [each], **told}
-        if usage != "never":
-            yield {**answer.head, "choices": [], "usage": answer.usage}
+                if index not in opened:
+                    opened.add(index)
+                    for event in shape.opening(index):
+                        yield event
+                for event in shape.closing(index) if chunk is None else shape.delta(index, chunk):
+                    yield event
+        for event in shape.end():
+            yield event
     finally:
         watch.cancel()
         answer.end()
@@ -179,19 +182,19 @@ async def _merge(
             task.cancel()
 
 
-async def _server_sent(first: Json, events: AsyncIterator[Json]) -> AsyncIterator[bytes]:
+async def _server_sent(
+    first: Event, events: AsyncIterator[Event], shape: AnswerShape
+) -> AsyncIterator[bytes]:
     """Server-sent events; an error in the middle is told as one, since the status is out."""
-    yield encode_event(first)
+    yield encode_event(*first)
     try:
         async for event in events:
-            yield encode_event(event)
+            yield encode_event(*event)
     except ClientError as error:
-        yield encode_event(from_client_error(error).body)
-    yield b"data: [DONE]\n\n"
-
-
-def _reason(generation: AsyncGeneration) -> str:
-    return (generation.finish_reason or FinishReason.ERROR).value
+        for event in shape.failure(from_client_error(error)):
+            yield encode_event(*event)
+    if shape.last_words:
+        yield shape.last_words
 
 
 def event_stream(events: AsyncIterator[bytes]) -> StreamingResponse:

@@ -13,6 +13,11 @@ import uvicorn
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.models.generation_config import (
+    NO_DEFAULTS,
+    SamplingDefaults,
+    load_sampling_defaults,
+)
 from fastserve_mega.server.app import create_app
 from fastserve_mega.server.connections import (
     ACCEPTED_AT_ONCE,
@@ -75,7 +80,8 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
         listener: where connections come from; None listens at the address of the configuration.
 
     Raises:
-        FileNotFoundError, ValueError: the model's directory has no tokenizer, or no config.json.
+        FileNotFoundError, ValueError: the model's directory has no tokenizer, or no config.json,
+            or a generation_config.json that cannot be used.
         OSError, ValueError: the file of keys cannot be read, or has none.
         SystemExit: the address is taken; uvicorn has logged why.
     """
@@ -88,6 +94,8 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
         client,
         tokenizer,
         tool_parser=config.server.tool_parser,
+        reasoning_parser=config.server.reasoning_parser,
+        sampling_defaults=_sampling_defaults(config),
         live_view=config.server.live_view,
         api_keys=_read_keys(config.server.api_key_file),
         cors_origins=config.server.cors_origins,
@@ -114,6 +122,12 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
     )
     server.run(None if listener is None else [listener])
     return 0
+
+
+def _sampling_defaults(config: Config) -> SamplingDefaults:
+    if config.server.generation_defaults == "none":
+        return NO_DEFAULTS
+    return load_sampling_defaults(config.model.directory)
 
 
 def _max_context(config: Config) -> int:

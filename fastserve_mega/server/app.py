@@ -11,16 +11,21 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
+from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
+from fastserve_mega.server.conversation import Conversations
+from fastserve_mega.server.dialect import dialect_of
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
+from fastserve_mega.server.messages.router import messages_router
 from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey, body_limit
+from fastserve_mega.server.responses.router import responses_router
+from fastserve_mega.server.responses.store import ResponseStore
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.tokens import tokens_router
-from fastserve_mega.server.tools.formats import choose_parser
-from fastserve_mega.system.config import ToolParserName
+from fastserve_mega.system.config import ReasoningParserName, ToolParserName
 from fastserve_mega.text.tokenizer import Tokenizer
 
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
@@ -36,6 +41,8 @@ def create_app(
     cors_origins: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
     tool_parser: ToolParserName = "auto",
+    reasoning_parser: ReasoningParserName = "auto",
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS,
     max_body_bytes: int = body_limit(0),
 ) -> FastAPI:
     """The OpenAI-compatible API in front of a coordinator.
@@ -49,6 +56,8 @@ def create_app(
         cors_origins: web pages of these origins may ask from a browser.
         stopping: whether the server is about to end.
         tool_parser: how the model writes tool calls.
+        reasoning_parser: how it marks what it thinks before it answers.
+        sampling_defaults: stand for the values that a request does not give.
         max_body_bytes: a longer body is refused; see `body_limit`.
     """
 
@@ -69,9 +78,13 @@ def create_app(
         )
     app.add_middleware(NameRequests)  # the last one is the outermost
     add_error_handlers(app)
-    service = Service(client, tokenizer)
+    service = Service(client, tokenizer, sampling_defaults)
+    dialect = dialect_of(tokenizer, tool_parser, reasoning_parser)
+    conversations = Conversations(service, dialect)
     app.include_router(completions_router(service))
-    app.include_router(chat_router(service, choose_parser(tool_parser, tokenizer.tools_template)))
+    app.include_router(chat_router(conversations))
+    app.include_router(responses_router(conversations, ResponseStore()))
+    app.include_router(messages_router(conversations))
     app.include_router(tokens_router(service))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)

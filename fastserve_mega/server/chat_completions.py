@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Request, Response
@@ -10,10 +9,10 @@ from fastapi import APIRouter, Request, Response
 from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat_protocol import ChatRequest
-from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.choices import ChoicesShape, Endpoint
+from fastserve_mega.server.conversation import ChatAnswer, Conversations
 from fastserve_mega.server.logprobs import chat_logprobs
-from fastserve_mega.server.service import Endpoint, Service
-from fastserve_mega.server.tools.pieces import CallPiece, Piece, ToolParser
+from fastserve_mega.server.tools.pieces import CallPiece, Piece, Reasoning, ToolParser
 
 ENDPOINT = Endpoint("chatcmpl", "chat.completion", "chat.completion.chunk")
 
@@ -24,28 +23,38 @@ class ChatChoice:
     Args:
         index: of the answer.
         logprobs: writes the log probabilities of a piece.
-        parser: tells tool calls from content.
+        parser: tells tool calls and reasoning from content.
+        new_call_id: names a call.
     """
 
     def __init__(
-        self, index: int, logprobs: Callable[[Chunk], Json | None], parser: ToolParser
+        self,
+        index: int,
+        logprobs: Callable[[Chunk], Json | None],
+        parser: ToolParser,
+        new_call_id: Callable[[], str],
     ) -> None:
         self._index = index
         self._logprobs = logprobs
         self._parser = parser
+        self._new_call_id = new_call_id
         self._has_called = False
 
-    def whole(self, text: str, chunk: Chunk, reason: str) -> Json:
-        content = ""
+    def whole(self, chunk: Chunk, reason: str) -> Json:
+        content = reasoning = ""
         calls: list[Json] = []
-        for piece in (*self._parser.push(text), *self._parser.finish()):
+        for piece in (*self._parser.push(chunk.text), *self._parser.finish()):
             if isinstance(piece, str):
                 content += piece
+            elif isinstance(piece, Reasoning):
+                reasoning += piece.text
             elif piece.name is not None:
                 calls.append(self._new_call(piece))
             else:
                 calls[piece.index]["function"]["arguments"] += piece.arguments
         message: Json = {"role": "assistant", "content": content, "refusal": None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
         if calls:
             message |= {"content": content or None, "tool_calls": calls}
         return {
@@ -71,10 +80,14 @@ class ChatChoice:
         return [*rest, self._piece({}, None, self._reason(reason))]
 
     def _deltas(self, pieces: Sequence[Piece]) -> list[Json]:
-        return [
-            {"content": piece} if isinstance(piece, str) else {"tool_calls": [self._call(piece)]}
-            for piece in pieces
-        ]
+        return [self._delta(piece) for piece in pieces]
+
+    def _delta(self, piece: Piece) -> Json:
+        if isinstance(piece, str):
+            return {"content": piece}
+        if isinstance(piece, Reasoning):
+            return {"reasoning_content": piece.text}
+        return {"tool_calls": [self._call(piece)]}
 
     def _call(self, piece: CallPiece) -> Json:
         """A piece of a call as a stream tells it."""
@@ -85,7 +98,7 @@ class ChatChoice:
     def _new_call(self, piece: CallPiece) -> Json:
         self._has_called = True
         return {
-            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "id": self._new_call_id(),
             "type": "function",
             "function": {"name": piece.name, "arguments": piece.arguments},
         }
@@ -99,40 +112,31 @@ class ChatChoice:
         return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-def chat_router(
-    service: Service, new_tool_parser: Callable[[], ToolParser] | None = None
-) -> APIRouter:
-    """The endpoint.
-
-    Args:
-        service: what it needs.
-        new_tool_parser: reads tool calls as the model writes them; None refuses tools.
-    """
+def chat_router(conversations: Conversations) -> APIRouter:
+    """The endpoint."""
     router = APIRouter()
+    service = conversations.service
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(http: Request, body: ChatRequest) -> Response:
-        if body.is_about_tools and new_tool_parser is None:
-            raise ApiError(
-                400,
-                "tools are not supported: the model's chat template has none, or "
-                "server.tool_parser does not say how it writes calls",
-                param="tools" if body.offered_tools else "messages",
-            )
-        try:
-            messages = body.plain_messages()
-        except ValueError as error:
-            raise ApiError(400, str(error), param="messages") from None
-        tokens = await service.encode_chat(messages, body.offered_tools)
-        max_tokens = await service.max_tokens_of(tokens, body.max_tokens_asked)
         ends = await service.end_token_ids(body)
 
         def logprobs(chunk: Chunk) -> Json | None:
             return chat_logprobs(chunk, service.tokenizer.token_bytes, ends)
 
-        def choice(index: int) -> ChatChoice:
-            return ChatChoice(index, logprobs, body.tool_parser(new_tool_parser))
+        def shape(chat: ChatAnswer) -> ChoicesShape:
+            return ChoicesShape(
+                chat.answer,
+                ENDPOINT,
+                answer_id=chat.answer_id,
+                model=chat.model,
+                stream=bool(body.stream),
+                choice=lambda index: ChatChoice(
+                    index, logprobs, chat.new_parser(), chat.new_call_id
+                ),
+                usage=body.usage_in_stream,
+            )
 
-        return await service.answer(http, body, [(tokens, max_tokens)], ENDPOINT, choice)
+        return await conversations.answer(http, body, shape, ENDPOINT.new_id())
 
     return router

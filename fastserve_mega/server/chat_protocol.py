@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -16,10 +15,10 @@ from fastserve_mega.server.tools.forced import (
     named_schema,
     required_schema,
 )
-from fastserve_mega.server.tools.pieces import PLAIN_TEXT, ToolParser
+from fastserve_mega.server.tools.pieces import ToolParser
 from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
 
-_MOST_TOOLS = 128
+MAX_TOOLS = 128
 MAX_MESSAGES = 4096
 """Of a conversation; the template takes some 30 microseconds for each."""
 _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
@@ -28,13 +27,15 @@ _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "add_generation_prompt": (True,),
 }
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+_OTHER_MEDIA = {"image": "images", "audio": "recordings", "video": "videos", "file": "files"}
+"""What a part's type may name, and how that is called."""
 _UNSUPPORTED_MESSAGE: Neutral = {
     "refusal": (),
     "annotations": ([],),
@@ -48,6 +49,24 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, data: Any) -> Any:
+        refuse_media(data)
+        return data
+
+
+def refuse_media(part: object) -> None:
+    """Say what is missing, before pydantic says which fields are.
+
+    Raises:
+        ValueError: the part is an image, or something else that is no text.
+    """
+    kind = part.get("type") if isinstance(part, dict) else None
+    for word, name in _OTHER_MEDIA.items():
+        if isinstance(kind, str) and word in kind:
+            raise ValueError(f"{name} are not supported: the served model reads text only")
 
 
 class CalledFunction(Strict):
@@ -85,11 +104,15 @@ class ChatMessage(Strict):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought before this answer; the template decides whether it is told."""
 
     @model_validator(mode="after")
     def _fields_of_its_role(self) -> ChatMessage:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls are for the role 'assistant', got {self.role!r}")
+        if self.reasoning_content is not None and self.role != "assistant":
+            raise ValueError(f"reasoning_content is for the role 'assistant', got {self.role!r}")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError(f"tool_call_id is for the role 'tool', got {self.role!r}")
         return self
@@ -113,6 +136,8 @@ class ChatMessage(Strict):
             message["name"] = self.name
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
         if self.tool_calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": call.type, "function": call.function.plain()}
@@ -175,6 +200,9 @@ class ChatRequest(GenerationRequest):
     messages: Messages
     max_completion_tokens: int | None = None
     """The newer name of max_tokens."""
+    reasoning_effort: ReasoningEffort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """vLLM's: variables of the chat template."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -199,7 +227,7 @@ class ChatRequest(GenerationRequest):
         return self
 
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
-        default=None, max_length=_MOST_TOOLS
+        default=None, max_length=MAX_TOOLS
     )
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -241,21 +269,22 @@ class ChatRequest(GenerationRequest):
         return [{"type": tool.type, "function": tool.function.plain()} for tool in self.tools or ()]
 
     @property
-    def is_about_tools(self) -> bool:
-        """Whether the chat template has to know of tools."""
-        return bool(self.offered_tools) or any(
-            message.tool_calls or message.role == "tool" for message in self.messages
-        )
+    def forces_call(self) -> bool:
+        """Whether the answer has to be a call; its form is then known, whatever the model."""
+        return bool(self.offered_tools) and self.tool_choice not in (None, "auto")
 
-    def tool_parser(self, of_model: Callable[[], ToolParser] | None) -> ToolParser:
-        """What reads the answer."""
-        if not self.offered_tools:
-            return PLAIN_TEXT
+    @property
+    def functions(self) -> dict[str, dict[str, Any] | None]:
+        """The functions that may be called, with the schemas of their arguments."""
+        if self.tool_choice == "none":
+            return {}
+        return {tool.function.name: tool.function.parameters for tool in self.tools or ()}
+
+    def forced_parser(self) -> ToolParser:
+        """What reads a call that `tool_choice` forces."""
         if isinstance(self.tool_choice, NamedTool):
             return NamedCall(self.tool_choice.function.name)
-        if self.tool_choice == "required":
-            return RequiredCalls()
-        return PLAIN_TEXT if of_model is None else of_model()
+        return RequiredCalls()
 
     def structured_output(self) -> StructuredOutput | None:
         """The form, too, of a call that `tool_choice` forces."""
@@ -264,12 +293,11 @@ class ChatRequest(GenerationRequest):
         return only_one([each for each in (asked, forced) if each is not None])
 
     def _forced_call(self) -> StructuredOutput | None:
-        functions = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
         if isinstance(self.tool_choice, NamedTool):
-            return from_schema(named_schema(functions, self.tool_choice.function.name))
+            return from_schema(named_schema(self.functions, self.tool_choice.function.name))
         if self.tool_choice == "required":
             several = self.parallel_tool_calls is not False
-            return from_schema(required_schema(functions, several=several))
+            return from_schema(required_schema(self.functions, several=several))
         return None
 
     @property

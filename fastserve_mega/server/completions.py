@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request, Response
 
 from fastserve_mega.client import Chunk
-from fastserve_mega.server.answers import Json
+from fastserve_mega.server.answers import Answer, Json
+from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.logprobs import CompletionLogprobs
 from fastserve_mega.server.protocol import CompletionRequest
-from fastserve_mega.server.service import Endpoint, Service
+from fastserve_mega.server.service import Service
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this endpoint."""
@@ -28,8 +29,8 @@ class CompletionChoice:
     """The prompt's text, where the answer is to begin with it."""
     logprobs: Callable[[Chunk], Json | None]
 
-    def whole(self, text: str, chunk: Chunk, reason: str) -> Json:
-        return self._piece(self.echo + text, self.logprobs(chunk), reason)
+    def whole(self, chunk: Chunk, reason: str) -> Json:
+        return self._piece(self.echo + chunk.text, self.logprobs(chunk), reason)
 
     def opening(self) -> list[Json]:
         return [self._piece(self.echo)] if self.echo else []
@@ -67,6 +68,19 @@ def completions_router(service: Service) -> APIRouter:
             logprobs = CompletionLogprobs(service.tokenizer.token_bytes, ends)
             return CompletionChoice(index, echoes[index // body.answers_per_prompt], logprobs)
 
-        return await service.answer(http, body, prompts, ENDPOINT, choice)
+        answer_id, model = ENDPOINT.new_id(), await service.check_model(body.model)
+
+        def shape(answer: Answer) -> ChoicesShape:
+            return ChoicesShape(
+                answer,
+                ENDPOINT,
+                answer_id=answer_id,
+                model=model,
+                stream=bool(body.stream),
+                choice=choice,
+                usage=body.usage_in_stream,
+            )
+
+        return await service.answer(http, body, prompts, shape, answer_id=answer_id)
 
     return router

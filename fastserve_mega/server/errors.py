@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`, or Anthropic's."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ from fastserve_mega.client import (
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
 _INVALID = "invalid_request_error"
+ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 _MOST_FORMS = 3
 """Sentences of one field that are told; a field of many forms has one for each."""
 
@@ -43,8 +53,16 @@ class ApiError(Exception):
         self.headers = headers
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same in Anthropic's shape: `{"type": "error", "error": {"type", "message"}}`."""
+        kind = _ANTHROPIC_KINDS.get(self.status, "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(self)}}
+
+    def response(self, path: str) -> JSONResponse:
+        """The answer to a request for a path."""
+        body = self.anthropic_body if path.startswith(ANTHROPIC_PATH) else self.body
+        return JSONResponse(body, self.status, self.headers)
 
 
 def from_client_error(error: ClientError) -> ApiError:
@@ -69,40 +87,47 @@ def add_error_handlers(app: FastAPI) -> None:
     """Give every error of the app OpenAI's shape."""
 
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
+        return error.response(request.url.path)
 
     @app.exception_handler(ClientError)
-    async def client_error(_: Request, error: ClientError) -> JSONResponse:
-        return from_client_error(error).response()
+    async def client_error(request: Request, error: ClientError) -> JSONResponse:
+        return from_client_error(error).response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _from_validation(error.errors()).response()
+    async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+        return from_validation(error.errors(), error.body).response(request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return ApiError(error.status_code, str(error.detail), headers=error.headers).response(
+            request.url.path
+        )
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         # Starlette raises it again after this answer, and uvicorn logs the traceback.
         _log.error("%s %s failed: %r", request.method, request.url.path, error)
-        return ApiError(500, "the server failed; its log says why", kind="server_error").response()
+        return ApiError(500, "the server failed; its log says why", kind="server_error").response(
+            request.url.path
+        )
 
 
-def _from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
     """One sentence about the first wrong field, in all the forms that it could have."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
-    field = _field(first)
+    # A value with several forms has an error for each: the form that fits furthest was meant.
+    meant = [error for error in errors if error["loc"][1:2] == first["loc"][1:2]]
+    first = max(meant, key=lambda error: len(_path(error, body)))
+    field = ".".join(_path(first, body)) or None
     if field is None and first["type"] in ("model_attributes_type", "missing"):
         return ApiError(
             400, "the body must be a JSON object, sent with Content-Type: application/json"
         )
-    sentences = [_sentence(error) for error in errors if _field(error) == field]
-    told = "; or ".join(dict.fromkeys(sentences[:_MOST_FORMS]))
+    same = [error for error in meant if _path(error, body) == _path(first, body)]
+    told = "; or ".join(dict.fromkeys(map(_sentence, same[:_MOST_FORMS])))
     if first["type"] == "extra_forbidden":
         told = f"unknown field {field!r}"
     elif field is not None:
@@ -110,12 +135,17 @@ def _from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     return ApiError(400, told, param=field)
 
 
-def _field(error: Mapping[str, Any]) -> str | None:
-    """Path of a field, without the names that pydantic gives to the forms of a union."""
-    path = [str(step) for step in error["loc"][1:]]
-    if path and path[0] in ("prompt", "stop"):
-        path = path[:1]
-    return ".".join(path) or None
+def _path(error: Mapping[str, Any], body: object) -> tuple[str, ...]:
+    """The way to a field, without the names that pydantic gives to the forms of a union."""
+    path = []
+    for step in error["loc"][1:]:
+        within = isinstance(body, list) and isinstance(step, int) and step < len(body)
+        if within or (isinstance(body, dict) and step in body):
+            body = body[step]  # type: ignore[index]
+            path.append(str(step))
+    if error["type"] == "missing":
+        path.extend(map(str, error["loc"][-1:]))
+    return tuple(path)
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

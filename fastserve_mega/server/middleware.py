@@ -40,10 +40,12 @@ class RequireKey:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error.response()(scope, receive, send)
+        await error.response(scope["path"])(scope, receive, send)
 
     def _is_allowed(self, headers: Headers) -> bool:
         kind, _, given = headers.get("Authorization", "").partition(" ")
+        if key := headers.get("X-Api-Key"):  # as Anthropic's clients send it
+            kind, given = "bearer", key
         # All keys are compared, each in constant time.
         equal = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
         return kind.lower() == "bearer" and any(equal)

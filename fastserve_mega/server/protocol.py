@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastserve_mega.server.answers import UsageInStream
+from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
+from fastserve_mega.server.choices import UsageInStream
 from fastserve_mega.server.structured import (
     ResponseFormat,
     Schema,
@@ -30,6 +31,7 @@ from fastserve_mega.types import (
 )
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Number = TypeVar("Number", int, float)
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""
@@ -75,40 +77,55 @@ class StreamOptions(Strict):
     """vLLM's: with each piece of the stream, not only at its end; needs include_usage."""
 
 
-class GenerationRequest(Strict):
-    """What completions and chat completions have in common. null stands for the default."""
+class Common(Strict):
+    """What all APIs that generate have in common. null stands for the default."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = Field(default=None, ge=1, le=128)
-    """Answers to each prompt."""
-    max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    """Token id, as a string, to what is added to its logit."""
-    seed: int | None = None
-    stop: str | Texts | None = None
     # About who asks, not about the answer.
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str | None] | None = None
     # Extensions, named as in vLLM.
+    seed: int | None = None
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    min_tokens: int | None = None
-    ignore_eos: bool | None = None
-    stop_token_ids: TokenIds | None = None
     priority: int = 0
     cache_salt: str | None = None
     """KV is shared among requests with the same salt only."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the answer ends with finish reason `timeout`."""
+
+    @field_validator("metadata", mode="before")
+    @classmethod
+    def _little_metadata(cls, metadata: object) -> object:
+        refuse_many_fields(metadata)
+        return metadata
+
+    def common(self) -> dict[str, Any]:
+        """These fields of the request, for a request of another API."""
+        return {name: getattr(self, name) for name in Common.model_fields}
+
+
+class GenerationRequest(Common):
+    """What completions and chat completions have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=128)
+    """Answers to each prompt."""
+    max_tokens: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    """Token id, as a string, to what is added to its logit."""
+    stop: str | Texts | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: TokenIds | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -167,28 +184,26 @@ class GenerationRequest(Strict):
             raise ValueError(f"at most {MAX_BIASED_TOKENS} tokens, got {len(bias)}")
         return bias
 
-    @field_validator("metadata", mode="before")
-    @classmethod
-    def _little_metadata(cls, metadata: object) -> object:
-        refuse_many_fields(metadata)
-        return metadata
-
-    def sampling_params(self, max_tokens: int, number: int = 0) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int, number: int = 0, defaults: SamplingDefaults = NO_DEFAULTS
+    ) -> SamplingParams:
         """How to sample at most `max_tokens` tokens of answer `number` to a prompt.
+
+        The defaults stand for what the request does not give.
 
         Raises:
             ValueError: a value is outside its range.
         """
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=_given(self.temperature, defaults.temperature),
+            top_p=_given(self.top_p, defaults.top_p),
             # vLLM's clients say -1 for all tokens.
-            top_k=0 if self.top_k in (None, -1) else self.top_k,
-            min_p=self.min_p or 0.0,
+            top_k=0 if self.top_k == -1 else _given(self.top_k, defaults.top_k),
+            min_p=_given(self.min_p, defaults.min_p),
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias=_by_token_id(self.logit_bias or {}),
             logprobs=self.top_logprobs_asked,
             structured=self.structured_output(),
@@ -235,6 +250,10 @@ class CompletionRequest(GenerationRequest):
             return [self.prompt]
         ids = [item for item in self.prompt if isinstance(item, int)]
         return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
+
+
+def _given(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
 
 
 def _by_token_id(bias: dict[str, float]) -> dict[int, float]:

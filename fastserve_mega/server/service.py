@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request, Response
+from msgspec.structs import replace
 
-from fastserve_mega.client import AsyncClient, AsyncGeneration
-from fastserve_mega.server.answers import Answer, Choice, respond
+from fastserve_mega.client import AsyncClient
+from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
+from fastserve_mega.server.answers import Answer, AnswerShape, respond
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.protocol import GenerationRequest
+from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.structured import GrammarUnavailableError, check_structured
 from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.types import SamplingParams
 
+T = TypeVar("T")
 MAX_ANSWERS = 1024
 """Answers of one HTTP request: prompts times n."""
 _MESSAGE_LENGTH = 200
@@ -27,40 +29,61 @@ _LONG_TEXT = 2_000
 """Characters from which tokenizing goes to a thread; below, the switch costs more than the work."""
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """What an endpoint calls its answers."""
+class RenderedChat(NamedTuple):
+    """A conversation as the chat template has written it."""
 
-    id_prefix: str
-    object_name: str
-    chunk_object_name: str
+    text: str
+    token_ids: list[int]
 
 
 class Service:
-    """What the endpoints need: the client of the coordinator, and the tokenizer."""
+    """What the endpoints need: the client of the coordinator, and the tokenizer.
 
-    def __init__(self, client: AsyncClient, tokenizer: Tokenizer) -> None:
+    Args:
+        client: of the coordinator.
+        tokenizer: of the served model.
+        defaults: stand for the values that a request does not give.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        tokenizer: Tokenizer,
+        defaults: SamplingDefaults = NO_DEFAULTS,
+    ) -> None:
         self.client = client
         self.tokenizer = tokenizer
+        self._defaults = defaults
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, without holding up other requests."""
         await self._check_length(len(text))
         return await self._tokenize(partial(self.tokenizer.encode, text), len(text))
 
+    def count_tokens(self, text: str) -> int:
+        """Tokens of a text that the model has written."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False)) if text else 0
+
     def text_of(self, prompt: str | Sequence[int]) -> str:
         """A prompt as text."""
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    async def encode_chat(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
-    ) -> list[int]:
-        """Token ids of a conversation, without holding up other requests."""
+    async def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> RenderedChat:
+        """A conversation as the model reads it, without holding up other requests."""
         length = sum(len(message["content"]) for message in messages)
         await self._check_length(length)
-        encode = partial(self.tokenizer.apply_chat_template, messages, tools)
+
+        def render() -> RenderedChat:
+            text = self.tokenizer.render_chat(messages, tools, variables)
+            return RenderedChat(text, self.tokenizer.encode_rendered(text))
+
         work = length + _MESSAGE_LENGTH * len(messages)
-        return await self._tokenize(encode, _LONG_TEXT if tools else work)
+        return await self._tokenize(render, _LONG_TEXT if tools else work)
 
     async def _check_length(self, characters: int) -> None:
         """Refuse text that is too long in whatever way it is tokenized."""
@@ -86,7 +109,7 @@ class Service:
                 param="n",
             )
 
-    async def _tokenize(self, encode: Callable[[], list[int]], length: int) -> list[int]:
+    async def _tokenize(self, encode: Callable[[], T], length: int) -> T:
         try:
             return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)
         except ValueError as error:
@@ -140,8 +163,11 @@ class Service:
         http: Request,
         body: GenerationRequest,
         prompts: Sequence[tuple[Sequence[int], int]],
-        endpoint: Endpoint,
-        choice: Callable[[int], Choice],
+        shape: Callable[[Answer], AnswerShape],
+        *,
+        answer_id: str,
+        decoder: TokenDecoder | None = None,
+        structure_after: int | None = None,
     ) -> Response:
         """Answer prompts, each with its own max_tokens, in the shape of an endpoint.
 
@@ -149,44 +175,14 @@ class Service:
             http: the request.
             body: of the request.
             prompts: token ids and max_tokens of each.
-            endpoint: names its answers.
-            choice: writes the answer of an index; there are `body.answers_per_prompt` to each
-                prompt, in their order.
+            shape: writes the answer.
+            answer_id: names its generations to the coordinator.
+            decoder: makes text of tokens; None is the tokenizer, without special tokens.
+            structure_after: the token behind which the output is held to the form asked for; None
+                is from its beginning.
         """
-        answer_id = f"{endpoint.id_prefix}-{uuid.uuid4().hex}"
-        head = {
-            "id": answer_id,
-            "object": endpoint.chunk_object_name if body.stream else endpoint.object_name,
-            "created": int(time.time()),
-            "model": await self.check_model(body.model),
-        }
-        generations = await self._start(body, prompts, answer_id)
-        choices = [choice(index) for index in range(len(generations))]
-        return await respond(
-            http,
-            Answer(head, generations, choices, body.answers_per_prompt),
-            stream=bool(body.stream),
-            usage=body.usage_in_stream,
-        )
-
-    async def _start(
-        self,
-        body: GenerationRequest,
-        prompts: Sequence[tuple[Sequence[int], int]],
-        answer_id: str,
-    ) -> list[AsyncGeneration]:
-        count = body.answers_per_prompt
-        try:
-            submissions = [
-                (prompt, body.sampling_params(max_tokens, number))
-                for prompt, max_tokens in prompts
-                for number in range(count)
-            ]
-            if (structured := submissions[0][1].structured) is not None:
-                await asyncio.to_thread(check_structured, structured)
-        except (ValueError, GrammarUnavailableError) as error:
-            raise ApiError(400, str(error)) from None
-        return [
+        submissions = await self._submissions(body, prompts, structure_after)
+        generations = [
             await self.client.submit(
                 prompt,
                 params,
@@ -195,6 +191,31 @@ class Service:
                 cache_salt=body.cache_salt or "",
                 timeout_s=body.timeout,
                 request_id=f"{answer_id}-{index}",
+                decoder=decoder,
             )
             for index, (prompt, params) in enumerate(submissions)
         ]
+        answer = Answer(generations, body.answers_per_prompt)
+        return await respond(http, answer, shape(answer), stream=bool(body.stream))
+
+    async def _submissions(
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[tuple[Sequence[int], int]],
+        structure_after: int | None,
+    ) -> list[tuple[Sequence[int], SamplingParams]]:
+        """Each prompt as often as it is answered, with how that is sampled."""
+        try:
+            submissions = [
+                (prompt, body.sampling_params(max_tokens, number, self._defaults))
+                for prompt, max_tokens in prompts
+                for number in range(body.answers_per_prompt)
+            ]
+            if (structured := submissions[0][1].structured) is not None:
+                await asyncio.to_thread(check_structured, structured)
+        except (ValueError, GrammarUnavailableError) as error:
+            raise ApiError(400, str(error)) from None
+        if structured is None or structure_after is None:
+            return submissions
+        structured = replace(structured, after=structure_after)
+        return [(prompt, replace(p, structured=structured)) for prompt, p in submissions]

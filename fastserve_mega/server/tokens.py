@@ -42,7 +42,7 @@ def tokens_router(service: Service) -> APIRouter:
                 messages = [message.plain() for message in body.messages or ()]
             except ValueError as error:
                 raise ApiError(400, str(error), param="messages") from None
-            tokens = await service.encode_chat(messages)
+            tokens = (await service.render_chat(messages)).token_ids
         welcome = await service.client.info()
         return {"tokens": tokens, "count": len(tokens), "max_model_len": welcome.max_context}
 

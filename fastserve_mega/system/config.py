@@ -217,7 +217,11 @@ class CoordinatorConfig(Record, frozen=True, kw_only=True):
     expanded, an existing file is replaced. None records nothing."""
 
 
-ToolParserName = Literal["auto", "hermes", "llama3_json", "none"]
+ToolParserName = Literal[
+    "auto", "hermes", "llama3_json", "qwen3_coder", "mistral", "harmony", "none"
+]
+ReasoningParserName = Literal["auto", "think", "mistral", "harmony", "none"]
+GenerationDefaults = Literal["model", "none"]
 
 
 class ServerConfig(Record, frozen=True, kw_only=True):
@@ -235,7 +239,14 @@ class ServerConfig(Record, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may ask from a browser; `*` is all of them."""
     tool_parser: ToolParserName = "auto"
-    """How the model writes calls of tools; auto goes by its chat template, none refuses tools."""
+    """How the model writes calls of tools; auto goes by its chat template, with none it makes only
+    those that a request forces."""
+    reasoning_parser: ReasoningParserName = "auto"
+    """How the model marks what it thinks before it answers, which is told apart from the answer;
+    auto goes by its chat template, with none all of it is the answer."""
+    generation_defaults: GenerationDefaults = "model"
+    """Where temperature, top_p, top_k, min_p and repetition_penalty come from that a request does
+    not give: the model's generation_config.json, or none: temperature 1, all tokens."""
     max_body_bytes: PositiveInt | None = None
     """Longest body of a request; None takes 1 MiB and 64 bytes for each token of the context."""
     max_connections: PositiveInt | None = None

@@ -22,6 +22,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _DEFAULT, _TOOLS = "default", "tool_use"
+_OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
 class ChatTemplate:
@@ -65,22 +66,38 @@ class ChatTemplate:
         return cls(named[_DEFAULT], named.get(_TOOLS), special_tokens(settings))
 
     @property
-    def tools_source(self) -> str | None:
-        """The text of the template for conversations with tools; None when it ignores them."""
+    def source(self) -> str:
+        """The text of the template, of the one for conversations with tools if it is another."""
+        return self._tools_source
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads; empty when it is no valid one."""
         try:
-            parsed = _ENVIRONMENT.parse(self._tools_source)
+            return frozenset(meta.find_undeclared_variables(_ENVIRONMENT.parse(self.source)))
         except TemplateError:
-            return None
-        return self._tools_source if "tools" in meta.find_undeclared_variables(parsed) else None
+            return frozenset()
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation, up to where the assistant's answer begins.
 
+        Args:
+            messages: of the conversation.
+            tools: that may be called.
+            variables: further ones that the template reads, by their names.
+
         Raises:
-            ValueError: the template refuses the messages, or is no valid one.
+            ValueError: the template refuses the messages, or is no valid one; or a variable is one
+                of the conversation's own.
         """
+        given = dict(variables or {})
+        if reserved := sorted(given.keys() & (_OWN_VARIABLES | self._special_tokens.keys())):
+            raise ValueError(f"the chat template's {reserved[0]!r} is not for a request to set")
         try:
             template = self._with_tools if tools else self._plain
             return template.render(
@@ -89,6 +106,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
+                **given,
             )
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             # Not all templates check what they are given before they use it.

@@ -67,7 +67,12 @@ class Detokenizer:
     @property
     def stopped(self) -> bool:
         """A stop string was found; the rest of the answer does not matter."""
-        return self._filter.matched is not None
+        return self.stopped_by is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._filter.matched
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add output tokens; returns the text that is now certain."""

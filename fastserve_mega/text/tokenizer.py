@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from fastserve_mega.text.chat_template import ChatTemplate, special_tokens
+from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.token_bytes import TokenBytes
 
 
@@ -35,12 +35,13 @@ class Tokenizer:
             raise FileNotFoundError(f"the tokenizer directory {self.directory} does not exist")
         try:
             self._backend, settings = _load(self.directory)
-            self._chat_template = ChatTemplate.load(self.directory, settings)
+            self.chat_template = ChatTemplate.load(self.directory, settings)
         except Exception as error:
             # The tokenizers library raises bare Exceptions.
             raise ValueError(f"no usable tokenizer in {self.directory}: {error}") from error
         self._token_bytes = TokenBytes(self._backend)
         added = self._backend.get_added_tokens_decoder()
+        self._added = {token.content: token_id for token_id, token in added.items()}
         self._special_ids = frozenset(each for each in added if added[each].special)
         vocabulary = self._backend.get_vocab()
         self.longest_token: int = max(map(len, vocabulary), default=1)
@@ -62,48 +63,82 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
-    @cached_property
-    def tools_template(self) -> str | None:
-        """The chat template for conversations with tools; None when it knows nothing of tools."""
-        return self._chat_template.tools_source if self._chat_template else None
+        return self.chat_template is not None
 
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Token ids of a conversation, up to where the assistant's answer begins.
+        """Token ids of a conversation: those of `render_chat`."""
+        return self.encode_rendered(self.render_chat(messages, tools))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of what `render_chat` wrote, the special tokens included."""
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """A conversation as text, up to where the assistant's answer begins.
 
         Args:
             messages: with `role` and `content`, and `tool_calls` and `tool_call_id`.
             tools: that may be called, as OpenAI describes them.
+            variables: of the template, by their names; not those of the conversation itself.
 
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
         """
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise ValueError("the model has no chat template; send a plain prompt instead")
-        text = self._chat_template.render(messages, tools)
-        # The template has written the special tokens already.
-        return self.encode(text, add_special_tokens=False)
+        return self.chat_template.render(messages, tools, variables)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the added token that is this text, if there is one."""
+        return self._added.get(text)
+
+    def showing(self, marks: Collection[str]) -> TokenDecoder:
+        """What decodes as this tokenizer does, but shows the special tokens among `marks`."""
+        shown = {self._added[mark] for mark in marks if mark in self._added} & self._special_ids
+        return _Showing(self, frozenset(shown)) if shown else self
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special and unknown ones are skipped."""
-        return self._backend.decode(self.visible(token_ids), skip_special_tokens=True)
+        return self.decode_all(self.visible(token_ids))
+
+    def decode_all(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids of the vocabulary, special ones included."""
+        return self._backend.decode(token_ids, skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a single token stands for; a character may be spread over several tokens."""
         return self._token_bytes(token_id)
 
-    def visible(self, token_ids: Sequence[int]) -> list[int]:
-        """The ids that stand for text: neither special nor out of the vocabulary."""
+    def visible(self, token_ids: Sequence[int], shown: Collection[int] = frozenset()) -> list[int]:
+        """The ids that stand for text: neither special, but for `shown`, nor unknown."""
         return [
             token
             for token in token_ids
-            if token < self.vocab_size and token not in self._special_ids
+            if token < self.vocab_size and (token not in self._special_ids or token in shown)
         ]
+
+
+class _Showing:
+    """A tokenizer that shows some of its special tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, shown: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._shown = shown
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode_all(self.visible(token_ids))
+
+    def visible(self, token_ids: Sequence[int]) -> list[int]:
+        return self._tokenizer.visible(token_ids, self._shown)
 
 
 def _load(directory: Path) -> tuple[Backend, Mapping[str, Any]]:

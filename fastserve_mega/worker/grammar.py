@@ -162,8 +162,13 @@ class Grammars:
         """
         self.begin(structured, history)
         assert history.compilation is not None
+        output = history.output
+        if structured.after is not None:
+            if structured.after not in output:
+                return
+            output = output[output.index(structured.after) + 1 :]
         matcher = self._result(history.compilation)
-        matcher.follow(history.output)
+        matcher.follow(output)
         forbidden = _forbidden(matcher.allowed(), logits.shape[0])
         logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
 

@@ -29,8 +29,10 @@ ANSWERED = {
     "tools",
     "tool_choice",
     "parallel_tool_calls",
+    "reasoning_effort",
+    "chat_template_kwargs",
 }
-"""By the server itself; test_server.py has their effects."""
+"""By the server itself; test_server.py and test_reasoning_over_http.py have their effects."""
 STRUCTURED = {
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
 }  # fmt: skip

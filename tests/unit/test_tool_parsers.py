@@ -9,9 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.server.tools.forced import NamedCall, RequiredCalls, required_schema
-from fastserve_mega.server.tools.formats import choose_parser
+from fastserve_mega.server.tools.formats import FORMATS, choose_format
+from fastserve_mega.server.tools.harmony import HarmonyParser
 from fastserve_mega.server.tools.hermes import HermesParser
 from fastserve_mega.server.tools.llama3_json import Llama3JsonParser
+from fastserve_mega.server.tools.mistral import MistralParser
+from fastserve_mega.server.tools.pieces import Reasoning
+from fastserve_mega.server.tools.qwen3_coder import Qwen3CoderParser
 
 WEATHER = '{"name": "weather", "arguments": {"city": "Paris", "days": 2}}'
 TIME = '{"name": "time", "arguments": {}}'
@@ -19,18 +23,20 @@ CALLED = [("weather", {"city": "Paris", "days": 2}), ("time", {})]
 
 
 def read(parser, pieces):
-    """(content, [(name, arguments)]), put together as a client does."""
+    """(content, [(name, arguments)]), put together as a client does; reasoning in brackets."""
     content, calls = "", []
     told = [each for piece in pieces for each in parser.push(piece)]
     for each in (*told, *parser.finish()):
         if isinstance(each, str):
             content += each
+        elif isinstance(each, Reasoning):
+            content += f"({each.text})"
         elif each.name is not None:
             assert each.index == len(calls)
             calls.append([each.name, each.arguments])
         else:
             calls[each.index][1] += each.arguments
-    return content, [(name, json.loads(arguments)) for name, arguments in calls]
+    return content.replace(")(", ""), [(name, json.loads(arguments)) for name, arguments in calls]
 
 
 HERMES = {
@@ -64,7 +70,73 @@ REQUIRED = {
     f"[{WEATHER}, {TIME}]": ("", CALLED),
     f'[{WEATHER}, {{"name": "ti': ("", CALLED[:1]),  # max_tokens
 }
+TYPES = {
+    "weather": {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "integer"},
+            "at": {"type": ["object", "null"]},
+        },
+    },
+    "time": None,
+}
+
+
+def qwen3_coder():
+    return Qwen3CoderParser(TYPES)
+
+
+def written(name, **arguments):
+    """A call as Qwen3-Coder writes it."""
+    told = "".join(
+        f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in arguments.items()
+    )
+    return f"<tool_call>\n<function={name}>\n{told}</function>\n</tool_call>"
+
+
+QWEN3_CODER = {
+    written("weather", city="Paris", days=2): ("", CALLED[:1]),
+    f"See:\n{written('weather', city='Paris', days=2)}\n{written('time')}": ("See:", CALLED),
+    written("weather", city="<b>\n7", at='{"x": [1]}', days="few"): (
+        "", [("weather", {"city": "<b>\n7", "at": {"x": [1]}, "days": "few"})],
+    ),
+    written("weather", at="null", other="12"): ("", [("weather", {"at": None, "other": "12"})]),
+    "<function=time>\n</function>": ("", CALLED[1:]),
+    "<tool_call>\n<function=time>": ("", CALLED[1:]),
+    "a < b <tool_call> nonsense": ("a < b<tool_call> nonsense", []),
+    "plain <fun": ("plain <fun", []),
+    "": ("", []),
+}  # fmt: skip
+MISTRAL = {
+    f"[TOOL_CALLS][{WEATHER}, {TIME}]": ("", CALLED),
+    f"Wait. [TOOL_CALLS] [{TIME}]": ("Wait.", CALLED[1:]),
+    '[TOOL_CALLS]weather[ARGS]{"city": "Paris", "days": 2}[TOOL_CALLS]time[ARGS]{}': ("", CALLED),
+    '[TOOL_CALLS]weather[CALL_ID]aB3[ARGS]{"city": "Paris", "days": 2}': ("", CALLED[:1]),
+    "[TOOL_CALLS]time{}": ("", CALLED[1:]),
+    "[TOOL_CALLS] what": ("[TOOL_CALLS] what", []),
+    "a [TOOL": ("a [TOOL", []),
+    "": ("", []),
+}
+HARMONY = {
+    "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.": (
+        "(Hm.)Yes.", [],
+    ),
+    "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary "
+    'to=functions.weather <|constrain|>json<|message|>{"city": "Paris", "days": 2}<|call|>': (
+        "(Hm.)", CALLED[:1],
+    ),
+    " to=functions.time<|channel|>commentary json<|message|>{}": ("", CALLED[1:]),
+    "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>comm": (
+        "I look.", [],
+    ),
+    '{"a": 1}': ('{"a": 1}', []),
+    "": ("", []),
+}  # fmt: skip
 CASES = [
+    *((qwen3_coder, text, expected) for text, expected in QWEN3_CODER.items()),
+    *((MistralParser, text, expected) for text, expected in MISTRAL.items()),
+    *((HarmonyParser, text, expected) for text, expected in HARMONY.items()),
     *((HermesParser, text, expected) for text, expected in HERMES.items()),
     *((Llama3JsonParser, text, expected) for text, expected in LLAMA.items()),
     *((RequiredCalls, text, expected) for text, expected in REQUIRED.items()),
@@ -107,18 +179,27 @@ def test_a_named_call_is_its_arguments():
 @pytest.mark.parametrize(
     ("name", "template", "expected"),
     [
-        ("auto", "{{ tools }} <tool_call> ", HermesParser),
-        ("auto", "{{ tools }} Environment: ipython", Llama3JsonParser),
-        ("auto", "{{ tools }} [TOOL_CALLS]", None),
+        ("auto", "{{ tools }} <tool_call> ", "hermes"),
+        ("auto", "{{ tools }} <tool_call> <function=", "qwen3_coder"),
+        ("auto", "{{ tools }} Environment: ipython", "llama3_json"),
+        ("auto", "{{ tools }} [TOOL_CALLS]", "mistral"),
+        ("auto", "{{ tools }} <|channel|>", "harmony"),
+        ("auto", "{{ tools }} something else", None),
         ("auto", None, None),
         ("none", "{{ tools }} <tool_call>", None),
-        ("llama3_json", "{{ tools }} <tool_call>", Llama3JsonParser),
-        ("hermes", "{{ tools }}", HermesParser),
+        ("llama3_json", "{{ tools }} <tool_call>", "llama3_json"),
+        ("hermes", "{{ tools }}", "hermes"),
         ("hermes", None, None),
     ],
 )
-def test_which_parser_a_model_has(name, template, expected):
-    assert choose_parser(name, template) is expected
+def test_which_format_a_model_has(name, template, expected):
+    assert choose_format(name, template) is FORMATS.get(expected)
+
+
+def test_ids_of_calls_are_such_as_the_templates_take():
+    assert FORMATS["hermes"].new_call_id().startswith("call_")
+    name = FORMATS["mistral"].new_call_id()
+    assert (len(name), name.isalnum()) == (9, True)
 
 
 def test_the_schema_of_required_calls_keeps_references():

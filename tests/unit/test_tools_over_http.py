@@ -227,16 +227,31 @@ def test_what_is_wrong_is_refused(api, says, options, sentence):
 
 
 @pytest.mark.parametrize("parser", ["auto", "none"])
-def test_models_without_tools_refuse_them(tiny_tokenizer_dir, parser):
+def test_models_without_tools_make_calls_that_are_forced(tiny_tokenizer_dir, parser):
     coordinator = start_fake_coordinator()
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
     with (
-        serving(coordinator, Tokenizer(tiny_tokenizer_dir), tool_parser=parser) as url,
+        serving(coordinator, tokenizer, tool_parser=parser) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0, timeout=WAIT_S) as api,
     ):
-        with pytest.raises(openai.BadRequestError, match="tools are not supported"):
+        tools = [{"type": "function", "function": {"name": "look"}}]
+        with pytest.raises(openai.BadRequestError, match="not supported with tool_choice='auto'"):
             ask(api)
-        with pytest.raises(openai.BadRequestError, match="tools are not supported"):
-            ask(api, tools=[], messages=[{"role": "tool", "content": "x", "tool_call_id": "1"}])
         assert ask(api, tools=[], max_tokens=50)[2] == "stop"
         assert ask(api, tool_choice="none", max_tokens=50)[2] == "stop"
+        coordinator.reset()
+        coordinator.behaviour = answer([*tokenizer.encode("{}"), 2])
+        asked = ask(api, tools=tools, tool_choice=LOOK, max_tokens=50)
+        assert asked == (None, [("look", "{}")], "stop")
+        call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+        messages = [
+            *HI,
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "rain", "tool_call_id": "1"},
+        ]
+        assert ask(api, tools=[], messages=messages, max_tokens=50)[2] == "stop"
+        first, second = (tokenizer.decode(s.prompt) for s in coordinator.received(Submit))
+        assert 'You can call these functions:\n{"name": "look"}\n\nhi' in first
+        assert '[{"name": "look", "arguments": {}}]' in second
+        assert "user\nResult of look: rain" in second
     coordinator.close()

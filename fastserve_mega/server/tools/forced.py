@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastserve_mega.server.tools.call_reader import CallReader
-from fastserve_mega.server.tools.pieces import CallPiece, Piece
+from fastserve_mega.server.tools.pieces import CallPiece, Functions, Piece
 
 _ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
-Functions = Mapping[str, dict[str, Any] | None]
-"""Name of each function to the JSON schema of its arguments."""
 
 
 class NamedCall:

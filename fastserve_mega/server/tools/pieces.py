@@ -1,9 +1,9 @@
-"""What tool parsers have in common."""
+"""What the readers of answers have in common."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,11 +20,23 @@ class CallPiece:
     """JSON text, to be put together from all pieces of the call."""
 
 
-Piece = str | CallPiece
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A part of what the model thinks before it answers."""
+
+    text: str
+
+
+Piece = str | Reasoning | CallPiece
+"""Content is a plain string."""
+
+
+Functions = Mapping[str, dict[str, Any] | None]
+"""Name of each function to the JSON schema of its arguments."""
 
 
 class ToolParser(Protocol):
-    """Takes the text of one answer as it comes, and tells calls from content."""
+    """Takes the text of one answer as it comes, and tells calls and reasoning from content."""
 
     is_forced: bool
     """The request has named the function to call; that it is called is no news then."""
@@ -65,9 +77,9 @@ def parse_call(value: Any, index: int) -> CallPiece | None:
     return CallPiece(index, name, json.dumps(arguments, ensure_ascii=False))
 
 
-def held_back(text: str, marker: str) -> int:
+def held_back(text: str, *markers: str) -> int:
     """How many characters at the end of a text may be the beginning of a marker."""
-    for length in range(min(len(text), len(marker) - 1), 0, -1):
-        if text.endswith(marker[:length]):
+    for length in range(min(len(text), max(map(len, markers)) - 1), 0, -1):
+        if any(len(each) > length and text.endswith(each[:length]) for each in markers):
             return length
     return 0

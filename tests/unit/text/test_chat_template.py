@@ -62,7 +62,7 @@ def test_a_conversation_with_tools_takes_the_template_named_for_them(directory):
     tokenizer = Tokenizer(directory)
     assert tokenizer.decode(tokenizer.apply_chat_template(HELLO)) == "plain"
     assert tokenizer.decode(tokenizer.apply_chat_template(HELLO, TOOLS)) == "1 of them"
-    assert tokenizer.tools_template == "{{ tools | length }} of them"
+    assert tokenizer.chat_template.source == "{{ tools | length }} of them"
 
 
 @pytest.mark.parametrize(

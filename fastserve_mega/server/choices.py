@@ -1,0 +1,119 @@
+"""Answers as the `choices` of OpenAI's completions and chat completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from fastserve_mega.client import Chunk
+from fastserve_mega.server.answers import Answer, Event, Json
+from fastserve_mega.server.errors import ApiError
+
+UsageInStream = Literal["never", "at the end", "always"]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What an endpoint calls its answers."""
+
+    id_prefix: str
+    object_name: str
+    chunk_object_name: str
+
+    def new_id(self) -> str:
+        return f"{self.id_prefix}-{uuid.uuid4().hex}"
+
+
+class Choice(Protocol):
+    """One of the answers to a request, as its endpoint writes it: entries of `choices`."""
+
+    def whole(self, chunk: Chunk, reason: str) -> Json:
+        """A whole answer: its text and all its tokens."""
+
+    def opening(self) -> list[Json]:
+        """What begins a stream."""
+
+    def delta(self, chunk: Chunk) -> list[Json]:
+        """A piece of a stream."""
+
+    def closing(self, reason: str) -> list[Json]:
+        """The end of a stream."""
+
+
+class ChoicesShape:
+    """Each event of a stream has the fields of the whole answer, and a piece of one choice.
+
+    Args:
+        answer: what is written.
+        endpoint: names it.
+        answer_id: of the endpoint's `new_id`.
+        model: the served name.
+        stream: whether it is written as a stream.
+        choice: writes the generation of an index.
+        usage: when a stream tells the token counts; `always` is with each piece.
+    """
+
+    last_words = b"data: [DONE]\n\n"
+
+    def __init__(
+        self,
+        answer: Answer,
+        endpoint: Endpoint,
+        *,
+        answer_id: str,
+        model: str,
+        stream: bool,
+        choice: Callable[[int], Choice],
+        usage: UsageInStream,
+    ) -> None:
+        self._answer = answer
+        self._choices: Sequence[Choice] = [choice(i) for i in range(len(answer.generations))]
+        self._usage = usage
+        self._head: Json = {
+            "id": answer_id,
+            "object": endpoint.chunk_object_name if stream else endpoint.object_name,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self) -> Json:
+        choices = [
+            choice.whole(self._answer.text_and_tokens(index), self._answer.reason(index))
+            for index, choice in enumerate(self._choices)
+        ]
+        return {**self._head, "choices": choices, "usage": self._counts()}
+
+    def opening(self, index: int) -> Iterable[Event]:
+        return self._pieces(self._choices[index].opening())
+
+    def delta(self, index: int, chunk: Chunk) -> Iterable[Event]:
+        return self._pieces(self._choices[index].delta(chunk))
+
+    def closing(self, index: int) -> Iterable[Event]:
+        return self._pieces(self._choices[index].closing(self._answer.reason(index)))
+
+    def end(self) -> Iterable[Event]:
+        if self._usage == "never":
+            return []
+        return [Event({**self._head, "choices": [], "usage": self._counts()})]
+
+    def failure(self, error: ApiError) -> Iterable[Event]:
+        return [Event(error.body)]
+
+    def _pieces(self, choices: Sequence[Json]) -> Iterable[Event]:
+        told: Json = {}
+        if self._usage != "never":
+            told = {"usage": self._counts() if self._usage == "always" else None}
+        return [Event({**self._head, "choices": [choice], **told}) for choice in choices]
+
+    def _counts(self) -> Json:
+        usage = self._answer.usage
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        }

@@ -1,0 +1,142 @@
+"""From a conversation to running generations, for all endpoints that answer one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request, Response
+from pydantic import ValidationError
+
+from fastserve_mega.server.answers import Answer, AnswerShape
+from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.dialect import Dialect
+from fastserve_mega.server.errors import ApiError, from_validation
+from fastserve_mega.server.reasoning import ThinkParser
+from fastserve_mega.server.service import RenderedChat, Service
+from fastserve_mega.server.tools.described import describe_tools
+from fastserve_mega.server.tools.formats import new_call_id
+from fastserve_mega.server.tools.pieces import PLAIN_TEXT, ToolParser
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAnswer:
+    """What a shape is made from."""
+
+    answer: Answer
+    answer_id: str
+    model: str
+    new_parser: Callable[[], ToolParser]
+    """Reads one generation."""
+    new_call_id: Callable[[], str]
+    count_tokens: Callable[[str], int]
+    """Tokens of a text of the answer."""
+
+
+class Conversations:
+    """Answers conversations with the served model.
+
+    Args:
+        service: what it needs.
+        dialect: of the model.
+    """
+
+    def __init__(self, service: Service, dialect: Dialect) -> None:
+        self.service = service
+        self._dialect = dialect
+
+    @staticmethod
+    def chat_request(body: Mapping[str, Any]) -> ChatRequest:
+        """The chat completion that another API's request amounts to."""
+        try:
+            return ChatRequest.model_validate(body)
+        except ValidationError as error:
+            errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+            raise from_validation(errors, body) from None
+
+    async def render(self, body: ChatRequest) -> RenderedChat:
+        """The conversation as the model reads it."""
+        dialect = self._dialect
+        if body.offered_tools and not body.forces_call and dialect.tools is None:
+            raise ApiError(
+                400,
+                "tools are not supported with tool_choice='auto': the model's chat template has "
+                "none, or server.tool_parser does not say how it writes calls; a call that "
+                "tool_choice forces is",
+                param="tools",
+            )
+        try:
+            messages, tools = body.plain_messages(), body.offered_tools
+        except ValueError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        if not dialect.knows_tools:
+            messages, tools = describe_tools(messages, tools), []
+        return await self.service.render_chat(messages, tools, self._variables(body))
+
+    async def answer(
+        self,
+        http: Request,
+        body: ChatRequest,
+        shape: Callable[[ChatAnswer], AnswerShape],
+        answer_id: str,
+    ) -> Response:
+        """Answer a conversation in the shape of an endpoint.
+
+        Args:
+            http: the request.
+            body: of the request, in the form of a chat completion.
+            shape: writes the answer.
+            answer_id: names it.
+        """
+        model = await self.service.check_model(body.model)
+        prompt = await self.render(body)
+        max_tokens = await self.service.max_tokens_of(prompt.token_ids, body.max_tokens_asked)
+        is_structured = _is_structured(body)
+        think = self._dialect.think
+        after = self.service.tokenizer.token_id(think.end) if think else None
+        opened = think is not None and think.opened_by(prompt.text)
+        # A form begins behind the reasoning, where the prompt has begun that.
+        structure_after = after if is_structured and opened else None
+
+        def new_parser() -> ToolParser:
+            if not is_structured:
+                parser = self._dialect.new_parser(body.functions)
+            else:
+                parser = body.forced_parser() if body.forces_call else PLAIN_TEXT
+            if think is None or (is_structured and structure_after is None):
+                return parser
+            return ThinkParser(think, parser, opened=opened)
+
+        tools = self._dialect.tools
+
+        def of_answer(answer: Answer) -> AnswerShape:
+            new_id = tools.new_call_id if tools else new_call_id
+            count = self.service.count_tokens
+            return shape(ChatAnswer(answer, answer_id, model, new_parser, new_id, count))
+
+        return await self.service.answer(
+            http,
+            body,
+            [(prompt.token_ids, max_tokens)],
+            of_answer,
+            answer_id=answer_id,
+            decoder=self.service.tokenizer.showing(self._dialect.marks),
+            structure_after=structure_after,
+        )
+
+    def _variables(self, body: ChatRequest) -> Mapping[str, Any]:
+        """Of the template, as the request sets them; the more exact way of asking wins."""
+        try:
+            effort = body.reasoning_effort
+            of_effort = self._dialect.effort_variables(effort) if effort else {}
+        except ValueError as error:
+            raise ApiError(400, str(error), param="reasoning_effort") from None
+        return {**of_effort, **(body.chat_template_kwargs or {})}
+
+
+def _is_structured(body: ChatRequest) -> bool:
+    try:
+        return body.structured_output() is not None
+    except ValueError as error:
+        raise ApiError(400, str(error)) from None
