@@ -98,6 +98,7 @@ class Swapper:
             step_id: the step that is being planned.
         """
         self.preemptions += 1
+        victim.steady_until = 0
         victim.kv.preempted_for = cause.request_id if cause else None
         used = self.blocks_for(victim.num_computed_tokens)
         if self._strategy == "recompute" or not self._make_host_room(
@@ -199,6 +200,7 @@ class Swapper:
         """Give up all blocks of a request that nothing uses any more."""
         self._prefix_cache.left(request)
         self._is_swapped_no_more(request)
+        request.steady_until = 0
         self._device.free(request.kv.block_table)
         self._host.free(request.kv.host_table)
         request.kv.block_table = []
