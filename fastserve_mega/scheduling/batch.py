@@ -152,8 +152,8 @@ class BatchBuilder:
         """Give a request room for `tokens` tokens; sets `_stops` when admission closes."""
         if request.place is Place.RESIDENT:
             admission = self._memory.grow(request, tokens)
-        elif request.place is Place.SWAPPED and not self._takes_swapped:
-            return False  # preempted in this very step
+        elif request in self._memory.swapper.preempted:
+            return False  # in this very step
         else:
             admission = self._memory.make_resident(request, reserve=len(self.requests))
         if admission is Admission.NO_MEMORY:

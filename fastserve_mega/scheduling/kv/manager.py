@@ -120,6 +120,7 @@ class KvManager:
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
         self._step_id = step_id
+        self.swapper.preempted.clear()
         self.reclaimer.begin_step(step_id, now)
 
     def make_resident(self, request: Request, reserve: int) -> Admission:

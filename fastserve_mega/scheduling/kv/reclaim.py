@@ -131,12 +131,13 @@ class Reclaimer:
 
     def take(self, request: Request, count: int, reserve: int) -> list[int] | None:
         """Allocate `count` blocks and leave `reserve` free; None when that cannot be now."""
-        shortage = count + reserve - self._device.free_count
+        needed = count + reserve
+        shortage = needed - self._device.free_count
         if shortage > 0:
-            if self._is_beyond_reach(request, count + reserve):
+            if self._is_beyond_reach(request, needed):
                 return None
             self._preempt_below(request, shortage)
-            if count + reserve > self._device.free_count:
+            if needed > self._device.free_count:
                 return None
         return self._device.allocate(count)
 

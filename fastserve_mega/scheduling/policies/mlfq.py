@@ -66,11 +66,11 @@ class Mlfq(Policy):
         used_up = []
         for request in batch:
             state = request.queue
-            state.charged_s += elapsed_s
+            state.charged_s = charged_s = state.charged_s + elapsed_s
             # A prefill is one iteration (paper section 4.1), however many chunks it is cut into:
             # what it used up counts when it is done. Else half-read prompts would queue behind
             # each other with the blocks of the whole prompt in their hands.
-            if state.charged_s >= quanta_s[state.level] and request.num_pending_tokens == 1:
+            if charged_s >= quanta_s[state.level] and request.num_pending_tokens == 1:
                 used_up.append(request)
         if used_up:
             # One prediction for the longest context, instead of one for each.
