@@ -117,8 +117,9 @@ class Reclaimer:
         self._step_id = 0
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
-        self._attainable: tuple[Any, int] | None = None
-        """A rank, and what requests of lower priority can hope for in this step at most."""
+        self._attainable: dict[bool, tuple[Any, int]] = {}
+        """A rank, and what requests of lower priority can hope for in this step at most; True for
+        residents, who may take blocks from more victims than those that are to be admitted."""
         self._held: list[tuple[Request, int]] = []
         """Requests that come back from the host soon, and the blocks that takes."""
 
@@ -126,7 +127,7 @@ class Reclaimer:
         """Forget what was found out for the step before."""
         self._step_id = step_id
         self._claimed = 0
-        self._attainable = None
+        self._attainable.clear()
         self.victims.begin_step(now)
 
     def take(self, request: Request, count: int, reserve: int) -> list[int] | None:
@@ -178,9 +179,10 @@ class Reclaimer:
 
     def _is_beyond_reach(self, request: Request, blocks: int) -> bool:
         """Whether victims were sought in vain in this step for somebody who could have more."""
-        if self._attainable is None or request.place is Place.RESIDENT:
+        found = self._attainable.get(request.place is Place.RESIDENT)
+        if found is None:
             return False
-        rank, attainable = self._attainable
+        rank, attainable = found
         return blocks > attainable and self._queues.rank(request) >= rank
 
     def _preempt_below(self, request: Request, shortage: int) -> None:
@@ -195,7 +197,8 @@ class Reclaimer:
         chosen, held = self.victims.choose(request, shortage - coming, self._host_room())
         if held < shortage - coming:
             free = self._device.free_count
-            self._attainable = (self._queues.rank(request), free + coming + held)
+            found = self._queues.rank(request), free + coming + held
+            self._attainable[request.place is Place.RESIDENT] = found
             return
         for victim in chosen:
             self._swapper.preempt(victim, request, self._step_id)
