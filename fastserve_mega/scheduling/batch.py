@@ -58,6 +58,8 @@ class BatchBuilder:
         """What is left of the tokens is reserved for decodes."""
         self._passes_prefills = False
         """The walk goes on behind prefills that find no tokens."""
+        self._growth_ended = False
+        """A resident could not have got a single block, and those behind it have fewer victims."""
 
     def fill(self) -> None:
         """Take requests until nothing more fits."""
@@ -95,6 +97,7 @@ class BatchBuilder:
         requests, slices = self.requests, self.slices
         ready, running = RequestStatus.READY, RequestStatus.RUNNING
         self._passes_prefills = self._prefills_wait
+        self._growth_ended = False
         full_at = self._full_at
         for request in candidates:
             start = request.num_computed_tokens
@@ -151,7 +154,12 @@ class BatchBuilder:
     def _has_memory(self, request: Request, tokens: int) -> bool:
         """Give a request room for `tokens` tokens; sets `_stops` when admission closes."""
         if request.place is Place.RESIDENT:
+            if self._growth_ended:
+                self._pass_over(request)
+                return False
             admission = self._memory.grow(request, tokens)
+            if admission is Admission.NO_MEMORY:
+                self._growth_ended = self._memory.reclaimer.growth_ended(request)
         elif request in self._memory.swapper.preempted:
             return False  # in this very step
         else:

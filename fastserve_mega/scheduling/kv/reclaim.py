@@ -122,12 +122,15 @@ class Reclaimer:
         residents, who may take blocks from more victims than those that are to be admitted."""
         self._held: list[tuple[Request, int]] = []
         """Requests that come back from the host soon, and the blocks that takes."""
+        self._held_ranks: list[tuple[Any, int, Request]] | None = None
+        """The same with their ranks, once somebody has asked in this step."""
 
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
         self._step_id = step_id
         self._claimed = 0
         self._attainable.clear()
+        self._held_ranks = None
         self.victims.begin_step(now)
 
     def take(self, request: Request, count: int, reserve: int) -> list[int] | None:
@@ -142,6 +145,10 @@ class Reclaimer:
                 return None
         return self._device.allocate(count)
 
+    def growth_ended(self, resident: Request) -> bool:
+        """Whether neither a resident nor anybody behind it can get a single block in this step."""
+        return self._is_beyond_reach(resident, 1)
+
     def hold(self, needs: Iterable[tuple[Request, int]]) -> None:
         """Keep blocks that come free for requests on the host, as many as each needs."""
         self._held = list(needs)
@@ -151,13 +158,17 @@ class Reclaimer:
         if not self._held:
             return 0
         rank = self._queues.rank
-        own_rank = rank(request)
-        return sum(
-            blocks
-            for held, blocks in self._held
-            # It may have ended or lost its KV since.
-            if not held.is_finished and held.place is Place.SWAPPED and rank(held) < own_rank
-        )
+        if self._held_ranks is None:  # some may have ended or lost their KV since
+            self._held_ranks = [
+                (rank(held), blocks, held)
+                for held, blocks in self._held
+                if not held.is_finished and held.place is Place.SWAPPED
+            ]
+        own_rank, total = rank(request), 0
+        for held_rank, blocks, held in self._held_ranks:
+            if held_rank < own_rank and held.place is Place.SWAPPED:
+                total += blocks
+        return total
 
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""

@@ -44,7 +44,7 @@ class LevelQueues:
         self._entries = 0
 
     def __len__(self) -> int:
-        return sum(self._lengths)
+        return sum(self._counts)
 
     def level_lengths(self) -> tuple[int, ...]:
         return tuple(self._lengths)
@@ -76,7 +76,8 @@ class LevelQueues:
 
     def move(self, request: Request, level: int) -> None:
         """Put it at the end of another level, or of its own."""
-        self._forget_lift(request)
+        if not request.queue.level:
+            self._forget_lift(request)
         self._take_out(request)
         self.add(request, level)
 

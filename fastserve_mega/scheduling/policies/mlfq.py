@@ -186,7 +186,8 @@ class Mlfq(Policy):
         if request.queue.level == 0:
             return
         is_waiting = request.place is Place.WAITING
-        if watch := self._waiting_watch if is_waiting else self._started_watch:
+        watch = self._waiting_watch if is_waiting else self._started_watch
+        if watch and request not in watch:
             watch.add(request, len(self.queues))
 
     def _patience_s(self, request: Request) -> float:
@@ -207,10 +208,9 @@ class Mlfq(Policy):
     # --- demotion --------------------------------------------------------------------------------
 
     def _demote(self, request: Request, decode_s: float) -> None:
-        """Move it down; `decode_s` is at least the time of its next iteration if it decodes."""
+        """Move one that decodes down; `decode_s` is at least the time of its next iteration."""
         level = min(request.queue.level + 1, self._lowest)
-        decodes_in_time = request.num_pending_tokens == 1 and decode_s <= self.level_quanta_s[level]
-        if self.skip_join and not decodes_in_time:
+        if self.skip_join and decode_s > self.level_quanta_s[level]:
             level = max(level, self._level_that_holds(self._next_iteration_s(request)))
         self.queues.move(request, level)
         self._watch_starvation(request)
