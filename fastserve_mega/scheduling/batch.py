@@ -145,9 +145,7 @@ class BatchBuilder:
         sent = kv.num_sent_blocks
         new = self._memory.take_unsent(request) if sent != len(kv.block_table) else ()
         self.requests.append(request)
-        self.slices.append(
-            SequenceSlice(request.request_id, start, num_tokens, samples, sent, new)
-        )
+        self.slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, sent, new))
         self._prefill_tokens += num_tokens - 1
         return True
 

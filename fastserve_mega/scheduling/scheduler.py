@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fastserve_mega.plan import Plan
@@ -69,6 +70,7 @@ class Scheduler:
         self._unread_tokens = 0
         self._arrivals = 0
         self._next_step_id = first_step_id
+        self._promoted_at = -math.inf
 
     def step(self, now: float, events: Sequence[Event] = ()) -> Plan | None:
         """Take in what happened and decide the next step.
@@ -79,14 +81,27 @@ class Scheduler:
         """
         for event in events:
             self._apply(event, now)
-        if len(self._in_flight) >= self._window or not self._requests:
+        if not self._may_plan:
             return None
+        self._promoted_at = now
         self._policy.promote(now)
         return self._plan_step(now)
 
     def next_deadline(self, now: float) -> float | None:
-        """When `step` should be called though nothing happened; None for never."""
-        return self._policy.next_deadline(now)
+        """When `step` should be called though nothing happens before; None for never.
+
+        That is when a request will have waited too long, if a step could be planned then.
+        """
+        if not self._may_plan:
+            return None
+        deadline = self._policy.next_deadline(now)
+        if deadline is None or deadline <= self._promoted_at:  # `promote` has seen it
+            return None
+        return deadline
+
+    @property
+    def _may_plan(self) -> bool:
+        return bool(self._requests) and len(self._in_flight) < self._window
 
     def refusal(self, prompt_tokens: int, max_tokens: int) -> str | None:
         """Why a request could never run, as one sentence; None when it could."""
