@@ -258,6 +258,7 @@ class Scheduler:
             elif request.num_computed_tokens == request.num_tokens:
                 request.num_tokens += 1
                 request.has_progressed = True
+                self._read(request, request.num_unread_tokens)  # some of it may have been cached
                 sampled += 1
         self._memory.started.projection.observe(sampled + len(finished), len(finished))
         self._cost_model.observe(prefill_tokens, len(batch) - prefills, elapsed_s)
