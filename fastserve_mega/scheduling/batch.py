@@ -38,6 +38,7 @@ class BatchBuilder:
         self.requests: list[Request] = []
         self.slices: list[SequenceSlice] = []
         self._memory = memory
+        self._preempted = memory.swapper.preempted
         self._queues = policy.queues
         self._takes_swapped = Place.SWAPPED in memory.runnable_places
         self._max_requests = max_requests
@@ -119,7 +120,7 @@ class BatchBuilder:
     def _take_closely(self, request: Request) -> bool:
         """Give a request its tokens and blocks, if there are any; whether it takes part."""
         self._stops = False
-        if request.status in _UNDER_WAY:
+        if request.status in _UNDER_WAY or request in self._preempted:
             return False
         pending = request.num_pending_tokens
         num_tokens = 1 if pending == 1 else self._chunk(request, pending)
@@ -158,8 +159,6 @@ class BatchBuilder:
             admission = self._memory.grow(request, tokens)
             if admission is Admission.NO_MEMORY:
                 self._growth_ended = self._memory.reclaimer.growth_ended(request)
-        elif request in self._memory.swapper.preempted:
-            return False  # in this very step
         else:
             admission = self._memory.make_resident(request, reserve=len(self.requests))
         if admission is Admission.NO_MEMORY:
