@@ -155,7 +155,8 @@ class Coordinator:
     def _next_deadline(self) -> float | None:
         """When a turn has something to do though nothing arrives."""
         deadlines = [self._requests.next_deadline()]
-        deadlines += [replica.next_deadline() for replica in self._replicas]
+        now = self._clock()
+        deadlines += [replica.next_deadline(now) for replica in self._replicas]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _reply(self, client: Identity, message: Message | bytes) -> None:

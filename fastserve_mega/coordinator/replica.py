@@ -149,12 +149,15 @@ class Replica:
             self._metrics.observe_copy(flying.copy.direction, flying.copy_s)
             self.tell(CopyDone(result.copy_id))
 
-    def next_deadline(self) -> float | None:
-        """When a step or copy is overdue."""
+    def next_deadline(self, now: float) -> float | None:
+        """When a step or copy is overdue, or the scheduler asks for a turn."""
         oldest = [flying.dispatched_at for flying in self._oldest_copies()]
         if self._steps:
             oldest.append(self._steps[0].dispatched_at)
-        return min(oldest) + self._step_timeout_s if oldest else None
+        deadlines = [dispatched_at + self._step_timeout_s for dispatched_at in oldest]
+        if (asked_at := self.scheduler.next_deadline(now)) is not None:
+            deadlines.append(asked_at)
+        return min(deadlines, default=None)
 
     def check_deadlines(self, now: float) -> None:
         """Raise WorkersLostError when a step or copy is overdue."""

@@ -38,22 +38,29 @@ class BatchBuilder:
         self.requests: list[Request] = []
         self.slices: list[SequenceSlice] = []
         self._memory = memory
+        self._preempted = memory.swapper.preempted
         self._queues = policy.queues
         self._takes_swapped = Place.SWAPPED in memory.runnable_places
         self._max_requests = max_requests
         self._in_flight = in_flight
-        self._tokens_left = config.max_batch_tokens
+        self._max_tokens = config.max_batch_tokens
+        self._prefill_tokens = 0
+        """Tokens beyond the first of each request."""
         self._lookahead = config.backfill_lookahead
         self._max_passed_over = config.max_passed_over
         self._admitting = True
         self._starting = True
         self._not_started_left = config.backfill_lookahead
         self._stops = False
-        """Admission has just closed, or nobody else is started."""
+        """The walk ends: admission has just closed, nobody else is started, or prefills wait."""
         self._reserves_tokens = True
         """A prefill leaves a token to each decode that may stand behind it."""
         self._prefills_wait = False
         """What is left of the tokens is reserved for decodes."""
+        self._passes_prefills = False
+        """The walk goes on behind prefills that find no tokens."""
+        self._growth_ended = False
+        """A resident could not have got a single block, and those behind it have fewer victims."""
 
     def fill(self) -> None:
         """Take requests until nothing more fits."""
@@ -70,8 +77,13 @@ class BatchBuilder:
             self._reserves_tokens = self._prefills_wait = False
             self._take_by_priority()
 
+    @property
+    def _full_at(self) -> int:
+        """Requests with which the batch or its tokens are full; each of them has one at least."""
+        return min(self._max_requests, self._max_tokens - self._prefill_tokens)
+
     def _has_room(self) -> bool:
-        return self._tokens_left > 0 and len(self.requests) < self._max_requests
+        return len(self.requests) < self._full_at
 
     def _take_by_priority(self) -> None:
         if self._admitting:
@@ -81,52 +93,72 @@ class BatchBuilder:
             self._take(self._queues.walk(Place.RESIDENT))
 
     def _take(self, candidates: Iterable[Request]) -> None:
-        # The one loop whose cost counts: it looks at each running request in each step.
+        # One of two loops that look at each running request in each step (`Scheduler._step_done`
+        # has the other): a decode that changes nothing is counted here, the rest looked at closely.
         requests, slices = self.requests, self.slices
-        block_size = self._memory.block_size
-        prefills_waited = self._prefills_wait
         ready, running = RequestStatus.READY, RequestStatus.RUNNING
+        self._passes_prefills = self._prefills_wait
+        self._growth_ended = False
+        full_at = self._full_at
         for request in candidates:
-            if request.status is not ready and request.status in _UNDER_WAY:
-                continue
             start = request.num_computed_tokens
-            pending = request.num_tokens - start
-            num_tokens = 1
-            if pending > 1 and not (num_tokens := self._chunk(request, pending)):
-                if prefills_waited:
+            if start < request.steady_until:
+                if request.status is not ready:  # in another step
                     continue
+                request.status = running
+                request.num_scheduled_tokens = 1
+                requests.append(request)
+                sent = request.kv.num_sent_blocks
+                slices.append(SequenceSlice(request.request_id, start, 1, True, sent, ()))
+            elif self._take_closely(request):
+                full_at = self._full_at
+            elif self._stops:
                 return
-            kv = request.kv
-            table = kv.block_table
-            if start + num_tokens > len(table) * block_size:
-                if not self._has_memory(request, start + num_tokens):
-                    if self._stops:
-                        return
-                    continue
-                table, start = kv.block_table, request.num_computed_tokens
-                pending = request.num_tokens - start  # some of it may have been cached
-                num_tokens = min(num_tokens, pending)
-            request.status = running
-            request.num_scheduled_tokens = num_tokens
-            request.num_passed_over = 0
-            requests.append(request)
-            sent = kv.num_sent_blocks
-            new = self._memory.take_unsent(request) if sent != len(table) else ()
-            samples = num_tokens == pending
-            if not samples:
-                self._prefills_wait = True
-            slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, sent, new))
-            self._tokens_left -= num_tokens
-            if not self._tokens_left or len(requests) == self._max_requests:
+            if len(requests) >= full_at:
                 return
+
+    def _take_closely(self, request: Request) -> bool:
+        """Give a request its tokens and blocks, if there are any; whether it takes part."""
+        self._stops = False
+        if request.status in _UNDER_WAY or request in self._preempted:
+            return False
+        pending = request.num_pending_tokens
+        num_tokens = 1 if pending == 1 else self._chunk(request, pending)
+        if not num_tokens:
+            self._stops = not self._passes_prefills
+            return False
+        kv = request.kv
+        start = request.num_computed_tokens
+        if start + num_tokens > len(kv.block_table) * self._memory.block_size:
+            if not self._has_memory(request, start + num_tokens):
+                return False
+            start = request.num_computed_tokens
+            pending = request.num_pending_tokens  # some of it may have been cached
+            num_tokens = min(num_tokens, pending)
+        request.status = RequestStatus.RUNNING
+        request.num_scheduled_tokens = num_tokens
+        request.num_passed_over = 0
+        samples = num_tokens == pending
+        if not samples:
+            self._prefills_wait = True
+        elif request.has_progressed:
+            request.steady_until = self._memory.steady_until(request)
+        sent = kv.num_sent_blocks
+        new = self._memory.take_unsent(request) if sent != len(kv.block_table) else ()
+        self.requests.append(request)
+        self.slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, sent, new))
+        self._prefill_tokens += num_tokens - 1
+        return True
 
     def _has_memory(self, request: Request, tokens: int) -> bool:
         """Give a request room for `tokens` tokens; sets `_stops` when admission closes."""
-        self._stops = False
         if request.place is Place.RESIDENT:
+            if self._growth_ended:
+                self._pass_over(request)
+                return False
             admission = self._memory.grow(request, tokens)
-        elif request.place is Place.SWAPPED and not self._takes_swapped:
-            return False  # preempted in this very step
+            if admission is Admission.NO_MEMORY:
+                self._growth_ended = self._memory.reclaimer.growth_ended(request)
         else:
             admission = self._memory.make_resident(request, reserve=len(self.requests))
         if admission is Admission.NO_MEMORY:
@@ -139,7 +171,7 @@ class BatchBuilder:
         """Tokens of a prefill in this step; after one that does not get all, there are none."""
         if self._prefills_wait:
             return 0
-        left = self._tokens_left
+        left = self._max_tokens - self._prefill_tokens - len(self.requests)
         if self._reserves_tokens:
             left -= self._decodes_behind(request)
         self._prefills_wait = left <= 0

@@ -143,6 +143,10 @@ class Request:
     preemption_credit_s: float = 0.0
     """Time it has to run before its blocks are taken away, in return for having been recomputed."""
 
+    steady_until: int = 0
+    """While `num_computed_tokens` is below this, a step that takes it has only to count: it
+    decodes, has room, and the workers know all of its blocks. 0 is always right; then a step takes
+    a closer look."""
     num_passed_over: int = 0
     """Steps in which it found no memory since it last ran."""
 

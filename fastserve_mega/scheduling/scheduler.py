@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fastserve_mega.plan import Plan
@@ -69,6 +70,7 @@ class Scheduler:
         self._unread_tokens = 0
         self._arrivals = 0
         self._next_step_id = first_step_id
+        self._promoted_at = -math.inf
 
     def step(self, now: float, events: Sequence[Event] = ()) -> Plan | None:
         """Take in what happened and decide the next step.
@@ -79,14 +81,27 @@ class Scheduler:
         """
         for event in events:
             self._apply(event, now)
-        if len(self._in_flight) >= self._window or not self._requests:
+        if not self._may_plan:
             return None
+        self._promoted_at = now
         self._policy.promote(now)
         return self._plan_step(now)
 
     def next_deadline(self, now: float) -> float | None:
-        """When `step` should be called though nothing happened; None for never."""
-        return self._policy.next_deadline(now)
+        """When `step` should be called though nothing happens before; None for never.
+
+        That is when a request will have waited too long, if a step could be planned then.
+        """
+        if not self._may_plan:
+            return None
+        deadline = self._policy.next_deadline(now)
+        if deadline is None or deadline <= self._promoted_at:  # `promote` has seen it
+            return None
+        return deadline
+
+    @property
+    def _may_plan(self) -> bool:
+        return bool(self._requests) and len(self._in_flight) < self._window
 
     def refusal(self, prompt_tokens: int, max_tokens: int) -> str | None:
         """Why a request could never run, as one sentence; None when it could."""
@@ -205,45 +220,63 @@ class Scheduler:
         self._planner.observe_arrival(self._memory.blocks_for(request.num_tokens), now)
 
     def _step_done(self, event: StepDone, now: float) -> None:
-        finished = frozenset(event.finished)
         for request_id, block_hash in event.filled:
             self._memory.filled(self._requests[request_id], block_hash)
-        block_size, publish = self._memory.block_size, self._memory.prefix_cache.publish
-        elapsed_s, shares = event.elapsed_s, self._memory.shares_prefixes
-        running, ready = RequestStatus.RUNNING, RequestStatus.READY
-        prefill_tokens = decodes = sampled = 0
-        going_on = []
-        for request in self._in_flight.pop(event.step_id):
-            tokens = request.num_scheduled_tokens
-            if tokens > 1:
-                prefill_tokens += tokens
-            else:
-                decodes += 1
-            request.num_computed_tokens += tokens
+        for request_id in event.finished:
+            if request := self._requests.get(request_id):
+                request.steady_until = 0
+        batch = self._in_flight.pop(event.step_id)
+        elapsed_s, ready = event.elapsed_s, RequestStatus.READY
+        others = []
+        # The other of two loops that look at each running request (`BatchBuilder._take`): who was
+        # only counted when the step was planned is only counted now.
+        for request in batch:
+            computed = request.num_computed_tokens + 1
+            if computed > request.steady_until:
+                others.append(request)
+                continue
+            request.num_computed_tokens = computed
+            request.num_tokens = computed + 1
             request.num_scheduled_tokens = 0
-            if request.num_unread_tokens:
-                self._read(request, tokens)
             request.waiting_since = now
             request.preemption_credit_s -= elapsed_s
-            if request.status is not running:  # aborted while the step ran
-                self._memory.release(request)
-                continue
             request.status = ready
-            if shares and request.num_computed_tokens // block_size > (
-                request.kv.num_published_blocks
-            ):
-                publish(request)
-            if request.request_id in finished:
+        prefill_tokens = prefills = 0
+        sampled = len(batch) - len(others)
+        finished, gone = frozenset(event.finished), set()
+        for request in others:
+            if request.num_scheduled_tokens > 1:
+                prefill_tokens += request.num_scheduled_tokens
+                prefills += 1
+            self._compute(request, elapsed_s, now)
+            if request.status is RequestStatus.FINISHED:  # aborted while the step ran
+                self._memory.release(request)
+                gone.add(request)
+            elif request.request_id in finished:
                 self._end(request)
-            else:
-                if request.num_computed_tokens == request.num_tokens:
-                    request.num_tokens += 1
-                    sampled += 1
-                    request.has_progressed = True
-                going_on.append(request)
+                gone.add(request)
+            elif request.num_computed_tokens == request.num_tokens:
+                request.num_tokens += 1
+                request.has_progressed = True
+                self._read(request, request.num_unread_tokens)  # some of it may have been cached
+                sampled += 1
         self._memory.started.projection.observe(sampled + len(finished), len(finished))
-        self._cost_model.observe(prefill_tokens, decodes, event.elapsed_s)
-        self._policy.charge(going_on, event.elapsed_s)
+        self._cost_model.observe(prefill_tokens, len(batch) - prefills, elapsed_s)
+        going_on = [each for each in batch if each not in gone] if gone else batch
+        self._policy.charge(going_on, elapsed_s)
+
+    def _compute(self, request: Request, elapsed_s: float, now: float) -> None:
+        """Take in that a step has computed the tokens that it was given for."""
+        tokens, request.num_scheduled_tokens = request.num_scheduled_tokens, 0
+        request.num_computed_tokens += tokens
+        if request.num_unread_tokens:
+            self._read(request, tokens)
+        request.waiting_since = now
+        request.preemption_credit_s -= elapsed_s
+        if request.status is RequestStatus.RUNNING:
+            request.status = RequestStatus.READY
+            if self._memory.shares_prefixes:
+                self._memory.prefix_cache.publish(request)
 
     def _read(self, request: Request, tokens: int) -> None:
         read = min(tokens, request.num_unread_tokens)
@@ -253,6 +286,7 @@ class Scheduler:
     def _end(self, request: Request) -> None:
         self._queues.remove(request)
         request.status = RequestStatus.FINISHED
+        request.steady_until = 0
         self._read(request, request.num_unread_tokens)
         del self._requests[request.request_id]
         self._released.append(request.request_id)

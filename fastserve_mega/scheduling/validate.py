@@ -25,6 +25,16 @@ def validate(request: Request, block_size: int, *, in_step: bool) -> None:
         "the workers know more blocks than it has": kv.num_sent_blocks <= len(kv.block_table)
         or not kv.block_table,
     }
+    if computed < request.steady_until:
+        holds["a step cannot only count it"] = (
+            status in (RequestStatus.READY, RequestStatus.RUNNING)
+            and request.num_pending_tokens == 1
+            and not request.num_unread_tokens
+            and request.has_progressed
+            and not request.num_passed_over
+            and request.steady_until <= device
+            and kv.num_sent_blocks == len(kv.block_table)
+        )
     match status:
         case RequestStatus.WAITING:
             holds["it waits with KV"] = not kv.block_table and not kv.host_table and not computed

@@ -29,7 +29,7 @@ from fastserve_mega.scheduling.cost_model import (
 )
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.system.config import SchedulerConfig
+from fastserve_mega.system.config import MlfqConfig, SchedulerConfig
 from fastserve_mega.types import FinishReason, SamplingParams
 
 EOS = 2
@@ -41,11 +41,12 @@ class World:
 
     ranks = range(1)
 
-    def __init__(self):
+    def __init__(self, config=None, window=1, blocks=32):
         self.log, self.arrived, self.returned, self.lost = [], [], [], []
         self.now = 0.0
-        config = SchedulerConfig(policy="fcfs")
-        scheduler = Scheduler(config, ProfiledCostModel(PROFILE), PoolSizes(32, 0, 4))
+        config = config or SchedulerConfig(policy="fcfs")
+        costs, pools = ProfiledCostModel(PROFILE), PoolSizes(blocks, 0, 4)
+        scheduler = Scheduler(config, costs, pools, window=window)
         welcome = Welcome("e", "m", "/m", max_context=64, vocab_size=99, eos_token_ids=(EOS,))
         metrics = ServingMetrics(block_bytes=1)
         self.coordinator = Coordinator(
@@ -111,6 +112,21 @@ def test_what_arrives_in_a_turn_is_planned_in_it(world):
     log = world.turn(submit("b", max_tokens=9), result=StepResult(0, (7,)))
     assert log[1] == ("dispatch", 1, ((7,), (5, 6)))
     assert world.turn() == [("poll", 10.0)]  # nothing arrived, and the window is full
+
+
+def test_a_turn_comes_when_a_request_starves_though_nothing_arrives():
+    """Two stages, and memory for one request: the place of the second is free all the time."""
+    mlfq = MlfqConfig(base_quantum_s=0.01, starvation_limit_s=0.3)
+    world = World(SchedulerConfig(mlfq=mlfq), window=2, blocks=16)
+    world.turn(*[Submit(name, (5,) * 40, SamplingParams(max_tokens=5)) for name in "ab"])
+    scheduler = world.coordinator._replicas[0].scheduler
+    assert scheduler.steps_in_flight == 1
+    assert world.turn()[0] == ("poll", 0.3)
+    assert scheduler.level_lengths()[0] == 0
+    world.now = 0.3
+    world.turn()
+    assert scheduler.level_lengths()[0] == 1
+    assert world.turn()[0] == ("poll", 0.6)  # when `a` starves, unless its step is done before
 
 
 def test_a_flood_is_answered_in_several_turns(world):

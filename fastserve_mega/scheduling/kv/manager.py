@@ -120,6 +120,7 @@ class KvManager:
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
         self._step_id = step_id
+        self.swapper.preempted.clear()
         self.reclaimer.begin_step(step_id, now)
 
     def make_resident(self, request: Request, reserve: int) -> Admission:
@@ -149,6 +150,7 @@ class KvManager:
     def filled(self, request: Request, block_hash: BlockHash) -> None:
         """Take in the hash of a block that a new token filled."""
         request.kv.block_hashes.append(block_hash)
+        request.steady_until = 0
 
     def grow(self, request: Request, tokens: int) -> Admission:
         """Let a resident request hold `tokens` tokens."""
@@ -158,6 +160,17 @@ class KvManager:
             return Admission.NO_MEMORY
         request.kv.block_table.extend(added)
         return Admission.READY
+
+    def steady_until(self, request: Request) -> int:
+        """Return the computed tokens at which a decoding resident needs more than to be counted.
+
+        That is when it needs another block, or when it fills one that others can find then.
+        """
+        kv = request.kv
+        room = len(kv.block_table) * self.block_size
+        if kv.num_published_blocks < len(kv.block_hashes):
+            return min(room, (kv.num_published_blocks + 1) * self.block_size - 1)
+        return room
 
     def take_unsent(self, request: Request) -> tuple[int, ...]:
         """Return the device blocks of a request that the workers do not know, for the next plan."""
@@ -290,6 +303,7 @@ class KvManager:
         request.kv.block_table = table
         request.kv.num_sent_blocks = 0
         request.has_progressed = False
+        request.steady_until = 0
         self.swapper.is_dropped_no_more(request)
         if dropped := request.kv.num_dropped_tokens:
             # It has to be prefilled again, and the time for that to be paid back.

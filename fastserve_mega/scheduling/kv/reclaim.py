@@ -117,28 +117,37 @@ class Reclaimer:
         self._step_id = 0
         self._claimed = 0
         """Leaving blocks that somebody in this step waits for."""
-        self._attainable: tuple[Any, int] | None = None
-        """A rank, and what requests of lower priority can hope for in this step at most."""
+        self._attainable: dict[bool, tuple[Any, int]] = {}
+        """A rank, and what requests of lower priority can hope for in this step at most; True for
+        residents, who may take blocks from more victims than those that are to be admitted."""
         self._held: list[tuple[Request, int]] = []
         """Requests that come back from the host soon, and the blocks that takes."""
+        self._held_ranks: list[tuple[Any, int, Request]] | None = None
+        """The same with their ranks, once somebody has asked in this step."""
 
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""
         self._step_id = step_id
         self._claimed = 0
-        self._attainable = None
+        self._attainable.clear()
+        self._held_ranks = None
         self.victims.begin_step(now)
 
     def take(self, request: Request, count: int, reserve: int) -> list[int] | None:
         """Allocate `count` blocks and leave `reserve` free; None when that cannot be now."""
-        shortage = count + reserve - self._device.free_count
+        needed = count + reserve
+        shortage = needed - self._device.free_count
         if shortage > 0:
-            if self._is_beyond_reach(request, count + reserve):
+            if self._is_beyond_reach(request, needed):
                 return None
             self._preempt_below(request, shortage)
-            if count + reserve > self._device.free_count:
+            if needed > self._device.free_count:
                 return None
         return self._device.allocate(count)
+
+    def growth_ended(self, resident: Request) -> bool:
+        """Whether neither a resident nor anybody behind it can get a single block in this step."""
+        return self._is_beyond_reach(resident, 1)
 
     def hold(self, needs: Iterable[tuple[Request, int]]) -> None:
         """Keep blocks that come free for requests on the host, as many as each needs."""
@@ -149,13 +158,17 @@ class Reclaimer:
         if not self._held:
             return 0
         rank = self._queues.rank
-        own_rank = rank(request)
-        return sum(
-            blocks
-            for held, blocks in self._held
-            # It may have ended or lost its KV since.
-            if not held.is_finished and held.place is Place.SWAPPED and rank(held) < own_rank
-        )
+        if self._held_ranks is None:  # some may have ended or lost their KV since
+            self._held_ranks = [
+                (rank(held), blocks, held)
+                for held, blocks in self._held
+                if not held.is_finished and held.place is Place.SWAPPED
+            ]
+        own_rank, total = rank(request), 0
+        for held_rank, blocks, held in self._held_ranks:
+            if held_rank < own_rank and held.place is Place.SWAPPED:
+                total += blocks
+        return total
 
     def swap_out_for(self, blocks: int) -> None:
         """Make this many device blocks free soon, from those who will run last."""
@@ -177,9 +190,10 @@ class Reclaimer:
 
     def _is_beyond_reach(self, request: Request, blocks: int) -> bool:
         """Whether victims were sought in vain in this step for somebody who could have more."""
-        if self._attainable is None or request.place is Place.RESIDENT:
+        found = self._attainable.get(request.place is Place.RESIDENT)
+        if found is None:
             return False
-        rank, attainable = self._attainable
+        rank, attainable = found
         return blocks > attainable and self._queues.rank(request) >= rank
 
     def _preempt_below(self, request: Request, shortage: int) -> None:
@@ -194,7 +208,8 @@ class Reclaimer:
         chosen, held = self.victims.choose(request, shortage - coming, self._host_room())
         if held < shortage - coming:
             free = self._device.free_count
-            self._attainable = (self._queues.rank(request), free + coming + held)
+            found = self._queues.rank(request), free + coming + held
+            self._attainable[request.place is Place.RESIDENT] = found
             return
         for victim in chosen:
             self._swapper.preempt(victim, request, self._step_id)

@@ -36,6 +36,8 @@ class Swapper:
         self.recomputed_tokens = 0
         """Tokens whose KV was computed, dropped, and not found again."""
         self.preemptions = 0
+        self.preempted: set[Request] = set()
+        """Requests that lost their device blocks in the step that is being planned."""
         self.dropped: dict[Request, None] = {}
         """Requests that have lost their KV and not come back, in that order."""
         self.num_dropped_blocks = 0
@@ -98,6 +100,8 @@ class Swapper:
             step_id: the step that is being planned.
         """
         self.preemptions += 1
+        self.preempted.add(victim)
+        victim.steady_until = 0
         victim.kv.preempted_for = cause.request_id if cause else None
         used = self.blocks_for(victim.num_computed_tokens)
         if self._strategy == "recompute" or not self._make_host_room(
@@ -199,6 +203,7 @@ class Swapper:
         """Give up all blocks of a request that nothing uses any more."""
         self._prefix_cache.left(request)
         self._is_swapped_no_more(request)
+        request.steady_until = 0
         self._device.free(request.kv.block_table)
         self._host.free(request.kv.host_table)
         request.kv.block_table = []

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+import heapq
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from operator import attrgetter
 
-from fastserve_mega.scheduling.policies.queues import backwards, forwards, merge
+from fastserve_mega.scheduling.policies.queues import backwards, forwards, runs
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+
+_WITH_KV = (Place.RESIDENT, Place.SWAPPED)
 
 _entry = attrgetter("queue.entry")
 
@@ -36,10 +40,11 @@ class LevelQueues:
         )
         """By place; that of the waiting stays empty."""
         self._lengths = [0] * levels
+        self._counts = [0] * len(Place)
         self._entries = 0
 
     def __len__(self) -> int:
-        return sum(self._lengths)
+        return sum(self._counts)
 
     def level_lengths(self) -> tuple[int, ...]:
         return tuple(self._lengths)
@@ -48,8 +53,7 @@ class LevelQueues:
         return request.queue.level, request.queue.entry
 
     def count(self, place: Place) -> int:
-        levels = self._waiting if place is Place.WAITING else self._sorted[place]
-        return sum(map(len, levels))
+        return self._counts[place]
 
     def add(self, request: Request, level: int = 0) -> None:
         """Put it at the end of a level."""
@@ -59,10 +63,12 @@ class LevelQueues:
         state.entry = self._entries
         state.charged_s = 0.0
         self._lengths[level] += 1
-        if request.place is Place.WAITING:
+        place = request.place
+        self._counts[place] += 1
+        if place is Place.WAITING:
             self._waiting[level][request] = None
         else:
-            self._sorted[request.place][level].append(request)
+            self._sorted[place][level].append(request)
 
     def remove(self, request: Request) -> None:
         self._forget_lift(request)
@@ -70,7 +76,8 @@ class LevelQueues:
 
     def move(self, request: Request, level: int) -> None:
         """Put it at the end of another level, or of its own."""
-        self._forget_lift(request)
+        if not request.queue.level:
+            self._forget_lift(request)
         self._take_out(request)
         self.add(request, level)
 
@@ -93,19 +100,20 @@ class LevelQueues:
         self.lifted_waiting.discard(request)
 
     def _take_out(self, request: Request) -> None:
-        level = request.queue.level
+        level, place = request.queue.level, request.place
         self._lengths[level] -= 1
-        if request.place is Place.WAITING:
+        self._counts[place] -= 1
+        if place is Place.WAITING:
             del self._waiting[level][request]
         else:
-            queue = self._sorted[request.place][level]
+            queue = self._sorted[place][level]
             # Who runs is often the first, who is preempted the last.
             if queue[-1] is request:
                 queue.pop()
             elif queue[0] is request:
                 del queue[0]
             else:
-                del queue[bisect_left(queue, request.queue.entry, key=_entry)]
+                del queue[_index(queue, request)]
 
     def update(self, request: Request) -> None:
         """Do nothing: running changes no level, a demotion does (`move`)."""
@@ -129,26 +137,35 @@ class LevelQueues:
             state.charged_s = charged_s
             return
         self._lengths[state.level] += 1
+        self._counts[place] += 1
         queue = self._sorted[place][state.level]
-        if not queue or queue[-1].queue.entry < state.entry:
-            queue.append(request)
-        else:
-            insort(queue, request, key=_entry)
+        queue.insert(_index(queue, request), request)
 
     def walk(self, place: Place) -> Iterator[Request]:
         if place is Place.WAITING:
             return chain.from_iterable(map(tuple, self._waiting))
-        return chain.from_iterable(map(forwards, self._sorted[place]))
+        pieces = chain.from_iterable(map(forwards, self._sorted[place]))
+        return chain.from_iterable(pieces)
 
     def iter_reversed(self, place: Place) -> Iterator[Request]:
-        return chain.from_iterable(map(backwards, reversed(self._sorted[place])))
+        pieces = chain.from_iterable(map(backwards, reversed(self._sorted[place])))
+        return chain.from_iterable(pieces)
 
     def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
         """Iterate over several places, with the first `limit` of each level of the waiting."""
-        _, *others = places
-        for level, waiting in enumerate(self._waiting):
-            requests = iter(tuple(islice(waiting, limit)))
-            for place in others:
-                if queue := self._sorted[place][level]:
-                    requests = merge(requests, forwards(queue), key=_entry)
-            yield from requests
+        return chain.from_iterable(self._runs(limit, with_swapped=Place.SWAPPED in places))
+
+    def _runs(self, limit: int, *, with_swapped: bool) -> Iterator[Sequence[Request]]:
+        levels = zip(self._waiting, *(self._sorted[p] for p in _WITH_KV), strict=True)
+        for waiting, residents, swapped in levels:
+            few: Iterator[Request] = iter(tuple(islice(waiting, limit)))
+            if with_swapped and swapped:
+                few = heapq.merge(few, chain.from_iterable(forwards(swapped)), key=_entry)
+            yield from runs(few, residents, partial(_index, residents))
+
+
+def _index(queue: list[Request], request: Request) -> int:
+    """Where a request stands in a sorted level, or would stand."""
+    if not queue or queue[-1].queue.entry < request.queue.entry:
+        return len(queue)
+    return bisect_left(queue, request.queue.entry, key=_entry)

@@ -66,11 +66,11 @@ class Mlfq(Policy):
         used_up = []
         for request in batch:
             state = request.queue
-            state.charged_s += elapsed_s
+            state.charged_s = charged_s = state.charged_s + elapsed_s
             # A prefill is one iteration (paper section 4.1), however many chunks it is cut into:
             # what it used up counts when it is done. Else half-read prompts would queue behind
             # each other with the blocks of the whole prompt in their hands.
-            if state.charged_s >= quanta_s[state.level] and request.num_pending_tokens == 1:
+            if charged_s >= quanta_s[state.level] and request.num_pending_tokens == 1:
                 used_up.append(request)
         if used_up:
             # One prediction for the longest context, instead of one for each.
@@ -186,7 +186,8 @@ class Mlfq(Policy):
         if request.queue.level == 0:
             return
         is_waiting = request.place is Place.WAITING
-        if watch := self._waiting_watch if is_waiting else self._started_watch:
+        watch = self._waiting_watch if is_waiting else self._started_watch
+        if watch and request not in watch:
             watch.add(request, len(self.queues))
 
     def _patience_s(self, request: Request) -> float:
@@ -207,10 +208,9 @@ class Mlfq(Policy):
     # --- demotion --------------------------------------------------------------------------------
 
     def _demote(self, request: Request, decode_s: float) -> None:
-        """Move it down; `decode_s` is at least the time of its next iteration if it decodes."""
+        """Move one that decodes down; `decode_s` is at least the time of its next iteration."""
         level = min(request.queue.level + 1, self._lowest)
-        decodes_in_time = request.num_pending_tokens == 1 and decode_s <= self.level_quanta_s[level]
-        if self.skip_join and not decodes_in_time:
+        if self.skip_join and decode_s > self.level_quanta_s[level]:
             level = max(level, self._level_that_holds(self._next_iteration_s(request)))
         self.queues.move(request, level)
         self._watch_starvation(request)

@@ -6,13 +6,17 @@ a hundred thousand waiting or swapped-out requests are not walked over on the wa
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol, TypeVar
 
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 
 _PIECE = 512
+
+T = TypeVar("T")
 
 
 class RequestQueues(Protocol):
@@ -70,11 +74,12 @@ class SortedQueues:
         """Order by `key`, which must end in a number unique to the request."""
         self._key = key
         self._keys: tuple[list[tuple[Any, ...]], ...] = tuple([] for _ in Place)
-        self._by_key: dict[tuple[Any, ...], Request] = {}
+        self._requests: tuple[list[Request], ...] = tuple([] for _ in Place)
+        """As `_keys`, in the same order."""
         self._key_of: dict[Request, tuple[Any, ...]] = {}
 
     def __len__(self) -> int:
-        return len(self._by_key)
+        return len(self._key_of)
 
     def count(self, place: Place) -> int:
         return len(self._keys[place])
@@ -87,19 +92,19 @@ class SortedQueues:
         return self._key_of[request]
 
     def level_lengths(self) -> tuple[int, ...]:
-        return (len(self._by_key),)
+        return (len(self),)
 
     def add(self, request: Request) -> None:
-        key = self._key(request)
-        insort(self._keys[request.place], key)
-        self._by_key[key] = request
-        self._key_of[request] = key
+        key = self._key_of[request] = self._key(request)
+        keys = self._keys[request.place]
+        index = bisect_left(keys, key)
+        keys.insert(index, key)
+        self._requests[request.place].insert(index, request)
 
     def remove(self, request: Request) -> None:
-        key = self._key_of.pop(request)
-        del self._by_key[key]
         keys = self._keys[request.place]
-        del keys[bisect_left(keys, key)]
+        index = bisect_left(keys, self._key_of.pop(request))
+        del keys[index], self._requests[request.place][index]
 
     def put(self, request: Request, status: RequestStatus) -> None:
         self.remove(request)
@@ -112,54 +117,53 @@ class SortedQueues:
             self.add(request)
 
     def walk(self, place: Place) -> Iterator[Request]:
-        """Iterate over a place; a request whose key changes meanwhile is left out."""
-        return filter(None, map(self._by_key.get, forwards(self._keys[place])))
+        return chain.from_iterable(forwards(self._requests[place]))
 
     def iter_reversed(self, place: Place) -> Iterator[Request]:
-        return filter(None, map(self._by_key.get, backwards(self._keys[place])))
+        return chain.from_iterable(backwards(self._requests[place]))
 
     def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
-        waiting, *others = places
-        keys: Iterator[tuple[Any, ...]] = iter(self._keys[waiting][:limit])
-        for place in others:
-            keys = merge(keys, forwards(self._keys[place]), key=None)
-        return filter(None, map(self._by_key.get, keys))
+        def index(request: Request) -> int:
+            return bisect_left(self._keys[Place.RESIDENT], self._key_of[request])
+
+        few: Iterator[Request] = iter(self._requests[Place.WAITING][:limit])
+        if Place.SWAPPED in places:
+            few = heapq.merge(few, self.walk(Place.SWAPPED), key=self.rank)
+        return chain.from_iterable(runs(few, self._requests[Place.RESIDENT], index))
 
 
-def forwards(queue: list[Any]) -> Iterator[Any]:
+def forwards(queue: list[T], start: int = 0, end: int | None = None) -> Iterator[list[T]]:
     """Walk a list that changes meanwhile, mostly behind the walk.
 
     In pieces: to copy all of a long list would take longer than the rest of a step.
     """
-    start = 0
-    while piece := queue[start : start + _PIECE]:
-        yield from piece
+    end = len(queue) if end is None else end
+    while piece := queue[start : min(start + _PIECE, end)]:
+        yield piece
         start += _PIECE
 
 
-def backwards(queue: list[Any]) -> Iterator[Any]:
+def backwards(queue: list[T]) -> Iterator[list[T]]:
     """The same from its end."""
     end = len(queue)
     while end > 0:
-        piece = queue[max(end - _PIECE, 0) : end]
-        yield from reversed(piece)
+        yield queue[max(end - _PIECE, 0) : end][::-1]
         end -= _PIECE
 
 
-def merge(
-    first: Iterator[Any], second: Iterator[Any], key: Callable[[Any], Any] | None
-) -> Iterator[Any]:
-    """Two sorted sequences as one; quicker than heapq.merge where one of them is empty."""
-    head = next(first, None)
-    if head is None:
-        yield from second
-        return
-    for item in second:
-        value = key(item) if key else item
-        while head is not None and (key(head) if key else head) < value:
-            yield head
-            head = next(first, None)
-        yield item
-    if head is not None:
-        yield head
-        yield from first
+def runs(
+    few: Iterable[Request], residents: list[Request], index: Callable[[Request], int]
+) -> Iterator[Sequence[Request]]:
+    """Two orders as one, in runs: the many residents are searched, and not compared one by one.
+
+    Args:
+        few: to be merged with the residents; between two of these they may come and go.
+        residents: in their order.
+        index: where a request stands among the residents, or would stand.
+    """
+    start = 0
+    for request in few:
+        yield from forwards(residents, start, index(request))
+        yield (request,)
+        start = index(request)
+    yield from forwards(residents, start)

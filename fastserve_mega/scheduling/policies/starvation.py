@@ -31,10 +31,11 @@ class StarvationWatch:
         self._heap: list[_Watched] = []
         self._members: set[Request] = set()
 
+    def __contains__(self, request: Request) -> bool:
+        return request in self._members
+
     def add(self, request: Request, live: int) -> None:
-        """Watch a request; `live` is about how many there may be to watch."""
-        if request in self._members:
-            return
+        """Watch another request; `live` is about how many there may be to watch."""
         self._members.add(request)
         heapq.heappush(self._heap, self._entry(request, self.deadline(request)))
         if len(self._heap) > 2 * live + _FEW:  # O(1) for each push

@@ -135,19 +135,20 @@ def test_a_request_that_never_ran_waits_from_its_arrival():
     scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
     scheduler.step(100.0, [arrived("short", 10), arrived("long", 320)])
     assert level_of(scheduler, "long") == 5
-    assert scheduler.next_deadline(100.0) == 103.0
+    assert scheduler._policy.next_deadline(100.0) == 103.0
 
 
 def test_the_deadline_is_known_not_searched():
     scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
     scheduler.step(0.0, [arrived("short", 10), *(arrived(f"l{i}", 320) for i in range(5))])
     scheduler.step(1.0, [arrived("later", 320)])
-    assert scheduler.next_deadline(1.0) == 3.0
+    assert scheduler._policy.next_deadline(1.0) == 3.0
+    assert scheduler.next_deadline(1.0) is None  # no step can be planned before that one is done
     assert scheduler.level_lengths()[5] == 6
     plan = scheduler.step(3.0, [StepDone(0, 3.0, ("short",))])
     assert names(plan) == ["l0"]
     assert scheduler.level_lengths()[0] == 1  # a batch of the five
-    assert scheduler.next_deadline(3.0) is None  # not before that one has run
+    assert scheduler._policy.next_deadline(3.0) is None  # not before that one has run
     plan = scheduler.step(35.0, [StepDone(1, 32.0)])
     assert names(plan) == ["l1"]
 
@@ -188,4 +189,4 @@ def test_patience_is_for_those_without_kv():
     scheduler.step(0.0, [arrived("a", 20)])
     scheduler.step(2.0, [StepDone(0, 2.0), arrived("b", 10)])
     assert level_of(scheduler, "a") == 2
-    assert scheduler.next_deadline(2.0) == 7.0
+    assert scheduler._policy.next_deadline(2.0) == 7.0

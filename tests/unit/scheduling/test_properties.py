@@ -13,6 +13,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from plain import make_plain
 
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone, WorkersLost
 from fastserve_mega.system.config import SwapConfig
@@ -59,7 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "backfill_lookahead": 2,
         }
         self.scheduler = make_scheduler(**self.options)
-        self.twin = make_scheduler(**self.options)  # gets the same events: same plans
+        self.plain = make_plain(make_scheduler(**self.options))  # the same events: same plans
         self.window = window
         self.now = 0.0
         self.count = 0
@@ -89,7 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         pending = list(events)
         while True:
             plan = self.scheduler.step(self.now, pending)
-            assert plan == self.twin.step(self.now, pending)
+            assert plan == self.plain.step(self.now, pending)
             pending = []
             if plan is None:
                 break

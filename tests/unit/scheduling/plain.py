@@ -1,0 +1,50 @@
+"""A scheduler without shortcuts: everything is looked at, and sorted anew, each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.scheduling.scheduler import Scheduler
+
+
+def make_plain(scheduler: Scheduler) -> Scheduler:
+    """Take the shortcuts out of a new scheduler; the plans must be the same.
+
+    No request is only counted, each walk looks for the next request among all, and victims are
+    sought for every request that grows.
+    """
+    queues = scheduler._queues
+    reclaimer = scheduler._memory.reclaimer
+    is_beyond_reach = reclaimer._is_beyond_reach
+
+    def at(place: Place) -> list[Request]:
+        return [each for each in scheduler._requests.values() if each.place is place]
+
+    def walk(*places: Place, waiting: Sequence[Request] = ()) -> Iterator[Request]:
+        """Those of some places as they are when the walk comes to them, and some that wait."""
+        last = None
+        while True:
+            behind = [each for place in places for each in at(place)]
+            behind += [each for each in waiting if each.place is Place.WAITING]
+            behind = [each for each in behind if last is None or queues.rank(each) > last]
+            if not behind:
+                return
+            request = min(behind, key=queues.rank)
+            last = queues.rank(request)
+            yield request
+
+    def merged(places: Sequence[Place], limit: int) -> Iterator[Request]:
+        waiting: list[Request] = []
+        for level in {each.queue.level for each in at(Place.WAITING)}:
+            those = [each for each in at(Place.WAITING) if each.queue.level == level]
+            waiting += sorted(those, key=queues.rank)[:limit]
+        return walk(*places[1:], waiting=waiting)
+
+    queues.walk = walk
+    queues.merged = merged
+    scheduler._memory.steady_until = lambda request: 0
+    reclaimer._is_beyond_reach = lambda request, blocks: (
+        request.place is not Place.RESIDENT and is_beyond_reach(request, blocks)
+    )
+    return scheduler
