@@ -1,0 +1,17 @@
+"""From host to device without the host waiting for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host, in the order of the device's work.
+
+    From page-locked memory: a copy from pageable memory waits until the device has come to it.
+    torch's allocator gives page-locked memory to others only when the copy is done.
+    """
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory(device).to(device, non_blocking=True)
