@@ -19,6 +19,7 @@ from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.logprobs import ModelDistribution
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
+from fastserve_mega.worker.transfer import to_device
 
 _MASK = 2**64 - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -119,12 +120,16 @@ class Sampler:
 
     def _hold_back_stop_tokens(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
         vocabulary = logits.shape[-1]
-        for row, sequence in enumerate(sequences):
-            if sequence.context - sequence.prompt_tokens >= sequence.params.min_tokens:
-                continue
-            stops = {*self._eos_token_ids, *sequence.params.stop_token_ids}
-            held_back = [token for token in stops if token < vocabulary]
-            logits[row, held_back] = -torch.inf
+        held_back = [
+            (row, token)
+            for row, sequence in enumerate(sequences)
+            if sequence.context - sequence.prompt_tokens < sequence.params.min_tokens
+            for token in {*self._eos_token_ids, *sequence.params.stop_token_ids}
+            if token < vocabulary
+        ]
+        if held_back:
+            rows, tokens = to_device(torch.tensor(held_back), logits.device).unbind(dim=1)
+            logits[rows, tokens] = -torch.inf
 
 
 def _unusable(largest: Sequence[tuple[float, float]]) -> dict[int, str]:

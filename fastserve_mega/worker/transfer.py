@@ -1,4 +1,4 @@
-"""From host to device without the host waiting for it."""
+"""What host and device have to do with each other's pace."""
 
 from __future__ import annotations
 
@@ -15,3 +15,9 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory(device).to(device, non_blocking=True)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given so far; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -21,6 +21,7 @@ from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
 from fastserve_mega.worker.megatron.engine_choice import open_engine
 from fastserve_mega.worker.megatron.initialize import (
+    connect_stages,
     join_process_groups,
     keep_freed_memory,
     select_device,
@@ -33,6 +34,7 @@ from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
+from fastserve_mega.worker.transfer import wait_for
 
 
 class MegatronRunner:
@@ -77,6 +79,8 @@ class MegatronRunner:
             config.parallel, topology, self._device, master_address, master_port
         )
         try:
+            if self._device.type == "cuda":
+                connect_stages(topology, config.parallel.tensor, self._device)
             self._stage = build_stage(
                 architecture,
                 self._partition,
@@ -89,6 +93,7 @@ class MegatronRunner:
                 _host_memory(config, architecture, self._partition, self._stage),
                 topology.local_size,
                 available,
+                is_final=self._device.type == "cpu",
             )
             action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
             with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
@@ -146,8 +151,7 @@ class MegatronRunner:
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
-            reason = str(error).splitlines()[0].rpartition("] ")[2]
-            raise ConnectionError(f"another rank is out of reach: {reason}") from None
+            raise ConnectionError(f"another rank is out of reach: {_reason(error)}") from None
 
     def _execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         if self.is_sampling_rank:
@@ -157,7 +161,11 @@ class MegatronRunner:
         if not self._partition.is_last_stage:
             self._send(result)
             return StepOutput()
-        if not sampled or not self.is_sampling_rank:
+        if not self.is_sampling_rank:
+            return StepOutput()
+        if not sampled:
+            # The coordinator charges the time until the result comes.
+            wait_for(self._device)
             return StepOutput()
         return self._sampler(result, sampled)
 
@@ -222,7 +230,16 @@ def _host_memory(
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(
+        name in str(error) for name in ("gloo", "NCCL", "ncclRemoteError")
+    )
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of gloo's or NCCL's message that says what happened, without its place in a file."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    named = (line for line in lines if line.startswith("nccl") and ": " in line)
+    return next(named, lines[0]).rpartition("] ")[2]
 
 
 def _build_cache(

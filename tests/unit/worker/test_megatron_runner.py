@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from tiny_models import LAYERS, MODELS, SMOLLM2, greedy, make_model, prompts
 
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.megatron import megatron_runner
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -38,11 +40,11 @@ def made(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def open_runner(directory, *, device_blocks=80, dtype="float32", **options):
+def open_runner(directory, *, device_blocks=80, dtype="float32", device="cpu", **options):
     sizes = {name: options.pop(name) for name in list(options) if name.endswith("_memory_gb")}
     config = Config(
         model=ModelConfig(path=str(directory), dtype=dtype),
-        parallel=ParallelConfig(device="cpu", threads_per_rank=1, **options),
+        parallel=ParallelConfig(device=device, threads_per_rank=1, **options),
         kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=device_blocks, **sizes),
     )
     runner = MegatronRunner(config, Topology(), "", 0)
@@ -58,12 +60,21 @@ def llama(made):
         yield runner
 
 
-@pytest.mark.parametrize("cpu_engine", ["auto", "torch"])
+def computing(request):
+    """Options of a runner that computes as a test's parameter says."""
+    if request != "cuda":
+        return {"cpu_engine": request}
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return {"device": "cuda"}
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", MODELS)
-def test_greedy_tokens_equal_transformers(made, family, cpu_engine):
+def test_greedy_tokens_equal_transformers(made, family, engine):
     directory, model = made(family)
     expected = [greedy(model, prompt, MAX_TOKENS) for prompt in prompts()]
-    with open_runner(directory, cpu_engine=cpu_engine) as runner:
+    with open_runner(directory, **computing(engine)) as runner:
         assert runner.is_sampling_rank
         assert runner.device_blocks == 80
         for chunk in (7, 512):
@@ -71,7 +82,7 @@ def test_greedy_tokens_equal_transformers(made, family, cpu_engine):
             assert outputs == expected
         # What does not move the best token, like a limit on the logits, shows in their values.
         torch.testing.assert_close(
-            logits_of(runner, prompts()[5]), last_logits(model, prompts()[5])
+            logits_of(runner, prompts()[5]).cpu(), last_logits(model, prompts()[5])
         )
 
 
@@ -203,7 +214,7 @@ def test_sampled_stream_is_the_same_alone_resumed_or_in_a_crowd(llama):
     assert generate(llama, resumed, [rest], block_size=BLOCK_SIZE)[0] == alone[1][5:]
 
 
-def test_an_empty_batch_and_a_batch_that_samples_nothing(llama):
+def test_an_empty_batch_and_a_batch_that_samples_nothing(llama, monkeypatch):
     assert llama.execute([]).token_ids == []
     chunk = SequenceInput(
         request_id=RequestId("chunk"),
@@ -215,7 +226,13 @@ def test_an_empty_batch_and_a_batch_that_samples_nothing(llama):
         seed=0,
         prompt_tokens=4,
     )
+    waited = []
+    monkeypatch.setattr(megatron_runner, "wait_for", waited.append)
     assert llama.execute([chunk]).token_ids == []
+    # The time until the result is what the chunk is charged, and on a GPU nothing else waits.
+    assert waited == [torch.device("cpu")]
+    llama.execute([dataclasses.replace(chunk, samples=True)])
+    assert len(waited) == 1
 
 
 def test_automatic_precision_and_pool_size(made):
