@@ -65,6 +65,10 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     cpu_engine: Literal["auto", "native", "torch"] = "auto"
     """What computes on CPUs: native is one C++ call a step, built where there is a compiler, and
     torch computes every model; auto takes native if it can."""
+    cuda_engine: Literal["auto", "graphs", "kernels", "torch"] = "auto"
+    """What computes on GPUs: kernels are our own, in Triton, between torch's matrix products;
+    graphs are the same with steps that only decode recorded as CUDA graphs at start; torch computes
+    every model. auto takes graphs if it can, else kernels, else torch."""
     timeout_s: PositiveFloat = 120.0
     """Longest wait of a rank for another one before it gives up."""
 

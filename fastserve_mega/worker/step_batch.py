@@ -95,8 +95,8 @@ class StepBatch:
 
     @property
     def num_decodes(self) -> int:
-        """How many sequences have one new token; their rows come first."""
-        return self.decode[-1].rows.stop if self.decode else 0
+        """How many sequences have one new token, those included that fill the step up."""
+        return self.block_tables.shape[0] - len(self.prefill)
 
 
 class PackedStep:
@@ -141,7 +141,9 @@ class PackedStep:
         starts = np.array([each.start for each in self._ordered], dtype=np.int64)
         count, rows = len(order), int(lengths.sum())
         first_rows[1 : count + 1] = np.cumsum(lengths)
-        first_rows[count + 1 :] = rows
+        # Each of those that fill it up has a row of its own.
+        filling = rows + np.arange(1, room.sequences - count + 1)
+        first_rows[count + 1 :] = np.minimum(filling, room.rows)
         tokens[:rows] = [token for each in self._ordered for token in each.token_ids]
         positions[:rows] = np.arange(rows) + np.repeat(starts - first_rows[:count], lengths)
         contexts[:count] = starts + lengths

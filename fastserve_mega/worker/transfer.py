@@ -17,6 +17,13 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory(device).to(device, non_blocking=True)
 
 
+def copy_to_device(host: Tensor, target: Tensor) -> None:
+    """The same into a tensor that is there already."""
+    if target.device.type == "cuda":
+        host = host.pin_memory(target.device)
+    target.copy_(host, non_blocking=True)
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done what it was given so far; a CPU has."""
     if device.type == "cuda":

@@ -19,7 +19,7 @@ from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
-from fastserve_mega.worker.megatron.engine_choice import open_engine
+from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
@@ -71,7 +71,8 @@ class MegatronRunner:
         grammars = Grammars(
             config.model.directory, architecture.vocab_size, architecture.eos_token_ids
         )
-        self._sampler = Sampler(architecture.eos_token_ids, grammars)
+        draw = choose_draw(config.parallel, self._device)
+        self._sampler = Sampler(architecture.eos_token_ids, grammars, draw)
         self._sending: tuple[dist.Work, Tensor] | None = None
         # Before any rank of this host allocates: they leave the next line together.
         available = available_bytes()
@@ -102,7 +103,7 @@ class MegatronRunner:
                 config, architecture, self._partition, self._dtype, self._device
             )
             self._engine = open_engine(
-                config.parallel, self._stage, architecture, self._partition, self.cache
+                config, self._stage, architecture, self._partition, self.cache
             )
             keep_freed_memory()
             self._host = HostPool(host_blocks(config.kv_cache, self.block_bytes), self.cache.pool)

@@ -42,7 +42,7 @@ class Stage:
         scale = torch.tensor(architecture.embedding_scale, dtype=dtype, device="cpu")
         self._embedding_scale = float(scale.item())
         self._logit_softcap = architecture.logit_softcap
-        self._layers: list[InferenceLayer] = list(model.decoder.layers)
+        self.layers: list[InferenceLayer] = list(model.decoder.layers)
         self._packed_output: Tensor | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -89,13 +89,17 @@ class Stage:
 
     def run_layers(self, hidden: Tensor, attention: Sequence[StepAttention]) -> Tensor:
         """[tokens, hidden] → [tokens, hidden], with what each layer needs to know of the step."""
-        for layer, step in zip(self._layers, attention, strict=True):
+        for layer, step in zip(self.layers, attention, strict=True):
             hidden = layer(hidden, step)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor) -> Tensor:
+        """[samples, hidden] → [samples, hidden], by the norm before the logits."""
+        return cast(Tensor, self.model.decoder.final_layernorm(hidden))
+
+    def logits(self, normed: Tensor) -> Tensor:
         """[samples, hidden] → [samples, vocabulary], on all ranks of the last stage."""
-        local = self._multiply_output(self.model.decoder.final_layernorm(hidden))
+        local = self._multiply_output(normed)
         logits = local
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
