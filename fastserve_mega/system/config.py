@@ -119,6 +119,10 @@ class KvCacheConfig(Record, frozen=True, kw_only=True):
 
     block_size: PositiveInt = 16
     """Tokens in a block."""
+    dtype: Literal["auto", "fp8"] = "auto"
+    """Of keys and values: auto is that of the model; fp8 is 8 bits (e4m3) with a scale for each
+    token and head, so that nearly twice the tokens fit on device and host, and half the bytes move
+    between them (docs/memory.md). On a CPU torch computes with it, not the native step."""
     device_blocks: Annotated[int, Meta(ge=2, description="block 0 is the null block")] | None = None
     """Blocks on the device, the null block included; None sizes the pool by memory."""
     device_memory_gb: PositiveFloat | None = None
@@ -134,6 +138,10 @@ class KvCacheConfig(Record, frozen=True, kw_only=True):
     prefix_cache: bool = True
     """Keep the KV of full blocks for requests that begin with the same tokens."""
     swap: SwapConfig = field(default_factory=SwapConfig)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype == "fp8"
 
 
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")

@@ -113,9 +113,11 @@ class TorchAttention:
         count = span.rows.stop - span.rows.start
         tile = _CPU_QUERY_TILE if self._cache.pool.device.type == "cpu" else count
         starts = range(0, count, tile)
+        # What is quantized is read back, so that a token does not depend on the chunks.
+        reads = span.start > 0 or self._cache.is_quantized
         return _Prefill(
             rows=span.rows,
-            index=self._cache.read_index(span.block_table) if span.start else None,
+            index=self._cache.read_index(span.block_table) if reads else None,
             tiles=tuple(
                 self._tile(span.start, first, min(first + tile, count)) for first in starts
             ),

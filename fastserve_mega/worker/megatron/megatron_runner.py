@@ -219,8 +219,8 @@ def _host_memory(
     Called when the weights are allocated, which takes no memory until they are loaded.
     """
     needs = {}
-    block_size, parameter = config.kv_cache.block_size, next(stage.model.parameters())
-    bytes_per_block = block_bytes(architecture, partition, block_size, parameter.itemsize)
+    parameter = next(stage.model.parameters())
+    bytes_per_block = block_bytes(architecture, partition, config.kv_cache, parameter.itemsize)
     if parameter.is_cpu:
         needs["weights"] = stage.num_bytes
         blocks = device_blocks(config, architecture, bytes_per_block, parameter.device)
@@ -251,7 +251,7 @@ def _build_cache(
     device: torch.device,
 ) -> KvCache:
     settings = config.kv_cache
-    bytes_per_block = block_bytes(architecture, partition, settings.block_size, dtype.itemsize)
+    bytes_per_block = block_bytes(architecture, partition, settings, dtype.itemsize)
     return KvCache(
         num_blocks=device_blocks(config, architecture, bytes_per_block, device),
         num_layers=len(partition.layers),
@@ -260,4 +260,5 @@ def _build_cache(
         head_dim=architecture.head_dim,
         dtype=dtype,
         device=device,
+        quantized=settings.is_quantized,
     )

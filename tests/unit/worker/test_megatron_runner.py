@@ -42,6 +42,7 @@ def made(tmp_path_factory):
 @contextlib.contextmanager
 def open_runner(directory, *, device_blocks=80, dtype="float32", device="cpu", **options):
     sizes = {name: options.pop(name) for name in list(options) if name.endswith("_memory_gb")}
+    sizes["dtype"] = options.pop("kv_dtype", "auto")
     config = Config(
         model=ModelConfig(path=str(directory), dtype=dtype),
         parallel=ParallelConfig(device=device, threads_per_rank=1, **options),
@@ -130,6 +131,21 @@ def test_blocks_are_counted_by_the_key_value_heads(made, family, kv_heads, head_
     ) as runner:
         assert runner.block_bytes == block_bytes
         assert (runner.device_blocks, runner.host_blocks) == (100, 50)
+
+
+def test_an_eight_bit_cache_is_close_and_does_not_depend_on_chunks(made):
+    directory, model = made("llama")
+    prompt = prompts()[5]
+    with open_runner(directory, kv_dtype="fp8") as runner:
+        assert runner.block_bytes == LAYERS * 2 * 2 * BLOCK_SIZE * (8 + 2)
+        whole, chunks = (
+            generate(runner, [prompt], GREEDY, block_size=BLOCK_SIZE, chunk=chunk)[0]
+            for chunk in (512, 7)
+        )
+        assert whole == chunks
+        logits = logits_of(runner, prompt)
+    expected = last_logits(model, prompt)
+    assert 0 < (logits - expected).std() < 0.2 * expected.std()
 
 
 def test_prompts_longer_than_a_tile_of_attention(made):
