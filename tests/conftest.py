@@ -22,6 +22,9 @@ settings.load_profile("short")
 # Read when torch is imported, here and in the processes that tests start. Threads that wait for
 # each other inside every operation crawl when a core is busy: 50 times as long has been measured.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Read when Triton is first imported, by Megatron for example.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -30,6 +33,13 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU, torch warns of much that is not ours."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.filterwarnings("default"))
 
 
 @pytest.hookimpl(wrapper=True)

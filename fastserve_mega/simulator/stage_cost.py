@@ -10,6 +10,7 @@ from fastserve_mega.simulator.step_work import StepWork
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.deployment import DeploymentPlan
 from fastserve_mega.system.hardware import Device, Link
+from fastserve_mega.system.sizes import kv_head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ def stage_cost(
     flops = device.peak_flops * device.compute_efficiency * tensor
     matrices = _matrices(architecture, layers)
     head = architecture.vocab_size * architecture.hidden_size if is_last else 0
-    kv_values = 2 * len(layers) * architecture.num_kv_heads * architecture.head_dim
+    kv_bytes = 2 * len(layers) * architecture.num_kv_heads
+    kv_bytes *= kv_head_bytes(architecture, config.kv_cache, plan.value_bytes)
     activation = architecture.hidden_size * plan.value_bytes
     link, hop = _links(config, plan, stage, replica)
     all_reduces = 2 * len(layers) if tensor > 1 else 0
@@ -91,7 +93,7 @@ def stage_cost(
     return StageCost(
         weights_s=matrices.shared * plan.value_bytes / bandwidth,
         linear_s=2 * (matrices.shared + matrices.chosen) / flops,
-        kv_read_s=kv_values * plan.value_bytes * _kv_replicas(architecture, tensor) / bandwidth,
+        kv_read_s=kv_bytes * _kv_replicas(architecture, tensor) / bandwidth,
         pair_s=4 * len(layers) * architecture.num_heads * architecture.head_dim / flops,
         head_weights_s=head * plan.value_bytes / bandwidth,
         head_s=2 * head / flops,

@@ -65,6 +65,10 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     cpu_engine: Literal["auto", "native", "torch"] = "auto"
     """What computes on CPUs: native is one C++ call a step, built where there is a compiler, and
     torch computes every model; auto takes native if it can."""
+    cuda_engine: Literal["auto", "graphs", "kernels", "torch"] = "auto"
+    """What computes on GPUs: kernels are our own, in Triton, between torch's matrix products;
+    graphs are the same with steps that only decode recorded as CUDA graphs at start; torch computes
+    every model. auto takes graphs if it can, else kernels, else torch."""
     timeout_s: PositiveFloat = 120.0
     """Longest wait of a rank for another one before it gives up."""
 
@@ -115,6 +119,10 @@ class KvCacheConfig(Record, frozen=True, kw_only=True):
 
     block_size: PositiveInt = 16
     """Tokens in a block."""
+    dtype: Literal["auto", "fp8"] = "auto"
+    """Of keys and values: auto is that of the model; fp8 is 8 bits (e4m3) with a scale for each
+    token and head, so that nearly twice the tokens fit on device and host, and half the bytes move
+    between them (docs/memory.md). On a CPU torch computes with it, not the native step."""
     device_blocks: Annotated[int, Meta(ge=2, description="block 0 is the null block")] | None = None
     """Blocks on the device, the null block included; None sizes the pool by memory."""
     device_memory_gb: PositiveFloat | None = None
@@ -130,6 +138,10 @@ class KvCacheConfig(Record, frozen=True, kw_only=True):
     prefix_cache: bool = True
     """Keep the KV of full blocks for requests that begin with the same tokens."""
     swap: SwapConfig = field(default_factory=SwapConfig)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype == "fp8"
 
 
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")

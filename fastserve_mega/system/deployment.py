@@ -47,7 +47,7 @@ class DeploymentPlan:
     model: str
     architecture: Architecture
     value_bytes: int
-    """Bytes of a parameter and of a KV element."""
+    """Bytes of a parameter, and of a KV element that is not quantized."""
     block_size: int
     parameters: int
     """Parameters of the model, each counted once."""
@@ -102,7 +102,10 @@ def plan_deployment(config: Config, architecture: Architecture) -> DeploymentPla
         _plan_stage(config, architecture, partitions[stage * parallel.tensor], activations)
         for stage in range(parallel.pipeline)
     )
-    kv_bytes = sum(block_bytes(architecture, partition, 1, value_bytes) for partition in partitions)
+    settings = config.kv_cache
+    kv_bytes = sum(
+        block_bytes(architecture, partition, settings, value_bytes) for partition in partitions
+    )
     max_context = config.model.max_context or architecture.max_context
     return DeploymentPlan(
         model=config.model.name,
@@ -113,7 +116,7 @@ def plan_deployment(config: Config, architecture: Architecture) -> DeploymentPla
             architecture, partition_model(architecture, ParallelConfig(), 0, 1)
         ),
         weight_bytes=sum(parameter_count(architecture, each) for each in partitions) * value_bytes,
-        kv_bytes_per_token=kv_bytes,
+        kv_bytes_per_token=kv_bytes // settings.block_size,
         activation_bytes=activations,
         max_context=max_context,
         stages=stages,
@@ -129,7 +132,7 @@ def _plan_stage(
     parallel, settings = config.parallel, config.kv_cache
     value_bytes = VALUE_BYTES[config.model.dtype]
     parameters = parameter_count(architecture, partition)
-    block = block_bytes(architecture, partition, settings.block_size, value_bytes)
+    block = block_bytes(architecture, partition, settings, value_bytes)
     first = partition.stage * parallel.tensor
     return StagePlan(
         stage=partition.stage,

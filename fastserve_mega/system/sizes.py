@@ -11,6 +11,8 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 """Bytes of a parameter and a KV element by `model.dtype`; auto is taken for half precision."""
 CPU_POOL_GB = 1.0
 """GiB of a rank's KV pool on a CPU, where it shares the memory with everything else."""
+_KV_SCALE_BYTES = 2
+"""Of the scale that a head's quantized key or value of a token has."""
 _HIDDEN_COPIES = 8
 """Activations of a layer that live at once, in hidden sizes: residual, normed, query, key, value,
 attention output, and two of the allocator's leftovers."""
@@ -43,19 +45,26 @@ def parameter_count(architecture: Architecture, partition: Partition) -> int:
     return count
 
 
+def kv_head_bytes(architecture: Architecture, settings: KvCacheConfig, value_bytes: int) -> int:
+    """Memory of one token's key, or value, of one head; `value_bytes` are the model's."""
+    if settings.is_quantized:
+        return architecture.head_dim + _KV_SCALE_BYTES
+    return architecture.head_dim * value_bytes
+
+
 def block_bytes(
-    architecture: Architecture, partition: Partition, block_size: int, value_bytes: int
+    architecture: Architecture, partition: Partition, settings: KvCacheConfig, value_bytes: int
 ) -> int:
     """Memory of a rank's share of a KV block.
 
     Args:
         architecture: of the model.
         partition: the rank's share.
-        block_size: tokens.
-        value_bytes: of one element.
+        settings: of the cache.
+        value_bytes: of one element of the model's.
     """
-    heads = 2 * len(partition.kv_heads) * architecture.head_dim
-    return len(partition.layers) * heads * block_size * value_bytes
+    heads = len(partition.layers) * 2 * len(partition.kv_heads)
+    return heads * settings.block_size * kv_head_bytes(architecture, settings, value_bytes)
 
 
 def activation_bytes(config: Config, architecture: Architecture) -> int:

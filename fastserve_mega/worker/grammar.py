@@ -22,6 +22,7 @@ from fastserve_mega.text.structured import (
 )
 from fastserve_mega.types import StructuredOutput
 from fastserve_mega.worker.history import TokenHistory
+from fastserve_mega.worker.transfer import to_device
 
 _LONGEST_MESSAGE = 300
 COMPILE_LIMIT_S = 1.0
@@ -170,7 +171,7 @@ class Grammars:
         matcher = self._result(history.compilation)
         matcher.follow(output)
         forbidden = _forbidden(matcher.allowed(), logits.shape[0])
-        logits.masked_fill_(forbidden.to(logits.device), -torch.inf)
+        logits.masked_fill_(to_device(forbidden, logits.device), -torch.inf)
 
     def _compile(self, structured: StructuredOutput) -> Compilation:
         self._overdue = [each for each in self._overdue if not each.is_done]

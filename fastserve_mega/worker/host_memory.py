@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 _GB = 2**30
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
+
+_log = logging.getLogger(__name__)
 
 
 def available_bytes() -> int | None:
@@ -24,13 +27,17 @@ def available_bytes() -> int | None:
     return min([available, *_left_in_groups()])
 
 
-def check_host_memory(needs: Mapping[str, int], ranks: int, available: int | None) -> None:
+def check_host_memory(
+    needs: Mapping[str, int], ranks: int, available: int | None, *, is_final: bool = True
+) -> None:
     """Refuse to allocate what the host does not have.
 
     Args:
         needs: bytes of one rank by what they are for.
         ranks: of this host, which need as much each.
         available: when none of them had allocated anything; None: not known.
+        is_final: False warns only, for memory that is page-locked as it is allocated: the system
+            knows better, since a virtual machine may get more while it takes it.
 
     Raises:
         ValueError: it is too little.
@@ -40,10 +47,13 @@ def check_host_memory(needs: Mapping[str, int], ranks: int, available: int | Non
         return
     parts = ", ".join(f"{size / _GB:.2f} for {what}" for what, size in needs.items() if size)
     each = "the rank" if ranks == 1 else f"each of its {ranks} ranks"
-    raise ValueError(
+    message = (
         f"the host has {available / _GB:.2f} GB of memory left, but {total / _GB:.2f} GB are "
         f"needed: {each} takes {parts}"
     )
+    if is_final:
+        raise ValueError(message)
+    _log.warning("%s", message)
 
 
 def _left_in_groups() -> list[int]:

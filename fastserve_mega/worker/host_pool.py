@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,15 @@ from torch import Tensor
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.worker.copy_engine import CopyEngine
+from fastserve_mega.worker.transfer import to_device
 
 _STAGING_BYTES = 2**26
 """Device memory through which blocks are gathered and scattered; a few milliseconds of PCIe."""
+_LARGE_BLOCK_BYTES = 2**19
+"""Blocks of this size saturate PCIe one by one, and need no staging."""
+_PAGE_BYTES = 2**12
+_TOUCHED_BYTES = 2**28
+"""Memory that a thread takes from the system at a time."""
 
 
 class HostPool:
@@ -37,6 +45,8 @@ class HostPool:
         self.pool = torch.empty(shape, dtype=device_pool.dtype)
         self._is_locked = device_pool.device.type == "cuda" and self.pool.nbytes > 0
         if self._is_locked:
+            # Page-locking would take the pages in one thread, up to a second for each GiB.
+            touch_pages(self.pool)
             # Not torch's pinned allocator: that rounds a pool of 65 GiB up to 128 GiB.
             _check_cuda(
                 _cudart().cudaHostRegister(self.pool.data_ptr(), self.pool.nbytes, 0),
@@ -54,6 +64,19 @@ class HostPool:
             status = _cudart().cudaHostUnregister(self.pool.data_ptr())
             self._is_locked = False
             _check_cuda(status, "cannot unlock the host pool")
+
+
+def touch_pages(pool: Tensor) -> None:
+    """Take the memory of a pool from the system, in as many threads as there are cores."""
+    everything = pool.view(-1).view(torch.uint8).numpy()
+
+    def touch(first: int) -> None:
+        # NumPy gives back the GIL meanwhile.
+        everything[first : first + _TOUCHED_BYTES : _PAGE_BYTES] = 0
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for _ in threads.map(touch, range(0, everything.size, _TOUCHED_BYTES)):
+            pass
 
 
 def _cudart() -> Any:
@@ -101,8 +124,9 @@ class CpuCopyEngine(CopyEngine):
 class CudaCopyEngine(CopyEngine):
     """Issues copies on a stream of their own; the thread only waits for their events.
 
-    On the device blocks are gathered into a staging buffer (or scattered from it), so that each
-    run of neighbouring host blocks is one large transfer, whatever the device's blocks are.
+    Large blocks are copied as they are. Small ones are gathered into a staging buffer on the
+    device (or scattered from it), so that each run of neighbouring host blocks is one large
+    transfer, whatever the device's blocks are.
     """
 
     def __init__(self, device_pool: Tensor, host_pool: Tensor, timeout_s: float) -> None:
@@ -114,6 +138,7 @@ class CudaCopyEngine(CopyEngine):
         self._events: dict[int, torch.cuda.Event] = {}
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         block_bytes = max(host_pool[:1].nbytes, 1)
+        self._needs_staging = block_bytes < _LARGE_BLOCK_BYTES
         self._staging_blocks = max(_STAGING_BYTES // block_bytes, 1)
 
     def start(self, copies: Sequence[BlockCopy]) -> None:
@@ -158,17 +183,30 @@ class CudaCopyEngine(CopyEngine):
             self._wait_s += before.elapsed_time(after) / 1000
 
     def _await_event(self, copy: BlockCopy) -> None:
+        # In the thread, whose device is the first one until it is told.
+        torch.cuda.set_device(self._device)
         self._events[copy.copy_id].synchronize()
         del self._events[copy.copy_id]
 
     def _issue(self, copy: BlockCopy) -> None:
+        if self._needs_staging:
+            self._issue_staged(copy)
+            return
+        source, target = self._device_pool, self._host_pool
+        if copy.direction is CopyDirection.SWAP_IN:
+            source, target = target, source
+        for first_source, first_target, count in _runs(copy):
+            blocks = source[first_source : first_source + count]
+            target[first_target : first_target + count].copy_(blocks, non_blocking=True)
+
+    def _issue_staged(self, copy: BlockCopy) -> None:
         swap_out = copy.direction is CopyDirection.SWAP_OUT
         pairs = zip(copy.source_ids, copy.target_ids, strict=True)
         by_host = sorted((there, here) if swap_out else (here, there) for here, there in pairs)
         for first in range(0, len(by_host), self._staging_blocks):
             part = by_host[first : first + self._staging_blocks]
             host_ids, device_ids = zip(*part, strict=True)
-            index = torch.tensor(device_ids).pin_memory().to(self._device, non_blocking=True)
+            index = to_device(torch.tensor(device_ids), self._device)
             if swap_out:
                 staging = self._device_pool.index_select(0, index)
             else:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastserve_mega.types import TokenLogprobs
 from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.transfer import to_device
 
 
 class ModelDistribution:
@@ -27,8 +28,8 @@ class ModelDistribution:
         self._wanted = [(row, top) for row, top in asked if top is not None]
         if self._wanted:
             # Indexing copies, so these stay what they are.
-            rows = logits[[row for row, _ in self._wanted]]
-            self._logprobs = torch.log_softmax(rows, dim=-1)
+            rows = to_device(torch.tensor([row for row, _ in self._wanted]), logits.device)
+            self._logprobs = torch.log_softmax(logits.index_select(0, rows), dim=-1)
 
     def of(self, tokens: Sequence[int]) -> tuple[TokenLogprobs | None, ...]:
         """Log probabilities of one sampled token for each row; None for rows that do not ask.
@@ -37,14 +38,14 @@ class ModelDistribution:
         """
         if not self._wanted:
             return ()
-        device = self._logprobs.device
-        chosen = torch.tensor([[tokens[row]] for row, _ in self._wanted], device=device)
-        own = self._logprobs.gather(-1, chosen).flatten().tolist()
+        chosen = torch.tensor([[tokens[row]] for row, _ in self._wanted])
+        own = self._logprobs.gather(-1, to_device(chosen, self._logprobs.device))
         most = min(max(top for _, top in self._wanted), self._logprobs.shape[-1])
-        top_logprobs, top_ids = (each.tolist() for each in self._logprobs.topk(most, dim=-1))
+        values, ids = self._logprobs.topk(most, dim=-1)
+        # Together, since the host waits for each; float64 holds every id.
+        together = torch.cat((own.double(), values.double(), ids.double()), dim=-1).tolist()
         told: list[TokenLogprobs | None] = [None] * self._count
-        for index, (row, top) in enumerate(self._wanted):
-            told[row] = TokenLogprobs(
-                own[index], tuple(top_ids[index][:top]), tuple(top_logprobs[index][:top])
-            )
+        for (row, top), numbers in zip(self._wanted, together, strict=True):
+            top_ids = tuple(int(number) for number in numbers[1 + most : 1 + most + top])
+            told[row] = TokenLogprobs(numbers[0], top_ids, tuple(numbers[1 : 1 + min(top, most)]))
         return tuple(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -182,7 +183,8 @@ class _Sequence:
 
     start: SequenceStart
     history: TokenHistory | None
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("q"))
+    """Compact: a step copies the tables of all its sequences."""
 
 
 class SequenceTable:
@@ -225,7 +227,7 @@ class SequenceTable:
             if (sequence := self._sequences.get(piece.request_id)) is None:
                 raise PlanError(f"step {plan.step_id} has a slice of unknown {piece.request_id}")
             if piece.block_ids:
-                sequence.block_table[piece.block_start :] = piece.block_ids
+                sequence.block_table[piece.block_start :] = array("q", piece.block_ids)
             if sequence.history is not None:
                 sequence.history.follow(piece.start, token_ids)
             batch.append(

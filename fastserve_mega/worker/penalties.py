@@ -7,6 +7,7 @@ that asks for none of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.history import TokenHistory
 from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.transfer import to_device
 
 _LEAST_FACTOR = 1e-30
 """Smaller repetition penalties do what this one does: float32 holds any logit divided by it."""
@@ -31,8 +33,9 @@ def add_logit_bias(logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
             ids += chosen.keys()
             bias += chosen.values()
     if rows:
-        index = torch.tensor([rows, ids], device=logits.device)
-        logits[index[0], index[1]] += torch.tensor(bias, dtype=logits.dtype, device=logits.device)
+        index = to_device(torch.tensor([rows, ids]), logits.device)
+        added = to_device(torch.tensor(bias, dtype=logits.dtype), logits.device)
+        logits[index[0], index[1]] += added
 
 
 def penalize(logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
@@ -56,14 +59,14 @@ def _penalize(logits: Tensor, penalized: list[tuple[int, SamplingParams, TokenHi
     def spread(values: list[float]) -> Tensor:
         """A value of each sequence, for each of its tokens."""
         repeated = np.repeat(np.array(values, dtype=np.float32), lengths)
-        return torch.from_numpy(repeated).to(logits.device)
+        return to_device(torch.from_numpy(repeated), logits.device)
 
-    rows = torch.from_numpy(np.repeat([row for row, _, _ in penalized], lengths)).to(logits.device)
-    ids = torch.from_numpy(np.concatenate([history.counts.ids for _, _, history in penalized]))
-    ids = ids.to(logits.device)
-    counts = torch.from_numpy(
-        np.concatenate([history.counts.counts for _, _, history in penalized])
-    ).to(logits.device)
+    def joined(arrays: list[Any]) -> Tensor:
+        return to_device(torch.from_numpy(np.concatenate(arrays)), logits.device)
+
+    rows = joined([np.repeat([row for row, _, _ in penalized], lengths)])
+    ids = joined([history.counts.ids for _, _, history in penalized])
+    counts = joined([history.counts.counts for _, _, history in penalized])
     factor = spread([max(params.repetition_penalty, _LEAST_FACTOR) for _, params, _ in penalized])
     values = logits[rows, ids]
     values = torch.where(values > 0, values / factor, values * factor)

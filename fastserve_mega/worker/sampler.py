@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.logprobs import ModelDistribution
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
+from fastserve_mega.worker.transfer import to_device
 
 _MASK = 2**64 - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
@@ -26,6 +27,9 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: they make all but the largest logit impossible."""
 _LONGEST_MESSAGE = 300
 _BROKEN_DEVICE = ("CUDA error", "HIP error")
+
+Draw = Callable[[Tensor, Tensor], Tensor]
+"""Logits [rows, vocabulary] and rules [5, rows] to tokens [rows], without a wait of the host."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,11 +57,19 @@ class Sampler:
     Args:
         eos_token_ids: end-of-sequence tokens of the model, held back by `min_tokens`.
         grammars: what structured output is held to; None refuses it.
+        draw: chooses the tokens of all rows on the device (worker.kernels.sampling); None: torch
+            does, and the host waits for it several times.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int], grammars: Grammars | None = None) -> None:
+    def __init__(
+        self,
+        eos_token_ids: Sequence[int],
+        grammars: Grammars | None = None,
+        draw: Draw | None = None,
+    ) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
         self._grammars = grammars
+        self._draw = draw
 
     def prepare(self, sequences: Sequence[SequenceInput]) -> None:
         """Begin in the background what sampling of these will need; call it before the model."""
@@ -93,11 +105,30 @@ class Sampler:
         self._hold_back_stop_tokens(logits, sequences)
         add_logit_bias(logits, sequences)
         penalize(logits, sequences)
+        if self._draw is not None:
+            drawn = self._draw(logits, to_device(_rules(sequences), logits.device))
+            return self._told(largest_of_model, logits, drawn, distribution, failures)
         best = logits.argmax(dim=-1, keepdim=True)
         largest = torch.stack((largest_of_model, logits.gather(-1, best).squeeze(-1)), dim=-1)
         failures = {**_unusable(largest.tolist()), **failures}
         tokens: list[int] = best.squeeze(-1).tolist()
         _choose_at_random(tokens, logits, sequences, failures)
+        failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
+        return StepOutput(tokens, distribution.of(tokens), failed)
+
+    def _told(
+        self,
+        largest_of_model: Tensor,
+        logits: Tensor,
+        drawn: Tensor,
+        distribution: ModelDistribution,
+        failures: Mapping[int, str],
+    ) -> StepOutput:
+        """What the device has drawn; the only wait of the host."""
+        columns = (largest_of_model, logits.amax(dim=-1), drawn)
+        told = torch.stack([column.double() for column in columns], dim=-1).tolist()
+        failures = {**_unusable([(of_model, left) for of_model, left, _ in told]), **failures}
+        tokens = [int(token) for _, _, token in told]
         failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
         return StepOutput(tokens, distribution.of(tokens), failed)
 
@@ -119,12 +150,29 @@ class Sampler:
 
     def _hold_back_stop_tokens(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
         vocabulary = logits.shape[-1]
-        for row, sequence in enumerate(sequences):
-            if sequence.context - sequence.prompt_tokens >= sequence.params.min_tokens:
-                continue
-            stops = {*self._eos_token_ids, *sequence.params.stop_token_ids}
-            held_back = [token for token in stops if token < vocabulary]
-            logits[row, held_back] = -torch.inf
+        held_back = [
+            (row, token)
+            for row, sequence in enumerate(sequences)
+            if sequence.context - sequence.prompt_tokens < sequence.params.min_tokens
+            for token in {*self._eos_token_ids, *sequence.params.stop_token_ids}
+            if token < vocabulary
+        ]
+        if held_back:
+            rows, tokens = to_device(torch.tensor(held_back), logits.device).unbind(dim=1)
+            logits[rows, tokens] = -torch.inf
+
+
+def _rules(sequences: Sequence[SequenceInput]) -> Tensor:
+    """For each row temperature (0 is greedy), top_k, top_p, min_p and its random number."""
+    params = [sequence.params for sequence in sequences]
+    rules = [
+        [0.0 if _is_greedy(s) else s.params.temperature for s in sequences],
+        [float(max(p.top_k, 0)) for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+        [uniform(s.seed, s.context) for s in sequences],
+    ]
+    return torch.tensor(rules, dtype=torch.float64)
 
 
 def _unusable(largest: Sequence[tuple[float, float]]) -> dict[int, str]:

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fastserve_mega.worker.kv_cache import NULL_BLOCK
 from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.transfer import to_device
 
+NO_SLOT = -1
+"""Where the KV of a row goes that only fills up a step of a fixed size: nowhere."""
 _SMALL_TABLE = 16
 """Blocks up to which tables are padded to each other rather than put into groups of their own:
 below it a group costs more time than the padding does."""
+
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,30 @@ class PrefillSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class StepShape:
+    """How many of everything a step has."""
+
+    rows: int
+    sequences: int
+    blocks: int
+    """Of the longest block table."""
+    fresh_blocks: int
+    samples: int
+
+    @classmethod
+    def of_decodes(cls, sequences: int, blocks: int) -> StepShape:
+        """Of a step in which each sequence has one new token that is sampled."""
+        return cls(sequences, sequences, blocks, sequences, sequences)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the arrays of a step, in the order in which they are packed."""
+        rows, sequences = self.rows, self.sequences
+        table = sequences * self.blocks
+        return (rows, rows, rows, table, sequences, sequences + 1, self.fresh_blocks, self.samples)
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """The tensors of one step, on the device. Decoding sequences come first, in groups."""
 
@@ -48,57 +79,134 @@ class StepBatch:
     positions: Tensor
     """[tokens], counted from the start of each prompt."""
     slots: Tensor
-    """[tokens] block * block_size + offset: where each token's KV goes."""
+    """[tokens] block * block_size + offset: where each token's KV goes, or NO_SLOT."""
+    block_tables: Tensor
+    """[sequences, blocks], padded with the null block."""
+    contexts: Tensor
+    """[sequences] tokens to attend to, the new ones included."""
+    first_rows: Tensor
+    """[sequences + 1] the first row of each sequence, and the number of rows."""
     fresh_blocks: Tensor
     """[n] blocks that get their first token in this step and stay partly empty."""
-    decode: tuple[DecodeGroup, ...]
-    prefill: tuple[PrefillSpan, ...]
     sample_rows: Tensor
     """[samples] rows whose logits are sampled, in the order of the batch."""
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillSpan, ...]
+
+    @property
+    def num_decodes(self) -> int:
+        """How many sequences have one new token, those included that fill the step up."""
+        return self.block_tables.shape[0] - len(self.prefill)
 
 
-def build_step(batch: Sequence[SequenceInput], block_size: int, device: torch.device) -> StepBatch:
-    """Lay out a batch.
+class PackedStep:
+    """A step on the host, in one array, so that one copy brings it to the device.
+
+    Args:
+        batch: its sequences.
+        block_size: tokens in a block.
+        room: has at least as many of everything. Rows and sequences that fill it up have no
+            context and write nothing, so that they change nothing.
 
     Raises:
         ValueError: a sequence has no token, or a block table is too short for its tokens.
     """
-    for sequence in batch:
-        check_sequence(sequence, block_size)
-    groups = _decode_groups(batch, block_size)
-    prefill = [index for index, sequence in enumerate(batch) if len(sequence.token_ids) > 1]
-    order = [index for group in groups for index in group] + prefill
-    ordered = [batch[index] for index in order]
-    first_rows = _first_rows(ordered)
-    last_row = {
-        index: first + len(sequence.token_ids) - 1
-        for index, first, sequence in zip(order, first_rows, ordered, strict=True)
-    }
-    positions = [p for sequence in ordered for p in range(sequence.start, sequence.context)]
-    slots = [
-        sequence.block_table[p // block_size] * block_size + p % block_size
-        for sequence in ordered
-        for p in range(sequence.start, sequence.context)
-    ]
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+    def __init__(
+        self, batch: Sequence[SequenceInput], block_size: int, room: StepShape | None = None
+    ) -> None:
+        for sequence in batch:
+            check_sequence(sequence, block_size)
+        self._groups = _decode_groups(batch, block_size)
+        prefill = [index for index, sequence in enumerate(batch) if len(sequence.token_ids) > 1]
+        order = [index for group in self._groups for index in group] + prefill
+        self._ordered = [batch[index] for index in order]
+        self._block_size = block_size
+        fresh = fresh_blocks(batch, block_size)
+        sampled = [index for index, sequence in enumerate(batch) if sequence.samples]
+        if room is None:
+            room = StepShape(
+                rows=sum(len(sequence.token_ids) for sequence in batch),
+                sequences=len(batch),
+                blocks=max((_blocks_of(sequence, block_size) for sequence in batch), default=0),
+                fresh_blocks=len(fresh),
+                samples=len(sampled),
+            )
+        self.shape = room
+        self.numbers: Numbers = np.zeros(sum(room.sizes), dtype=np.int64)
+        tokens, positions, slots, table, contexts, first_rows, fresh_part, sample_rows = np.split(
+            self.numbers, np.cumsum(room.sizes)[:-1]
+        )
+        lengths = np.array([len(each.token_ids) for each in self._ordered], dtype=np.int64)
+        starts = np.array([each.start for each in self._ordered], dtype=np.int64)
+        count, rows = len(order), int(lengths.sum())
+        first_rows[1 : count + 1] = np.cumsum(lengths)
+        # Each of those that fill it up has a row of its own.
+        filling = rows + np.arange(1, room.sequences - count + 1)
+        first_rows[count + 1 :] = np.minimum(filling, room.rows)
+        tokens[:rows] = [token for each in self._ordered for token in each.token_ids]
+        positions[:rows] = np.arange(rows) + np.repeat(starts - first_rows[:count], lengths)
+        contexts[:count] = starts + lengths
+        tables = table.reshape(room.sequences, room.blocks)
+        self._fill_tables(tables)
+        owners = np.repeat(np.arange(count), lengths)
+        at = positions[:rows]
+        slots[:rows] = tables[owners, at // block_size] * block_size + at % block_size
+        slots[rows:] = NO_SLOT
+        fresh_part[: len(fresh)] = fresh
+        last_row = np.empty(count, dtype=np.int64)
+        last_row[order] = first_rows[1 : count + 1] - 1
+        sample_rows[: len(sampled)] = last_row[sampled]
 
-    first_of = dict(zip(order, first_rows, strict=True))
-    return StepBatch(
-        token_ids=tensor([token for sequence in ordered for token in sequence.token_ids]),
-        positions=tensor(positions),
-        slots=tensor(slots),
-        fresh_blocks=tensor(fresh_blocks(batch, block_size)),
-        decode=tuple(
-            _decode_group([batch[i] for i in group], first_of[group[0]], block_size, device)
-            for group in groups
-        ),
-        prefill=tuple(
-            _prefill_span(batch[index], first_of[index], block_size, device) for index in prefill
-        ),
-        sample_rows=tensor([last_row[i] for i, sequence in enumerate(batch) if sequence.samples]),
-    )
+    def _fill_tables(self, tables: Numbers) -> None:
+        tables.fill(NULL_BLOCK)
+        for row, sequence in enumerate(self._ordered):
+            blocks = _blocks_of(sequence, self._block_size)
+            tables[row, :blocks] = sequence.block_table[:blocks]
+
+    def to(self, device: torch.device) -> StepBatch:
+        """Copy it; the copy may still be under way, in the order of the device's work."""
+        return self.on(to_device(torch.from_numpy(self.numbers), device))
+
+    def on(self, numbers: Tensor) -> StepBatch:
+        """A step whose tensors are parts of `numbers`, the array on the device."""
+        tokens, positions, slots, table, contexts, first_rows, fresh, sample_rows = torch.split(
+            numbers, list(self.shape.sizes)
+        )
+        tables = table.view(self.shape.sequences, self.shape.blocks)
+        decode, prefill, row = [], [], 0
+        for group in self._groups:
+            rows = slice(row, row + len(group))
+            blocks = _blocks_of(self._ordered[row], self._block_size)  # the longest of its group
+            decode.append(DecodeGroup(rows, tables[rows, :blocks], contexts[rows]))
+            row = rows.stop
+        for index in range(row, len(self._ordered)):
+            sequence = self._ordered[index]
+            rows = slice(row, row + len(sequence.token_ids))
+            blocks = _blocks_of(sequence, self._block_size)
+            prefill.append(PrefillSpan(rows, sequence.start, tables[index : index + 1, :blocks]))
+            row = rows.stop
+        return StepBatch(
+            tokens,
+            positions,
+            slots,
+            tables,
+            contexts,
+            first_rows,
+            fresh,
+            sample_rows,
+            tuple(decode),
+            tuple(prefill),
+        )
+
+
+def build_step(batch: Sequence[SequenceInput], block_size: int, device: torch.device) -> StepBatch:
+    """Lay out a batch on a device.
+
+    Raises:
+        ValueError: a sequence has no token, or a block table is too short for its tokens.
+    """
+    return PackedStep(batch, block_size).to(device)
 
 
 def check_sequence(sequence: SequenceInput, block_size: int) -> None:
@@ -117,22 +225,14 @@ def check_sequence(sequence: SequenceInput, block_size: int) -> None:
         )
 
 
-def _blocks_for(tokens: int, block_size: int) -> int:
-    return -(-tokens // block_size)
-
-
-def _first_rows(ordered: Sequence[SequenceInput]) -> list[int]:
-    rows, row = [], 0
-    for sequence in ordered:
-        rows.append(row)
-        row += len(sequence.token_ids)
-    return rows
+def _blocks_of(sequence: SequenceInput, block_size: int) -> int:
+    return -(-sequence.context // block_size)
 
 
 def _decode_groups(batch: Sequence[SequenceInput], block_size: int) -> list[list[int]]:
     """Group by context length, so that padding at most doubles what attention reads."""
     lengths = [
-        (_blocks_for(sequence.context, block_size), index)
+        (_blocks_of(sequence, block_size), index)
         for index, sequence in enumerate(batch)
         if len(sequence.token_ids) == 1
     ]
@@ -144,33 +244,6 @@ def _decode_groups(batch: Sequence[SequenceInput], block_size: int) -> list[list
             longest = blocks
         groups[-1].append(index)
     return groups
-
-
-def _decode_group(
-    sequences: list[SequenceInput], first_row: int, block_size: int, device: torch.device
-) -> DecodeGroup:
-    contexts = [sequence.context for sequence in sequences]
-    width = _blocks_for(max(contexts), block_size)
-    tables = []
-    for sequence in sequences:
-        blocks = list(sequence.block_table[: _blocks_for(sequence.context, block_size)])
-        tables.append(blocks + [NULL_BLOCK] * (width - len(blocks)))
-    return DecodeGroup(
-        rows=slice(first_row, first_row + len(sequences)),
-        block_tables=torch.tensor(tables).to(device, non_blocking=True),
-        contexts=torch.tensor(contexts).to(device, non_blocking=True),
-    )
-
-
-def _prefill_span(
-    sequence: SequenceInput, first_row: int, block_size: int, device: torch.device
-) -> PrefillSpan:
-    blocks = list(sequence.block_table[: _blocks_for(sequence.context, block_size)])
-    return PrefillSpan(
-        rows=slice(first_row, first_row + len(sequence.token_ids)),
-        start=sequence.start,
-        block_table=torch.tensor([blocks]).to(device, non_blocking=True),
-    )
 
 
 def fresh_blocks(batch: Sequence[SequenceInput], block_size: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,24 @@ class _Prefill:
     tiles: tuple[_Tile, ...]
 
 
-class StepAttention:
-    """What attention needs to know about a step: computed once, used by all layers.
+class StepAttention(Protocol):
+    """Attention in one step, for all layers of a kind: by torch, or by kernels of our own."""
+
+    def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+        """Rotate queries and keys, write keys and values to the cache, and attend.
+
+        Args:
+            layer: of this rank.
+            qkv: [tokens, kv_heads, group_size + 2, head_dim], contiguous; may be changed.
+            scale: of the scores.
+
+        Returns:
+            [tokens, query heads * head_dim]
+        """
+
+
+class TorchAttention:
+    """What attention by torch needs to know about a step.
 
     Args:
         step: the batch.
@@ -72,41 +88,43 @@ class StepAttention:
         window: int | None,
         softcap: float | None = None,
     ) -> None:
-        self.cache = cache
-        self.rotation = rotation
-        self.softcap = softcap
-        self.write_index = cache.write_index(step.slots)
+        self._cache = cache
+        self._rotation = rotation
+        self._softcap = softcap
+        self._write_index = cache.write_index(step.slots)
         self._group_size = group_size
         self._num_kv_heads = num_kv_heads
         self._window = window
-        self.decode = [self._plan_decode(group) for group in step.decode]
-        self.prefill = [self._plan_prefill(span) for span in step.prefill]
+        self._decodes = [self._plan_decode(group) for group in step.decode]
+        self._prefills = [self._plan_prefill(span) for span in step.prefill]
 
     def _plan_decode(self, group: DecodeGroup) -> _Decode:
         sequences, blocks = group.block_tables.shape
-        keys = torch.arange(blocks * self.cache.block_size, device=group.contexts.device)
+        keys = torch.arange(blocks * self._cache.block_size, device=group.contexts.device)
         mask = self._mask(group.contexts[:, None] - 1, keys)
         return _Decode(
             rows=group.rows,
             sequences=sequences,
-            index=self.cache.read_index(group.block_tables),
+            index=self._cache.read_index(group.block_tables),
             mask=mask.repeat_interleave(self._num_kv_heads, dim=0)[:, None],
         )
 
     def _plan_prefill(self, span: PrefillSpan) -> _Prefill:
         count = span.rows.stop - span.rows.start
-        tile = _CPU_QUERY_TILE if self.cache.pool.device.type == "cpu" else count
+        tile = _CPU_QUERY_TILE if self._cache.pool.device.type == "cpu" else count
         starts = range(0, count, tile)
+        # What is quantized is read back, so that a token does not depend on the chunks.
+        reads = span.start > 0 or self._cache.is_quantized
         return _Prefill(
             rows=span.rows,
-            index=self.cache.read_index(span.block_table) if span.start else None,
+            index=self._cache.read_index(span.block_table) if reads else None,
             tiles=tuple(
                 self._tile(span.start, first, min(first + tile, count)) for first in starts
             ),
         )
 
     def _tile(self, start: int, first: int, end: int) -> _Tile:
-        device = self.cache.pool.device
+        device = self._cache.pool.device
         queries = torch.arange(start + first, start + end, device=device)
         mask = self._mask(queries[:, None], torch.arange(start + end, device=device))
         return _Tile(
@@ -118,8 +136,58 @@ class StepAttention:
         hidden = keys > queries
         if self._window is not None:
             hidden |= keys <= queries - self._window
-        mask = torch.zeros(hidden.shape, dtype=self.cache.pool.dtype, device=hidden.device)
+        mask = torch.zeros(hidden.shape, dtype=self._cache.dtype, device=hidden.device)
         return mask.masked_fill_(hidden, -torch.inf)
+
+    def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
+        group = self._group_size
+        if self._rotation is not None:
+            _rotate(qkv[:, :, : group + 1], *self._rotation)
+        self._cache.write(layer, self._write_index, qkv[:, :, group:])
+        query = qkv[:, :, :group]
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        for decode in self._decodes:
+            self._decode(decode, layer, query, out, scale)
+        for prefill in self._prefills:
+            self._prefill(prefill, layer, qkv, out, scale)
+        return out.view(out.shape[0], -1)
+
+    def _decode(self, part: _Decode, layer: int, query: Tensor, out: Tensor, scale: float) -> None:
+        key, value = self._cache.read(layer, part.index, part.sequences)
+        # The query heads that share a key-value head are the rows of one small matrix.
+        q = query[part.rows].flatten(0, 1)
+        attended = self._attend(q, key, value, part.mask, scale)
+        out[part.rows] = attended.view_as(out[part.rows])
+
+    def _prefill(self, part: _Prefill, layer: int, qkv: Tensor, out: Tensor, scale: float) -> None:
+        group = self._group_size
+        fresh = qkv[part.rows].transpose(0, 1)  # [kv_heads, tokens, group + 2, head_dim]
+        if part.index is None:
+            key, value = fresh[:, :, group], fresh[:, :, group + 1]
+        else:
+            key, value = self._cache.read(layer, part.index, 1)
+        query = fresh[:, :, :group].transpose(1, 2)  # [kv_heads, group, tokens, head_dim]
+        target = out[part.rows].permute(1, 2, 0, 3)
+        for tile in part.tiles:
+            q = query[:, :, tile.rows]
+            k, v = key[:, : tile.keys], value[:, : tile.keys]
+            attended = self._attend(q.flatten(1, 2), k, v, tile.mask, scale)
+            target[:, :, tile.rows] = attended.view(q.shape)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """Softmax(q k^T * scale + mask) v; q [n, rows, d], k and v [n, keys, d]."""
+        if self._softcap is not None:
+            scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale / self._softcap).tanh_()
+            scores = scores.mul_(self._softcap).add_(mask)
+        elif q.device.type == "cuda":
+            return functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], attn_mask=mask[None], scale=scale
+            )[0]
+        else:
+            # Two to three times faster on a CPU than scaled_dot_product_attention.
+            mask = mask.expand(q.shape[0], q.shape[1], k.shape[1])
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
+        return torch.bmm(scores.softmax(dim=-1), v)
 
 
 class PagedAttention(nn.Module):
@@ -138,60 +206,11 @@ class PagedAttention(nn.Module):
         del unused
         self.layer = layer_number - 1
         self.group_size: int = config.num_attention_heads // config.num_query_groups
-        self._scale: float = config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scale: float = config.softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(self, qkv: Tensor, step: StepAttention) -> Tensor:
         """[tokens, kv_heads, group_size + 2, head_dim] → [tokens, query heads * head_dim]."""
-        group = self.group_size
-        if step.rotation is not None:
-            _rotate(qkv[:, :, : group + 1], *step.rotation)
-        step.cache.write(self.layer, step.write_index, qkv[:, :, group:])
-        query = qkv[:, :, :group]
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        for decode in step.decode:
-            self._decode(decode, step, query, out)
-        for prefill in step.prefill:
-            self._prefill(prefill, step, qkv, out)
-        return out.view(out.shape[0], -1)
-
-    def _decode(self, part: _Decode, step: StepAttention, query: Tensor, out: Tensor) -> None:
-        key, value = step.cache.read(self.layer, part.index, part.sequences)
-        # The query heads that share a key-value head are the rows of one small matrix.
-        q = query[part.rows].flatten(0, 1)
-        attended = self._attend(q, key, value, part.mask, step.softcap)
-        out[part.rows] = attended.view_as(out[part.rows])
-
-    def _prefill(self, part: _Prefill, step: StepAttention, qkv: Tensor, out: Tensor) -> None:
-        group = self.group_size
-        fresh = qkv[part.rows].transpose(0, 1)  # [kv_heads, tokens, group + 2, head_dim]
-        if part.index is None:
-            key, value = fresh[:, :, group], fresh[:, :, group + 1]
-        else:
-            key, value = step.cache.read(self.layer, part.index, 1)
-        query = fresh[:, :, :group].transpose(1, 2)  # [kv_heads, group, tokens, head_dim]
-        target = out[part.rows].permute(1, 2, 0, 3)
-        for tile in part.tiles:
-            q = query[:, :, tile.rows]
-            k, v = key[:, : tile.keys], value[:, : tile.keys]
-            attended = self._attend(q.flatten(1, 2), k, v, tile.mask, step.softcap)
-            target[:, :, tile.rows] = attended.view(q.shape)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None
-    ) -> Tensor:
-        """Softmax(q k^T * scale + mask) v; q [n, rows, d], k and v [n, keys, d]."""
-        if softcap is not None:
-            scores = torch.bmm(q, k.transpose(1, 2)).mul_(self._scale / softcap).tanh_()
-            scores = scores.mul_(softcap).add_(mask)
-        elif q.device.type == "cuda":
-            return functional.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask[None], scale=self._scale
-            )[0]
-        else:
-            # Two to three times faster on a CPU than scaled_dot_product_attention.
-            mask = mask.expand(q.shape[0], q.shape[1], k.shape[1])
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=self._scale)
-        return torch.bmm(scores.softmax(dim=-1), v)
+        return step.attend(self.layer, qkv, self.scale)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from fastserve_mega.models.architecture import Architecture, AttentionKind
 from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.kv_cache import KvCache
-from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.attention import StepAttention, TorchAttention
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.model_runner import SequenceInput
-from fastserve_mega.worker.step_batch import StepBatch, build_step
+from fastserve_mega.worker.step_batch import PackedStep, StepBatch
 
 Receive = Callable[[], Tensor | None]
 """Gives what the stage before hands over, [tokens, hidden]; None on the first stage."""
@@ -62,7 +62,7 @@ class TorchEngine:
         self._partition = partition
         self._cache = cache
         self._device = cache.pool.device
-        self.hidden_dtype = cache.pool.dtype
+        self.hidden_dtype = cache.dtype
         kinds = [architecture.attention_kind(layer) for layer in partition.layers]
         self._kinds = list(dict.fromkeys(kinds))
         self._kind_of_layer = [self._kinds.index(kind) for kind in kinds]
@@ -73,21 +73,33 @@ class TorchEngine:
         }
 
     def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor:
-        step = build_step(batch, self._cache.block_size, self._device)
+        packed = PackedStep(batch, self._cache.block_size)
+        step = packed.to(self._device)
         self._cache.clear(step.fresh_blocks)
+        return self._compute(step, receive())
+
+    def _compute(self, step: StepBatch, hidden: Tensor | None) -> Tensor:
+        """The work on the device, of which a step consists once its numbers are there."""
         attention = [self._attention(step, kind) for kind in self._kinds]
-        hidden = receive()
         if hidden is None:
             hidden = self._stage.embed(step.token_ids, step.positions)
-        hidden = self._stage.run_layers(hidden, [attention[kind] for kind in self._kind_of_layer])
+        hidden = self._run_layers(hidden, [attention[kind] for kind in self._kind_of_layer])
         if not self._partition.is_last_stage:
             return hidden
         if not step.sample_rows.shape[0]:
             return hidden.new_empty((0, self._architecture.vocab_size))
-        return self._stage.logits(hidden.index_select(0, step.sample_rows))
+        return self._logits(hidden.index_select(0, step.sample_rows))
 
     def close(self) -> None:
         del self._stage, self._cache
+
+    def _run_layers(self, hidden: Tensor, attention: Sequence[StepAttention]) -> Tensor:
+        """[tokens, hidden] → [tokens, hidden], with the attention of each layer."""
+        return self._stage.run_layers(hidden, attention)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[samples, hidden] behind the last layer → [samples, vocabulary]."""
+        return self._stage.logits(self._stage.norm(hidden))
 
     def _attention(self, step: StepBatch, kind: AttentionKind) -> StepAttention:
         """For all layers of a kind."""
@@ -95,7 +107,7 @@ class TorchEngine:
         if kind.rope is not None:
             turned = self._rotations[kind.rope].at(step.positions, self.hidden_dtype)
         partition = self._partition
-        return StepAttention(
+        return TorchAttention(
             step,
             self._cache,
             rotation=turned,

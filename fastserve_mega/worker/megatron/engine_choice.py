@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import time
 
 import torch
 import torch.distributed as dist
 
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.config import Config, ParallelConfig
 from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.engine import StageEngine, TorchEngine
+from fastserve_mega.worker.megatron.layers import ColumnLinear
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.native_engine import NativeEngine
 from fastserve_mega.worker.native.library import NativeError, load_library
+from fastserve_mega.worker.sampler import Draw
 
 _MAX_HEAD_DIM = 512
+_MAX_KERNEL_HEAD_DIM = 256
 _READ_AHEAD_BYTES = 64
 """The kernels read that much behind the keys of a head."""
 
@@ -24,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 def open_engine(
-    parallel: ParallelConfig,
+    config: Config,
     stage: Stage,
     architecture: Architecture,
     partition: Partition,
@@ -35,10 +40,12 @@ def open_engine(
     All ranks call it together: what stages hand over to each other depends on it.
 
     Raises:
-        ValueError: parallel.cpu_engine=native, but it cannot be used.
+        ValueError: parallel.cpu_engine=native, or parallel.cuda_engine names kernels, but they
+            cannot be used.
     """
-    if cache.pool.device.type != "cpu":
-        return TorchEngine(stage, architecture, partition, cache)
+    parallel = config.parallel
+    if cache.pool.device.type == "cuda":
+        return _open_on_cuda(config, stage, architecture, partition, cache)
     obstacle: str | None = "parallel.cpu_engine=torch"
     if parallel.cpu_engine != "torch":
         obstacle = _agreed(_obstacle(architecture, partition, cache))
@@ -55,15 +62,85 @@ def open_engine(
     return engine
 
 
+def choose_draw(parallel: ParallelConfig, device: torch.device) -> Draw | None:
+    """What draws tokens on the device; None where torch has to."""
+    if device.type != "cuda" or parallel.cuda_engine == "torch" or _no_triton():
+        return None
+    from fastserve_mega.worker.kernels.sampling import draw
+
+    return draw
+
+
+def _open_on_cuda(
+    config: Config,
+    stage: Stage,
+    architecture: Architecture,
+    partition: Partition,
+    cache: KvCache,
+) -> StageEngine:
+    wanted = config.parallel.cuda_engine
+    obstacle = "parallel.cuda_engine=torch"
+    if wanted != "torch":
+        obstacle = _kernel_obstacle(stage, architecture) or ""
+        if obstacle and wanted != "auto":
+            raise ValueError(f"parallel.cuda_engine={wanted}, but {obstacle}")
+    is_first = partition.is_first_stage and partition.tensor_rank == 0
+    if obstacle:
+        if is_first:
+            _log.info("steps on the GPU: torch (%s)", obstacle)
+        return TorchEngine(stage, architecture, partition, cache)
+    from fastserve_mega.worker.megatron.decode_graphs import CudaRecorder
+    from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
+
+    engine = KernelEngine(stage, architecture, partition, cache)
+    no_graphs = _graph_obstacle(architecture) if wanted != "kernels" else "cuda_engine=kernels"
+    if no_graphs and wanted == "graphs":
+        raise ValueError(f"parallel.cuda_engine=graphs, but {no_graphs}")
+    if is_first:
+        told = f"no graphs: {no_graphs}" if no_graphs else "recording graphs of decoding steps"
+        _log.info("steps on the GPU: kernels (%s)", told)
+    if not no_graphs:
+        begin = time.monotonic()
+        context = config.model.max_context or architecture.max_context
+        count = engine.record_graphs(config.scheduler.max_batch_size, context, CudaRecorder())
+        if is_first:
+            _log.info("recorded %d graphs in %.1f s", count, time.monotonic() - begin)
+    return engine
+
+
+def _kernel_obstacle(stage: Stage, architecture: Architecture) -> str | None:
+    """Why the kernels cannot be used, None if they can; the same on all ranks."""
+    if no_triton := _no_triton():
+        return no_triton
+    if not isinstance(stage.layers[0].self_attention.linear_qkv, ColumnLinear):
+        return "the layers are Transformer Engine's (model.layer_spec)"
+    if architecture.head_dim % 2 or architecture.head_dim > _MAX_KERNEL_HEAD_DIM:
+        return f"the kernels have no head_dim of {architecture.head_dim}"
+    return None
+
+
+def _graph_obstacle(architecture: Architecture) -> str | None:
+    if architecture.experts is not None:
+        return "the host has to know how many tokens each expert has"
+    return None
+
+
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
 def _obstacle(architecture: Architecture, partition: Partition, cache: KvCache) -> str | None:
     """Why this rank cannot compute natively, None if it can."""
     try:
         load_library()
     except NativeError as error:
         return f"native step: {error}"
-    dtype = cache.pool.dtype
+    dtype = cache.dtype
     head_bytes = architecture.head_dim * cache.block_size * dtype.itemsize
     obstacles = {
+        "no 8-bit KV cache": cache.is_quantized,
         f"no {str(dtype).removeprefix('torch.')}": dtype not in (torch.float32, torch.bfloat16),
         "no mixture of experts": architecture.experts is not None,
         "no layers that tensor-parallel ranks share": partition.tensor_size > 1,

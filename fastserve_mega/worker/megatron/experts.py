@@ -70,7 +70,9 @@ class ExpertMixture:
         """This rank's part of the weighted sum, [tokens, hidden]."""
         weights, chosen = route(functional.linear(x, self._router.weight), self._experts)
         choices = chosen.flatten()  # choice c is of token c // experts per token
-        counts = torch.bincount(choices, minlength=self._experts.count).tolist()
+        # Not bincount, which would make the host wait for the device once more than tolist.
+        counted = choices.new_zeros(self._experts.count)
+        counts = counted.scatter_add_(0, choices, torch.ones_like(choices)).tolist()
         end = self._first + len(self._local)
         start = sum(counts[: self._first])
         # The choices of this rank's experts, one expert after the other.

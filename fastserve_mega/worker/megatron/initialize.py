@@ -23,6 +23,7 @@ _DTYPES = {
 }
 _BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 """In /proc/cpuinfo: x86 with AVX-512, x86 with AMX, Arm."""
+_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _REUSED_BYTES = 2**25
@@ -34,7 +35,10 @@ _RETURNED_BYTES = 2**18
 
 
 def select_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
-    """The device of this rank; on a GPU machine, the one numbered like the rank on its host.
+    """The device of this rank, made the current one.
+
+    On a GPU machine that is the one numbered like the rank on its host, or the only one where the
+    launcher shows each rank its own (srun --gpus-per-task, Kubernetes).
 
     Raises:
         ValueError: CUDA was asked for and is not there, or there are too few GPUs.
@@ -44,13 +48,17 @@ def select_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
         return torch.device("cpu")
     if not available:
         raise ValueError("parallel.device=cuda, but torch finds no CUDA device")
-    if topology.local_rank >= torch.cuda.device_count():
+    count, number = torch.cuda.device_count(), topology.local_rank
+    if count == 1 and _VISIBLE_DEVICES in os.environ:
+        number = 0
+    if number >= count:
         raise ValueError(
-            f"{topology.local_size} ranks on this machine, but only "
-            f"{torch.cuda.device_count()} CUDA devices"
+            f"{topology.local_size} ranks on this machine, but only {count} CUDA devices"
         )
-    device = torch.device("cuda", topology.local_rank)
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
+    # cuDNN makes a plan for each shape it has not seen, 0.1 to 0.4 s, and here they all differ.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -133,25 +141,48 @@ def join_process_groups(
         rank=topology.rank,
         world_size=topology.world_size,
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
+        # No device_id: with it NCCL makes new groups by splitting this one, which all of its ranks
+        # would have to take part in.
     )
-    alone = _new_group([topology.rank])
+    alone = _new_group([topology.rank], timeout)
     tensor = alone
     if parallel.tensor > 1:
         first = topology.rank - topology.rank % parallel.tensor
-        tensor = _new_group(list(range(first, first + parallel.tensor)))
+        tensor = _new_group(list(range(first, first + parallel.tensor)), timeout)
     return ProcessGroups(
-        tensor=tensor, megatron=_collect(parallel, topology.rank, tensor=tensor, alone=alone)
+        tensor=tensor,
+        megatron=_collect(parallel, topology.rank, tensor=tensor, alone=alone, timeout=timeout),
     )
 
 
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
-    """Only its members take part in creating it."""
-    return dist.new_group(ranks, use_local_synchronization=True)  # type: ignore[no-any-return]
+def connect_stages(topology: Topology, tensor_size: int, device: torch.device) -> None:
+    """Send something along the pipeline, so that the first step need not connect the stages.
+
+    NCCL connects two ranks when they first speak to each other, which takes seconds.
+    """
+    token = torch.zeros(1, device=device)
+    if topology.rank >= tensor_size:
+        dist.recv(token, src=topology.rank - tensor_size)
+    if topology.rank + tensor_size < topology.world_size:
+        dist.send(token, dst=topology.rank + tensor_size)
+
+
+def _new_group(ranks: list[int], timeout: timedelta) -> dist.ProcessGroup:
+    """Only its members take part in creating it. A rank alone needs no NCCL."""
+    backend = "gloo" if len(ranks) == 1 else None
+    group: dist.ProcessGroup = dist.new_group(
+        ranks, timeout=timeout, backend=backend, use_local_synchronization=True
+    )
+    return group
 
 
 def _collect(
-    parallel: ParallelConfig, rank: int, *, tensor: dist.ProcessGroup, alone: dist.ProcessGroup
+    parallel: ParallelConfig,
+    rank: int,
+    *,
+    tensor: dist.ProcessGroup,
+    alone: dist.ProcessGroup,
+    timeout: timedelta,
 ) -> ProcessGroupCollection:
     """Megatron's view: each stage is to it a model of its own, so all else is this rank alone.
 
@@ -162,12 +193,16 @@ def _collect(
     for name in ("pp", "cp", "dp", "expt_dp"):
         setattr(groups, name, alone)
     groups.embd = None
-    groups.ep, groups.expt_tp = _expert_groups(parallel, rank, tensor, alone)
+    groups.ep, groups.expt_tp = _expert_groups(parallel, rank, tensor, alone, timeout)
     return groups
 
 
 def _expert_groups(
-    parallel: ParallelConfig, rank: int, tensor: dist.ProcessGroup, alone: dist.ProcessGroup
+    parallel: ParallelConfig,
+    rank: int,
+    tensor: dist.ProcessGroup,
+    alone: dist.ProcessGroup,
+    timeout: timedelta,
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """The ranks with the other experts, and the ranks with the other columns of these experts.
 
@@ -181,5 +216,5 @@ def _expert_groups(
     first = rank - rank % parallel.tensor
     neighbours = range(rank - rank % sharing, rank - rank % sharing + sharing)
     others = range(first + rank % sharing, first + parallel.tensor, sharing)
-    sharing_group = _new_group(list(neighbours))
-    return _new_group(list(others)), sharing_group
+    sharing_group = _new_group(list(neighbours), timeout)
+    return _new_group(list(others), timeout), sharing_group

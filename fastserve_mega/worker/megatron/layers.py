@@ -64,15 +64,15 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
         attention = self.self_attention
         group_size = attention.core_attention.group_size
         kv_heads = attention.num_query_groups_per_partition
-        self._qkv_shape = (-1, kv_heads, group_size + 2, attention.key_hidden_size)
+        self.qkv_shape = (-1, kv_heads, group_size + 2, attention.key_hidden_size)
         self._has_qk_norm = bool(self.config.qk_layernorm)
         self._activation = self.config.activation_func
         self._gated = bool(self.config.gated_linear_unit)
-        self._mixture: ExpertMixture | None = None
+        self.mixture: ExpertMixture | None = None
 
     def use_experts(self, mixture: ExpertMixture) -> None:
         """Compute the feed-forward pass with experts."""
-        self._mixture = mixture
+        self.mixture = mixture
 
     def forward(self, hidden: Tensor, step: StepAttention) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
@@ -84,7 +84,7 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
     def _attend(self, x: Tensor, step: StepAttention) -> Tensor:
         attention = self.self_attention
         # Per key-value head: its query heads, the key, the value.
-        qkv = _output(attention.linear_qkv(x)).view(self._qkv_shape)
+        qkv = _output(attention.linear_qkv(x)).view(self.qkv_shape)
         if self._has_qk_norm:
             group_size = attention.core_attention.group_size
             qkv[:, :, :group_size] = attention.q_layernorm(qkv[:, :, :group_size])
@@ -92,8 +92,8 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
         return _output(attention.linear_proj(attention.core_attention(qkv, step)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        if self._mixture is not None:
-            return self._mixture(x)
+        if self.mixture is not None:
+            return self.mixture(x)
         y = _output(self.mlp.linear_fc1(x))
         if self._gated:
             gate, up = y.chunk(2, dim=-1)
@@ -125,12 +125,12 @@ class ZeroCenteredRMSNorm(nn.Module):
         super().__init__()
         del config, unused
         self.weight = nn.Parameter(torch.empty(hidden_size))
-        self._eps = eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] → [..., hidden]."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (wide * (1.0 + self.weight.float())).to(x.dtype)
 
 

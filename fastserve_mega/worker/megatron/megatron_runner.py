@@ -19,8 +19,9 @@ from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
-from fastserve_mega.worker.megatron.engine_choice import open_engine
+from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
 from fastserve_mega.worker.megatron.initialize import (
+    connect_stages,
     join_process_groups,
     keep_freed_memory,
     select_device,
@@ -33,6 +34,7 @@ from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.pool_sizes import device_blocks
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
+from fastserve_mega.worker.transfer import wait_for
 
 
 class MegatronRunner:
@@ -69,7 +71,8 @@ class MegatronRunner:
         grammars = Grammars(
             config.model.directory, architecture.vocab_size, architecture.eos_token_ids
         )
-        self._sampler = Sampler(architecture.eos_token_ids, grammars)
+        draw = choose_draw(config.parallel, self._device)
+        self._sampler = Sampler(architecture.eos_token_ids, grammars, draw)
         self._sending: tuple[dist.Work, Tensor] | None = None
         # Before any rank of this host allocates: they leave the next line together.
         available = available_bytes()
@@ -77,6 +80,8 @@ class MegatronRunner:
             config.parallel, topology, self._device, master_address, master_port
         )
         try:
+            if self._device.type == "cuda":
+                connect_stages(topology, config.parallel.tensor, self._device)
             self._stage = build_stage(
                 architecture,
                 self._partition,
@@ -89,6 +94,7 @@ class MegatronRunner:
                 _host_memory(config, architecture, self._partition, self._stage),
                 topology.local_size,
                 available,
+                is_final=self._device.type == "cpu",
             )
             action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
             with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
@@ -97,7 +103,7 @@ class MegatronRunner:
                 config, architecture, self._partition, self._dtype, self._device
             )
             self._engine = open_engine(
-                config.parallel, self._stage, architecture, self._partition, self.cache
+                config, self._stage, architecture, self._partition, self.cache
             )
             keep_freed_memory()
             self._host = HostPool(host_blocks(config.kv_cache, self.block_bytes), self.cache.pool)
@@ -146,8 +152,7 @@ class MegatronRunner:
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
-            reason = str(error).splitlines()[0].rpartition("] ")[2]
-            raise ConnectionError(f"another rank is out of reach: {reason}") from None
+            raise ConnectionError(f"another rank is out of reach: {_reason(error)}") from None
 
     def _execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         if self.is_sampling_rank:
@@ -157,7 +162,11 @@ class MegatronRunner:
         if not self._partition.is_last_stage:
             self._send(result)
             return StepOutput()
-        if not sampled or not self.is_sampling_rank:
+        if not self.is_sampling_rank:
+            return StepOutput()
+        if not sampled:
+            # The coordinator charges the time until the result comes.
+            wait_for(self._device)
             return StepOutput()
         return self._sampler(result, sampled)
 
@@ -210,8 +219,8 @@ def _host_memory(
     Called when the weights are allocated, which takes no memory until they are loaded.
     """
     needs = {}
-    block_size, parameter = config.kv_cache.block_size, next(stage.model.parameters())
-    bytes_per_block = block_bytes(architecture, partition, block_size, parameter.itemsize)
+    parameter = next(stage.model.parameters())
+    bytes_per_block = block_bytes(architecture, partition, config.kv_cache, parameter.itemsize)
     if parameter.is_cpu:
         needs["weights"] = stage.num_bytes
         blocks = device_blocks(config, architecture, bytes_per_block, parameter.device)
@@ -222,7 +231,16 @@ def _host_memory(
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(
+        name in str(error) for name in ("gloo", "NCCL", "ncclRemoteError")
+    )
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line of gloo's or NCCL's message that says what happened, without its place in a file."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    named = (line for line in lines if line.startswith("nccl") and ": " in line)
+    return next(named, lines[0]).rpartition("] ")[2]
 
 
 def _build_cache(
@@ -233,7 +251,7 @@ def _build_cache(
     device: torch.device,
 ) -> KvCache:
     settings = config.kv_cache
-    bytes_per_block = block_bytes(architecture, partition, settings.block_size, dtype.itemsize)
+    bytes_per_block = block_bytes(architecture, partition, settings, dtype.itemsize)
     return KvCache(
         num_blocks=device_blocks(config, architecture, bytes_per_block, device),
         num_layers=len(partition.layers),
@@ -242,4 +260,5 @@ def _build_cache(
         head_dim=architecture.head_dim,
         dtype=dtype,
         device=device,
+        quantized=settings.is_quantized,
     )

@@ -37,9 +37,12 @@ class Stage:
         self.groups = groups
         self._partition = partition
         self._vocab_size = architecture.vocab_size
-        self._embedding_scale = architecture.embedding_scale
+        # In the precision of the weights, as the models were trained.
+        dtype = next(model.parameters()).dtype
+        scale = torch.tensor(architecture.embedding_scale, dtype=dtype, device="cpu")
+        self._embedding_scale = float(scale.item())
         self._logit_softcap = architecture.logit_softcap
-        self._layers: list[InferenceLayer] = list(model.decoder.layers)
+        self.layers: list[InferenceLayer] = list(model.decoder.layers)
         self._packed_output: Tensor | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -81,23 +84,28 @@ class Stage:
         # Megatron's batch dimension leaves an odd stride behind that slows down the first linear.
         hidden = cast(Tensor, embedded).reshape(token_ids.shape[0], -1).contiguous()
         if self._embedding_scale != 1.0:
-            hidden = hidden * hidden.new_tensor(self._embedding_scale)
+            hidden = hidden * self._embedding_scale
         return hidden
 
     def run_layers(self, hidden: Tensor, attention: Sequence[StepAttention]) -> Tensor:
         """[tokens, hidden] → [tokens, hidden], with what each layer needs to know of the step."""
-        for layer, step in zip(self._layers, attention, strict=True):
+        for layer, step in zip(self.layers, attention, strict=True):
             hidden = layer(hidden, step)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def norm(self, hidden: Tensor) -> Tensor:
+        """[samples, hidden] → [samples, hidden], by the norm before the logits."""
+        return cast(Tensor, self.model.decoder.final_layernorm(hidden))
+
+    def logits(self, normed: Tensor) -> Tensor:
         """[samples, hidden] → [samples, vocabulary], on all ranks of the last stage."""
-        local = self._multiply_output(self.model.decoder.final_layernorm(hidden))
-        parts = [local]
+        local = self._multiply_output(normed)
+        logits = local
         if self._partition.tensor_size > 1:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
             dist.all_gather(parts, local, group=self.groups.tensor)
-        return cap_logits(torch.cat(parts, dim=-1)[:, : self._vocab_size], self._logit_softcap)
+            logits = torch.cat(parts, dim=-1)
+        return cap_logits(logits[:, : self._vocab_size], self._logit_softcap)
 
     def _multiply_output(self, hidden: Tensor) -> Tensor:
         if self._packed_output is None:

@@ -18,6 +18,11 @@ def test_all_ranks_of_the_host_count():
         check_host_memory({"weights": 2 * GB, "KV": GB, "nothing": 0}, 2, 5 * GB)
 
 
+def test_of_memory_that_is_page_locked_it_only_warns(caplog):
+    check_host_memory({"KV": 3 * GB}, 2, 5 * GB, is_final=False)
+    assert "the host has 5.00 GB of memory left, but 6.00 GB are needed" in caplog.text
+
+
 def test_the_smallest_limit_counts(tmp_path, monkeypatch):
     proc, groups = tmp_path / "proc", tmp_path / "groups"
     (proc / "self").mkdir(parents=True)

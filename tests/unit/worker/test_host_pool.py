@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
-from fastserve_mega.worker.host_pool import HostPool, _runs, open_copy_engine
+from fastserve_mega.worker import host_pool
+from fastserve_mega.worker.host_pool import HostPool, _runs, open_copy_engine, touch_pages
 
 BLOCKS = 64
 BLOCK = (3, 2, 2, 4, 8)
@@ -86,6 +87,13 @@ def test_a_block_outside_the_pool_fails(pools):
         pytest.skip("a bad index on a CUDA device cannot be survived")
     with pytest.raises(CopyFailedError):
         run(engine, BlockCopy(0, CopyDirection.SWAP_OUT, (BLOCKS,), (1,), 0))
+
+
+def test_every_page_of_a_pool_is_taken(monkeypatch):
+    monkeypatch.setattr(host_pool, "_TOUCHED_BYTES", 2**16)
+    pool = torch.full((5, 2**16 + 3), 7, dtype=torch.uint8)
+    touch_pages(pool)
+    assert not pool.view(-1)[:: 2**12].any()
 
 
 def test_no_pool_takes_no_memory(device):

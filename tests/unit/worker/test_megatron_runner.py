@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from tiny_models import LAYERS, MODELS, SMOLLM2, greedy, make_model, prompts
 
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.megatron import megatron_runner
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -38,11 +40,12 @@ def made(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def open_runner(directory, *, device_blocks=80, dtype="float32", **options):
+def open_runner(directory, *, device_blocks=80, dtype="float32", device="cpu", **options):
     sizes = {name: options.pop(name) for name in list(options) if name.endswith("_memory_gb")}
+    sizes["dtype"] = options.pop("kv_dtype", "auto")
     config = Config(
         model=ModelConfig(path=str(directory), dtype=dtype),
-        parallel=ParallelConfig(device="cpu", threads_per_rank=1, **options),
+        parallel=ParallelConfig(device=device, threads_per_rank=1, **options),
         kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=device_blocks, **sizes),
     )
     runner = MegatronRunner(config, Topology(), "", 0)
@@ -58,12 +61,21 @@ def llama(made):
         yield runner
 
 
-@pytest.mark.parametrize("cpu_engine", ["auto", "torch"])
+def computing(request):
+    """Options of a runner that computes as a test's parameter says."""
+    if request != "cuda":
+        return {"cpu_engine": request}
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return {"device": "cuda"}
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", MODELS)
-def test_greedy_tokens_equal_transformers(made, family, cpu_engine):
+def test_greedy_tokens_equal_transformers(made, family, engine):
     directory, model = made(family)
     expected = [greedy(model, prompt, MAX_TOKENS) for prompt in prompts()]
-    with open_runner(directory, cpu_engine=cpu_engine) as runner:
+    with open_runner(directory, **computing(engine)) as runner:
         assert runner.is_sampling_rank
         assert runner.device_blocks == 80
         for chunk in (7, 512):
@@ -71,7 +83,7 @@ def test_greedy_tokens_equal_transformers(made, family, cpu_engine):
             assert outputs == expected
         # What does not move the best token, like a limit on the logits, shows in their values.
         torch.testing.assert_close(
-            logits_of(runner, prompts()[5]), last_logits(model, prompts()[5])
+            logits_of(runner, prompts()[5]).cpu(), last_logits(model, prompts()[5])
         )
 
 
@@ -119,6 +131,21 @@ def test_blocks_are_counted_by_the_key_value_heads(made, family, kv_heads, head_
     ) as runner:
         assert runner.block_bytes == block_bytes
         assert (runner.device_blocks, runner.host_blocks) == (100, 50)
+
+
+def test_an_eight_bit_cache_is_close_and_does_not_depend_on_chunks(made):
+    directory, model = made("llama")
+    prompt = prompts()[5]
+    with open_runner(directory, kv_dtype="fp8") as runner:
+        assert runner.block_bytes == LAYERS * 2 * 2 * BLOCK_SIZE * (8 + 2)
+        whole, chunks = (
+            generate(runner, [prompt], GREEDY, block_size=BLOCK_SIZE, chunk=chunk)[0]
+            for chunk in (512, 7)
+        )
+        assert whole == chunks
+        logits = logits_of(runner, prompt)
+    expected = last_logits(model, prompt)
+    assert 0 < (logits - expected).std() < 0.2 * expected.std()
 
 
 def test_prompts_longer_than_a_tile_of_attention(made):
@@ -203,7 +230,7 @@ def test_sampled_stream_is_the_same_alone_resumed_or_in_a_crowd(llama):
     assert generate(llama, resumed, [rest], block_size=BLOCK_SIZE)[0] == alone[1][5:]
 
 
-def test_an_empty_batch_and_a_batch_that_samples_nothing(llama):
+def test_an_empty_batch_and_a_batch_that_samples_nothing(llama, monkeypatch):
     assert llama.execute([]).token_ids == []
     chunk = SequenceInput(
         request_id=RequestId("chunk"),
@@ -215,7 +242,13 @@ def test_an_empty_batch_and_a_batch_that_samples_nothing(llama):
         seed=0,
         prompt_tokens=4,
     )
+    waited = []
+    monkeypatch.setattr(megatron_runner, "wait_for", waited.append)
     assert llama.execute([chunk]).token_ids == []
+    # The time until the result is what the chunk is charged, and on a GPU nothing else waits.
+    assert waited == [torch.device("cpu")]
+    llama.execute([dataclasses.replace(chunk, samples=True)])
+    assert len(waited) == 1
 
 
 def test_automatic_precision_and_pool_size(made):

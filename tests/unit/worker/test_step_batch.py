@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker import step_batch
 from fastserve_mega.worker.model_runner import SequenceInput
-from fastserve_mega.worker.step_batch import build_step
+from fastserve_mega.worker.step_batch import NO_SLOT, PackedStep, StepShape, build_step
 
 CPU = torch.device("cpu")
 
@@ -80,6 +81,31 @@ def test_fresh_blocks_are_those_begun_and_not_filled():
         CPU,
     )
     assert step.fresh_blocks.tolist() == [3, 7]
+
+
+def test_a_step_of_a_fixed_size_is_filled_up_with_rows_that_change_nothing():
+    batch = [sequence("a", [7], 5, [3, 4]), sequence("b", [8], 1, [2])]
+    packed = PackedStep(batch, 4, StepShape.of_decodes(sequences=4, blocks=3))
+    step = packed.to(CPU)
+    assert step.token_ids.tolist() == [7, 8, 0, 0]
+    assert step.slots.tolist() == [4 * 4 + 1, 2 * 4 + 1, NO_SLOT, NO_SLOT]
+    assert step.contexts.tolist() == [6, 2, 0, 0]
+    assert step.block_tables.tolist() == [[3, 4, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert step.first_rows.tolist() == [0, 1, 2, 3, 4]
+    assert step.fresh_blocks.tolist() == [0, 0, 0, 0]
+    assert step.sample_rows.tolist() == [0, 1, 0, 0]
+
+
+def test_one_copy_brings_a_step_to_the_device(monkeypatch):
+    """Each copy costs a call, whatever its size."""
+    copied = []
+    monkeypatch.setattr(step_batch, "to_device", lambda host, device: copied.append(host) or host)
+    step = build_step(
+        [sequence("a", [1, 2], 0, [5]), sequence("b", [1], 40, list(range(11)))], 4, CPU
+    )
+    (packed,) = copied
+    for part in (step.token_ids, step.block_tables, step.decode[0].contexts, step.sample_rows):
+        assert part.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
 
 
 def test_a_sequence_without_tokens_or_blocks_is_refused():

@@ -1,0 +1,135 @@
+"""Steps that only decode, recorded as CUDA graphs, so that starting their kernels costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastserve_mega.worker.megatron.engine import Receive
+from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.step_batch import PackedStep, StepBatch, StepShape
+from fastserve_mega.worker.transfer import copy_to_device
+
+LONGEST_CONTEXT = 16_384
+"""Tokens up to which a step is recorded: the block tables of a recorded step have their full width,
+and cross to the device with each step."""
+_FINE, _COARSE = 8, 16
+"""Between numbers of sequences that are recorded, up to 64 and beyond."""
+
+Compute = Callable[[StepBatch, Tensor | None], Tensor]
+"""Of a step and what the stage before hands over: the work on the device."""
+
+
+class Recorder(Protocol):
+    """Makes what computes from fixed buffers into something that can be computed again."""
+
+    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Returns what does the same on the same memory, and gives the same tensor."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs that share their memory: one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            compute()  # kernels are compiled and workspaces taken, which cannot be recorded
+        current.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = compute()
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    shape: StepShape
+    numbers: Tensor
+    """The step's array on the device (`PackedStep`)."""
+    hidden: Tensor | None
+    replay: Callable[[], Tensor]
+
+
+class DecodeGraphs:
+    """Recorded steps for some numbers of sequences; a step takes the next larger one.
+
+    Args:
+        compute: reads nothing but its arguments, weights and the cache, and does the same
+            operations for all steps of a shape.
+        block_size: tokens in a block.
+        device: of the tensors.
+        hidden: size and type of what the stage before hands over; None on the first stage.
+        recorder: of this kind of device.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        *,
+        block_size: int,
+        device: torch.device,
+        hidden: tuple[int, torch.dtype] | None,
+        recorder: Recorder,
+    ) -> None:
+        self._compute = compute
+        self._block_size = block_size
+        self._device = device
+        self._hidden = hidden
+        self._recorder = recorder
+        self._recorded: list[_Recorded] = []
+
+    def record(self, max_sequences: int, max_context: int) -> int:
+        """Record steps of up to so many sequences and tokens of each; returns how many."""
+        blocks = -(-min(max_context, LONGEST_CONTEXT) // self._block_size)
+        # The largest first: the others find room in its memory.
+        for count in reversed(recorded_sizes(max_sequences)):
+            self._recorded.append(self._record(StepShape.of_decodes(count, blocks)))
+        self._recorded.reverse()
+        return len(self._recorded)
+
+    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor | None:
+        """Run a step; None, without having done anything, where none that fits is recorded."""
+        if not all(len(each.token_ids) == 1 and each.samples for each in batch):
+            return None
+        recorded = next((r for r in self._recorded if r.shape.sequences >= len(batch)), None)
+        longest = max(each.context for each in batch)
+        if recorded is None or longest > recorded.shape.blocks * self._block_size:
+            return None
+        packed = PackedStep(batch, self._block_size, recorded.shape)
+        copy_to_device(torch.from_numpy(packed.numbers), recorded.numbers)
+        if recorded.hidden is not None:
+            received = receive()
+            assert received is not None
+            recorded.hidden[: len(batch)].copy_(received)
+        return recorded.replay()[: len(batch)]
+
+    def _record(self, shape: StepShape) -> _Recorded:
+        packed = PackedStep([], self._block_size, shape)
+        numbers = torch.from_numpy(packed.numbers).to(self._device)
+        step = packed.on(numbers)
+        hidden = None
+        if self._hidden is not None:
+            size, dtype = self._hidden
+            hidden = torch.zeros((shape.rows, size), dtype=dtype, device=self._device)
+        replay = self._recorder.record(lambda: self._compute(step, hidden))
+        return _Recorded(shape, numbers, hidden, replay)
+
+
+def recorded_sizes(most: int) -> list[int]:
+    """Numbers of sequences, ascending, of which the last is `most`."""
+    sizes = {1, 2, 4, *range(_FINE, 65, _FINE), *range(64, most, _COARSE), most}
+    return sorted(size for size in sizes if size <= most)

@@ -1,0 +1,118 @@
+"""Megatron's layers, computed with fused kernels between the matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastserve_mega.worker.kernels.pages import HeadNorm
+from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, norm
+from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.layers import InferenceLayer, ZeroCenteredRMSNorm
+
+
+class KernelLayer:
+    """One layer: what InferenceLayer.forward computes, in fewer operations.
+
+    Args:
+        layer: its weights are loaded, its linears and norms are Megatron's own or ours.
+        activation: of its feed-forward pass, by name.
+    """
+
+    def __init__(self, layer: InferenceLayer, activation: str) -> None:
+        attention = layer.self_attention
+        self.input_norm = norm_of(layer.input_layernorm)
+        self._feed_forward_norm = norm_of(layer.pre_mlp_layernorm)
+        self._post_norms = [
+            norm_of(module) if hasattr(module, "weight") else None
+            for module in (layer.post_attention_layernorm, layer.post_mlp_layernorm)
+        ]
+        self._qkv = attention.linear_qkv
+        self._qkv_shape = layer.qkv_shape
+        self._head_norm = _head_norm_of(attention) if layer.config.qk_layernorm else None
+        self._number: int = attention.core_attention.layer
+        self._scale: float = attention.core_attention.scale
+        self._projection = attention.linear_proj
+        self._activation = activation
+        self._is_gated = bool(layer.config.gated_linear_unit)
+        self._mixture = layer.mixture
+        self._mlp = layer.mlp
+
+    def __call__(
+        self, normed: Tensor, residual: Tensor, step: StepAttention, following: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the layer.
+
+        Args:
+            normed: [tokens, hidden] what the layer's first norm makes of the residual.
+            residual: [tokens, hidden]
+            step: the layer's attention.
+            following: the norm behind the layer; None: none.
+
+        Returns:
+            The residual with the layer's addends, normed by `following` and itself.
+        """
+        qkv = self._qkv(normed).view(self._qkv_shape)
+        options: dict[str, Any] = {} if self._head_norm is None else {"norm": self._head_norm}
+        attended = self._projection(step.attend(self._number, qkv, self._scale, **options))
+        after_attention, after_feed_forward = self._post_norms
+        if after_attention is not None:
+            attended = norm(attended, after_attention)
+        normed, residual = add_and_norm(attended, residual, self._feed_forward_norm)
+        fed = self._feed_forward(normed)
+        if after_feed_forward is not None:
+            fed = norm(fed, after_feed_forward)
+        if following is None:
+            residual = fed.add_(residual)
+            return residual, residual
+        return add_and_norm(fed, residual, following)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if self._mixture is not None:
+            return self._mixture(x)
+        wide = activate(self._mlp.linear_fc1(x), self._activation, gated=self._is_gated)
+        fed: Tensor = self._mlp.linear_fc2(wide)
+        return fed
+
+
+def run_kernel_layers(
+    layers: Sequence[KernelLayer],
+    hidden: Tensor,
+    attention: Sequence[StepAttention],
+    final: Norm | None,
+) -> Tensor:
+    """Compute all layers.
+
+    Args:
+        layers: of the stage.
+        hidden: [tokens, hidden] from the embedding or the stage before.
+        attention: of each layer.
+        final: the norm before the logits; None on stages before the last.
+
+    Returns:
+        [tokens, hidden], normed by `final`.
+    """
+    normed, residual = norm(hidden, layers[0].input_norm), hidden
+    following = [*(layer.input_norm for layer in layers[1:]), final]
+    for layer, step, next_norm in zip(layers, attention, following, strict=True):
+        normed, residual = layer(normed, residual, step, next_norm)
+    return normed
+
+
+def norm_of(module: Any) -> Norm:
+    """The weights of torch's norms, of Apex's, or of our own."""
+    bias = getattr(module, "bias", None)
+    return Norm(
+        weight=module.weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        epsilon=module.eps,
+        is_centered=bias is not None,
+        offset=1.0 if isinstance(module, ZeroCenteredRMSNorm) else 0.0,
+    )
+
+
+def _head_norm_of(attention: Any) -> HeadNorm:
+    query, key = norm_of(attention.q_layernorm), norm_of(attention.k_layernorm)
+    return HeadNorm(query.weight, key.weight, query.epsilon, query.offset)

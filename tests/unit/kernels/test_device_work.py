@@ -1,0 +1,201 @@
+"""What a step gives the device to do, counted on the meta device, which computes nothing.
+
+Whatever reads a value of the device back raises there.
+"""
+
+from __future__ import annotations
+
+import json
+
+import kernel_device  # noqa: F401  (skips where Triton is missing)
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.partition import partition_model
+from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.kernels import launching
+from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, recorded_sizes
+from fastserve_mega.worker.megatron.initialize import join_process_groups
+from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
+from fastserve_mega.worker.megatron.layer_spec import choose_layers
+from fastserve_mega.worker.megatron.model import build_stage
+from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.step_batch import PackedStep, StepShape
+from fastserve_mega.worker.topology import Topology
+
+META = torch.device("meta")
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+MOST_KERNELS = 10
+"""Of a layer: four products, rotation and cache, attention and its merge, two norms, activation."""
+
+
+@pytest.fixture(scope="module")
+def groups():
+    yield join_process_groups(ParallelConfig(), Topology(), torch.device("cpu"), "", 0)
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def open_engine(groups, tmp_path):
+    def open_one(layers):
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": layers}))
+        architecture = load_architecture(tmp_path)
+        partition = partition_model(architecture, ParallelConfig(), 0, 1)
+        stage = build_stage(
+            architecture, partition, groups, choice=choose_layers("local", architecture, META),
+            dtype=torch.bfloat16, device=META,
+        )  # fmt: skip
+        cache = KvCache(
+            num_blocks=64, num_layers=layers, num_kv_heads=8, block_size=16, head_dim=128,
+            dtype=torch.bfloat16, device=META,
+        )  # fmt: skip
+        return KernelEngine(stage, architecture, partition, cache)
+
+    return open_one
+
+
+class Work(TorchDispatchMode):
+    """Logs what the device is given: kernels by name, with the storages they did not make."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.log = []
+        self._made = {}
+        monkeypatch.setattr(launching, "launch", self._launch)
+
+    def _launch(self, kernel, grid, *arguments, **constants):
+        numbers = [a for a in arguments if not isinstance(a, torch.Tensor)]
+        self._add(kernel.fn.__name__, arguments, (grid, *numbers, *constants.items()))
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        name = function._schema.name
+        makes_room = name in ("aten::empty", "aten::empty_like", "aten::new_empty")
+        if not makes_room and not function.is_view and name != "aten::detach":
+            numbers = [a for a in arguments if isinstance(a, int | float)]
+            self._add(name, arguments, numbers)
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self._made[result.untyped_storage()._cdata] = result  # kept, so that it stays its own
+        return result
+
+    def _add(self, name, arguments, numbers):
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        storages = [t.untyped_storage()._cdata for t in tensors]
+        self.log.append(
+            (name, tuple(s for s in storages if s not in self._made), tuple(map(str, numbers)))
+        )
+
+    @property
+    def names(self):
+        return [name for name, _, _ in self.log]
+
+
+def decodes(count, context=100):
+    return [
+        SequenceInput(
+            request_id=RequestId(str(index)),
+            token_ids=[1],
+            start=context - 1,
+            block_table=range(1, 1 + -(-context // 16)),
+            samples=True,
+            params=SamplingParams(),
+            seed=0,
+            prompt_tokens=4,
+        )
+        for index in range(count)
+    ]
+
+
+def test_a_layer_is_ten_kernels_and_a_step_one_upload(open_engine, monkeypatch):
+    names = []
+    for layers in (2, 4):
+        engine = open_engine(layers)
+        with Work(monkeypatch) as work:
+            engine.run(decodes(64, 1024), lambda: None)
+        names.append(work.names)
+    added = (len(names[1]) - len(names[0])) / 2
+    assert added <= MOST_KERNELS, names[1]
+    outside = len(names[0]) - 2 * added
+    assert outside <= 6, names[0]
+    assert names[1].count("aten::_to_copy") == 1
+    # Decoding few sequences, their contexts are split among programs.
+    assert {"_attend", "_rotate_and_write", "_norm", "_activate"} <= set(names[1])
+
+
+def test_steps_of_a_shape_do_the_same_on_the_same_memory(open_engine, monkeypatch):
+    """So that a recorded graph computes any step of its shape."""
+    engine = open_engine(2)
+    shape = StepShape.of_decodes(8, 64)
+    packed = PackedStep(decodes(5), 16, shape)
+    step = packed.on(torch.from_numpy(packed.numbers).to(META))
+    logs = []
+    for _ in range(2):
+        with Work(monkeypatch) as work:
+            engine._compute(step, None)
+        logs.append(work.log)
+    assert logs[0] == logs[1]
+    assert "_merge" in work.names
+    copies = {"aten::_local_scalar_dense", "aten::_to_copy", "aten::copy_", "aten::nonzero"}
+    assert copies.isdisjoint(work.names)
+
+
+class Again:
+    """Records by computing again, into the tensor that the first computation gave."""
+
+    def record(self, compute):
+        result = compute()
+        return lambda: result.copy_(compute())
+
+
+def test_a_step_takes_the_next_larger_graph_or_none():
+    computed = []
+
+    def compute(step, hidden):
+        computed.append(step.contexts.shape[0])
+        return step.contexts[:, None].clone()
+
+    graphs = DecodeGraphs(
+        compute, block_size=16, device=torch.device("cpu"), hidden=None, recorder=Again()
+    )
+    assert graphs.record(max_sequences=4, max_context=160) == 3
+    assert computed == [4, 2, 1]
+    result = graphs.run([*decodes(1, 90), *decodes(2, 160)], lambda: None)
+    assert result is not None
+    assert result.flatten().tolist() == [160, 160, 90]
+    assert computed[3:] == [4]
+    prefill = decodes(1)[0]
+    object.__setattr__(prefill, "token_ids", [1, 2])
+    for batch in (decodes(5), decodes(1, 161), [prefill]):
+        assert graphs.run(batch, lambda: None) is None
+    assert computed[3:] == [4]
+
+
+def test_what_an_earlier_stage_hands_over_is_copied_to_where_the_graph_reads_it():
+    graphs = DecodeGraphs(
+        lambda step, hidden: hidden * 2,
+        block_size=16,
+        device=torch.device("cpu"),
+        hidden=(3, torch.float32),
+        recorder=Again(),
+    )
+    graphs.record(max_sequences=2, max_context=160)
+    for value in (1.0, 5.0):
+        received = torch.full((2, 3), value)
+        result = graphs.run(decodes(2), lambda received=received: received)
+        assert torch.equal(result, 2 * received)
+
+
+def test_few_graphs_for_any_number_of_sequences():
+    assert recorded_sizes(3) == [1, 2, 3]
+    assert recorded_sizes(16) == [1, 2, 4, 8, 16]
+    assert len(recorded_sizes(256)) < 30
+    assert recorded_sizes(250)[-2:] == [240, 250]

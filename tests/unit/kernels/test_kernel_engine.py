@@ -1,0 +1,69 @@
+"""Whole stages with kernels: the same logits as transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from generation import generate
+from kernel_device import DEVICE, IS_INTERPRETED
+from tiny_models import MODELS, make_model, prompts
+
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.types import SamplingParams
+from fastserve_mega.worker.megatron import megatron_runner
+from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
+from fastserve_mega.worker.topology import Topology
+
+BLOCK_SIZE = 4
+SOON = ("llama", "gemma3", "gpt2")
+"""Rotation and RMSNorm; heads and addends normed, windows, and norms kept as differences from 1;
+LayerNorm, biases and learned positions. The others take minutes in the interpreter."""
+
+
+@pytest.fixture
+def open_runner(monkeypatch):
+    """Opens a runner with kernels, closed at the end."""
+    opened = []
+    monkeypatch.setattr(megatron_runner, "open_engine", lambda _, *parts: KernelEngine(*parts))
+
+    def open_one(directory, **kv_cache):
+        config = Config(
+            model=ModelConfig(path=str(directory), dtype="float32"),
+            parallel=ParallelConfig(device=DEVICE.type, threads_per_rank=1),
+            kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=40, **kv_cache),
+        )
+        opened.append(MegatronRunner(config, Topology(), "", 0))
+        return opened[-1]
+
+    yield open_one
+    for runner in opened:
+        runner.close()
+
+
+@pytest.mark.parametrize(
+    "family",
+    [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
+def test_logits_equal_transformers(family, tmp_path, open_runner):
+    model = make_model(family, tmp_path)
+    runner = open_runner(tmp_path)
+    seen = []
+    sampler = runner._sampler
+
+    def sample(logits, sequences):
+        seen.append(logits.cpu())
+        return sampler(logits, sequences)
+
+    sample.prepare = sampler.prepare
+    runner._sampler = sample
+    prompt = prompts()[3] if IS_INTERPRETED else prompts()[5]
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    # In chunks, then one token; a second prompt beside the chunks.
+    (output, _) = generate(runner, [prompt, prompt[:2]], params, block_size=BLOCK_SIZE, chunk=9)
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt + output[:1]]), use_cache=False).logits[0, -2:]
+    got = [row for logits in seen for row in logits]
+    for row in expected:
+        assert min((row - other).abs().max() for other in got) < 1e-3
+    assert output == expected.argmax(dim=-1).tolist()

@@ -1,0 +1,105 @@
+"""Devices and process groups, with stand-ins for CUDA and NCCL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.worker.megatron import initialize
+from fastserve_mega.worker.megatron.initialize import (
+    connect_stages,
+    join_process_groups,
+    select_device,
+)
+from fastserve_mega.worker.megatron.megatron_runner import _is_lost_connection, _reason
+from fastserve_mega.worker.topology import Topology
+
+LAST_OF_TWO = Topology(rank=1, world_size=2, local_rank=1, local_size=2)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Sets how many CUDA devices this process sees; the numbers of those it selects."""
+    selected = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: selected.append(device.index))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", selected.append)
+
+    def see(count):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        return selected
+
+    return see
+
+
+def test_a_rank_takes_the_device_of_its_number_and_no_attention_of_cudnn(gpus):
+    selected = gpus(2)
+    assert select_device(ParallelConfig(), LAST_OF_TWO) == torch.device("cuda", 1)
+    assert selected == [1, False]
+
+
+def test_a_launcher_may_show_each_rank_its_own_device(gpus, monkeypatch):
+    gpus(1)
+    with pytest.raises(ValueError, match="2 ranks on this machine, but only 1 CUDA devices"):
+        select_device(ParallelConfig(), LAST_OF_TWO)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5b")
+    assert select_device(ParallelConfig(), LAST_OF_TWO) == torch.device("cuda", 0)
+
+
+def test_every_group_has_the_timeout_and_none_is_split_from_the_world(monkeypatch):
+    opened, groups = [], []
+    monkeypatch.setattr(dist, "TCPStore", lambda *args, **options: "store")
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **o: opened.append((backend, o))
+    )
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **o: groups.append((ranks, o)))
+    parallel = ParallelConfig(tensor=4, expert=2, timeout_s=7.0)
+    four = Topology(rank=2, world_size=4, local_rank=2, local_size=4)
+    join_process_groups(parallel, four, torch.device("cuda", 2), "host", 1)
+    ((backend, options),) = opened
+    assert backend == "nccl"
+    assert "device_id" not in options
+    assert {o["timeout"].total_seconds() for _, o in [*opened, *groups]} == {7.0}
+    assert [(ranks, o["backend"]) for ranks, o in groups] == [
+        ([2], "gloo"), ([0, 1, 2, 3], None), ([2, 3], None), ([0, 2], None),
+    ]  # fmt: skip
+
+
+def test_stages_meet_before_the_first_step(monkeypatch):
+    """Each receives before it sends, so that no two wait for each other."""
+    spoken = []
+    monkeypatch.setattr(initialize.dist, "recv", lambda token, src: spoken.append(("from", src)))
+    monkeypatch.setattr(initialize.dist, "send", lambda token, dst: spoken.append(("to", dst)))
+    for rank in (1, 3, 5):
+        topology = Topology(rank=rank, world_size=6, local_rank=rank, local_size=6)
+        connect_stages(topology, 2, torch.device("cpu"))
+    assert spoken == [("to", 3), ("from", 1), ("to", 5), ("from", 3)]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer "
+            "[127.0.1.1]:55176",
+            "Connection closed by peer [127.0.1.1]:55176",
+        ),
+        (
+            "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process "
+            "exited or there was a network error, NCCL version 2.21.5\n"
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process "
+            "exiting prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer",
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process "
+            "exiting prematurely.",
+        ),
+        ("[Rank 1] NCCL communicator was aborted.", "NCCL communicator was aborted."),
+    ],
+)
+def test_a_lost_rank_is_named_in_a_sentence(message, reason):
+    error = RuntimeError(message)
+    assert _is_lost_connection(error)
+    assert _reason(error) == reason
+    assert not _is_lost_connection(RuntimeError("CUDA error: out of memory"))

@@ -1,0 +1,106 @@
+"""What an 8-bit KV cache costs in quality: perplexity, and how often the best token is another.
+
+The text is that of Python's own manual, which comes with every Python. Each window is read token by
+token through the cache, as in decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
+from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
+from fastserve_mega.worker.topology import Topology
+
+BLOCK_SIZE = 16
+GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+
+
+class Reader:
+    """In the place of the sampler: keeps what the model thinks of the text."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self._windows = windows
+        self.losses: list[Tensor] = []
+        self.best: list[Tensor] = []
+
+    def prepare(self, sequences: Sequence[SequenceInput]) -> None:
+        """Nothing to prepare."""
+
+    def __call__(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
+        """Compare the logits of a step with the tokens that follow."""
+        following = self._windows[:, sequences[0].context]
+        logits = logits.float().cpu()
+        self.losses.append(torch.nn.functional.cross_entropy(logits, following))
+        self.best.append(logits.argmax(dim=-1))
+        return StepOutput([0] * len(sequences))
+
+
+def read(windows: Tensor, kv_dtype: str, arguments: argparse.Namespace) -> Reader:
+    """Read all windows beside each other."""
+    count, length = windows.shape
+    blocks = -(-length // BLOCK_SIZE)
+    config = Config(
+        model=ModelConfig(path=str(arguments.model), dtype=arguments.dtype),
+        parallel=ParallelConfig(
+            device=arguments.device, threads_per_rank=arguments.threads, cpu_engine="torch"
+        ),
+        kv_cache=KvCacheConfig(
+            block_size=BLOCK_SIZE, device_blocks=1 + count * blocks, dtype=kv_dtype
+        ),
+    )
+    runner = MegatronRunner(config, Topology(), "", 0)
+    reader = Reader(windows)
+    runner._sampler = reader
+    for position in range(length - 1):
+        runner.execute(
+            [
+                SequenceInput(
+                    request_id=RequestId(str(row)),
+                    token_ids=[int(windows[row, position])],
+                    start=position,
+                    block_table=range(1 + row * blocks, 1 + (row + 1) * blocks),
+                    samples=True,
+                    params=GREEDY,
+                    seed=0,
+                    prompt_tokens=1,
+                )
+                for row in range(count)
+            ]
+        )
+    runner.close()
+    return reader
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="directory")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a window")
+    arguments = parser.parse_args()
+    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    tokens = AutoTokenizer.from_pretrained(arguments.model)(text)["input_ids"]
+    count, length = arguments.windows, arguments.length
+    starts = [row * (len(tokens) // count) for row in range(count)]
+    windows = torch.tensor([tokens[start : start + length] for start in starts])
+    readers = {dtype: read(windows, dtype, arguments) for dtype in ("auto", "fp8")}
+    for dtype, reader in readers.items():
+        print(f"{dtype}: perplexity {torch.stack(reader.losses).mean().exp():.4f}")
+    best = [torch.stack(reader.best) for reader in readers.values()]
+    print(f"best token equal: {(best[0] == best[1]).float().mean():.4f} of {best[0].numel()}")
+
+
+if __name__ == "__main__":
+    main()
