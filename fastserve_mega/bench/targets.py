@@ -27,8 +27,10 @@ class TargetError(Exception):
 class Reply:
     """An answer that came to its end. Times are those of `time.perf_counter()`."""
 
-    output_tokens: int
+    prompt_tokens: int
     """As the server counts them."""
+    output_tokens: int
+    """Likewise."""
     times: tuple[float, ...]
     """When each piece of it came, one or more; a piece is one token or a few."""
 
@@ -115,7 +117,7 @@ class HttpTarget:
 
 async def _read_stream(response: httpx.Response) -> Reply:
     times: list[float] = []
-    output_tokens = None
+    usage: dict[str, int] | None = None
     async for line in response.aiter_lines():
         if not line.startswith("data:") or line.endswith("[DONE]"):
             continue
@@ -124,11 +126,10 @@ async def _read_stream(response: httpx.Response) -> Reply:
             raise TargetError(str(event["error"]["message"])[:_ERROR_CHARACTERS])
         if event["choices"]:
             times.append(time.perf_counter())
-        if event.get("usage"):
-            output_tokens = int(event["usage"]["completion_tokens"])
-    if not times or output_tokens is None:
+        usage = event.get("usage") or usage
+    if not times or usage is None:
         raise TargetError("the stream has no text or no usage")
-    return Reply(output_tokens, tuple(times))
+    return Reply(int(usage["prompt_tokens"]), int(usage["completion_tokens"]), tuple(times))
 
 
 class ZmqTarget:
@@ -170,4 +171,5 @@ class ZmqTarget:
             raise TargetError(said) from None
         if answer.finish_reason is not FinishReason.LENGTH or not times or not answer.usage:
             raise TargetError(f"ended with {answer.finish_reason}")
-        return Reply(answer.usage.completion_tokens, tuple(times))
+        usage = answer.usage
+        return Reply(usage.prompt_tokens, usage.completion_tokens, tuple(times))

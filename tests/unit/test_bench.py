@@ -170,7 +170,8 @@ class Scripted(BaseHTTPRequestHandler):
         self._start(200, "text/event-stream")
         for _ in range(0, body["max_tokens"], 2):
             self._event({"choices": [{"index": 0, "text": "ab"}], "usage": None})
-        self._event({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+        usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
+        self._event({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _start(self, status, content_type):
