@@ -34,7 +34,7 @@ class Run:
     @property
     def is_whole(self) -> bool:
         """Whether all requests had their whole answer."""
-        return self.summary["completed"] == self.summary["requests"]
+        return bool(self.summary["completed"] == self.summary["requests"])
 
 
 def cpu_seconds_of_others() -> float:
