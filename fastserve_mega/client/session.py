@@ -11,6 +11,7 @@ from fastserve_mega.client.connection import Connection
 from fastserve_mega.client.errors import (
     ClientError,
     InvalidRequestError,
+    RequestIdInUseError,
     ServerError,
     ServerUnavailableError,
 )
@@ -107,8 +108,13 @@ class Session:
         Raises:
             InvalidRequestError: its values cannot be sent, or its id is in use.
         """
-        if state.request_id in self._requests:
-            raise InvalidRequestError(f"request {state.request_id!r} is not finished yet")
+        if (other := self._requests.get(state.request_id)) is not None:
+            if not state.take_over(other):
+                raise RequestIdInUseError(f"request {state.request_id!r} is not finished yet")
+            del self._requests[state.request_id]
+            submit = state.resubmission(time.monotonic()) or submit
+            if state.done:
+                return
         try:
             frame = frames.encode(submit)
             # The caller is told here what the coordinator would say later.
@@ -187,7 +193,8 @@ class Session:
             self._drop(state)
 
     def _on_refused(self, message: Refused) -> None:
-        error = InvalidRequestError(message.message)
+        kind = RequestIdInUseError if message.in_use else InvalidRequestError
+        error = kind(message.message)
         if message.request_id is not None:
             if (state := self._requests.pop(message.request_id, None)) is not None:
                 state.fail(error)

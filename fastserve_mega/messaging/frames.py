@@ -67,7 +67,11 @@ def encode(message: Message) -> bytes:
 
 def encode_refusal(refused: Refused, version: int) -> bytes:
     """The frame of a refusal for a peer of another version, which can read this if nothing else."""
-    return _HEADERS.get(version, _VERSION_BYTE) + _encoder.encode(refused)
+    if (header := _HEADERS.get(version)) is None:
+        return encode(refused)
+    # With the fields that were known then.
+    known = {"type": "Refused", "message": refused.message, "request_id": refused.request_id}
+    return header + _encoder.encode(known)
 
 
 def decode(frame: bytes) -> Message:

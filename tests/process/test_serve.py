@@ -189,6 +189,32 @@ def test_an_http_stream_goes_on_when_the_ranks_are_lost(served):
     assert done == "[DONE]"
 
 
+def test_a_request_that_is_sent_again_after_its_http_server_was_killed_has_the_same_answer(served):
+    headers = {"Idempotency-Key": "order-17"}
+    body = {"prompt": PROMPT, "max_tokens": COUNT, "ignore_eos": True, "stream": True}
+
+    def read(http, texts):
+        with http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    texts.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
+                    yield
+
+    first, second = [], []
+    with served() as server, httpx.Client(base_url=server.url, timeout=WAIT_S) as http:
+        stream = read(http, first)
+        next(stream)
+        send(server.find("api-server")[0], signal.SIGKILL)
+        with pytest.raises(httpx.TransportError):
+            list(stream)
+        list(read(http, second))
+        other = http.post("/v1/completions", json={**body, "prompt": [9]}, headers=headers)
+        assert other.status_code == 422
+    # Without a seed: these are the tokens of the first one, and then those that follow.
+    assert len(first) > 0
+    assert "".join(second).startswith("".join(first))
+
+
 def test_a_stream_that_is_not_finished_in_time_is_told_and_nothing_is_left(served):
     with served(coordinator={"drain_timeout_s": 0.5}) as server:
         everyone = descendants(server.process.pid)
