@@ -10,6 +10,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from fastserve_mega import faults
 from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import Message, Refused
 
@@ -48,6 +49,8 @@ class Connection:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._configure()
+        self._send = faults.at("client.send", self._send_frame)
+        self._take = faults.at("client.receive", self._on_frame)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
             self._socket.connect(endpoint)
@@ -58,6 +61,9 @@ class Connection:
 
     def send(self, frame: bytes) -> None:
         """Send a frame now, or as soon as the coordinator is there; never waits."""
+        self._send(frame)
+
+    def _send_frame(self, frame: bytes) -> None:
         sent = asyncio.ensure_future(self._socket.send(frame))
         if sent.done():
             sent.result()
@@ -92,15 +98,17 @@ class Connection:
 
     async def _receive(self) -> None:
         while True:
-            frame = await self._socket.recv()
-            try:
-                message = frames.decode(frame)
-            except frames.OtherVersionError as error:
-                message = Refused(str(error))
-            except frames.BadFrameError as error:
-                _log.warning("the coordinator sent a bad frame: %s", error)
-                continue
-            self._on_message(message)
+            self._take(await self._socket.recv())
+
+    def _on_frame(self, frame: bytes) -> None:
+        try:
+            message = frames.decode(frame)
+        except frames.OtherVersionError as error:
+            message = Refused(str(error))
+        except frames.BadFrameError as error:
+            _log.warning("the coordinator sent a bad frame: %s", error)
+            return
+        self._on_message(message)
 
     async def _watch(self) -> None:
         connected = False

@@ -89,7 +89,7 @@ class CoordinatorProcess:
             options.worker_endpoint,
             replicas=config.parallel.data,
             ranks_per_replica=config.parallel.replica_size,
-            silence_limit_s=config.parallel.timeout_s,
+            silence_limit_s=min(config.parallel.timeout_s, config.supervisor.hang_limit_s),
         )
         self._supervisor = supervisor
         self._stop = False

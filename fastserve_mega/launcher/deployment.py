@@ -26,7 +26,7 @@ from fastserve_mega.launcher.processes import (
     spawn,
 )
 from fastserve_mega.messaging.messages import Snapshot
-from fastserve_mega.process_tree import end_descendants
+from fastserve_mega.process_tree import end_descendants, stopped
 from fastserve_mega.system.config import Config
 
 PROBE_S = 1.0
@@ -160,8 +160,11 @@ class Deployment:
             return str(error)
         watch = self._watches.get(name)
         if watch is not None and watch.hangs(time.monotonic()):
+            limit = f"for {self._config.supervisor.hang_limit_s:g} s (supervisor.hang_limit_s)"
+            if halted := stopped(self._processes[name].pid):
+                return f"processes {sorted(halted)} of the {name} have been stopped {limit}"
             what = "coordinator" if name == RANKS else name
-            return f"the {what} has not answered for {self._config.supervisor.hang_limit_s:g} s"
+            return f"the {what} has not answered {limit}"
         return ""
 
     def _check(self, name: str) -> None:
@@ -226,7 +229,13 @@ class Deployment:
             if status == CONFIGURATION_STATUS:
                 raise ConfigurationError(str(error)) from None
             raise
-        self._watches[name] = Watch(answers, self._config.supervisor.hang_limit_s, time.monotonic())
+        process_id = self._processes[name].pid
+        self._watches[name] = Watch(
+            # A stopped rank or mpirun is missed only when it has something to do.
+            lambda: answers() and not stopped(process_id),
+            self._config.supervisor.hang_limit_s,
+            time.monotonic(),
+        )
 
     def _await(self, name: str, answers: Callable[[], bool], limit_s: float) -> None:
         deadline = time.monotonic() + limit_s

@@ -158,8 +158,9 @@ class Router:
             self.socket.curve_server = True
             self.socket.curve_secretkey = secret_key
         if silence_limit_s is not None:
+            # Asked and answered by a thread of libzmq, however busy Python is.
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(silence_limit_s * 1000 / 4))
-            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000))
+            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000 * 3 / 4))
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:

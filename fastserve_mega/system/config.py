@@ -275,8 +275,9 @@ class SupervisorConfig(Record, frozen=True, kw_only=True):
     restart_window_s: PositiveFloat = 600.0
     """Time in which restarts are counted."""
     hang_limit_s: PositiveFloat = 8.0
-    """A coordinator or HTTP server that has answered nothing for so long is killed and started
-    again."""
+    """A coordinator or HTTP server that has answered nothing for so long, and any process that a
+    signal has stopped for so long, is killed and started again. A rank whose connection is silent
+    for so long is lost, whoever has started it."""
 
 
 class Config(Record, frozen=True, kw_only=True):
