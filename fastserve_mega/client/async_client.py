@@ -50,7 +50,8 @@ class AsyncClient:
     submitted again with the tokens received so far, and their streams go on.
 
     Args:
-        endpoint: ZeroMQ address of the coordinator.
+        endpoint: ZeroMQ address of the coordinator. Where it asks for a key, that follows behind a
+            space: `tcp://10.0.0.1:5570 KEY`, with what stands behind `public` in the key file.
         tokenizer: a tokenizer or its directory. None takes the model's directory if the server
             is on this machine; without any, token ids can be sent and received.
         timeout_s: longest wait for the answer to a question, the first one included.

@@ -25,7 +25,7 @@ class Connection:
     """A DEALER socket that receives in the background and connects again by itself.
 
     Args:
-        endpoint: address of the coordinator.
+        endpoint: address of the coordinator, and behind a space its key if it has one.
         on_message: called with each message that arrives.
         on_reconnect: called when the connection was lost and is there again. The coordinator
             then takes us for a new client.
@@ -53,10 +53,10 @@ class Connection:
         self._take = faults.at("client.receive", self._on_frame)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
-            self._socket.connect(endpoint)
-        except zmq.ZMQError as error:
+            frames.connect(self._socket, endpoint)
+        except ValueError:
             self._context.destroy(linger=0)
-            raise ValueError(f"not a ZeroMQ address: {endpoint!r} ({error})") from None
+            raise
         self._tasks = [self._start(self._receive()), self._start(self._watch())]
 
     def send(self, frame: bytes) -> None:

@@ -31,6 +31,7 @@ from fastserve_mega.messaging.messages import (
     Submit,
     Tokens,
     Welcome,
+    without_key,
 )
 from fastserve_mega.types import FinishReason, RequestId
 
@@ -42,14 +43,14 @@ class Session:
     """The unfinished requests of a client and its connection; lives in one event loop.
 
     Args:
-        endpoint: ZeroMQ address of the coordinator.
+        endpoint: ZeroMQ address of the coordinator, with its key if it has one.
         heartbeat_s: time between pings while requests are unfinished.
         silence_timeout_s: requests fail when pings have not been answered for this long, or for
             as long as the server says that starting it again may take.
     """
 
     def __init__(self, endpoint: str, *, heartbeat_s: float, silence_timeout_s: float) -> None:
-        self.endpoint = endpoint
+        self.endpoint, _ = without_key(endpoint)
         self.welcome: Welcome | None = None
         self._heartbeat_s = heartbeat_s
         self._silence_timeout_s = silence_timeout_s

@@ -28,6 +28,7 @@ from fastserve_mega.launcher.processes import (
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.process_tree import end_descendants, stopped
 from fastserve_mega.system.config import Config
+from fastserve_mega.system.key_file import client_address
 
 PROBE_S = 1.0
 """Time between two looks at the processes, and longest wait for the answer to one of them."""
@@ -65,6 +66,7 @@ class Deployment:
         """
         self._restarts = restarts
         self._config = config
+        self._client_address = config.coordinator.client_endpoint
         self._arguments = list(arguments)
         self._http = http
         self._runner = runner
@@ -88,9 +90,13 @@ class Deployment:
         """Start everything and return when requests can be sent.
 
         Raises:
-            LaunchError: a process ended, the time limits of the configuration ran out, or the
-                HTTP port is taken.
+            LaunchError: a process ended, the time limits of the configuration ran out, the HTTP
+                port is taken, or the file of the clients' key cannot be used.
         """
+        try:
+            self._client_address = client_address(self._config.coordinator)
+        except (OSError, ValueError) as error:
+            raise LaunchError(str(error)) from None
         if self._http:
             self._listener = _listen(self._config.server.host, self._config.server.port)
         self._start_ranks()
@@ -191,7 +197,7 @@ class Deployment:
             command += ["--supervisor", str(os.getpid())]
         if self._probe:
             self._probe.close()
-        probe = self._probe = CoordinatorProbe(self._config.coordinator.client_endpoint, epoch)
+        probe = self._probe = CoordinatorProbe(self._client_address, epoch)
         self._start(
             RANKS,
             lambda: spawn(command),

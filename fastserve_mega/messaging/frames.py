@@ -9,7 +9,7 @@ from typing import Any, get_args
 import msgspec
 import zmq
 
-from fastserve_mega.messaging.messages import Message, Refused
+from fastserve_mega.messaging.messages import Message, Refused, without_key
 from fastserve_mega.records import explain
 from fastserve_mega.types import RequestId
 
@@ -29,6 +29,22 @@ each kind of message."""
 _TYPES = frozenset(cls.__name__ for cls in get_args(Message))
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(type=Message)
+
+
+def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
+    """Connect, with the key that stands behind the address if there is one (`with_key`).
+
+    Raises:
+        ValueError: ZeroMQ does not understand the one or the other.
+    """
+    address, key = without_key(endpoint)
+    try:
+        if key:
+            socket.curve_serverkey = key.encode()
+            socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        raise ValueError(f"not a ZeroMQ address: {address!r} ({error})") from None
 
 
 class BadFrameError(ValueError):

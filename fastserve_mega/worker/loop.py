@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from fastserve_mega import faults
-from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, decode, encode
+from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, connect, decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
@@ -22,7 +22,6 @@ from fastserve_mega.messaging.messages import (
     StepResult,
     WorkerFailed,
     WorkerReady,
-    without_key,
     worker_identity,
 )
 from fastserve_mega.types import RequestId
@@ -51,16 +50,12 @@ def connect_to_coordinator(
         endpoint: of the coordinator, with its key if it has one (`with_key`).
         rank: of this process among all.
     """
-    address, key = without_key(endpoint)
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, worker_identity(rank))
     socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.setsockopt(zmq.RCVHWM, 0)
-    if key:
-        socket.curve_serverkey = key.encode()
-        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-    socket.connect(address)
+    connect(socket, endpoint)
     return socket
 
 
