@@ -34,5 +34,5 @@ COMMAND = Command(
     examples=("clients.key",),
     run=_keygen,
     add_arguments=_add_keygen,
-    config=False,
+    config="none",
 )
