@@ -21,6 +21,7 @@ from fastserve_mega.drill.processes import (
     named_processes,
 )
 from fastserve_mega.drill.streams import WAIT_S, Stream, over_http, over_zeromq
+from fastserve_mega.launcher import SETTLED_S
 from fastserve_mega.process_tree import is_running
 
 _LOOK_S = 0.1
@@ -128,6 +129,8 @@ class Drill:
         tally.orphans += sum(is_running(before[name]) for name in lost)
         # Ports that are chosen anew with each start are others, but not more.
         tally.ports_left += max(len(listening_ports(self._served.process_id)) - len(ports), 0)
+        # Sooner, the next loss would count as an attempt in vain, after which `serve` waits.
+        await asyncio.sleep(SETTLED_S)
 
     async def _run_streams(self, when_running: Callable[[], None]) -> list[Stream]:
         served = self._served
