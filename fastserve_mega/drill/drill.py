@@ -15,7 +15,7 @@ from typing import Literal
 from fastserve_mega import faults
 from fastserve_mega.drill.processes import Victim, victims
 from fastserve_mega.drill.rounds import Drill, Served, Tally
-from fastserve_mega.process_tree import descendants, is_running
+from fastserve_mega.process_tree import descendants, die_with_parent, is_running
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.key_file import client_address
 
@@ -101,7 +101,12 @@ def _serving(config: Config, arguments: Sequence[str], runner: str) -> Iterator[
     environment = dict(os.environ)
     if runner == "fake":
         environment.setdefault(faults.VARIABLE, _FAKE_STEP)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as server:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        env=environment,
+        preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock
+    ) as server:
         try:
             assert server.stdout is not None
             while _READY not in (line := server.stdout.readline()):
