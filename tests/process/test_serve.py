@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -205,6 +206,49 @@ def test_a_stream_that_is_not_finished_in_time_is_told_and_nothing_is_left(serve
         assert not any(map(is_running, everyone))
 
 
+def last_words(server: Served, max_tokens: int) -> list[str]:
+    """The last two events of a stream."""
+    with (
+        httpx.Client(base_url=server.url, timeout=WAIT_S) as http,
+        server.stream(http, max_tokens) as response,
+    ):
+        return [line.removeprefix("data: ") for line in response.iter_lines() if line][-2:]
+
+
+@pytest.mark.slow
+def test_under_load_no_stream_ends_without_a_word(served):
+    with served(coordinator={"drain_timeout_s": 3}) as server, ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(last_words, server, (1000, ENDLESS)[n % 2]) for n in range(16)]
+        with Client(server.endpoint) as client:
+            while client.snapshot().generation_tokens < 16 * 20:
+                pass
+            server.process.terminate()
+            for stream in streams:
+                last, done = stream.result(WAIT_S)
+                assert done == "[DONE]"
+                ended = '"finish_reason":"length"' in last
+                assert ended or "shut down" in json.loads(last)["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_second_instance_takes_the_place_of_the_first(served, tmp_path):
+    with served(coordinator={"drain_timeout_s": WAIT_S}) as first:
+        (tmp_path / "config.yaml").rename(tmp_path / "first.yaml")
+        with served() as second, ThreadPoolExecutor(4) as pool:
+            streams = [pool.submit(last_words, first, COUNT) for _ in range(4)]
+            with Client(first.endpoint) as client:
+                while client.snapshot().generation_tokens < 4 * 20:
+                    pass
+                first.process.terminate()
+                first.wait_until_closed()
+                # The proxy in front sends what is new to the second one.
+                assert last_words(second, 10)[1] == "[DONE]"
+                for stream in streams:
+                    last, done = stream.result(WAIT_S)
+                    assert ('"finish_reason":"length"' in last, done) == (True, "[DONE]")
+            assert first.process.wait(WAIT_S) == 0
+
+
 def test_nothing_but_mpirun_listens_beyond_loopback(served):
     with served() as server:
         beyond = {port for host, port in listening_ports(server.process.pid) if host != LOOPBACK}
@@ -223,7 +267,9 @@ def test_the_second_ctrl_c_kills(served):
             begin = time.monotonic()
             send(server.process.pid, signal.SIGINT)
             server.process.wait(WAIT_S)
-            assert time.monotonic() - begin < 10.0
+            took_s = time.monotonic() - begin
+            print(f"the second Ctrl-C took {took_s:.2f} s")
+            assert took_s < 5.0
         assert not any(map(is_running, everyone))
 
 
