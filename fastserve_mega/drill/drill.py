@@ -58,7 +58,7 @@ def run_drill(config: Config, arguments: Sequence[str], options: DrillOptions) -
         names = sorted({victim.name for victim in victims(config.parallel.world_size)})
         print(f"there is no process of these names; there are {', '.join(names)}", file=sys.stderr)
         return 2
-    with _serving(config, arguments, options.runner) as served:
+    with serving(config, arguments, options.runner) as served:
         everyone = descendants(served.process_id)
         try:
             is_clean = asyncio.run(drill(served, chosen, options))
@@ -87,7 +87,14 @@ async def drill(served: Served, chosen: Sequence[Victim], options: DrillOptions)
 
 
 @contextlib.contextmanager
-def _serving(config: Config, arguments: Sequence[str], runner: str) -> Iterator[Served]:
+def serving(config: Config, arguments: Sequence[str], runner: str) -> Iterator[Served]:
+    """Run `serve` at free ports until the context is left.
+
+    Args:
+        config: of the deployment.
+        arguments: that give a child the same configuration.
+        runner: of the ranks.
+    """
     key = client_address(config.coordinator).removeprefix(config.coordinator.client_endpoint)
     endpoint, port = f"tcp://127.0.0.1:{_free_port()}", _free_port()
     sets = [
