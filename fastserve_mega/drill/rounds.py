@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,7 +93,7 @@ class Drill:
         Raises:
             RuntimeError: they do not come to their end even so.
         """
-        streams = await self._run_streams(lambda: None)
+        streams = await self.run_streams(lambda: None)
         for stream in streams:
             if stream.error:
                 raise RuntimeError(
@@ -112,18 +112,14 @@ class Drill:
             moment = time.monotonic()
             os.kill(before[victim.name], victim.signal)
 
-        streams = await self._run_streams(strike)
+        streams = await self.run_streams(strike)
         after = await self._recovered(victim, before)
         lost = {name for name in before if (name == HTTP_SERVER) == (victim.name == HTTP_SERVER)}
         if others := [name for name in before if name not in lost and before[name] != after[name]]:
             raise RuntimeError(f"{', '.join(others)} did not survive the loss of {victim.name}")
         tally.rounds += 1
-        tally.streams += len(streams)
-        for stream, expected in zip(streams, self._expected, strict=True):
-            if stream.error:
-                print(f"{victim.name}: {stream.kind}: {stream.error}", file=sys.stderr)
-            tally.lost += bool(stream.error)
-            tally.wrong += not stream.error and stream.answer != expected
+        self._judge(streams, tally)
+        for stream in streams:
             if (next_token_s := stream.next_token_s(moment)) is not None:
                 tally.next_token_s.append(next_token_s)
         tally.orphans += sum(is_running(before[name]) for name in lost)
@@ -132,7 +128,24 @@ class Drill:
         # Sooner, the next loss would count as an attempt in vain, after which `serve` waits.
         await asyncio.sleep(SETTLED_S)
 
-    async def _run_streams(self, when_running: Callable[[], None]) -> list[Stream]:
+    async def calm(self, tally: Tally) -> None:
+        """Let all streams run and harm nothing; add what came of them to the tally."""
+        self._judge(await self.run_streams(lambda: None), tally)
+
+    def _judge(self, streams: Sequence[Stream], tally: Tally) -> None:
+        tally.streams += len(streams)
+        for stream, expected in zip(streams, self._expected, strict=True):
+            if stream.error:
+                print(f"{stream.kind}: {stream.error}", file=sys.stderr)
+            tally.lost += bool(stream.error)
+            tally.wrong += not stream.error and stream.answer != expected
+
+    async def run_streams(self, when_running: Callable[[], None]) -> list[Stream]:
+        """Run all streams to their ends.
+
+        Args:
+            when_running: called when each of them has got its first tokens.
+        """
         served = self._served
         async with (
             AsyncClient(served.endpoint, timeout_s=WAIT_S) as client,
