@@ -34,8 +34,11 @@ export class Client {
   }
 
   /** Yields arrays of new token ids; returns the Finished message. */
-  async *generate(prompt, params, { requestId = randomUUID() } = {}) {
-    const submit = { request_id: requestId, prompt, params, received: [], failed_attempts: 0 };
+  // With a requestId and a fingerprint, both the same again, another process gets the same answer.
+  async *generate(prompt, params, { requestId = randomUUID(), fingerprint = "" } = {}) {
+    const submit = {
+      request_id: requestId, prompt, params, received: [], failed_attempts: 0, fingerprint,
+    };
     const request = { queue: [], submit };
     this.#requests.set(requestId, request);
     this.#send("Submit", submit);

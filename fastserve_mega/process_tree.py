@@ -15,6 +15,8 @@ from pathlib import Path
 _PROC = Path("/proc")
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_STOPPED = "T"
+"""Not "t", which a debugger does."""
 _LIBC = ctypes.CDLL(None)
 
 
@@ -63,6 +65,13 @@ def descendants(ancestor: int) -> set[int]:
     return below
 
 
+def stopped(ancestor: int) -> set[int]:
+    """Those of a process and all below it that a signal has stopped; empty without /proc."""
+    everyone = {ancestor} | descendants(ancestor) if _PROC.is_dir() else set()
+    states = {process_id: _read_stat(process_id) for process_id in everyone}
+    return {process_id for process_id, stat in states.items() if stat and stat[0] == _STOPPED}
+
+
 def end_descendants(*, keep: Iterable[int] = (), grace_s: float = 0.0) -> None:
     """Kill all processes below this one, and those that they start meanwhile.
 
@@ -102,10 +111,16 @@ def _await_end(process_ids: Collection[int], limit_s: float | None) -> None:
 
 def _read_parent(process_id: int) -> int | None:
     """Process id of the parent; None for one that has ended."""
+    stat = _read_stat(process_id)
+    return None if stat is None or stat[0] in "ZX" else stat[1]
+
+
+def _read_stat(process_id: int) -> tuple[str, int] | None:
+    """State and parent of a process; None when there is none."""
     try:
         stat = (_PROC / str(process_id) / "stat").read_text()
     except OSError:
         return None
     # The name in parentheses may contain spaces and parentheses.
     state, parent = stat.rpartition(")")[2].split()[:2]
-    return None if state in "ZX" else int(parent)
+    return state, int(parent)

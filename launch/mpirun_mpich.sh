@@ -15,4 +15,6 @@ options=(-n "$ranks" -bind-to none)
 # The environment travels by itself. -iface names the network interface.
 [[ -z $hostfile ]] || options+=(-f "$hostfile" ${INTERFACE:+-iface "$INTERFACE"})
 
-exec mpiexec "${options[@]}" python -m fastserve_mega worker --config "$config"
+# shellcheck source=keep_up.sh
+source "$(dirname "$0")/keep_up.sh"
+keep_up mpiexec "${options[@]}" python -m fastserve_mega worker --config "$config" --supervisor $$ ${ARGUMENTS:-}

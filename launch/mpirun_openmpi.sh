@@ -30,4 +30,6 @@ options=(
 [[ -n $hostfile ]] || options+=(--oversubscribe)  # more ranks than cores, on one host
 [[ $EUID -ne 0 ]] || options+=(--allow-run-as-root)
 
-exec mpirun "${options[@]}" python -m fastserve_mega worker --config "$config"
+# shellcheck source=keep_up.sh
+source "$(dirname "$0")/keep_up.sh"
+keep_up mpirun "${options[@]}" python -m fastserve_mega worker --config "$config" --supervisor $$ ${ARGUMENTS:-}

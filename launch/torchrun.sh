@@ -22,5 +22,10 @@ else
   options+=(--standalone)  # a free port, so that two deployments do not meet
 fi
 
-# No --max-restarts: the clients resume only under `fastserve-mega serve`.
-exec torchrun "${options[@]}" -m fastserve_mega worker --config "$config"
+# shellcheck source=keep_up.sh
+source "$(dirname "$0")/keep_up.sh"
+ask_ranks_to_stop() { # torchrun itself would end by this signal
+  pkill -USR1 -P "$1"
+}
+# No --max-restarts: that ends the ranks of all hosts without a word, which is no sooner.
+keep_up torchrun "${options[@]}" -m fastserve_mega worker --config "$config" --supervisor $$ ${ARGUMENTS:-}

@@ -4,6 +4,7 @@ from fastserve_mega.client.async_client import AsyncClient
 from fastserve_mega.client.errors import (
     ClientError,
     InvalidRequestError,
+    RequestIdInUseError,
     ServerBusyError,
     ServerError,
     ServerUnavailableError,
@@ -21,6 +22,7 @@ __all__ = [
     "ClientError",
     "Generation",
     "InvalidRequestError",
+    "RequestIdInUseError",
     "RequestOptions",
     "ServerBusyError",
     "ServerError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import secrets
@@ -49,7 +50,8 @@ class AsyncClient:
     submitted again with the tokens received so far, and their streams go on.
 
     Args:
-        endpoint: ZeroMQ address of the coordinator.
+        endpoint: ZeroMQ address of the coordinator. Where it asks for a key, that follows behind a
+            space: `tcp://10.0.0.1:5570 KEY`, with what stands behind `public` in the key file.
         tokenizer: a tokenizer or its directory. None takes the model's directory if the server
             is on this machine; without any, token ids can be sent and received.
         timeout_s: longest wait for the answer to a question, the first one included.
@@ -199,6 +201,7 @@ class AsyncClient:
         cache_salt: str = "",
         timeout_s: float | None = None,
         request_id: str | None = None,
+        fingerprint: str = "",
         decoder: TokenDecoder | None = None,
     ) -> AsyncGeneration:
         """`generate` for token ids; see `RequestOptions` for the keyword arguments.
@@ -208,8 +211,9 @@ class AsyncClient:
         welcome = await self.info()
         params = params or SamplingParams()
         if params.seed is None:
-            # Drawn here, so that the rest of a resumed answer is the one it would have had.
-            params = msgspec.structs.replace(params, seed=secrets.randbelow(MAX_SEED + 1))
+            # Chosen here, so that the rest of a resumed answer is the one it would have had.
+            seed = _seed_of(request_id or "") if fingerprint else secrets.randbelow(MAX_SEED + 1)
+            params = msgspec.structs.replace(params, seed=seed)
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequestError(f"timeout_s must be positive and finite, got {timeout_s}")
         submit = Submit(
@@ -219,6 +223,7 @@ class AsyncClient:
             priority=priority,
             cache_salt=cache_salt,
             timeout_s=timeout_s,
+            fingerprint=fingerprint,
         )
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -289,3 +294,9 @@ class AsyncClient:
         except (ValueError, ImportError) as error:
             _log.warning("going on with token ids only: %s", error)
             return None
+
+
+def _seed_of(request_id: str) -> int:
+    """A seed that is the same whenever a request is sent again, to whatever server."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) & MAX_SEED

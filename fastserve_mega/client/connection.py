@@ -10,6 +10,7 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import recv_monitor_message
 
+from fastserve_mega import faults
 from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import Message, Refused
 
@@ -24,7 +25,7 @@ class Connection:
     """A DEALER socket that receives in the background and connects again by itself.
 
     Args:
-        endpoint: address of the coordinator.
+        endpoint: address of the coordinator, and behind a space its key if it has one.
         on_message: called with each message that arrives.
         on_reconnect: called when the connection was lost and is there again. The coordinator
             then takes us for a new client.
@@ -48,16 +49,21 @@ class Connection:
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._configure()
+        self._send = faults.at("client.send", self._send_frame)
+        self._take = faults.at("client.receive", self._on_frame)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
-            self._socket.connect(endpoint)
-        except zmq.ZMQError as error:
+            frames.connect(self._socket, endpoint)
+        except ValueError:
             self._context.destroy(linger=0)
-            raise ValueError(f"not a ZeroMQ address: {endpoint!r} ({error})") from None
+            raise
         self._tasks = [self._start(self._receive()), self._start(self._watch())]
 
     def send(self, frame: bytes) -> None:
         """Send a frame now, or as soon as the coordinator is there; never waits."""
+        self._send(frame)
+
+    def _send_frame(self, frame: bytes) -> None:
         sent = asyncio.ensure_future(self._socket.send(frame))
         if sent.done():
             sent.result()
@@ -92,15 +98,17 @@ class Connection:
 
     async def _receive(self) -> None:
         while True:
-            frame = await self._socket.recv()
-            try:
-                message = frames.decode(frame)
-            except frames.OtherVersionError as error:
-                message = Refused(str(error))
-            except frames.BadFrameError as error:
-                _log.warning("the coordinator sent a bad frame: %s", error)
-                continue
-            self._on_message(message)
+            self._take(await self._socket.recv())
+
+    def _on_frame(self, frame: bytes) -> None:
+        try:
+            message = frames.decode(frame)
+        except frames.OtherVersionError as error:
+            message = Refused(str(error))
+        except frames.BadFrameError as error:
+            _log.warning("the coordinator sent a bad frame: %s", error)
+            return
+        self._on_message(message)
 
     async def _watch(self) -> None:
         connected = False

@@ -11,6 +11,10 @@ class InvalidRequestError(ClientError, ValueError):
     """The request is wrong; sending it again will not help."""
 
 
+class RequestIdInUseError(InvalidRequestError):
+    """The request's id belongs to another request."""
+
+
 class TokenizerUnavailableError(ClientError):
     """Text was given or asked for, and the tokenizer is not on this machine."""
 

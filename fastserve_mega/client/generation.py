@@ -208,6 +208,20 @@ class RequestState:
         if self._detokenizer and self._detokenizer.stopped:
             self.finish(FinishReason.STOP)
 
+    def take_over(self, other: RequestState) -> bool:
+        """Go on in the place of a request that is the same, with all it has received.
+
+        The other one ends with an error. False, and nothing happens, when they are not the same.
+        """
+        same = {"received": (), "timeout_s": None}
+        own, others = (msgspec.structs.replace(each._submit, **same) for each in (self, other))
+        if not own.fingerprint or own != others:
+            return False
+        other.fail(ServerError("the same request was sent again, and goes on there"))
+        logprobs = tuple(other.logprobs)
+        self.on_tokens(Tokens(self.request_id, 0, tuple(other.received), logprobs))
+        return True
+
     def on_finished(self, message: Finished) -> None:
         """End as the server says."""
         if message.reason is FinishReason.REJECTED:

@@ -22,3 +22,7 @@ class RequestOptions(TypedDict, total=False):
     """End with finish reason `timeout` when unfinished after this many seconds; None: no limit."""
     request_id: str | None
     """Unique among the server's unfinished requests; None draws one."""
+    fingerprint: str
+    """With a `request_id`: whoever asks the same again with both is given the answer from its
+    start, with the tokens that were computed, up to a minute after its end. The same id with
+    another fingerprint is refused. Empty by default: nobody may."""

@@ -11,6 +11,7 @@ from fastserve_mega.client.connection import Connection
 from fastserve_mega.client.errors import (
     ClientError,
     InvalidRequestError,
+    RequestIdInUseError,
     ServerError,
     ServerUnavailableError,
 )
@@ -30,6 +31,7 @@ from fastserve_mega.messaging.messages import (
     Submit,
     Tokens,
     Welcome,
+    without_key,
 )
 from fastserve_mega.types import FinishReason, RequestId
 
@@ -41,14 +43,14 @@ class Session:
     """The unfinished requests of a client and its connection; lives in one event loop.
 
     Args:
-        endpoint: ZeroMQ address of the coordinator.
+        endpoint: ZeroMQ address of the coordinator, with its key if it has one.
         heartbeat_s: time between pings while requests are unfinished.
         silence_timeout_s: requests fail when pings have not been answered for this long, or for
             as long as the server says that starting it again may take.
     """
 
     def __init__(self, endpoint: str, *, heartbeat_s: float, silence_timeout_s: float) -> None:
-        self.endpoint = endpoint
+        self.endpoint, _ = without_key(endpoint)
         self.welcome: Welcome | None = None
         self._heartbeat_s = heartbeat_s
         self._silence_timeout_s = silence_timeout_s
@@ -107,8 +109,13 @@ class Session:
         Raises:
             InvalidRequestError: its values cannot be sent, or its id is in use.
         """
-        if state.request_id in self._requests:
-            raise InvalidRequestError(f"request {state.request_id!r} is not finished yet")
+        if (other := self._requests.get(state.request_id)) is not None:
+            if not state.take_over(other):
+                raise RequestIdInUseError(f"request {state.request_id!r} is not finished yet")
+            del self._requests[state.request_id]
+            submit = state.resubmission(time.monotonic()) or submit
+            if state.done:
+                return
         try:
             frame = frames.encode(submit)
             # The caller is told here what the coordinator would say later.
@@ -187,7 +194,8 @@ class Session:
             self._drop(state)
 
     def _on_refused(self, message: Refused) -> None:
-        error = InvalidRequestError(message.message)
+        kind = RequestIdInUseError if message.in_use else InvalidRequestError
+        error = kind(message.message)
         if message.request_id is not None:
             if (state := self._requests.pop(message.request_id, None)) is not None:
                 state.fail(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 
-from fastserve_mega.commands.command import Command, load_deployment
+from fastserve_mega.commands.command import Command, fail, load_deployment
 
 
 def _api_server(options: argparse.Namespace) -> int:
@@ -14,7 +14,10 @@ def _api_server(options: argparse.Namespace) -> int:
 
     descriptor = options.listen_fd
     listener = None if descriptor is None else socket.socket(fileno=descriptor)
-    return run_server(config, listener)
+    try:
+        return run_server(config, listener)
+    except (OSError, ValueError) as error:
+        return fail(options, error)
 
 
 def _add_api_server(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from fastserve_mega.commands.command import FILE, Command, complete_with, fail, 
 from fastserve_mega.commands.slo_option import add_slo
 from fastserve_mega.system.config import CoordinatorConfig
 from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.key_file import client_address
 
 Number = TypeVar("Number", int, float)
 
@@ -22,7 +23,7 @@ def _bench(options: argparse.Namespace) -> int:
         return fail(options, "--set overrides a configuration: give --config too")
     endpoint = CoordinatorConfig().client_endpoint
     if options.config is not None:
-        endpoint = load(options, load_config).coordinator.client_endpoint
+        endpoint = load(options, lambda *given: client_address(load_config(*given).coordinator))
     from fastserve_mega.bench.bench import BenchOptions, run_bench
     from fastserve_mega.bench.workload import Lengths, parse_mix, read_lengths
 

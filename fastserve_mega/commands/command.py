@@ -16,6 +16,7 @@ from msgspec import structs
 from fastserve_mega.logs import LOG_FORMATS
 from fastserve_mega.system.config import Config, CoordinatorConfig, SchedulerConfig
 from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.key_file import client_address
 
 T = TypeVar("T")
 
@@ -196,6 +197,16 @@ def add_rank_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_runner(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of what computes tokens."""
+    parser.add_argument(
+        "--runner",
+        choices=("megatron", "fake"),
+        default="megatron",
+        help="what computes tokens; 'fake' needs no weights and is for tests",
+    )
+
+
 def policy_names(text: str) -> tuple[str, ...]:
     """Parse policies separated by commas."""
     names = tuple(text.split(","))
@@ -222,7 +233,7 @@ def server_endpoint(options: argparse.Namespace) -> str:
         return str(options.url)
     if options.config is None and not options.overrides:
         return CoordinatorConfig().client_endpoint
-    return load(options, load_config).coordinator.client_endpoint
+    return load(options, lambda *given: client_address(load_config(*given).coordinator))
 
 
 def pass_on(options: argparse.Namespace) -> list[str]:

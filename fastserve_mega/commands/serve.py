@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from fastserve_mega.commands.command import Command, load_deployment, pass_on
+from fastserve_mega.commands.command import Command, add_runner, load_deployment, pass_on
 
 
 def _serve(options: argparse.Namespace) -> int:
-    config = load_deployment(options, weights=True)
+    config = load_deployment(options, weights=options.runner == "megatron")
     from fastserve_mega.launcher import serve
 
-    return serve(config, pass_on(options))
+    return serve(config, pass_on(options), runner=options.runner)
 
 
 COMMAND = Command(
@@ -27,5 +27,6 @@ COMMAND = Command(
         "--config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1 --set server.port=8080",
     ),
     run=_serve,
+    add_arguments=add_runner,
     config="model",
 )

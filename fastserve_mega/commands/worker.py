@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastserve_mega.commands.command import Command, add_rank_options, load, pass_on
+from fastserve_mega.commands.command import Command, add_rank_options, add_runner, load, pass_on
 from fastserve_mega.system.config_file import load_config
 
 
@@ -24,12 +24,7 @@ def _worker(options: argparse.Namespace) -> int:
 
 
 def _add_worker(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--runner",
-        choices=("megatron", "fake"),
-        default="megatron",
-        help="what computes tokens; 'fake' needs no weights and is for tests",
-    )
+    add_runner(parser)
     add_rank_options(parser)
 
 

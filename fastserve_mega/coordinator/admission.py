@@ -20,6 +20,7 @@ _PROBATION_S = 60.0
 make others wait by saying so."""
 _MAX_ID_LENGTH = 256
 _MAX_PRIORITY = 1_000
+_MAX_FINGERPRINT_LENGTH = 128
 _MAX_SALT_LENGTH = 256
 _TOKEN_BYTES = 5
 _NUMBER_BYTES = 9
@@ -89,6 +90,11 @@ class Admission:
             return (
                 f"cache_salt must have at most {_MAX_SALT_LENGTH} characters, "
                 f"got {len(submit.cache_salt)}"
+            )
+        if len(submit.fingerprint) > _MAX_FINGERPRINT_LENGTH:
+            return (
+                f"fingerprint must have at most {_MAX_FINGERPRINT_LENGTH} characters, "
+                f"got {len(submit.fingerprint)}"
             )
         timeout_s = submit.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):

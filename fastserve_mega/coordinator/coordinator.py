@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import msgspec
+
 from fastserve_mega.coordinator.admission import Admission, Gate
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
+from fastserve_mega.coordinator.kept_answers import KeptAnswer, KeptAnswers
 from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
 from fastserve_mega.coordinator.recent_answers import RecentAnswers
 from fastserve_mega.coordinator.replica import Replica
@@ -81,6 +84,7 @@ class Coordinator:
         self._requests = LiveRequests()
         self._gate = Gate(clock())
         self._recent = RecentAnswers()
+        self._kept = KeptAnswers()
         self._replies: list[tuple[Identity, Message | bytes]] = []
         self._draining = False
 
@@ -226,9 +230,17 @@ class Coordinator:
         if live := self._requests.get(request_id):
             self._resume(client, live, submit)
             return
+        if kept := self._kept.get(request_id, now):
+            self._repeat(client, kept, submit, now)
+            return
+        self._accept(client, submit, now)
+
+    def _accept(self, client: Identity, submit: Submit, now: float) -> LiveRequest | None:
+        """Begin with a request, or answer why not."""
+        request_id = submit.request_id
         if refusal := self._admission.refusal(submit):
             self._reply(client, Refused(refusal, request_id))
-            return
+            return None
         requests = self._requests
         if busy := self._admission.rejection(
             len(requests), requests.num_prompt_tokens, draining=self._draining
@@ -236,13 +248,14 @@ class Coordinator:
             usage = Usage(len(submit.prompt), len(submit.received))
             self._reply(client, Finished(request_id, FinishReason.REJECTED, usage, busy))
             self._metrics.requests.observe_rejection()
-            return
+            return None
         live = LiveRequest(submit, client, now, list(submit.received))
         if self._prefix_block_size:
             live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
         self._requests.add(live)
         self._metrics.requests.observe_arrival(len(submit.prompt))
         self._gate.enter(live, now)
+        return live
 
     def _place(self, live: LiveRequest) -> None:
         submit = live.submit
@@ -261,14 +274,38 @@ class Coordinator:
 
     def _resume(self, client: Identity, live: LiveRequest, submit: Submit) -> None:
         """Take the same request again: its client lost the connection and holds some tokens."""
-        if (submit.prompt, submit.params) != (tuple(live.prompt), live.params):
-            message = f"request id {submit.request_id!r} is in use by an unfinished request"
-            self._reply(client, Refused(message, submit.request_id))
+        if not live.is_same(submit):
+            self._refuse_id(client, submit)
             return
         self._requests.move(live, client)
         held = len(submit.received)
         if held < len(live.output):
             self._reply(client, live.tokens_from(held))
+
+    def _repeat(self, client: Identity, kept: KeptAnswer, submit: Submit, now: float) -> None:
+        """Send a kept answer again, and go on with it if it is not whole."""
+        if not kept.live.is_same(submit):
+            self._refuse_id(client, submit)
+            return
+        held, output = len(submit.received), kept.live.output
+        told = kept.live.tokens_from(held)
+        if kept.is_whole:
+            if held < len(output):
+                self._reply(client, told)
+            self._reply(client, Finished(submit.request_id, kept.reason, kept.live.usage))
+            return
+        if held < len(output):
+            submit = msgspec.structs.replace(submit, received=tuple(output))
+        if (live := self._accept(client, submit, now)) is None:
+            return
+        self._kept.take(submit.request_id, now)
+        if held < len(output):
+            live.logprobs = list(kept.live.logprobs)
+            self._reply(client, told)
+
+    def _refuse_id(self, client: Identity, submit: Submit) -> None:
+        message = f"request id {submit.request_id!r} is in use by another request"
+        self._reply(client, Refused(message, submit.request_id, in_use=True))
 
     def _cancel(self, client: Identity, cancel: Cancel) -> None:
         live = self._requests.get(cancel.request_id)
@@ -316,5 +353,7 @@ class Coordinator:
     def _finish(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
         self._requests.remove(live)
         self._gate.leave(live)
-        self._metrics.requests.observe_finish(reason, live, self._clock())
+        now = self._clock()
+        self._metrics.requests.observe_finish(reason, live, now)
+        self._kept.keep(live, reason, now)
         self._reply(live.client, Finished(live.request_id, reason, live.usage, message))

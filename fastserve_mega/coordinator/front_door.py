@@ -56,6 +56,7 @@ class FrontDoor:
         buffer: int,
         timeout_s: float,
         max_frame_bytes: int = MAX_FRAME_BYTES,
+        secret_key: bytes | None = None,
     ) -> None:
         self._router = Router(
             context,
@@ -63,6 +64,7 @@ class FrontDoor:
             buffer,
             unread=_UNREAD_MESSAGES,
             max_frame_bytes=max_frame_bytes,
+            secret_key=secret_key,
         )
         self._timeout_s = timeout_s
         self._sessions: dict[Identity, _Session] = {}

@@ -100,6 +100,14 @@ class LiveRequest:
     def params(self) -> SamplingParams:
         return self.submit.params
 
+    def is_same(self, submit: Submit) -> bool:
+        """Whether a message is about this very request, sent again."""
+        return (
+            submit.fingerprint == self.submit.fingerprint
+            and submit.params == self.params
+            and submit.prompt == tuple(self.prompt)
+        )
+
     @property
     def deadline(self) -> float | None:
         """When it ends with `timeout`."""

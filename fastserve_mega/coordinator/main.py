@@ -26,6 +26,7 @@ from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.process_tree import is_running
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.system.config import Config
+from fastserve_mega.system.key_file import coordinator_key
 from fastserve_mega.types import FinishReason
 
 _LAST_WORDS_MS = 1000
@@ -83,13 +84,14 @@ class CoordinatorProcess:
             buffer=options.client_buffer_messages,
             timeout_s=options.client_timeout_s,
             max_frame_bytes=client_frame_limit(self._welcome.max_context),
+            secret_key=coordinator_key(options),
         )
         self._workers = ZmqWorkers(
             self._context,
             options.worker_endpoint,
             replicas=config.parallel.data,
             ranks_per_replica=config.parallel.replica_size,
-            silence_limit_s=config.parallel.timeout_s,
+            silence_limit_s=min(config.parallel.timeout_s, config.supervisor.hang_limit_s),
         )
         self._supervisor = supervisor
         self._stop = False

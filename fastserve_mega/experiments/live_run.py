@@ -18,6 +18,7 @@ from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.slo import Slo, largest_gap, lateness
 from fastserve_mega.system.config_file import load_config
+from fastserve_mega.system.key_file import client_address
 from fastserve_mega.types import SamplingParams
 
 _CALIBRATION_REQUESTS = 4
@@ -58,7 +59,7 @@ def run_live(config_path: str, sets: Sequence[str], specs: Sequence[RequestSpec]
         config = load_config(config_path, sets)
         with launcher.Deployment(config, arguments_of(config_path, sets), http=False) as ranks:
             ranks.start()
-            clients = asyncio.run(send_all(endpoint, specs))
+            clients = asyncio.run(send_all(client_address(config.coordinator), specs))
         setup, calls = read_event_log(log)
         return LiveRun(clients, setup, list(calls))
 

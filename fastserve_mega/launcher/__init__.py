@@ -3,10 +3,12 @@
 from fastserve_mega.launcher.deployment import Deployment, http_url
 from fastserve_mega.launcher.processes import LaunchError, mpirun_command
 from fastserve_mega.launcher.profiling import profile
+from fastserve_mega.launcher.restart_policy import SETTLED_S
 from fastserve_mega.launcher.supervisor import serve
 from fastserve_mega.launcher.temporary import temporary_deployment
 
 __all__ = [
+    "SETTLED_S",
     "Deployment",
     "LaunchError",
     "http_url",

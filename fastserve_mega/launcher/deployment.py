@@ -26,8 +26,9 @@ from fastserve_mega.launcher.processes import (
     spawn,
 )
 from fastserve_mega.messaging.messages import Snapshot
-from fastserve_mega.process_tree import end_descendants
+from fastserve_mega.process_tree import end_descendants, stopped
 from fastserve_mega.system.config import Config
+from fastserve_mega.system.key_file import client_address
 
 PROBE_S = 1.0
 """Time between two looks at the processes, and longest wait for the answer to one of them."""
@@ -65,6 +66,7 @@ class Deployment:
         """
         self._restarts = restarts
         self._config = config
+        self._client_address = config.coordinator.client_endpoint
         self._arguments = list(arguments)
         self._http = http
         self._runner = runner
@@ -88,9 +90,13 @@ class Deployment:
         """Start everything and return when requests can be sent.
 
         Raises:
-            LaunchError: a process ended, the time limits of the configuration ran out, or the
-                HTTP port is taken.
+            LaunchError: a process ended, the time limits of the configuration ran out, the HTTP
+                port is taken, or the file of the clients' key cannot be used.
         """
+        try:
+            self._client_address = client_address(self._config.coordinator)
+        except (OSError, ValueError) as error:
+            raise LaunchError(str(error)) from None
         if self._http:
             self._listener = _listen(self._config.server.host, self._config.server.port)
         self._start_ranks()
@@ -160,8 +166,11 @@ class Deployment:
             return str(error)
         watch = self._watches.get(name)
         if watch is not None and watch.hangs(time.monotonic()):
+            limit = f"for {self._config.supervisor.hang_limit_s:g} s (supervisor.hang_limit_s)"
+            if halted := stopped(self._processes[name].pid):
+                return f"processes {sorted(halted)} of the {name} have been stopped {limit}"
             what = "coordinator" if name == RANKS else name
-            return f"the {what} has not answered for {self._config.supervisor.hang_limit_s:g} s"
+            return f"the {what} has not answered {limit}"
         return ""
 
     def _check(self, name: str) -> None:
@@ -188,7 +197,7 @@ class Deployment:
             command += ["--supervisor", str(os.getpid())]
         if self._probe:
             self._probe.close()
-        probe = self._probe = CoordinatorProbe(self._config.coordinator.client_endpoint, epoch)
+        probe = self._probe = CoordinatorProbe(self._client_address, epoch)
         self._start(
             RANKS,
             lambda: spawn(command),
@@ -226,7 +235,13 @@ class Deployment:
             if status == CONFIGURATION_STATUS:
                 raise ConfigurationError(str(error)) from None
             raise
-        self._watches[name] = Watch(answers, self._config.supervisor.hang_limit_s, time.monotonic())
+        process_id = self._processes[name].pid
+        self._watches[name] = Watch(
+            # A stopped rank or mpirun is missed only when it has something to do.
+            lambda: answers() and not stopped(process_id),
+            self._config.supervisor.hang_limit_s,
+            time.monotonic(),
+        )
 
     def _await(self, name: str, answers: Callable[[], bool], limit_s: float) -> None:
         deadline = time.monotonic() + limit_s

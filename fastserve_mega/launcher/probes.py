@@ -25,7 +25,7 @@ class CoordinatorProbe:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up while nobody listens
-        self._socket.connect(endpoint)
+        frames.connect(self._socket, endpoint)
 
     def answers(self, limit_s: float) -> bool:
         """Ask; whether an answer has come, to this question or late to one before."""

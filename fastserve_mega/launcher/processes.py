@@ -85,7 +85,8 @@ def mpirun_command(ranks: int) -> list[str]:
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
     options: list[str] = []
     if "Open MPI" in version.stdout:
-        options = ["--oversubscribe", "--bind-to", "none"]
+        # Ranks of one host need no TCP among them, and would listen on all addresses for it.
+        options = ["--oversubscribe", "--bind-to", "none", "--mca", "btl", "^tcp"]
         if os.geteuid() == 0:
             options.append("--allow-run-as-root")
     return [mpirun, *options, "-n", str(ranks)]

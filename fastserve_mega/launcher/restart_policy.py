@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 _LONGEST_WAIT_S = 30.0
-_SETTLED_S = 10.0
+SETTLED_S = 10.0
 """A loss after serving for so long has nothing to do with the one before."""
 
 
@@ -32,7 +32,7 @@ class RestartPolicy:
         if len(self._attempts) >= self._max_restarts:
             return None
         self._attempts.append(now)
-        if self._serving_since is not None and now - self._serving_since >= _SETTLED_S:
+        if self._serving_since is not None and now - self._serving_since >= SETTLED_S:
             self._vain = 0
         self._serving_since = None
         wait_s: float = min(2.0 ** (self._vain - 1), _LONGEST_WAIT_S) if self._vain else 0.0

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import msgspec
 import zmq
 
-from fastserve_mega.messaging.messages import Message, Refused
+from fastserve_mega.messaging.messages import Message, Refused, without_key
 from fastserve_mega.records import explain
 from fastserve_mega.types import RequestId
 
@@ -29,6 +29,22 @@ each kind of message."""
 _TYPES = frozenset(cls.__name__ for cls in get_args(Message))
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(type=Message)
+
+
+def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
+    """Connect, with the key that stands behind the address if there is one (`with_key`).
+
+    Raises:
+        ValueError: ZeroMQ does not understand the one or the other.
+    """
+    address, key = without_key(endpoint)
+    try:
+        if key:
+            socket.curve_serverkey = key.encode()
+            socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+        socket.connect(address)
+    except zmq.ZMQError as error:
+        raise ValueError(f"not a ZeroMQ address: {address!r} ({error})") from None
 
 
 class BadFrameError(ValueError):
@@ -67,7 +83,11 @@ def encode(message: Message) -> bytes:
 
 def encode_refusal(refused: Refused, version: int) -> bytes:
     """The frame of a refusal for a peer of another version, which can read this if nothing else."""
-    return _HEADERS.get(version, _VERSION_BYTE) + _encoder.encode(refused)
+    if (header := _HEADERS.get(version)) is None:
+        return encode(refused)
+    # With the fields that were known then.
+    known = {"type": "Refused", "message": refused.message, "request_id": refused.request_id}
+    return header + _encoder.encode(known)
 
 
 def decode(frame: bytes) -> Message:
@@ -154,8 +174,9 @@ class Router:
             self.socket.curve_server = True
             self.socket.curve_secretkey = secret_key
         if silence_limit_s is not None:
+            # Asked and answered by a thread of libzmq, however busy Python is.
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(silence_limit_s * 1000 / 4))
-            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000))
+            self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000 * 3 / 4))
         try:
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:

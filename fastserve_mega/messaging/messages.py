@@ -59,6 +59,9 @@ class Submit(_Message, frozen=True):
     """The prefix cache shares KV among requests with the same salt only."""
     failed_attempts: Count = 0
     """How often in a row `Restarting` has named it, without a token of it since."""
+    fingerprint: str = ""
+    """Digest of all that the client was asked for. Whoever submits the same id with the same one is
+    sent the answer from the start, up to a minute after its end; empty: nobody."""
 
 
 class Cancel(_Message, frozen=True):
@@ -129,6 +132,8 @@ class Refused(_Answer, frozen=True):
     message: str
     """One sentence with the value and the limit."""
     request_id: RequestId | None = None
+    in_use: bool = False
+    """The id belongs to another request."""
 
 
 class Restarting(_Answer, frozen=True):

@@ -22,11 +22,12 @@ from fastserve_mega.server.app import create_app
 from fastserve_mega.server.connections import (
     ACCEPTED_AT_ONCE,
     FewWarnings,
+    allow_connections,
     bounded_connections,
-    most_connections,
 )
 from fastserve_mega.server.middleware import body_limit
 from fastserve_mega.system.config import Config
+from fastserve_mega.system.key_file import client_address
 from fastserve_mega.text.tokenizer import Tokenizer
 
 _LAST_WORDS_S = 1.0
@@ -82,11 +83,12 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
     Raises:
         FileNotFoundError, ValueError: the model's directory has no tokenizer, or no config.json,
             or a generation_config.json that cannot be used.
-        OSError, ValueError: the file of keys cannot be read, or has none.
+        OSError, ValueError: a file of keys cannot be read, or has none; or too few files may be
+            open for `server.max_connections`.
         SystemExit: the address is taken; uvicorn has logged why.
     """
     tokenizer = Tokenizer(config.model.directory)
-    client = AsyncClient(config.coordinator.client_endpoint, tokenizer)
+    client = AsyncClient(client_address(config.coordinator), tokenizer)
     # uvicorn takes these signals, drains, and raises them once more for the handlers before it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
@@ -108,7 +110,7 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
     server = _Server(
         uvicorn.Config(
             app,
-            http=bounded_connections(config.server.max_connections or most_connections()),
+            http=bounded_connections(allow_connections(config.server.max_connections)),
             backlog=ACCEPTED_AT_ONCE,
             host=config.server.host,
             port=config.server.port,

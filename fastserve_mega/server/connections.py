@@ -42,6 +42,29 @@ def most_connections() -> int:
     return min(max(files - _RESERVED_FILES, files // 2, 1), _MOST_CONNECTIONS)
 
 
+def allow_connections(wanted: int | None) -> int:
+    """How many connections there may be; lets this process open more files where it may.
+
+    Args:
+        wanted: `server.max_connections`.
+
+    Raises:
+        ValueError: the system does not let this process open files for so many.
+    """
+    if wanted is None:
+        return most_connections()
+    files, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + _RESERVED_FILES
+    if files != resource.RLIM_INFINITY and files < needed:
+        if most_files != resource.RLIM_INFINITY and most_files < needed:
+            raise ValueError(
+                f"server.max_connections {wanted} needs {needed} open files, the limit of this "
+                f"process is {most_files} (ulimit -Hn)"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most_files))
+    return wanted
+
+
 class BoundedConnection(H11Protocol):
     """uvicorn's connection, which ends when its client takes too long to say what it wants.
 

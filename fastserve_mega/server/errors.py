@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from fastserve_mega.client import (
     ClientError,
     InvalidRequestError,
+    RequestIdInUseError,
     ServerBusyError,
     ServerUnavailableError,
 )
@@ -68,6 +69,12 @@ class ApiError(Exception):
 def from_client_error(error: ClientError) -> ApiError:
     """The HTTP form of what the ZeroMQ client raises."""
     message = str(error)
+    if isinstance(error, RequestIdInUseError):
+        return ApiError(
+            422,
+            "the Idempotency-Key was used for another request before",
+            code="idempotency_key_reused",
+        )
     if isinstance(error, InvalidRequestError):
         return ApiError(400, message)
     if isinstance(error, ServerBusyError):

@@ -14,6 +14,7 @@ from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Answer, AnswerShape, respond
 from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.idempotency import repeatable
 from fastserve_mega.server.protocol import GenerationRequest
 from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.structured import GrammarUnavailableError, check_structured
@@ -181,6 +182,7 @@ class Service:
             structure_after: the token behind which the output is held to the form asked for; None
                 is from its beginning.
         """
+        repeat = await repeatable(http)
         submissions = await self._submissions(body, prompts, structure_after)
         generations = [
             await self.client.submit(
@@ -190,7 +192,8 @@ class Service:
                 priority=body.priority,
                 cache_salt=body.cache_salt or "",
                 timeout_s=body.timeout,
-                request_id=f"{answer_id}-{index}",
+                request_id=f"{repeat.request_id if repeat else answer_id}-{index}",
+                fingerprint=repeat.fingerprint if repeat else "",
                 decoder=decoder,
             )
             for index, (prompt, params) in enumerate(submissions)

@@ -212,6 +212,9 @@ class CoordinatorConfig(Record, frozen=True, kw_only=True):
 
     client_endpoint: str = "tcp://127.0.0.1:5570"
     """ZeroMQ address for clients; port 0 picks a free one."""
+    client_key_file: str | None = None
+    """File that `fastserve-mega keygen` wrote; ~ is expanded. Only who has it, or its .pub, can
+    connect to client_endpoint, and what is sent there is encrypted. None lets everybody in."""
     worker_endpoint: str = "tcp://127.0.0.1:0"
     """ZeroMQ address for the ranks; port 0 picks a free one, told to the ranks over MPI."""
     startup_timeout_s: PositiveFloat = 600.0
@@ -275,8 +278,9 @@ class SupervisorConfig(Record, frozen=True, kw_only=True):
     restart_window_s: PositiveFloat = 600.0
     """Time in which restarts are counted."""
     hang_limit_s: PositiveFloat = 8.0
-    """A coordinator or HTTP server that has answered nothing for so long is killed and started
-    again."""
+    """A coordinator or HTTP server that has answered nothing for so long, and any process that a
+    signal has stopped for so long, is killed and started again. A rank whose connection is silent
+    for so long is lost, whoever has started it."""
 
 
 class Config(Record, frozen=True, kw_only=True):

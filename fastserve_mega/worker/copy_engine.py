@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from fastserve_mega import faults
 from fastserve_mega.plan import BlockCopy
 
 _WAKE = b"\0"
@@ -32,7 +33,7 @@ class CopyEngine:
             move: copies the blocks and returns when they are there; called in the thread.
             timeout_s: longest wait for a copy.
         """
-        self._move = move
+        self._move = faults.at("rank.copy", move)
         self._timeout_s = timeout_s
         self._queue: queue.SimpleQueue[BlockCopy | None] = queue.SimpleQueue()
         self._changed = threading.Condition()

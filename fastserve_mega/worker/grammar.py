@@ -28,6 +28,11 @@ _LONGEST_MESSAGE = 300
 COMPILE_LIMIT_S = 1.0
 """Of a grammar, from the beginning of its first step. What llguidance limits is counted in other
 units, and not all of it is counted."""
+MASK_LIMIT_S = 0.25
+"""CPU time for the allowed tokens of one step, in which all others wait. A request that has taken
+more ends, so that it does so once."""
+_FOLLOW_LIMIT_S = 0.001
+"""More for each token that is followed, of which there are many after a restart."""
 _MOST_OVERDUE = 4
 """Grammars that are still being compiled after their time, before no others are begun."""
 
@@ -54,12 +59,13 @@ class GrammarMatcher:
         self._followed = 0
         self._check()
 
-    def follow(self, output: Sequence[int]) -> None:
-        """Take over what is new in the whole output so far."""
+    def follow(self, output: Sequence[int]) -> int:
+        """Take over what is new in the whole output so far; returns how many tokens that is."""
         new = list(output[self._followed :])
         self._followed = len(output)
         self._matcher.consume_tokens(new)
         self._check()
+        return len(new)
 
     def allowed(self) -> bytes:
         """One bit for each token of the vocabulary, the lowest bit of a byte first."""
@@ -129,6 +135,7 @@ class Grammars:
         vocab_size: of the model, which may be padded beyond the tokenizer's.
         eos_token_ids: allowed where a grammar may end.
         limit_s: longest compilation; see COMPILE_LIMIT_S.
+        mask_limit_s: longest search for the next allowed tokens; see MASK_LIMIT_S.
     """
 
     def __init__(
@@ -137,12 +144,14 @@ class Grammars:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         limit_s: float = COMPILE_LIMIT_S,
+        mask_limit_s: float = MASK_LIMIT_S,
     ) -> None:
         self._directory = directory
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
         self._tokenizer: Any = None
         self._limit_s = limit_s
+        self._mask_limit_s = mask_limit_s
         self._overdue: list[Compilation] = []
 
     def begin(self, structured: StructuredOutput, history: TokenHistory) -> None:
@@ -169,8 +178,16 @@ class Grammars:
                 return
             output = output[output.index(structured.after) + 1 :]
         matcher = self._result(history.compilation)
-        matcher.follow(output)
+        # CPU time, since that other work holds up this thread is not the grammar's fault.
+        begin = time.thread_time()
+        num_new = matcher.follow(output)
         forbidden = _forbidden(matcher.allowed(), logits.shape[0])
+        spent_s = time.thread_time() - begin
+        if spent_s > (limit_s := self._mask_limit_s + num_new * _FOLLOW_LIMIT_S):
+            raise GrammarError(
+                f"the structure of the output took {spent_s:.2g} s for a token, the limit is "
+                f"{limit_s:.2g} s"
+            )
         logits.masked_fill_(to_device(forbidden, logits.device), -torch.inf)
 
     def _compile(self, structured: StructuredOutput) -> Compilation:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, decode, encode
+from fastserve_mega import faults
+from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, connect, decode, encode
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
@@ -21,12 +22,11 @@ from fastserve_mega.messaging.messages import (
     StepResult,
     WorkerFailed,
     WorkerReady,
-    without_key,
     worker_identity,
 )
 from fastserve_mega.types import RequestId
 from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput
+from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput, StepOutput
 
 _LOOK_AROUND_MS = 500
 _LAST_WORDS_MS = 1000
@@ -50,16 +50,12 @@ def connect_to_coordinator(
         endpoint: of the coordinator, with its key if it has one (`with_key`).
         rank: of this process among all.
     """
-    address, key = without_key(endpoint)
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, worker_identity(rank))
     socket.setsockopt(zmq.LINGER, _LAST_WORDS_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
     socket.setsockopt(zmq.RCVHWM, 0)
-    if key:
-        socket.curve_serverkey = key.encode()
-        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-    socket.connect(address)
+    connect(socket, endpoint)
     return socket
 
 
@@ -91,6 +87,10 @@ class WorkerLoop:
         self._sequences = SequenceTable(samples=runner.is_sampling_rank)
         self._socket = socket
         self._patience_s = patience_s
+        self._send_frame = faults.at("rank.send", self._put)
+        self._receive_frame = faults.at("rank.receive", socket.recv)
+        self._compute = faults.at("rank.before_step", runner.execute)
+        self._report_step = faults.at("rank.after_step", self._send_result)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._copies.fileno(), zmq.POLLIN)
@@ -138,14 +138,16 @@ class WorkerLoop:
         )
         if not batch:
             return
-        output = self._runner.execute(batch)
+        self._report_step(plan.step_id, self._compute(batch))
+
+    def _send_result(self, step_id: int, output: StepOutput) -> None:
         # Copies first: the blocks they free can then be given away in the next plan.
         self._report_copies()
         if self._runner.is_sampling_rank:
             copy_wait_s = self._copies.take_wait_s()
             self._send(
                 StepResult(
-                    plan.step_id,
+                    step_id,
                     tuple(output.token_ids),
                     copy_wait_s,
                     output.logprobs,
@@ -164,7 +166,7 @@ class WorkerLoop:
             if self._copies.fileno() in ready:
                 self._report_copies()
             if self._socket in ready:
-                return decode(self._socket.recv())
+                return decode(self._receive_frame())
             if not ready and not self._coordinator_alive():
                 raise CoordinatorLostError("the coordinator has ended without a word")
             if time.monotonic() > give_up_at:
@@ -174,7 +176,10 @@ class WorkerLoop:
                 )
 
     def _send(self, message: Message) -> None:
-        self._socket.send(encode(message), zmq.DONTWAIT)
+        self._send_frame(encode(message))
+
+    def _put(self, frame: bytes) -> None:
+        self._socket.send(frame, zmq.DONTWAIT)
 
 
 @dataclass(slots=True)

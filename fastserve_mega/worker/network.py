@@ -16,6 +16,8 @@ _SIOCGIFADDR = 0x8915
 _INTERFACE_NAME_BYTES = 15
 _ADDRESS_IN_REPLY = slice(20, 24)
 _ANY_PORT = 9
+_BACKLOG = 2048
+"""Ranks that may connect at the same time."""
 _FAR_AWAY = "198.51.100.1"
 """Reserved for documentation, so nobody's own network: the way there is the default route."""
 
@@ -164,6 +166,18 @@ def choose_master(topology: Topology, *, port_is_free: bool) -> str:
                 f"cannot use MASTER_PORT {wanted} of {address}: {error.strerror}"
             ) from None
         return f"{address}:{probe.getsockname()[1]}"
+
+
+def listen_at(host: str, port: int) -> int:
+    """A listening socket at one address only, where torch's store would take all of them.
+
+    Returns:
+        Its descriptor, which belongs to the caller.
+
+    Raises:
+        OSError: it cannot be listened on.
+    """
+    return socket.create_server((host, port), backlog=_BACKLOG).detach()
 
 
 def lead_gloo(master_address: str) -> None:

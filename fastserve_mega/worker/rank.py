@@ -156,8 +156,7 @@ class _Rank:
             endpoint = self._start_coordinator(coordinator_arguments, master)
         endpoint = ranks.broadcast(endpoint)
         master = ranks.gather(master)[self._topology.rank // replica_size * replica_size]
-        if self._topology.has_several_hosts:
-            lead_gloo(master.rpartition(":")[0])
+        lead_gloo(master.rpartition(":")[0])
         # Connected before the model is loaded: so the coordinator sees who dies meanwhile.
         socket = connect_to_coordinator(self._context, endpoint, self._topology.rank)
         with self._child.watched(self._give_up_loading) if self._child else nullcontext():

@@ -18,6 +18,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 from fastserve_mega.worker.exchange import MissingRanksError
+from fastserve_mega.worker.network import is_loopback, listen_at
 from fastserve_mega.worker.topology import Topology
 
 _ABORTED = "aborted"
@@ -92,6 +93,13 @@ class StoreExchange:
             left = self._store.add(_LEFT, 0)
 
     def _connect(self, *, is_host: bool) -> Any:
+        listener = None
+        if is_host and is_loopback(self._host):
+            # Another name may have another address here than on the other hosts.
+            try:
+                listener = listen_at(self._host, _port(self._port))
+            except OSError:
+                raise ValueError(f"MASTER_PORT {self._port} is in use on this host") from None
         try:
             store = TCPStore(
                 self._host,
@@ -100,6 +108,7 @@ class StoreExchange:
                 is_master=is_host,
                 timeout=timedelta(seconds=self._limit_s),
                 wait_for_workers=False,
+                master_listen_fd=listener,
             )
         except DistError as error:
             if is_host and "EADDRINUSE" in str(error):

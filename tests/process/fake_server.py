@@ -12,10 +12,11 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import zmq
+from msgspec import structs
 
 from fastserve_mega.coordinator.main import CoordinatorProcess
 from fastserve_mega.coordinator.worker_group import WorkersLostError
-from fastserve_mega.messaging.frames import decode, encode
+from fastserve_mega.messaging.frames import connect, decode, encode
 from fastserve_mega.messaging.messages import Hello, Message, Welcome
 from fastserve_mega.system.config import (
     Config,
@@ -27,6 +28,7 @@ from fastserve_mega.system.config import (
     SchedulerConfig,
     SwapConfig,
 )
+from fastserve_mega.system.key_file import client_address
 from fastserve_mega.worker.fake_runner import FakeModelRunner, fake_token
 from fastserve_mega.worker.loop import WorkerLoop, connect_to_coordinator
 
@@ -139,7 +141,8 @@ def fake_server(
         )
         for rank in range(ranks)
     ]
-    server = FakeServer(process._front_door.endpoint, runners, process)
+    bound = structs.replace(config.coordinator, client_endpoint=process._front_door.endpoint)
+    server = FakeServer(client_address(bound), runners, process)
     context = zmq.Context()
     loops = [
         WorkerLoop(
@@ -198,7 +201,7 @@ class RawClient:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RCVHWM, receive_buffer)
-        self._socket.connect(endpoint)
+        connect(self._socket, endpoint)
 
     def send(self, message: Message) -> None:
         self._socket.send(encode(message))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ import yaml
 from fake_server import expected_tokens
 
 from fastserve_mega.client import Client, ServerError
+from fastserve_mega.drill.processes import listening_ports
 from fastserve_mega.process_tree import descendants, is_running
 from fastserve_mega.types import SamplingParams
 
@@ -38,6 +40,7 @@ COUNT = 3000
 PROMPT = [1, 2, 3, 4, 5]
 PARAMS = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
 ENDLESS = 100_000
+LOOPBACK = "127.0.0.1"
 
 
 class Served:
@@ -132,35 +135,6 @@ def send(process_id: int, number: signal.Signals) -> None:
     os.kill(process_id, number)
 
 
-def test_streams_go_on_whichever_process_is_lost(served):
-    expected = expected_tokens(PROMPT, COUNT)
-    with served() as server, Client(server.endpoint) as client:
-        for name, number in [
-            ("coordinator", signal.SIGKILL),
-            ("worker", signal.SIGKILL),
-            ("prterun", signal.SIGKILL),
-            ("coordinator", signal.SIGSTOP),
-            ("coordinator", signal.SIGKILL),
-            ("api-server", signal.SIGKILL),
-            ("api-server", signal.SIGSTOP),
-        ]:
-            victim, *_ = server.find(name)
-            before = set(server.find("worker"))
-            generation = client.submit(PROMPT, PARAMS)
-            next(iter(generation))
-            send(victim, number)
-            assert generation.wait().token_ids == expected, name
-            # The port never closes: a request waits for the HTTP server that is to come.
-            with httpx.Client(base_url=server.url, timeout=WAIT_S) as http:
-                deadline = time.monotonic() + WAIT_S
-                while is_running(victim) and time.monotonic() < deadline:
-                    http.get("/version")
-                assert http.get("/v1/models").status_code == 200
-            assert not is_running(victim)
-            assert len(server.find("worker")) == 2
-            assert before.isdisjoint(server.find("worker")) == (name != "api-server")
-
-
 def test_ranks_that_are_lost_while_they_start_are_started_once_more(served):
     expected = expected_tokens(PROMPT, COUNT)
     with served() as server, Client(server.endpoint) as client:
@@ -189,6 +163,32 @@ def test_an_http_stream_goes_on_when_the_ranks_are_lost(served):
     assert done == "[DONE]"
 
 
+def test_a_request_that_is_sent_again_after_its_http_server_was_killed_has_the_same_answer(served):
+    headers = {"Idempotency-Key": "order-17"}
+    body = {"prompt": PROMPT, "max_tokens": COUNT, "ignore_eos": True, "stream": True}
+
+    def read(http, texts):
+        with http.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    texts.append(json.loads(line.removeprefix("data: "))["choices"][0]["text"])
+                    yield
+
+    first, second = [], []
+    with served() as server, httpx.Client(base_url=server.url, timeout=WAIT_S) as http:
+        stream = read(http, first)
+        next(stream)
+        send(server.find("api-server")[0], signal.SIGKILL)
+        with pytest.raises(httpx.TransportError):
+            list(stream)
+        list(read(http, second))
+        other = http.post("/v1/completions", json={**body, "prompt": [9]}, headers=headers)
+        assert other.status_code == 422
+    # Without a seed: these are the tokens of the first one, and then those that follow.
+    assert len(first) > 0
+    assert "".join(second).startswith("".join(first))
+
+
 def test_a_stream_that_is_not_finished_in_time_is_told_and_nothing_is_left(served):
     with served(coordinator={"drain_timeout_s": 0.5}) as server:
         everyone = descendants(server.process.pid)
@@ -206,6 +206,56 @@ def test_a_stream_that_is_not_finished_in_time_is_told_and_nothing_is_left(serve
         assert not any(map(is_running, everyone))
 
 
+def last_words(server: Served, max_tokens: int) -> list[str]:
+    """The last two events of a stream."""
+    with (
+        httpx.Client(base_url=server.url, timeout=WAIT_S) as http,
+        server.stream(http, max_tokens) as response,
+    ):
+        return [line.removeprefix("data: ") for line in response.iter_lines() if line][-2:]
+
+
+@pytest.mark.slow
+def test_under_load_no_stream_ends_without_a_word(served):
+    with served(coordinator={"drain_timeout_s": 3}) as server, ThreadPoolExecutor(16) as pool:
+        streams = [pool.submit(last_words, server, (1000, ENDLESS)[n % 2]) for n in range(16)]
+        with Client(server.endpoint) as client:
+            while client.snapshot().generation_tokens < 16 * 20:
+                pass
+            server.process.terminate()
+            for stream in streams:
+                last, done = stream.result(WAIT_S)
+                assert done == "[DONE]"
+                ended = '"finish_reason":"length"' in last
+                assert ended or "shut down" in json.loads(last)["error"]["message"]
+
+
+@pytest.mark.slow
+def test_a_second_instance_takes_the_place_of_the_first(served, tmp_path):
+    with served(coordinator={"drain_timeout_s": WAIT_S}) as first:
+        (tmp_path / "config.yaml").rename(tmp_path / "first.yaml")
+        with served() as second, ThreadPoolExecutor(4) as pool:
+            streams = [pool.submit(last_words, first, COUNT) for _ in range(4)]
+            with Client(first.endpoint) as client:
+                while client.snapshot().generation_tokens < 4 * 20:
+                    pass
+                first.process.terminate()
+                first.wait_until_closed()
+                # The proxy in front sends what is new to the second one.
+                assert last_words(second, 10)[1] == "[DONE]"
+                for stream in streams:
+                    last, done = stream.result(WAIT_S)
+                    assert ('"finish_reason":"length"' in last, done) == (True, "[DONE]")
+            assert first.process.wait(WAIT_S) == 0
+
+
+def test_nothing_but_mpirun_listens_beyond_loopback(served):
+    with served() as server:
+        beyond = {port for host, port in listening_ports(server.process.pid) if host != LOOPBACK}
+    # PRRTE has no option for the address of its two ports, one of IPv4 and one of IPv6.
+    assert len(beyond) <= 2
+
+
 def test_the_second_ctrl_c_kills(served):
     with served(coordinator={"drain_timeout_s": 1000}) as server:
         everyone = descendants(server.process.pid)
@@ -217,7 +267,9 @@ def test_the_second_ctrl_c_kills(served):
             begin = time.monotonic()
             send(server.process.pid, signal.SIGINT)
             server.process.wait(WAIT_S)
-            assert time.monotonic() - begin < 10.0
+            took_s = time.monotonic() - begin
+            print(f"the second Ctrl-C took {took_s:.2f} s")
+            assert took_s < 5.0
         assert not any(map(is_running, everyone))
 
 

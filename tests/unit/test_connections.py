@@ -10,7 +10,12 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from fastserve_mega.server.connections import FewWarnings, bounded_connections, most_connections
+from fastserve_mega.server.connections import (
+    FewWarnings,
+    allow_connections,
+    bounded_connections,
+    most_connections,
+)
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
 
@@ -151,6 +156,18 @@ def test_files_are_kept_free_for_what_comes_in_a_turn(monkeypatch):
     assert connections(1024) == 1024 - 100 - 4 * 64
     assert connections(256) == 128
     assert connections(10**6) == connections(resource.RLIM_INFINITY) == 10_000
+
+
+def test_connections_that_are_asked_for_get_their_files_or_are_refused(monkeypatch):
+    limits = [(1024, 4096)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, new: limits.append(new))
+    assert allow_connections(600) == 600
+    assert len(limits) == 1
+    assert allow_connections(2000) == 2000
+    assert limits[-1] == (2000 + 100 + 4 * 64, 4096)
+    with pytest.raises(ValueError, match=r"10000 needs 10356 open files, .* 4096 \(ulimit -Hn\)"):
+        allow_connections(10_000)
 
 
 def test_where_all_are_busy_one_more_gets_503(connect):

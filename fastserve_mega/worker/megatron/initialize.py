@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from fastserve_mega.system.config import ModelConfig, ParallelConfig
+from fastserve_mega.worker.network import listen_at
 from fastserve_mega.worker.topology import Topology
 
 _DTYPES = {
@@ -133,7 +134,12 @@ def join_process_groups(
     else:
         is_master = topology.rank == 0
         store = dist.TCPStore(  # type: ignore[attr-defined] # public, but not exported
-            master_address, master_port, topology.world_size, is_master=is_master, timeout=timeout
+            master_address,
+            master_port,
+            topology.world_size,
+            is_master=is_master,
+            timeout=timeout,
+            master_listen_fd=listen_at(master_address, master_port) if is_master else None,
         )
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",

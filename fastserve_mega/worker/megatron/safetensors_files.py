@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve_mega import faults
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -91,6 +93,7 @@ class SafetensorsFiles:
         self._descriptors: dict[Path, int] = {}
         self._whole: tuple[str, Tensor] | None = None
         self._tensors: dict[str, StoredTensor] = {}
+        self._read_part = faults.at("rank.read_checkpoint", os.preadv)
         for path in _find_files(directory):
             self._tensors.update(_read_header(path))
 
@@ -188,8 +191,8 @@ class SafetensorsFiles:
     def _read_bytes(self, path: Path, memory: memoryview, offset: int) -> None:
         descriptor = self._descriptor(path)
         while memory:
-            count = os.preadv(descriptor, [memory], offset)
-            if count == 0:
+            count = self._read_part(descriptor, [memory], offset)
+            if not count:
                 raise ValueError(f"{path} has become shorter while it was read")
             memory, offset = memory[count:], offset + count
 

@@ -150,6 +150,12 @@ def test_a_grammar_that_takes_too_long_ends_its_request_and_nothing_else(
     patient.hold(torch.zeros(VOCABULARY), endless, waiting)
 
 
+def test_a_grammar_that_takes_too_long_for_a_token_ends_its_request(tiny_tokenizer_dir):
+    hurried = Grammars(tiny_tokenizer_dir, VOCABULARY, (EOS,), mask_limit_s=-1.0)
+    with pytest.raises(GrammarError, match="for a token, the limit is -1 s"):
+        hurried.hold(torch.zeros(VOCABULARY), StructuredOutput(choice=("fox",)), TokenHistory(3))
+
+
 def test_the_longest_list_of_choices_can_be_followed(grammars):
     choices = tuple(f"{number}" for number in range(MAX_CHOICES))
     grammars.hold(torch.zeros(VOCABULARY), StructuredOutput(choice=choices), TokenHistory(3))

@@ -1,0 +1,78 @@
+"""Answers that may be asked for again: those of requests with a fingerprint, for a minute."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from fastserve_mega.coordinator.live_request import LiveRequest
+from fastserve_mega.types import FinishReason, RequestId
+
+_KEPT_S = 60.0
+_MOST_TOKENS = 2_000_000
+"""Of all kept answers, with their prompts: at 4 to 40 bytes each; the oldest make room."""
+_LOGPROBS_WEIGHT = 50
+"""Log probabilities of a token take the memory of so many tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """A request as it was when it ended, or when its client went away."""
+
+    live: LiveRequest
+    reason: FinishReason
+    until: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+    @property
+    def weight(self) -> int:
+        """Its memory, in tokens."""
+        logprobs = _LOGPROBS_WEIGHT * len(self.live.logprobs)
+        return len(self.live.prompt) + len(self.live.output) + logprobs
+
+
+class KeptAnswers:
+    """Remembers what was computed, for clients that lost their connection. Time is an argument."""
+
+    def __init__(self, most_tokens: int = _MOST_TOKENS) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            most_tokens: of all answers together.
+        """
+        self._answers: OrderedDict[RequestId, KeptAnswer] = OrderedDict()
+        """The oldest first."""
+        self._most_tokens = most_tokens
+        self._tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def keep(self, live: LiveRequest, reason: FinishReason, now: float) -> None:
+        """Keep a request that ends, unless it has failed or nobody may ask for it again."""
+        if not live.submit.fingerprint or reason in (FinishReason.ERROR, FinishReason.REJECTED):
+            return
+        self.take(live.request_id, now)
+        kept = self._answers[live.request_id] = KeptAnswer(live, reason, now + _KEPT_S)
+        self._tokens += kept.weight
+        while self._tokens > self._most_tokens:
+            self._forget_oldest()
+
+    def get(self, request_id: RequestId, now: float) -> KeptAnswer | None:
+        """The answer of a request, if it is kept still."""
+        while self._answers and next(iter(self._answers.values())).until <= now:
+            self._forget_oldest()
+        return self._answers.get(request_id)
+
+    def take(self, request_id: RequestId, now: float) -> None:
+        """Forget an answer, since its request goes on."""
+        if self.get(request_id, now) is not None:
+            self._tokens -= self._answers.pop(request_id).weight
+
+    def _forget_oldest(self) -> None:
+        _, kept = self._answers.popitem(last=False)
+        self._tokens -= kept.weight
