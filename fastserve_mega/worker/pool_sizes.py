@@ -2,19 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.system.config import Config
+from fastserve_mega.system.config import Config, KvCacheConfig
 from fastserve_mega.system.sizes import CPU_POOL_GB, activation_bytes, free_for_blocks
+from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.transfer import wait_for
+
+_DECODED_TOKENS = 65_536
+"""Context of all decoding sequences of the largest step together; a pool may hold more, but what a
+step takes for that is small where kernels attend."""
+_ANY_BLOCK = 1
+
+
+def is_sized_by_memory(settings: KvCacheConfig, device: torch.device) -> bool:
+    """Whether the device pool takes what the rest leaves."""
+    is_given = settings.device_blocks is not None or settings.device_memory_gb is not None
+    return device.type == "cuda" and not is_given
+
+
+def largest_steps(config: Config, max_context: int) -> tuple[list[SequenceInput], ...]:
+    """Steps that take the most memory: a chunk at the end of the longest context, and decodes.
+
+    Their KV is all in one block, whatever it holds.
+    """
+    tokens = min(config.scheduler.max_batch_tokens, max_context)
+    count = config.scheduler.max_batch_size
+    context = max(min(max_context, _DECODED_TOKENS // count), 1)
+    chunk = _sequence(config, tokens, max_context)
+    return [chunk], [_sequence(config, 1, context) for _ in range(count)]
+
+
+def measure_activations(device: torch.device, run: Callable[[], None]) -> int:
+    """Bytes that a computation takes of a CUDA device besides what it leaves there."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    run()
+    wait_for(device)
+    taken = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return taken
 
 
 def device_blocks(
-    config: Config, architecture: Architecture, block_bytes: int, device: torch.device
+    config: Config,
+    architecture: Architecture,
+    block_bytes: int,
+    device: torch.device,
+    activations: int | None = None,
 ) -> int:
     """Blocks of the device pool of this rank, the null block included.
 
     Called when the weights are loaded: what they left is what there is.
+
+    Args:
+        config: the deployment.
+        architecture: of the model.
+        block_bytes: memory of a block.
+        device: of the pool.
+        activations: bytes that the largest step was measured to take; None: estimated.
 
     Raises:
         ValueError: there is no memory for two blocks.
@@ -22,9 +73,10 @@ def device_blocks(
     settings = config.kv_cache
     if settings.device_blocks is not None:
         return settings.device_blocks
-    if settings.device_memory_gb is None and device.type == "cuda":
+    if is_sized_by_memory(settings, device):
         free, total = torch.cuda.mem_get_info(device)
-        activations = activation_bytes(config, architecture)
+        if activations is None:
+            activations = activation_bytes(config, architecture)
         memory = free_for_blocks(settings, free, total, activations)
         how = (
             f"kv_cache.device_memory_utilization={settings.device_memory_utilization} leaves "
@@ -37,3 +89,16 @@ def device_blocks(
     if memory < 2 * block_bytes:
         raise ValueError(f"{how}: two blocks need {2 * block_bytes / 2**30:.6f}")
     return memory // block_bytes
+
+
+def _sequence(config: Config, tokens: int, context: int) -> SequenceInput:
+    return SequenceInput(
+        request_id=RequestId("largest"),
+        token_ids=[0] * tokens,
+        start=context - tokens,
+        block_table=[_ANY_BLOCK] * -(-context // config.kv_cache.block_size),
+        samples=True,
+        params=SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9),
+        seed=0,
+        prompt_tokens=context,
+    )

@@ -107,28 +107,13 @@ class Sampler:
         penalize(logits, sequences)
         if self._draw is not None:
             drawn = self._draw(logits, to_device(_rules(sequences), logits.device))
-            return self._told(largest_of_model, logits, drawn, distribution, failures)
+            columns = (largest_of_model, logits.amax(dim=-1), drawn)
+            return _told(columns, distribution, failures)
         best = logits.argmax(dim=-1, keepdim=True)
         largest = torch.stack((largest_of_model, logits.gather(-1, best).squeeze(-1)), dim=-1)
         failures = {**_unusable(largest.tolist()), **failures}
         tokens: list[int] = best.squeeze(-1).tolist()
         _choose_at_random(tokens, logits, sequences, failures)
-        failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
-        return StepOutput(tokens, distribution.of(tokens), failed)
-
-    def _told(
-        self,
-        largest_of_model: Tensor,
-        logits: Tensor,
-        drawn: Tensor,
-        distribution: ModelDistribution,
-        failures: Mapping[int, str],
-    ) -> StepOutput:
-        """What the device has drawn; the only wait of the host."""
-        columns = (largest_of_model, logits.amax(dim=-1), drawn)
-        told = torch.stack([column.double() for column in columns], dim=-1).tolist()
-        failures = {**_unusable([(of_model, left) for of_model, left, _ in told]), **failures}
-        tokens = [int(token) for _, _, token in told]
         failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
         return StepOutput(tokens, distribution.of(tokens), failed)
 
@@ -173,6 +158,17 @@ def _rules(sequences: Sequence[SequenceInput]) -> Tensor:
         [uniform(s.seed, s.context) for s in sequences],
     ]
     return torch.tensor(rules, dtype=torch.float64)
+
+
+def _told(
+    columns: Sequence[Tensor], distribution: ModelDistribution, failures: Mapping[int, str]
+) -> StepOutput:
+    """Of each row its largest logits, before and after, and its token: all that is read back."""
+    told = torch.stack([column.double() for column in columns], dim=-1).tolist()
+    failures = {**_unusable([(before, after) for before, after, _ in told]), **failures}
+    tokens = [int(token) for _, _, token in told]
+    failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
+    return StepOutput(tokens, distribution.of(tokens), failed)
 
 
 def _unusable(largest: Sequence[tuple[float, float]]) -> dict[int, str]:

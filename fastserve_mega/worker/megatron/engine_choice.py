@@ -34,10 +34,13 @@ def open_engine(
     architecture: Architecture,
     partition: Partition,
     cache: KvCache,
+    *,
+    is_trial: bool = False,
 ) -> StageEngine:
     """Open what computes the steps of a stage whose weights are loaded.
 
-    All ranks call it together: what stages hand over to each other depends on it.
+    All ranks call it together: what stages hand over to each other depends on it. On CUDA a trial
+    is opened in silence, and records no graphs.
 
     Raises:
         ValueError: parallel.cpu_engine=native, or parallel.cuda_engine names kernels, but they
@@ -45,7 +48,7 @@ def open_engine(
     """
     parallel = config.parallel
     if cache.pool.device.type == "cuda":
-        return _open_on_cuda(config, stage, architecture, partition, cache)
+        return _open_on_cuda(config, stage, architecture, partition, cache, is_trial=is_trial)
     obstacle: str | None = "parallel.cpu_engine=torch"
     if parallel.cpu_engine != "torch":
         obstacle = _agreed(_obstacle(architecture, partition, cache))
@@ -77,6 +80,8 @@ def _open_on_cuda(
     architecture: Architecture,
     partition: Partition,
     cache: KvCache,
+    *,
+    is_trial: bool,
 ) -> StageEngine:
     wanted = config.parallel.cuda_engine
     obstacle = "parallel.cuda_engine=torch"
@@ -84,7 +89,7 @@ def _open_on_cuda(
         obstacle = _kernel_obstacle(stage, architecture) or ""
         if obstacle and wanted != "auto":
             raise ValueError(f"parallel.cuda_engine={wanted}, but {obstacle}")
-    is_first = partition.is_first_stage and partition.tensor_rank == 0
+    is_first = partition.is_first_stage and partition.tensor_rank == 0 and not is_trial
     if obstacle:
         if is_first:
             _log.info("steps on the GPU: torch (%s)", obstacle)
@@ -99,7 +104,7 @@ def _open_on_cuda(
     if is_first:
         told = f"no graphs: {no_graphs}" if no_graphs else "recording graphs of decoding steps"
         _log.info("steps on the GPU: kernels (%s)", told)
-    if not no_graphs:
+    if not no_graphs and not is_trial:
         begin = time.monotonic()
         context = config.model.max_context or architecture.max_context
         count = engine.record_graphs(config.scheduler.max_batch_size, context, CudaRecorder())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,12 @@ from fastserve_mega.worker.megatron.initialize import (
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import Stage, build_stage
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
-from fastserve_mega.worker.pool_sizes import device_blocks
+from fastserve_mega.worker.pool_sizes import (
+    device_blocks,
+    is_sized_by_memory,
+    largest_steps,
+    measure_activations,
+)
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
 from fastserve_mega.worker.transfer import wait_for
@@ -99,9 +105,7 @@ class MegatronRunner:
             action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
             with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
                 checkpoint.load(self._stage, report)
-            self.cache = _build_cache(
-                config, architecture, self._partition, self._dtype, self._device
-            )
+            self.cache = self._build_cache(config, self._blocks(config))
             self._engine = open_engine(
                 config, self._stage, architecture, self._partition, self.cache
             )
@@ -179,6 +183,46 @@ class MegatronRunner:
         dist.destroy_process_group()
         del self._stage, self._engine, self.cache, self._host, self._copies
 
+    def _blocks(self, config: Config) -> int:
+        """Blocks of the device pool; where its memory decides, the largest steps run first."""
+        block = block_bytes(
+            self.architecture, self._partition, config.kv_cache, self._dtype.itemsize
+        )
+        activations = None
+        if is_sized_by_memory(config.kv_cache, self._device):
+            activations = measure_activations(self._device, lambda: self._try_largest(config))
+        return device_blocks(config, self.architecture, block, self._device, activations)
+
+    def _try_largest(self, config: Config) -> None:
+        """Compute the largest steps, on a pool of two blocks. All ranks do so together."""
+        cache = self._build_cache(config, 2)
+        engine = open_engine(
+            config, self._stage, self.architecture, self._partition, cache, is_trial=True
+        )
+        context = config.model.max_context or self.architecture.max_context
+        for batch in largest_steps(config, context):
+            tokens = sum(len(sequence.token_ids) for sequence in batch)
+            shape = (tokens, self.architecture.hidden_size)
+            hidden: Tensor | None = None
+            if not self._partition.is_first_stage:
+                hidden = torch.zeros(shape, dtype=engine.hidden_dtype, device=self._device)
+            result = engine.run(batch, partial(_unchanged, hidden))
+            if self.is_sampling_rank:
+                self._sampler(result, batch)
+        engine.close()
+
+    def _build_cache(self, config: Config, num_blocks: int) -> KvCache:
+        return KvCache(
+            num_blocks=num_blocks,
+            num_layers=len(self._partition.layers),
+            num_kv_heads=len(self._partition.kv_heads),
+            block_size=config.kv_cache.block_size,
+            head_dim=self.architecture.head_dim,
+            dtype=self._dtype,
+            device=self._device,
+            quantized=config.kv_cache.is_quantized,
+        )
+
     def _receive(self, batch: Sequence[SequenceInput]) -> Tensor | None:
         """What the stage before hands over, [tokens, hidden]; None on the first stage."""
         if self._partition.is_first_stage:
@@ -230,6 +274,10 @@ def _host_memory(
     return needs
 
 
+def _unchanged(hidden: Tensor | None) -> Tensor | None:
+    return hidden
+
+
 def _is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(
         name in str(error) for name in ("gloo", "NCCL", "ncclRemoteError")
@@ -241,24 +289,3 @@ def _reason(error: RuntimeError) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     named = (line for line in lines if line.startswith("nccl") and ": " in line)
     return next(named, lines[0]).rpartition("] ")[2]
-
-
-def _build_cache(
-    config: Config,
-    architecture: Architecture,
-    partition: Partition,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> KvCache:
-    settings = config.kv_cache
-    bytes_per_block = block_bytes(architecture, partition, settings, dtype.itemsize)
-    return KvCache(
-        num_blocks=device_blocks(config, architecture, bytes_per_block, device),
-        num_layers=len(partition.layers),
-        num_kv_heads=len(partition.kv_heads),
-        block_size=config.kv_cache.block_size,
-        head_dim=architecture.head_dim,
-        dtype=dtype,
-        device=device,
-        quantized=settings.is_quantized,
-    )

@@ -265,6 +265,22 @@ def test_automatic_precision_and_pool_size(made):
     runner.close()
 
 
+def test_the_largest_steps_can_be_tried_before_the_pool_is_made(made, monkeypatch):
+    """As on a GPU, to see what memory they take."""
+    measured = []
+
+    def measure(device, run):
+        run()
+        measured.append(device)
+        return 0
+
+    monkeypatch.setattr(megatron_runner, "is_sized_by_memory", lambda settings, device: True)
+    monkeypatch.setattr(megatron_runner, "measure_activations", measure)
+    with open_runner(made("llama")[0], cpu_engine="torch") as runner:
+        assert measured == [torch.device("cpu")]
+        assert runner.device_blocks == 80
+
+
 def test_a_pool_that_holds_no_block_is_refused(made):
     config = Config(
         model=ModelConfig(path=str(made("llama")[0])),

@@ -46,6 +46,45 @@ def test_cuda_takes_its_share_of_what_the_weights_left(monkeypatch, architecture
     assert blocks == (40 * GB - activations) // BLOCK_BYTES
 
 
+def test_what_the_largest_step_was_seen_to_take_counts_more_than_an_estimate(
+    monkeypatch, architecture
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, 80 * GB))
+    wanted = config(device_memory_utilization=0.75)
+    blocks = pool_sizes.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA, 5 * GB)
+    assert blocks == 35 * GB // BLOCK_BYTES
+
+
+def test_the_peak_of_a_computation_is_measured(monkeypatch):
+    reserved = {"now": 3 * GB, "peak": 9 * GB}
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: reserved.update(peak=3 * GB)
+    )
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: reserved["peak"])
+    monkeypatch.setattr(pool_sizes, "wait_for", lambda device: calls.append("wait"))
+
+    def compute():
+        calls.append("compute")
+        reserved["peak"] = 7 * GB
+
+    assert pool_sizes.measure_activations(CUDA, compute) == 4 * GB
+    assert calls == ["empty", "compute", "wait", "empty"]
+
+
+def test_the_largest_steps_fill_a_step_and_the_longest_context():
+    wanted = config()
+    (chunk,), decodes = pool_sizes.largest_steps(wanted, 4096)
+    assert (chunk.context, len(chunk.token_ids)) == (4096, wanted.scheduler.max_batch_tokens)
+    assert len(decodes) == wanted.scheduler.max_batch_size
+    assert {len(each.token_ids) for each in decodes} == {1}
+    assert {each.context for each in decodes} == {4096}
+    ((short,), _) = pool_sizes.largest_steps(wanted, 100)
+    assert (short.context, short.start) == (100, 0)
+
+
 def test_a_rank_may_hold_all_experts_that_a_step_chooses(architecture):
     experts = Experts(count=4, chosen=2, ffn_hidden_size=12, normalized=True)
     mixture = dataclasses.replace(architecture, experts=experts)

@@ -1,0 +1,127 @@
+"""Compiles for sm_90 the kernels that steps of Llama-3-8B start, without a GPU.
+
+Prints JSON: for each kernel its registers, bytes of its stack, and the instructions that load 16
+bytes and fewer. Run in a process of its own: where kernels are interpreted, none can be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.kernels import launching
+from fastserve_mega.worker.kernels.attention import attend
+from fastserve_mega.worker.kernels.pages import Pages, Turns, rotate_and_write
+from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm
+from fastserve_mega.worker.kernels.sampling import draw
+from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.step_batch import PackedStep
+
+META = torch.device("meta")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+
+
+def started() -> dict[str, tuple[Any, Any, Any]]:
+    """Title → kernel, arguments and constants, of what is started."""
+    calls: dict[str, tuple[Any, Any, Any]] = {}
+    title = ""
+
+    def keep(kernel, grid, *arguments, **constants):
+        calls.setdefault(f"{title}{kernel.fn.__name__}", (kernel, arguments, constants))
+
+    launching.launch = keep
+    for part, tokens, count, quantized in (
+        ("decode", 1, 4, False), ("prefill", 512, 1, False), ("8 bits", 1, 4, True),
+    ):  # fmt: skip
+        title = part
+        _attend(tokens, count, quantized)
+    title = ""
+    x = torch.empty((4, 4096), dtype=torch.bfloat16, device=META)
+    add_and_norm(x, x, Norm(x[0], None, 1e-5, False, 0.0))
+    activate(x.new_empty((4, 2 * 14336)), "silu", gated=True)
+    logits = x.new_empty((4, 128256), dtype=torch.float32)
+    draw(logits, logits.new_empty((5, 4), dtype=torch.float64))
+    return calls
+
+
+def _attend(tokens: int, count: int, quantized: bool) -> None:
+    cache = KvCache(
+        num_blocks=64, num_layers=32, num_kv_heads=8, block_size=16, head_dim=128,
+        dtype=torch.bfloat16, device=META, quantized=quantized,
+    )  # fmt: skip
+    batch = [
+        SequenceInput(
+            RequestId("r"), [1] * tokens, 1000, range(1, 96), True, SamplingParams(), 0, 1
+        )
+    ] * count
+    step = PackedStep(batch, 16).to(META)
+    qkv = torch.empty((tokens * count, 8, 6, 128), dtype=torch.bfloat16, device=META)
+    pages, turns = Pages.of(cache), Turns(torch.empty(64, device=META), 1.0)
+    rotate_and_write(qkv, pages, 3, step.slots, step.positions, turns=turns, norm=None)
+    attend(qkv, pages, 3, step, scale=0.1, window=None, softcap=None)
+
+
+def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str, int]:
+    """Compile as Triton does when it is started with these arguments."""
+    options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
+    names = kernel.arg_names
+    signature, attributes, known = {}, {}, dict(constants)
+    for index, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{TYPES[value.dtype]}"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            known[name] = 1
+            continue
+        else:
+            signature[name] = "i32"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(known, "constexpr")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in names},
+        constexprs=known,
+        attrs=attributes,
+    )
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        told = [
+            subprocess.run(
+                [CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        ]
+    loads = re.findall(r"\b(LDG|LDGSTS)\.E(\S*)", told[1])
+    return {
+        "registers": int(re.search(r"REG:(\d+)", told[0])[1]),
+        "stack": int(re.search(r"STACK:(\d+)", told[0])[1]),
+        "wide_loads": sum(".128" in kind for _, kind in loads),
+        "loads": len(loads),
+    }
+
+
+if __name__ == "__main__":
+    json.dump({title: compiled(*call) for title, call in started().items()}, sys.stdout)

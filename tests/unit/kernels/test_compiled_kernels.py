@@ -1,0 +1,44 @@
+"""What the compiler makes of the kernels for an H100, without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_device  # noqa: F401  (skips where Triton is missing)
+import pytest
+
+MOST_REGISTERS = 255
+"""Of a thread; what needs more goes through memory."""
+SINES = 32
+"""Bytes of the stack in which sine and cosine reduce large angles."""
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    made = subprocess.run(
+        [sys.executable, "-W", "ignore", script],
+        env=environment, capture_output=True, text=True, timeout=500, check=True,
+    )  # fmt: skip
+    return json.loads(made.stdout)
+
+
+def test_no_kernel_runs_out_of_registers(kernels):
+    assert len(kernels) >= 11
+    for title, told in kernels.items():
+        assert told["registers"] < MOST_REGISTERS, title
+        assert told["stack"] <= (SINES if "rotate" in title else 0), title
+
+
+def test_kernels_load_sixteen_bytes_at_a_time(kernels):
+    """Where they read much. Block ids, scales and norms of a head are few."""
+    for title, share in (
+        ("decode_attend", 0.5), ("prefill_attend", 0.5), ("8 bits_attend", 0.15), ("_norm", 0.9),
+        ("_activate", 0.9), ("_draw", 0.8),
+    ):  # fmt: skip
+        assert kernels[title]["wide_loads"] >= share * kernels[title]["loads"], title
