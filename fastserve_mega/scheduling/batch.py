@@ -1,4 +1,4 @@
-"""Filling one step: who takes part, and with how many tokens."""
+"""Filling one step: who takes part, and with how many tokens; and counting when it is done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.kv.admission import Admission
 from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
-from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+from fastserve_mega.scheduling.request import KvState, Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
 
 _UNDER_WAY = (RequestStatus.RUNNING, RequestStatus.SWAPPING_IN, RequestStatus.SWAPPING_OUT)
@@ -142,7 +142,7 @@ class BatchBuilder:
         if not samples:
             self._prefills_wait = True
         elif request.has_progressed:
-            request.steady_until = self._memory.steady_until(request)
+            request.steady_until = _steady_until(kv, self._memory.block_size)
         sent = kv.num_sent_blocks
         new = self._memory.take_unsent(request) if sent != len(kv.block_table) else ()
         self.requests.append(request)
@@ -200,3 +200,40 @@ class BatchBuilder:
         if self._not_started_left < 0 or request.num_passed_over > self._max_passed_over:
             self._stops = self._starting
             self._starting = False
+
+
+def count_decodes(batch: list[Request], elapsed_s: float, now: float) -> tuple[list[Request], int]:
+    """Account for those of a step that is done who need nothing but to be counted.
+
+    Returns:
+        The others, in their order, and the tokens whose KV those who were counted had read.
+    """
+    # The other of two loops that look at each running request in each step (`BatchBuilder._take`):
+    # `steady_until` says that it has room and yields a token, and that nobody waits for its blocks.
+    ready = RequestStatus.READY
+    others = []
+    context_tokens = 0
+    for request in batch:
+        computed = request.num_computed_tokens + 1
+        if computed > request.steady_until:
+            others.append(request)
+            continue
+        request.num_computed_tokens = computed
+        request.num_tokens = computed + 1
+        request.num_scheduled_tokens = 0
+        request.waiting_since = now
+        request.preemption_credit_s -= elapsed_s
+        request.status = ready
+        context_tokens += computed
+    return others, context_tokens
+
+
+def _steady_until(kv: KvState, block_size: int) -> int:
+    """Return the computed tokens at which a decoding resident needs more than to be counted.
+
+    That is when it needs another block, or when it fills one that others can find then.
+    """
+    room = len(kv.block_table) * block_size
+    if kv.num_published_blocks < len(kv.block_hashes):
+        return min(room, (kv.num_published_blocks + 1) * block_size - 1)
+    return room

@@ -18,8 +18,15 @@ class CostModel(Protocol):
     def decode_s(self, batch: int, context: int) -> float:
         """Time of one decode step of `batch` requests of `context` tokens each."""
 
-    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
-        """Learn from a step that ran: its prefill tokens, its decoding requests, its time."""
+    def observe(self, prefill_tokens: int, decodes: int, context: int, elapsed_s: float) -> None:
+        """Learn from a step that ran.
+
+        Args:
+            prefill_tokens: of all its prefills.
+            decodes: requests that decoded beside them.
+            context: tokens of each of these, on average.
+            elapsed_s: what the step took.
+        """
 
 
 class PrefillPoint(Record, frozen=True):
@@ -126,19 +133,27 @@ class ProfiledCostModel:
     def decode_s(self, batch: int, context: int) -> float:
         return self._decode_scale * self._unscaled_decode_s(batch, context)
 
-    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+    def observe(self, prefill_tokens: int, decodes: int, context: int, elapsed_s: float) -> None:
         if elapsed_s <= 0:
             return
         if prefill_tokens:
+            # Its tokens pass through the layers like those of a prompt; what the contexts of the
+            # decodes cost comes on top of it.
             predicted = interpolate(self._prefill, prefill_tokens + decodes)
+            predicted += self._context_s(decodes, context) if decodes else 0.0
             self._prefill_scale = self._follow(self._prefill_scale, elapsed_s / predicted)
         elif decodes:
-            predicted = self._unscaled_decode_s(decodes, self._decode[0][1][0][0])
+            predicted = self._unscaled_decode_s(decodes, context)
             self._decode_scale = self._follow(self._decode_scale, elapsed_s / predicted)
 
     def _unscaled_decode_s(self, batch: int, context: int) -> float:
         by_batch = [(size, interpolate(line, context)) for size, line in self._decode]
         return interpolate(by_batch, batch)
+
+    def _context_s(self, batch: int, context: int) -> float:
+        """What a decode step takes longer at this context than at none."""
+        at_none = self._unscaled_decode_s(batch, 0)
+        return max(self._unscaled_decode_s(batch, context) - at_none, 0.0)
 
     def _follow(self, scale: float, ratio: float) -> float:
         bounded = min(max(ratio, scale / self.MAX_STEP_RATIO), scale * self.MAX_STEP_RATIO)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from fastserve_mega.plan import Plan
-from fastserve_mega.scheduling.batch import BatchBuilder
+from fastserve_mega.scheduling.batch import BatchBuilder, count_decodes
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.events import (
     Aborted,
@@ -21,7 +21,7 @@ from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.kv.swap_planner import SwapPlanner
 from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
-from fastserve_mega.scheduling.validate import validate
+from fastserve_mega.scheduling.validate import validate_all
 from fastserve_mega.scheduling.view import view_replica
 from fastserve_mega.snapshot import ReplicaView
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig
@@ -172,14 +172,11 @@ class Scheduler:
         self._memory.check_integrity()
         if self._unread_tokens != sum(each.num_unread_tokens for each in self._requests.values()):
             raise RuntimeError("the tokens not yet read are miscounted")
-        in_steps = [request for batch in self._in_flight.values() for request in batch]
-        if len(set(in_steps)) != len(in_steps):
-            raise RuntimeError("a request is in two steps at once")
         queued = [request for place in Place for request in self._queues.walk(place)]
         if set(queued) != set(self._requests.values()) or len(queued) != len(self._requests):
             raise RuntimeError("the policy's queues and the unfinished requests differ")
-        for request in {*in_steps, *queued}:
-            validate(request, self._memory.block_size, in_step=request in in_steps)
+        in_steps = [request for batch in self._in_flight.values() for request in batch]
+        validate_all(queued, in_steps, self._memory.block_size)
 
     # --- events --------------------------------------------------------------------------------
 
@@ -225,30 +222,19 @@ class Scheduler:
         for request_id in event.finished:
             if request := self._requests.get(request_id):
                 request.steady_until = 0
-        batch = self._in_flight.pop(event.step_id)
-        elapsed_s, ready = event.elapsed_s, RequestStatus.READY
-        others = []
-        # The other of two loops that look at each running request (`BatchBuilder._take`): who was
-        # only counted when the step was planned is only counted now.
-        for request in batch:
-            computed = request.num_computed_tokens + 1
-            if computed > request.steady_until:
-                others.append(request)
-                continue
-            request.num_computed_tokens = computed
-            request.num_tokens = computed + 1
-            request.num_scheduled_tokens = 0
-            request.waiting_since = now
-            request.preemption_credit_s -= elapsed_s
-            request.status = ready
+        batch, elapsed_s = self._in_flight.pop(event.step_id), event.elapsed_s
+        others, context_tokens = count_decodes(batch, elapsed_s, now)
         prefill_tokens = prefills = 0
         sampled = len(batch) - len(others)
         finished, gone = frozenset(event.finished), set()
         for request in others:
-            if request.num_scheduled_tokens > 1:
-                prefill_tokens += request.num_scheduled_tokens
-                prefills += 1
+            tokens = request.num_scheduled_tokens
             self._compute(request, elapsed_s, now)
+            if tokens > 1:
+                prefill_tokens += tokens
+                prefills += 1
+            else:
+                context_tokens += request.num_computed_tokens
             if request.status is RequestStatus.FINISHED:  # aborted while the step ran
                 self._memory.release(request)
                 gone.add(request)
@@ -261,7 +247,9 @@ class Scheduler:
                 self._read(request, request.num_unread_tokens)  # some of it may have been cached
                 sampled += 1
         self._memory.started.projection.observe(sampled + len(finished), len(finished))
-        self._cost_model.observe(prefill_tokens, len(batch) - prefills, elapsed_s)
+        decodes = len(batch) - prefills
+        context = context_tokens // max(decodes, 1)
+        self._cost_model.observe(prefill_tokens, decodes, context, elapsed_s)
         going_on = [each for each in batch if each not in gone] if gone else batch
         self._policy.charge(going_on, elapsed_s)
 

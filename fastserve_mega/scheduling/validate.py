@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastserve_mega.scheduling.request import Request, RequestStatus
+
+
+def validate_all(queued: Sequence[Request], in_steps: Sequence[Request], block_size: int) -> None:
+    """Raise RuntimeError when a request contradicts its status, or is in two steps at once."""
+    if len(set(in_steps)) != len(in_steps):
+        raise RuntimeError("a request is in two steps at once")
+    for request in {*in_steps, *queued}:
+        validate(request, block_size, in_step=request in in_steps)
 
 
 def validate(request: Request, block_size: int, *, in_step: bool) -> None:

@@ -107,7 +107,7 @@ class AnalyticCostModel:
             seconds = self._decode_s[batch] = self.step_s(work)
         return seconds + self._kv_read_s * batch * (context + 1)
 
-    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+    def observe(self, prefill_tokens: int, decodes: int, context: int, elapsed_s: float) -> None:
         """Nothing to learn: the simulation takes its times from here."""
 
     def _chunks(self, tokens: int) -> Iterator[StepWork]:

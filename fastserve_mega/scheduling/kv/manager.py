@@ -161,17 +161,6 @@ class KvManager:
         request.kv.block_table.extend(added)
         return Admission.READY
 
-    def steady_until(self, request: Request) -> int:
-        """Return the computed tokens at which a decoding resident needs more than to be counted.
-
-        That is when it needs another block, or when it fills one that others can find then.
-        """
-        kv = request.kv
-        room = len(kv.block_table) * self.block_size
-        if kv.num_published_blocks < len(kv.block_hashes):
-            return min(room, (kv.num_published_blocks + 1) * self.block_size - 1)
-        return room
-
     def take_unsent(self, request: Request) -> tuple[int, ...]:
         """Return the device blocks of a request that the workers do not know, for the next plan."""
         kv = request.kv

@@ -21,7 +21,7 @@ class FixedCosts:
     def decode_s(self, batch: int, context: int) -> float:
         return 1.0
 
-    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+    def observe(self, prefill_tokens: int, decodes: int, context: int, elapsed_s: float) -> None:
         pass
 
 

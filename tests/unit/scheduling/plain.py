@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fastserve_mega.plan import Plan
+from fastserve_mega.scheduling.events import Event
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.scheduling.scheduler import Scheduler
 
@@ -17,6 +19,13 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
     queues = scheduler._queues
     reclaimer = scheduler._memory.reclaimer
     is_beyond_reach = reclaimer._is_beyond_reach
+
+    plan_step = scheduler.step
+
+    def step(now: float, events: Sequence[Event] = ()) -> Plan | None:
+        for request in scheduler._requests.values():
+            request.steady_until = 0
+        return plan_step(now, events)
 
     def at(place: Place) -> list[Request]:
         return [each for each in scheduler._requests.values() if each.place is place]
@@ -43,7 +52,7 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
 
     queues.walk = walk
     queues.merged = merged
-    scheduler._memory.steady_until = lambda request: 0
+    scheduler.step = step
     reclaimer._is_beyond_reach = lambda request, blocks: (
         request.place is not Place.RESIDENT and is_beyond_reach(request, blocks)
     )

@@ -37,15 +37,26 @@ def test_decode_is_linear_in_batch_and_context(batch, context, seconds):
 def test_observed_steps_refine_it():
     model = ProfiledCostModel(PROFILE)
     for _ in range(500):
-        model.observe(prefill_tokens=10, decodes=0, elapsed_s=1.5)
-        model.observe(prefill_tokens=0, decodes=1, elapsed_s=0.25)
+        model.observe(prefill_tokens=10, decodes=0, context=0, elapsed_s=1.5)
+        model.observe(prefill_tokens=0, decodes=1, context=100, elapsed_s=0.25)
     assert model.prefill_s(20) == pytest.approx(3.0, rel=0.01)
     assert model.decode_s(1, 100) == pytest.approx(0.25, rel=0.01)
 
 
+def test_load_does_not_move_it():
+    """Long contexts, and decodes beside a prefill, take what the profile says they do."""
+    model = ProfiledCostModel(PROFILE)
+    for _ in range(500):
+        model.observe(prefill_tokens=0, decodes=9, context=200, elapsed_s=2.3)
+        # 20 tokens through the layers 2.0 s; nine contexts of 200 instead of none 2.3 - 1.3 s.
+        model.observe(prefill_tokens=11, decodes=9, context=200, elapsed_s=3.0)
+    assert model.decode_s(1, 100) == pytest.approx(0.5)
+    assert model.prefill_s(20) == pytest.approx(2.0)
+
+
 def test_one_stalled_step_hardly_moves_it():
     model = ProfiledCostModel(PROFILE)
-    model.observe(prefill_tokens=10, decodes=0, elapsed_s=1000.0)
+    model.observe(prefill_tokens=10, decodes=0, context=0, elapsed_s=1000.0)
     assert model.prefill_s(10) < 1.03
 
 

@@ -28,7 +28,7 @@ class Ticks:
     def decode_s(self, batch: int, context: int) -> float:
         return 1
 
-    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+    def observe(self, prefill_tokens: int, decodes: int, context: int, elapsed_s: float) -> None:
         pass
 
 

@@ -44,7 +44,7 @@ class RoundCosts:
     def decode_s(self, batch: int, context: int) -> float:
         return sum(self.stages)
 
-    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+    def observe(self, prefill_tokens: int, decodes: int, context: int, elapsed_s: float) -> None:
         pass
 
 
