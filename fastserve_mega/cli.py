@@ -62,17 +62,6 @@ GROUPS: tuple[Group, ...] = (
     Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
     Group("the shell", (completion.COMMAND,)),
 )
-EXTRA_OF_MODULE = {
-    "fastapi": "server",
-    "httpx": "http",
-    "uvicorn": "server",
-    "megatron": "worker",
-    "mpi4py": "worker",
-    "torch": "worker",
-    "numpy": "simulator",
-    "matplotlib": "simulator",
-}
-"""What brings a library that a command may lack, where only another role was installed."""
 _FIRST_STEPS = """\
 first steps:
   fastserve-mega doctor MODEL     is everything there?
@@ -95,10 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
-        if module not in EXTRA_OF_MODULE:
+        if module in ("", __package__):
             raise
-        needed = f"it needs {module}: pip install 'fastserve_mega[{EXTRA_OF_MODULE[module]}]'"
-        return fail(options, needed)
+        return fail(options, f"it needs {module}: pip install 'fastserve_mega[{options.extra}]'")
     return status
 
 

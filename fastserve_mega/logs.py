@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -29,7 +30,8 @@ def set_up_logging(process: str, *, verbose: bool, log_format: LogFormat = "auto
     """
     rank = launched_rank() if process == "worker" else None
     if log_format == "auto":
-        log_format = "rich" if sys.stderr.isatty() else "text"
+        coloured = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+        log_format = "rich" if coloured else "text"
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         handlers=[_handler(log_format, process, rank)],

@@ -48,8 +48,34 @@ use() {
     "$environment/bin/python" -m pip --quiet install "$wheel[all,mpi,demo]" || return
     "$environment/bin/python" -m pip check || return
     "$environment/bin/python" tools/fetch_smollm2.py || return
+    use_client "$1" || return
     mkdir -p "$work/empty"
     (cd "$work/empty" && "$environment/bin/python" "$source_directory/tools/use_installed.py")
+}
+
+# The role of a program that only asks: small, and without torch.
+use_client() {
+    local environment="$work/client" before megabytes
+    "$1" -m venv "$environment"
+    before="$(du -sk "$environment" | cut -f1)"
+    "$environment/bin/python" -m pip --quiet install "$wheel[client]" || return
+    megabytes="$((($(du -sk "$environment" | cut -f1) - before) / 1000))"
+    echo "-- the client's installation takes $megabytes MB"
+    [ "$megabytes" -lt 60 ] || return
+    (cd / && "$environment/bin/python" - << 'PROGRAM') || return
+import sys
+
+from fastserve_mega import Client, SamplingParams
+from fastserve_mega.client.testing import FakeCoordinator
+
+with FakeCoordinator("Hello there") as server, Client(server.endpoint) as client:
+    answer = client.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=64))
+    for _ in answer:
+        pass
+    assert answer.text == "Hello there", answer.text
+assert not {"torch", "numpy", "transformers"} & set(sys.modules)
+PROGRAM
+    rm -rf "$environment"
 }
 
 wheel="" used=() missing=() failed=()

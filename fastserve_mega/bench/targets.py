@@ -70,7 +70,7 @@ class HttpTarget:
         try:
             import httpx
         except ImportError:
-            raise TargetError("--url needs httpx: pip install 'fastserve_mega[http]'") from None
+            raise TargetError("--url needs httpx: pip install 'fastserve_mega[terminal]'") from None
         self.model = model or ""
         self._url = url.rstrip("/").removesuffix("/v1")
         self._errors = (httpx.HTTPError, ValueError, LookupError, TypeError)

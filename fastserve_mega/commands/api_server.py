@@ -40,6 +40,7 @@ COMMAND = Command(
         "--config configs/smollm2-135m-cpu.yaml --set server.host=0.0.0.0 --set server.port=8001",
     ),
     run=_api_server,
+    extra="server",
     config="optional",
     add_arguments=_add_api_server,
 )

@@ -81,6 +81,7 @@ COMMAND = Command(
         "Qwen/Qwen3-8B requests.jsonl answers.jsonl --tensor 2",
     ),
     run=_batch,
+    extra="terminal",
     add_arguments=_add_batch,
     config="model",
 )

@@ -172,6 +172,7 @@ COMMAND = Command(
         "--json result.json",
     ),
     run=_bench,
+    extra="terminal",
     add_arguments=_add_bench,
     config="optional",
 )

@@ -42,6 +42,7 @@ COMMAND = Command(
         "--config configs/smollm2-135m-cpu.yaml",
     ),
     run=_chat,
+    extra="terminal",
     add_arguments=_add_chat,
     config="optional",
 )

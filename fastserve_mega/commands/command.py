@@ -50,6 +50,8 @@ class Command:
     """Returns the exit status."""
     add_arguments: Callable[[argparse.ArgumentParser], object] = _no_arguments
     config: ConfigUse = "required"
+    extra: str = "all"
+    """What of the package has to be installed for it, should something be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def add_command(parsers: argparse._SubParsersAction[CommandParser], command: Com
         help="of the log on stderr: one JSON object per line, plain text, or colours; "
         "auto (default): colours on a terminal, else text",
     )
-    parser.set_defaults(run=command.run)
+    parser.set_defaults(run=command.run, extra=command.extra)
 
 
 class CommandParser(argparse.ArgumentParser):

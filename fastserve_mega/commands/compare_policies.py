@@ -123,6 +123,7 @@ COMMAND = Command(
         "--policies fcfs,my_module:MyPolicy --workloads sharegpt,long-prompts --json runs.jsonl",
     ),
     run=_compare,
+    extra="simulator",
     add_arguments=_add_arguments,
     config="none",
 )

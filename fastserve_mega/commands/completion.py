@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from fastserve_mega.commands.command import Command, fail
+from fastserve_mega.commands.command import Command
 
 
 def _complete(options: argparse.Namespace) -> int:
-    try:
-        import shtab
-    except ImportError:
-        return fail(options, "it needs shtab: pip install 'fastserve_mega[completion]'")
+    import shtab
+
     print(shtab.complete(options.parser, shell=options.shell))
     return 0
 
@@ -24,6 +22,7 @@ COMMAND = Command(
     "_fastserve-mega in a directory of fpath.",
     examples=("bash", "zsh"),
     run=_complete,
+    extra="completion",
     add_arguments=lambda parser: parser.add_argument("shell", choices=("bash", "zsh")),
     config="none",
 )

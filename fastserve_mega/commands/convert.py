@@ -46,6 +46,7 @@ COMMAND = Command(
         "--from llama-3-8b-megatron --to llama-3-8b-again --format huggingface",
     ),
     run=_convert,
+    extra="worker",
     add_arguments=_add_convert,
     config="none",
 )

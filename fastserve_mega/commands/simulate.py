@@ -118,5 +118,6 @@ COMMAND = Command(
         "--config configs/smollm2-135m-cpu.yaml --profile profile.json --rates 0.5",
     ),
     run=_simulate,
+    extra="simulator",
     add_arguments=_add_simulate,
 )

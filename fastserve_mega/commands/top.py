@@ -34,6 +34,7 @@ COMMAND = Command(
         "--config configs/smollm2-135m-cpu.yaml --once",
     ),
     run=_top,
+    extra="terminal",
     config="optional",
     add_arguments=_add_top,
 )

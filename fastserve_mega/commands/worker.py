@@ -36,6 +36,7 @@ COMMAND = Command(
     "with the same configuration; rank 0 starts the coordinator.",
     examples=("--config configs/smollm2-135m-cpu.yaml --set parallel.pipeline=1",),
     run=_worker,
+    extra="worker",
     config="optional",
     add_arguments=_add_worker,
 )

@@ -120,24 +120,6 @@ def test_a_model_by_its_name_stands_for_a_configuration(monkeypatch, tmp_path):
     assert load_config(None, overrides) == config
 
 
-def test_a_role_that_is_not_installed_is_named(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-
-    def run(options):
-        import torch  # noqa: F401
-
-    parser = cli.make_parser()
-    monkeypatch.setattr(cli, "make_parser", lambda: parser)
-    options = parser.parse_args(["completion", "bash"])
-    options.run = run
-    monkeypatch.setattr(parser, "parse_args", lambda arguments: options)
-    assert cli.main([]) == 2
-    said = capsys.readouterr().err
-    assert said == (
-        "fastserve-mega completion: it needs torch: pip install 'fastserve_mega[worker]'\n"
-    )
-
-
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from fastserve_mega import cli; cli.make_parser().format_help();"
