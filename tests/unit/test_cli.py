@@ -100,7 +100,7 @@ def test_a_file_without_config_is_answered_with_the_option(capsys, words, hint):
 def test_a_model_by_its_name_stands_for_a_configuration(monkeypatch, tmp_path):
     asked = []
 
-    def serve(config, arguments):
+    def serve(config, arguments, **_):
         asked.append((config, arguments))
         return 0
 
