@@ -16,6 +16,7 @@ RequestId = NewType("RequestId", str)
 BlockHash = NewType("BlockHash", str)
 """Names the content of a full KV block: its tokens, all tokens before them, and a salt."""
 
+MIN_SEED = -(2**63)
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
@@ -149,12 +150,11 @@ class SamplingParams(Record, frozen=True, kw_only=True):
     def _check_filters(self) -> None:
         _check_range("temperature", self.temperature, 0, 100)
         _check_range("min_p", self.min_p, 0, 1)
-        if not (math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0):
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        _check_range("top_p", self.top_p, 0, 1)
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all tokens) or positive, got {self.top_k}")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"seed must be between 0 and {MAX_SEED}, got {self.seed}")
+        if self.seed is not None and not MIN_SEED <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed must be between {MIN_SEED} and {MAX_SEED}, got {self.seed}")
 
     def _check_penalties(self) -> None:
         _check_range("presence_penalty", self.presence_penalty, -_MAX_PENALTY, _MAX_PENALTY)

@@ -188,6 +188,7 @@ class AsyncClient:
         return await self.submit(
             await self._encode(messages),
             params,
+            continues_text=False,
             **options,
         )
 
@@ -203,10 +204,13 @@ class AsyncClient:
         request_id: str | None = None,
         fingerprint: str = "",
         decoder: TokenDecoder | None = None,
+        continues_text: bool = True,
     ) -> AsyncGeneration:
         """`generate` for token ids; see `RequestOptions` for the keyword arguments.
 
         `decoder` makes the text; None is the tokenizer, which shows no special tokens.
+        `continues_text` says that the answer goes on with the prompt's text, where that of a chat
+        begins: tokenizers may leave out the space before the first word of a text.
         """
         welcome = await self.info()
         params = params or SamplingParams()
@@ -229,6 +233,8 @@ class AsyncClient:
         if not params.ignore_eos:
             end_ids |= frozenset(welcome.eos_token_ids)
         detokenizer = await self._new_detokenizer(stop, end_ids, params.min_tokens, decoder)
+        if detokenizer is not None and continues_text:
+            detokenizer.follow(submit.prompt)
         state = RequestState(submit, detokenizer, end_ids, submitted_at=time.monotonic())
         session = self._started()
         session.start(state, submit)
@@ -272,7 +278,8 @@ class AsyncClient:
         decoder = decoder or await (self._require_tokenizer() if stops else self.tokenizer())
         if decoder is None:
             return None
-        return Detokenizer(decoder, stops, silent, min_tokens)
+        special = (await self._require_tokenizer()).special_tokens(stops) if stops else {}
+        return Detokenizer(decoder, stops, silent, min_tokens, special)
 
     async def _require_tokenizer(self) -> Tokenizer:
         tokenizer = await self.tokenizer()

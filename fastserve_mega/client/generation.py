@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from fastserve_mega.client.errors import ClientError, ServerBusyError, ServerError
+from fastserve_mega.client.errors import (
+    ClientError,
+    InvalidRequestError,
+    ServerBusyError,
+    ServerError,
+)
 from fastserve_mega.messaging.messages import Finished, Submit, Tokens
 from fastserve_mega.text.detokenizer import Detokenizer
 from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
@@ -227,7 +232,8 @@ class RequestState:
         if message.reason is FinishReason.REJECTED:
             self.fail(ServerBusyError(message.message or "the server is full; try again later"))
         elif message.reason is FinishReason.ERROR:
-            self.fail(ServerError(message.message or "the server failed"))
+            kind = InvalidRequestError if message.is_invalid else ServerError
+            self.fail(kind(message.message or "the server failed"))
         else:
             self.finish(message.reason, message.usage)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.messaging.frames import MAX_FRAME_BYTES
 from fastserve_mega.messaging.messages import Submit
-from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import SamplingParams
 
 MAX_FAILED_ATTEMPTS = 2
@@ -38,8 +37,6 @@ class Admission:
     max_context: int
     max_queued_requests: int
     max_queued_tokens: int
-    schedulers: Sequence[Scheduler]
-    """All replicas': a request must fit into each of them."""
 
     def refusal(self, submit: Submit) -> str | None:
         """What is wrong with a request, as one sentence with the value and the limit."""
@@ -129,7 +126,8 @@ class Admission:
         return None
 
     def _bad_length(self, submit: Submit) -> str | None:
-        # The one place where max_tokens meets what the server can hold.
+        # The one place where max_tokens meets what the server can hold: the context is that of the
+        # model, or what the smallest KV pool has room for.
         num_prompt_tokens, max_tokens = len(submit.prompt), submit.params.max_tokens
         if num_prompt_tokens + max_tokens > self.max_context:
             return (
@@ -140,8 +138,7 @@ class Admission:
             return (
                 f"{len(submit.received)} tokens were received already, max_tokens is {max_tokens}"
             )
-        refusals = (each.refusal(num_prompt_tokens, max_tokens) for each in self.schedulers)
-        return next((refusal for refusal in refusals if refusal), None)
+        return None
 
     def _nothing_to_sample(self, params: SamplingParams) -> str | None:
         if not params.min_tokens:

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from fastserve_mega import __version__
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
@@ -46,6 +48,20 @@ def open_event_logs(path: str | None, replicas: int) -> list[EventLogWriter | No
     ]
 
 
+def within_pool(welcome: Welcome, device_blocks: int, block_size: int) -> Welcome:
+    """The welcome with a context that fits into the KV pool, since no longer request can run."""
+    capacity = (device_blocks - 1) * block_size  # one is the null block
+    if capacity >= welcome.max_context:
+        return welcome
+    _log.warning(
+        "the KV pool has room for %d tokens, so the context is that and not %d "
+        "(kv_cache.device_blocks, device_memory_gb, model.max_context)",
+        capacity,
+        welcome.max_context,
+    )
+    return msgspec.structs.replace(welcome, max_context=capacity)
+
+
 def make_profiler(config: Config, welcome: Welcome, group: ZmqWorkerGroup) -> Profiler:
     """Measures the ranks of one replica."""
     limits = ProfileLimits(
@@ -74,6 +90,8 @@ def make_coordinator(
     Raises:
         WorkersLostError: a rank failed meanwhile.
     """
+    smallest = min(group.device_blocks for group in groups)
+    welcome = within_pool(welcome, smallest, config.kv_cache.block_size)
     metrics = ServingMetrics(
         block_bytes=max(group.block_bytes for group in groups),
         info={
@@ -98,7 +116,6 @@ def make_coordinator(
             max_context=welcome.max_context,
             max_queued_requests=config.scheduler.max_queued_requests,
             max_queued_tokens=config.scheduler.max_queued_tokens,
-            schedulers=schedulers,
         ),
         prefix_block_size=config.kv_cache.block_size if config.kv_cache.prefix_cache else None,
         clock=time.monotonic,

@@ -184,13 +184,15 @@ class Coordinator:
         finished: list[RequestId] = []
         filled: list[tuple[RequestId, BlockHash]] = []
         logprobs = result.logprobs or (None,) * len(sampled)
-        failures = {failure.index: failure.message for failure in result.failures}
+        failures = {failure.index: failure for failure in result.failures}
         for index, (live, token) in enumerate(zip(sampled, result.token_ids, strict=True)):
             if live not in self._requests:
                 continue  # ended while the step ran
-            if index in failures:
+            if failure := failures.get(index):
                 finished.append(live.request_id)
-                self._finish(live, FinishReason.ERROR, failures[index])
+                self._finish(
+                    live, FinishReason.ERROR, failure.message, is_invalid=failure.is_invalid
+                )
                 continue
             self._gate.clear(live)
             self._metrics.requests.observe_token(live, now)
@@ -350,10 +352,18 @@ class Coordinator:
             self._replicas[live.replica].tell(Aborted(live.request_id))
         self._finish(live, reason, message)
 
-    def _finish(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
+    def _finish(
+        self,
+        live: LiveRequest,
+        reason: FinishReason,
+        message: str = "",
+        *,
+        is_invalid: bool = False,
+    ) -> None:
         self._requests.remove(live)
         self._gate.leave(live)
         now = self._clock()
         self._metrics.requests.observe_finish(reason, live, now)
         self._kept.keep(live, reason, now)
-        self._reply(live.client, Finished(live.request_id, reason, live.usage, message))
+        told = Finished(live.request_id, reason, live.usage, message, is_invalid)
+        self._reply(live.client, told)

@@ -131,7 +131,7 @@ def _download_size(config: Config, config_file: Path) -> str:
 
 def _missing_shards(directory: Path) -> list[str]:
     index = directory / "model.safetensors.index.json"
-    if not index.exists():
+    if not index.exists() or (directory / "model.safetensors").exists():
         return []
     names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return sorted(name for name in names if not (directory / name).exists())

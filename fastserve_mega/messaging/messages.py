@@ -124,6 +124,8 @@ class Finished(_Answer, frozen=True):
     usage: Usage
     message: str = ""
     """One sentence when the reason needs one."""
+    is_invalid: bool = False
+    """With `error`: the request is to blame for it, so sending it again will not help."""
 
 
 class Refused(_Answer, frozen=True):
@@ -192,7 +194,7 @@ class SequenceStart(Record, frozen=True):
 
     request_id: RequestId
     params: SamplingParams
-    seed: Count
+    seed: int
     num_prompt_tokens: Count
     prompt: tuple[int, ...] = ()
     """The prompt's tokens, where sampling depends on them, else empty. The slices need not show
@@ -208,6 +210,8 @@ class SamplingFailure(Record, frozen=True):
     """Index in StepResult.token_ids, which holds no token."""
     message: str
     """One sentence."""
+    is_invalid: bool = False
+    """The request asks for what cannot be done, and never will be."""
 
 
 class StepCommand(_Message, frozen=True):

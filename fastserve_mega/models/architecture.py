@@ -203,11 +203,29 @@ def load_architecture(directory: Path) -> Architecture:
     try:
         fields = Fields(config, name, _eos_token_ids(directory, config))
         architecture = family.read_architecture(fields)
+        _check_layer_types(fields, architecture)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(architecture, Architecture):
         raise TypeError(f"family {name} returned {type(architecture).__name__}")
     return architecture
+
+
+def _check_layer_types(fields: Fields, architecture: Architecture) -> None:
+    """Refuse a list of the layers' kinds that is not what is computed."""
+    types = fields.texts("layer_types")
+    if types is None:
+        return
+    if len(types) != architecture.num_layers:
+        raise ValueError(f"layer_types names {len(types)} layers of {architecture.num_layers}")
+    for layer, named in enumerate(types):
+        window = architecture.attention_kind(layer).window
+        computed = "full_attention" if window is None else "sliding_attention"
+        if named != computed:
+            raise ValueError(
+                f"layer_types names {named} for layer {layer}, which by its other values "
+                f"{architecture.name} computes with {computed}"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -59,6 +59,8 @@ def rope_of(section: Fields, fields: Fields, theta: float) -> Rope:
     section.require("partial_rotary_factor", 1.0, 1.0)
     kind = section.text("rope_type", section.text("type", "default"))
     if kind == "default":
+        if section.number("factor", 1.0) != 1.0:
+            raise ValueError(f"a rope factor of {section.raw('factor')} needs a rope_type")
         return Rope(theta=theta)
     if kind not in _SCALINGS:
         raise ValueError(

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.routing import APIRoute
 
 from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
@@ -88,9 +89,17 @@ def create_app(
     app.include_router(tokens_router(service))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)
+    _answer_head(app)
     if live_view:
         app.include_router(live_router(client, stopping))
     return app
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Answer HEAD where GET is answered: load balancers probe with it."""
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
@@ -106,6 +115,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             "max_model_len": info.max_context,
         }
 
+    @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models")
     async def list_models() -> Json:
         return {"object": "list", "data": [await model()]}

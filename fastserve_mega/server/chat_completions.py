@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, Request, Response
@@ -38,7 +39,8 @@ class ChatChoice:
         self._logprobs = logprobs
         self._parser = parser
         self._new_call_id = new_call_id
-        self._has_called = False
+        self._arguments: str | None = None
+        """Of the last call so far; None before the first."""
 
     def whole(self, chunk: Chunk, reason: str) -> Json:
         content = reasoning = ""
@@ -51,7 +53,7 @@ class ChatChoice:
             elif piece.name is not None:
                 calls.append(self._new_call(piece))
             else:
-                calls[piece.index]["function"]["arguments"] += piece.arguments
+                calls[piece.index]["function"]["arguments"] += self._more_arguments(piece)
         message: Json = {"role": "assistant", "content": content, "refusal": None}
         if reasoning:
             message["reasoning_content"] = reasoning
@@ -92,11 +94,15 @@ class ChatChoice:
     def _call(self, piece: CallPiece) -> Json:
         """A piece of a call as a stream tells it."""
         if piece.name is None:
-            return {"index": piece.index, "function": {"arguments": piece.arguments}}
+            return {"index": piece.index, "function": {"arguments": self._more_arguments(piece)}}
         return {"index": piece.index, **self._new_call(piece)}
 
+    def _more_arguments(self, piece: CallPiece) -> str:
+        self._arguments = (self._arguments or "") + piece.arguments
+        return piece.arguments
+
     def _new_call(self, piece: CallPiece) -> Json:
-        self._has_called = True
+        self._arguments = piece.arguments
         return {
             "id": self._new_call_id(),
             "type": "function",
@@ -104,12 +110,21 @@ class ChatChoice:
         }
 
     def _reason(self, reason: str) -> str:
-        if reason == "stop" and self._has_called and not self._parser.is_forced:
-            return "tool_calls"
-        return reason
+        """The reason `tool_calls` promises whole calls: none that a stop string has cut."""
+        if reason != "stop" or self._arguments is None or self._parser.is_forced:
+            return reason
+        return "tool_calls" if _is_json(self._arguments) else reason
 
     def _piece(self, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
         return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def chat_router(conversations: Conversations) -> APIRouter:

@@ -49,6 +49,8 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
+    """Where a prompt may be kept for the next one: the prefix cache needs no such hint."""
 
     @model_validator(mode="before")
     @classmethod
@@ -73,10 +75,12 @@ class CalledFunction(Strict):
     """Name and arguments of a call, as the assistant gave them."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
 
     def plain(self) -> dict[str, Any]:
         """As chat templates know it: they write the arguments themselves."""
+        if isinstance(self.arguments, dict):
+            return {"name": self.name, "arguments": self.arguments}
         try:
             arguments = json.loads(self.arguments or "{}")
         except (ValueError, RecursionError):
@@ -93,6 +97,8 @@ class ToolCall(Strict):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = None
+    """Of the call in its answer: clients that put a stream together send it back."""
 
 
 class ChatMessage(Strict):

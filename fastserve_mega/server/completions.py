@@ -65,7 +65,7 @@ def completions_router(service: Service) -> APIRouter:
         ends = await service.end_token_ids(body)
 
         def choice(index: int) -> CompletionChoice:
-            logprobs = CompletionLogprobs(service.tokenizer.token_bytes, ends)
+            logprobs = CompletionLogprobs(service.tokenizer, ends)
             return CompletionChoice(index, echoes[index // body.answers_per_prompt], logprobs)
 
         answer_id, model = ENDPOINT.new_id(), await service.check_model(body.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastserve_mega.client import (
     ServerBusyError,
     ServerUnavailableError,
 )
+from fastserve_mega.types import SamplingParams
 
 _log = logging.getLogger(__name__)
 RETRY_AFTER_S = 1
@@ -32,8 +34,12 @@ _ANTHROPIC_KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_FIRST_WORD = re.compile("[a-z_]+")
 _MOST_FORMS = 3
 """Sentences of one field that are told; a field of many forms has one for each."""
+
+
+_FIELDS = {*SamplingParams.__struct_fields__, "priority", "cache_salt"} - {"structured"}
 
 
 class ApiError(Exception):
@@ -66,6 +72,12 @@ class ApiError(Exception):
         return JSONResponse(body, self.status, self.headers)
 
 
+def invalid_value(message: str) -> ApiError:
+    """400 for a value out of its range; what is told of a field begins with its name."""
+    name = message.partition(" ")[0]
+    return ApiError(400, message, param=name if name in _FIELDS else None)
+
+
 def from_client_error(error: ClientError) -> ApiError:
     """The HTTP form of what the ZeroMQ client raises."""
     message = str(error)
@@ -76,7 +88,7 @@ def from_client_error(error: ClientError) -> ApiError:
             code="idempotency_key_reused",
         )
     if isinstance(error, InvalidRequestError):
-        return ApiError(400, message)
+        return invalid_value(message)
     if isinstance(error, ServerBusyError):
         return ApiError(
             429,
@@ -107,9 +119,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return ApiError(error.status_code, str(error.detail), headers=error.headers).response(
-            request.url.path
-        )
+        told = _of_unreadable_body(error) or str(error.detail)
+        return ApiError(error.status_code, told, headers=error.headers).response(request.url.path)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
@@ -118,6 +129,15 @@ def add_error_handlers(app: FastAPI) -> None:
         return ApiError(500, "the server failed; its log says why", kind="server_error").response(
             request.url.path
         )
+
+
+def _of_unreadable_body(error: HTTPException) -> str | None:
+    """What is wrong with a body that is not even text, or nested without end."""
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return f"the body is not valid {error.__cause__.encoding.upper()}: {error.__cause__.reason}"
+    if isinstance(error.__cause__, RecursionError):
+        return "the body is nested too deeply"
+    return None
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> ApiError:
@@ -129,6 +149,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> ApiErr
     meant = [error for error in errors if error["loc"][1:2] == first["loc"][1:2]]
     first = max(meant, key=lambda error: len(_path(error, body)))
     field = ".".join(_path(first, body)) or None
+    if first["type"] == "value_error" and (named := _named(first)):
+        return ApiError(400, _sentence(first), param=".".join((*_path(first, body), named)))
     if field is None and first["type"] in ("model_attributes_type", "missing"):
         return ApiError(
             400, "the body must be a JSON object, sent with Content-Type: application/json"
@@ -153,6 +175,13 @@ def _path(error: Mapping[str, Any], body: object) -> tuple[str, ...]:
     if error["type"] == "missing":
         path.extend(map(str, error["loc"][-1:]))
     return tuple(path)
+
+
+def _named(error: Mapping[str, Any]) -> str | None:
+    """The field with whose name the sentence about an object with several begins."""
+    found = _FIRST_WORD.match(_sentence(error))
+    given = error["input"]
+    return found[0] if found and isinstance(given, dict) and found[0] in given else None
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

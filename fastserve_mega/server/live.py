@@ -87,7 +87,7 @@ def live_router(client: AsyncClient, stopping: Callable[[], bool]) -> APIRouter:
     files = _read_files()
     feed = _Feed(client, stopping)
 
-    @router.get("/")
+    @router.api_route("/", methods=["GET", "HEAD"])
     async def live_page() -> Response:
         return files[_PAGE]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json
+from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import TokenLogprobs
 
 _LEAST = -9999.0
@@ -37,19 +38,20 @@ def chat_logprobs(chunk: Chunk, token_bytes: TokenBytes, ends: Collection[int]) 
         }
         for token_id, told in _spoken(chunk, ends)
     ]
-    return {"content": content, "refusal": None} if content else None
+    return {"content": content, "refusal": None} if chunk.logprobs else None
 
 
 class CompletionLogprobs:
     """The `logprobs` of a completion's choice, piece by piece: each tells offsets in the text.
 
     Args:
-        token_bytes: what a token id stands for.
+        tokenizer: says what a token id stands for, and whether the text has it.
         ends: token ids that end an answer and are no part of it.
     """
 
-    def __init__(self, token_bytes: TokenBytes, ends: Collection[int]) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, tokenizer: Tokenizer, ends: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._token_bytes = tokenizer.token_bytes
         self._ends = ends
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -63,8 +65,9 @@ class CompletionLogprobs:
             own.append(max(told.logprob, _LEAST))
             tops.append(self._top(tokens[-1], own[-1], told))
             offsets.append(self._offset)
-            self._offset += len(self._decoder.decode(data))
-        if not tokens:
+            if self._tokenizer.visible((token_id,)):
+                self._offset += len(self._decoder.decode(data))
+        if not chunk.logprobs:
             return None
         return {
             "tokens": tokens,

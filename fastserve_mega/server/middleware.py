@@ -79,7 +79,10 @@ def body_limit(max_context: int) -> int:
 
 
 class LimitBody:
-    """Refuses a body as soon as it has become too long, whatever its headers promise."""
+    """Refuses a body as soon as it has become too long, whatever its headers promise.
+
+    A compressed one at once: what it would become is not known.
+    """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
@@ -87,6 +90,12 @@ class LimitBody:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
+        if scope["type"] == "http" and (coding := _content_coding(scope)) != "identity":
+            error = ApiError(
+                415, f"bodies are taken as they are, got one with Content-Encoding: {coding}"
+            )
+            await error.response(scope["path"])(scope, receive, send)
+            return
 
         async def limited() -> Message:
             nonlocal size
@@ -99,3 +108,7 @@ class LimitBody:
             return message
 
         await self._app(scope, limited if scope["type"] == "http" else receive, send)
+
+
+def _content_coding(scope: Scope) -> str:
+    return Headers(scope=scope).get("Content-Encoding", "").strip().lower() or "identity"

@@ -80,6 +80,8 @@ class StreamOptions(Strict):
 class Common(Strict):
     """What all APIs that generate have in common. null stands for the default."""
 
+    continues_text: ClassVar[bool] = False
+    """Whether the answer goes on with the text of the prompt."""
     model: str | None = None
     stream: bool | None = None
     temperature: float | None = None
@@ -131,6 +133,12 @@ class GenerationRequest(Common):
     guided_json: Schema | None = None
     guided_regex: str | None = None
     guided_choice: Texts | None = None
+
+    @model_validator(mode="after")
+    def _stream_for_its_options(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream=true only")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -207,7 +215,8 @@ class GenerationRequest(Common):
             logit_bias=_by_token_id(self.logit_bias or {}),
             logprobs=self.top_logprobs_asked,
             structured=self.structured_output(),
-            seed=None if self.seed is None else _derived_seed(self.seed, number),
+            # And -1 for a seed to be drawn.
+            seed=None if self.seed in (None, -1) else _derived_seed(self.seed, number),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
@@ -218,6 +227,7 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     unsupported = _UNSUPPORTED_COMPLETION
+    continues_text = True
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     """Text or token ids, or several of one kind."""
     echo: bool | None = None

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Answer, AnswerShape, respond
-from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.errors import ApiError, invalid_value
 from fastserve_mega.server.idempotency import repeatable
 from fastserve_mega.server.protocol import GenerationRequest
 from fastserve_mega.text.detokenizer import TokenDecoder
@@ -117,9 +117,9 @@ class Service:
             raise ApiError(400, str(error)) from None
 
     async def check_model(self, name: str | None) -> str:
-        """The served model's name; a request for another one is refused."""
+        """The served model's name; a request for another one is refused, one for none is not."""
         served = (await self.client.info()).model_name
-        if name is not None and name != served:
+        if name and name != served:
             raise ApiError(
                 404,
                 f"the model {name!r} is not served here; the served model is {served!r}",
@@ -195,6 +195,7 @@ class Service:
                 request_id=f"{repeat.request_id if repeat else answer_id}-{index}",
                 fingerprint=repeat.fingerprint if repeat else "",
                 decoder=decoder,
+                continues_text=body.continues_text,
             )
             for index, (prompt, params) in enumerate(submissions)
         ]
@@ -216,8 +217,10 @@ class Service:
             ]
             if (structured := submissions[0][1].structured) is not None:
                 await asyncio.to_thread(check_structured, structured)
+        except RecursionError:
+            raise ApiError(400, "the JSON schema is nested too deeply") from None
         except (ValueError, GrammarUnavailableError) as error:
-            raise ApiError(400, str(error)) from None
+            raise invalid_value(str(error)) from None
         if structured is None or structure_after is None:
             return submissions
         structured = replace(structured, after=structure_after)

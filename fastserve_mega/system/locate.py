@@ -95,11 +95,13 @@ def _cached(name: str, download: Download, *, weights: bool) -> Path | None:
 
 
 def _has_all_weights(directory: Path) -> bool:
+    if (directory / "model.safetensors").is_file():
+        return True
     try:
         index = json.loads((directory / _INDEX_FILE).read_text(encoding="utf-8"))
         return all((directory / name).is_file() for name in {*index["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return (directory / "model.safetensors").is_file()
+        return False
 
 
 def _first_line(error: Exception) -> str:

@@ -108,6 +108,8 @@ class ChatTemplate:
                 **self._special_tokens,
                 **given,
             )
+        except RecursionError:
+            raise ValueError("the messages or tools are nested too deeply") from None
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             # Not all templates check what they are given before they use it.
             raise ValueError(f"the model's chat template refuses the messages: {error}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
@@ -13,6 +14,8 @@ SHIFT_AT = 16
 """Tokens in the window before its start moves up."""
 MAX_WINDOW = 64
 """Tokens in the window before its start moves up even in the middle of a character."""
+_MOST_CONTEXT = 8
+"""Tokens of a prompt that are looked at for the beginning of a character."""
 MAX_STOPS = 128
 MAX_STOP_LENGTH = 4096
 _LONGEST_VALUE = 60
@@ -44,6 +47,7 @@ class Detokenizer:
         stops: stop strings; the text ends before the first one.
         silent: token ids that end an answer and are not part of its text.
         min_tokens: a stop string that is complete within so many tokens is text like any other.
+        stop_tokens: stop strings that are special tokens, which no text shows, by their ids.
     """
 
     def __init__(
@@ -52,10 +56,12 @@ class Detokenizer:
         stops: Sequence[str] = (),
         silent: Collection[int] = (),
         min_tokens: int = 0,
+        stop_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self._decoder = decoder
         self._filter = StopStringFilter(stops)
         self._silent = frozenset(silent)
+        self._stop_tokens = stop_tokens
         self._held_to_run = min_tokens
         """Output tokens that are still to come before a stop string counts."""
         self._window: list[int] = []
@@ -63,6 +69,16 @@ class Detokenizer:
         """Characters of the window's text that are out."""
         self._aligned = 0
         """Tokens of the window up to the last point known to lie between two characters."""
+
+    def follow(self, prompt: Sequence[int]) -> None:
+        """Take the end of a prompt as context of the answer, which goes on with its text."""
+        for length in range(1, min(len(prompt), _MOST_CONTEXT) + 1):
+            window = self._decoder.visible(prompt[-length:])
+            text = self._decoder.decode(window)
+            # Not from within a character, nor from a space that is left out.
+            if text and REPLACEMENT not in text:
+                self._window, self._emitted, self._aligned = window, len(text), len(window)
+                return
 
     @property
     def stopped(self) -> bool:
@@ -89,6 +105,11 @@ class Detokenizer:
         return self._filter.push(rest, may_stop=not self._held_to_run) + self._filter.flush()
 
     def _push(self, token_ids: Sequence[int], *, may_stop: bool) -> str:
+        for position, token in enumerate(token_ids if may_stop else ()):
+            if (stop := self._stop_tokens.get(token)) is not None:
+                text = self._push(token_ids[:position], may_stop=True) + self.flush()
+                self._filter.matched = self._filter.matched or stop
+                return text
         spoken = [token for token in token_ids if token not in self._silent]
         return self._filter.push(self._decode(spoken), may_stop=may_stop)
 

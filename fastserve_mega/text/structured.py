@@ -9,6 +9,7 @@ from decimal import Decimal
 from types import ModuleType
 from typing import Any
 
+from fastserve_mega.text.json_schema import Schema, rewrite
 from fastserve_mega.types import MAX_CHOICES, StructuredOutput
 
 NOT_INSTALLED = (
@@ -22,6 +23,11 @@ _LONGEST_MESSAGE = 300
 _MOST_MULTIPLES = 10_000
 """What the numbers of all `multipleOf` may add up to: each takes a state for every remainder, and
 llguidance sets no limit to that."""
+_FORMATS = frozenset(
+    {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
+)
+"""Of strings, which llguidance holds the output to. Any other is an annotation, as the standard
+has it: pydantic writes `password`, `binary` and `path`."""
 _LIMITS = {
     "max_items_in_row": 2 * MAX_CHOICES,
     "initial_lexer_fuel": 1_000_000,
@@ -84,12 +90,20 @@ def grammar_of(structured: StructuredOutput) -> str:
                 f"the numbers of multipleOf in a JSON schema add up to at most {_MOST_MULTIPLES}, "
                 f"got {multiples}"
             )
+        schema = rewrite(schema, _without_unknown_format)
         return str(matcher.grammar_from_json_schema(schema, defaults=_JSON_STYLE))
     if structured.regex is not None:
         return str(matcher.grammar_from_regex(structured.regex))
     # Lark's strings are written as those of JSON are.
     choices = " | ".join(json.dumps(text) for text in structured.choice or ())
     return str(matcher.grammar_from_lark(f"start: {choices}"))
+
+
+def _without_unknown_format(schema: Schema) -> Schema:
+    known = schema.get("format")
+    if not isinstance(known, str) or known in _FORMATS:
+        return schema
+    return {key: value for key, value in schema.items() if key != "format"}
 
 
 def _multiples(schema: object) -> Iterator[int]:

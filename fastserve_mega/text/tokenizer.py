@@ -106,6 +106,11 @@ class Tokenizer:
         shown = {self._added[mark] for mark in marks if mark in self._added} & self._special_ids
         return _Showing(self, frozenset(shown)) if shown else self
 
+    def special_tokens(self, texts: Sequence[str]) -> dict[int, str]:
+        """Those of some texts that are special tokens, which `decode` skips, by their ids."""
+        found = {self._added[text]: text for text in texts if text in self._added}
+        return {token: text for token, text in found.items() if token in self._special_ids}
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special and unknown ones are skipped."""
         return self.decode_all(self.visible(token_ids))

@@ -38,11 +38,23 @@ _MOST_OVERDUE = 4
 
 
 class GrammarError(Exception):
-    """One request's grammar cannot be followed; str() is one sentence."""
+    """One request's grammar cannot be followed; str() is one sentence.
+
+    Args:
+        message: the sentence.
+        is_invalid: the grammar is to blame, and not this rank.
+    """
+
+    def __init__(self, message: str, *, is_invalid: bool = False) -> None:
+        super().__init__(message)
+        self.is_invalid = is_invalid
 
 
 class GrammarMatcher:
     """One output's way through its grammar. It depends on the output tokens only.
+
+    What comes first is found out at once, since it is what takes longest: then it counts as
+    compilation.
 
     Args:
         tokenizer: of llguidance.
@@ -58,25 +70,33 @@ class GrammarMatcher:
         )
         self._followed = 0
         self._check()
+        self._mask: bytes | None = self._compute_mask()
 
     def follow(self, output: Sequence[int]) -> int:
         """Take over what is new in the whole output so far; returns how many tokens that is."""
-        new = list(output[self._followed :])
-        self._followed = len(output)
-        self._matcher.consume_tokens(new)
-        self._check()
+        if new := list(output[self._followed :]):
+            self._followed = len(output)
+            self._mask = None
+            self._matcher.consume_tokens(new)
+            self._check()
         return len(new)
 
     def allowed(self) -> bytes:
         """One bit for each token of the vocabulary, the lowest bit of a byte first."""
+        return self._compute_mask() if self._mask is None else self._mask
+
+    def _compute_mask(self) -> bytes:
         mask: bytes = self._matcher.compute_bitmask()
         self._check()
         return mask
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            told = " ".join(self._matcher.get_error().split())[:_LONGEST_MESSAGE]
-            raise GrammarError(f"the structure of the output cannot be followed: {told}")
+            reason, *_ = self._matcher.get_error().partition("<state>")
+            told = " ".join(reason.split())[:_LONGEST_MESSAGE]
+            raise GrammarError(
+                f"the structure of the output cannot be followed: {told}", is_invalid=True
+            )
 
 
 class Compilation:
@@ -186,7 +206,8 @@ class Grammars:
         if spent_s > (limit_s := self._mask_limit_s + num_new * _FOLLOW_LIMIT_S):
             raise GrammarError(
                 f"the structure of the output took {spent_s:.2g} s for a token, the limit is "
-                f"{limit_s:.2g} s"
+                f"{limit_s:.2g} s",
+                is_invalid=True,
             )
         logits.masked_fill_(to_device(forbidden, logits.device), -torch.inf)
 
@@ -201,8 +222,10 @@ class Grammars:
             grammar = grammar_of(structured)
         except GrammarError as error:
             return Compilation.failed(error)
-        except (GrammarUnavailableError, ValueError, RecursionError) as error:
+        except GrammarUnavailableError as error:
             return Compilation.failed(GrammarError(str(error)))
+        except (ValueError, RecursionError) as error:
+            return Compilation.failed(GrammarError(str(error), is_invalid=True))
         return Compilation.start(partial(GrammarMatcher, self._tokenizer, grammar), self._limit_s)
 
     def _result(self, compilation: Compilation) -> GrammarMatcher:
@@ -211,7 +234,8 @@ class Grammars:
         except TimeoutError:
             self._overdue.append(compilation)
             raise GrammarError(
-                f"the structure of the output takes more than {self._limit_s:g} s to compile"
+                f"the structure of the output takes more than {self._limit_s:g} s to compile",
+                is_invalid=True,
             ) from None
 
     def _load_tokenizer(self) -> Any:
@@ -220,10 +244,13 @@ class Grammars:
             raise GrammarError(f"structured output needs {path.name} in the model's directory")
         if not self._eos_token_ids:
             raise GrammarError("structured output needs a model with an end-of-sequence token")
+        tokenizer: Any = load_llguidance().LLTokenizer
         try:
-            return load_llguidance().LLTokenizer(
-                str(path), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
-            )
+            try:
+                return tokenizer(str(path), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+            except ValueError:
+                # It may have tokens that the model has not: none of those is ever sampled.
+                return tokenizer(str(path), eos_token=self._eos_token_ids)
         except ValueError as error:
             raise GrammarError(f"structured output cannot use {path.name}: {error}") from None
 

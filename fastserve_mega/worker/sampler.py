@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -114,12 +115,12 @@ class Sampler:
         failures = {**_unusable(largest.tolist()), **failures}
         tokens: list[int] = best.squeeze(-1).tolist()
         _choose_at_random(tokens, logits, sequences, failures)
-        failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
+        failed = tuple(failures[row] for row in sorted(failures))
         return StepOutput(tokens, distribution.of(tokens), failed)
 
     def _hold_to_grammars(
         self, logits: Tensor, sequences: Sequence[SequenceInput]
-    ) -> dict[int, str]:
+    ) -> dict[int, SamplingFailure]:
         """Make impossible what grammars forbid, in place; returns why for rows that cannot be."""
         failures = {}
         for row, sequence in enumerate(sequences):
@@ -130,7 +131,7 @@ class Sampler:
                     raise GrammarError("this rank has no structured output")
                 self._grammars.hold(logits[row], sequence.params.structured, sequence.history)
             except GrammarError as error:
-                failures[row] = str(error)
+                failures[row] = SamplingFailure(row, str(error), error.is_invalid)
         return failures
 
     def _hold_back_stop_tokens(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
@@ -161,26 +162,29 @@ def _rules(sequences: Sequence[SequenceInput]) -> Tensor:
 
 
 def _told(
-    columns: Sequence[Tensor], distribution: ModelDistribution, failures: Mapping[int, str]
+    columns: Sequence[Tensor],
+    distribution: ModelDistribution,
+    failures: Mapping[int, SamplingFailure],
 ) -> StepOutput:
     """Of each row its largest logits, before and after, and its token: all that is read back."""
     told = torch.stack([column.double() for column in columns], dim=-1).tolist()
     failures = {**_unusable([(before, after) for before, after, _ in told]), **failures}
     tokens = [int(token) for _, _, token in told]
-    failed = tuple(SamplingFailure(row, why) for row, why in sorted(failures.items()))
+    failed = tuple(failures[row] for row in sorted(failures))
     return StepOutput(tokens, distribution.of(tokens), failed)
 
 
-def _unusable(largest: Sequence[tuple[float, float]]) -> dict[int, str]:
+def _unusable(largest: Sequence[tuple[float, float]]) -> dict[int, SamplingFailure]:
     """Why rows cannot be sampled, from their largest logits before and after all changes."""
     failures = {}
     for row, (of_model, left) in enumerate(largest):
         if not math.isfinite(of_model):
-            failures[row] = f"the model's logits are not finite: the largest is {of_model}"
+            why = f"the model's logits are not finite: the largest is {of_model}"
         elif not math.isfinite(left):
-            failures[row] = (
-                "no token can be sampled: the structure of the output or min_tokens forbids all"
-            )
+            why = "no token can be sampled: the structure of the output or min_tokens forbids all"
+        else:
+            continue
+        failures[row] = SamplingFailure(row, why)
     return failures
 
 
@@ -188,7 +192,7 @@ def _choose_at_random(
     tokens: list[int],
     logits: Tensor,
     sequences: Sequence[SequenceInput],
-    failures: Mapping[int, str],
+    failures: Mapping[int, SamplingFailure],
 ) -> None:
     """Replace the greedy choice of the rows that are to be sampled, in place."""
     random_rows = [
@@ -209,7 +213,7 @@ def _joined(outputs: Sequence[StepOutput]) -> StepOutput:
         [token for output in outputs for token in output.token_ids],
         logprobs if any(logprobs) else (),
         tuple(
-            SamplingFailure(row, failure.message)
+            msgspec.structs.replace(failure, index=row)
             for row, output in enumerate(outputs)
             for failure in output.failures
         ),
@@ -228,7 +232,8 @@ def _sentence(error: Exception) -> str:
 
 
 def _is_greedy(sequence: SequenceInput) -> bool:
-    return sequence.params.temperature < _GREEDY_BELOW or sequence.params.top_k == 1
+    params = sequence.params
+    return params.temperature < _GREEDY_BELOW or params.top_k == 1 or params.top_p == 0
 
 
 def _sample(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:

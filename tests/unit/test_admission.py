@@ -48,7 +48,6 @@ def test_a_request_that_no_rank_would_be_told_of_is_refused_with_the_limit():
         max_context=10**9,
         max_queued_requests=9,
         max_queued_tokens=9,
-        schedulers=(),
     )
     longest = Submit("r", (1,) * (MAX_FRAME_BYTES // 5 - 1000), SamplingParams())
     assert admission.refusal(longest) is None

@@ -239,6 +239,11 @@ def test_a_dropped_generation_is_cancelled(fake_coordinator):
         (end(FinishReason.REJECTED, "1000 requests are queued"), ServerBusyError, "1000 requests"),
         (end(FinishReason.REJECTED), ServerBusyError, "try again later"),
         (end(FinishReason.ERROR, "rank 3 is lost"), ServerError, "rank 3 is lost"),
+        (
+            lambda s: [Finished(s.request_id, FinishReason.ERROR, Usage(1, 0), "odd", True)],
+            InvalidRequestError,
+            "odd",
+        ),
         (lambda s: [Tokens(s.request_id, 2, (5,))], ServerError, "tokens 0 to 1 were lost"),
     ],
 )

@@ -15,6 +15,7 @@ from fastserve_mega.messaging.messages import (
     Ping,
     Pong,
     Refused,
+    SamplingFailure,
     StepResult,
     Submit,
     Tokens,
@@ -54,7 +55,7 @@ class World:
             replicas=[Replica(scheduler, scheduler.step, self, 10.0, metrics)],
             front_door=self,
             metrics=metrics,
-            admission=Admission(99, (EOS,), 64, 10, 100, [scheduler]),
+            admission=Admission(99, (EOS,), 64, 10, 100),
             prefix_block_size=None,
             clock=lambda: self.now,
             poll=lambda deadline: self.log.append(("poll", deadline)),
@@ -191,6 +192,17 @@ def test_what_ends_a_request(world, params, token, reason):
     world.turn(submit(**params))
     ends = [m for m in world.turn(result=StepResult(0, (token,))) if isinstance(m, Finished)]
     assert [end.reason for end in ends] == ([reason] if reason else [])
+
+
+@pytest.mark.parametrize("is_invalid", [False, True])
+def test_a_token_that_cannot_be_sampled_ends_its_request_and_says_who_is_to_blame(
+    world, is_invalid
+):
+    world.turn(submit())
+    failure = SamplingFailure(0, "too complex", is_invalid)
+    (finished,) = world.turn(result=StepResult(0, (0,), failures=(failure,)))[1:]
+    assert (finished.reason, finished.message) == (FinishReason.ERROR, "too complex")
+    assert finished.is_invalid == is_invalid
 
 
 def test_max_tokens_beyond_the_context_is_refused_with_both_numbers(world):

@@ -64,9 +64,11 @@ plans = st.builds(
     st.lists(names, max_size=2).map(tuple),
 )
 starts = st.builds(
-    messages.SequenceStart, names, params, st.integers(0, 2**63 - 1), counts, ids, ids
+    messages.SequenceStart, names, params, st.integers(-(2**63), 2**63 - 1), counts, ids, ids
 )
-failures = st.lists(st.builds(messages.SamplingFailure, counts, names), max_size=2).map(tuple)
+failures = st.lists(
+    st.builds(messages.SamplingFailure, counts, names, st.booleans()), max_size=2
+).map(tuple)
 all_messages = st.one_of(
     st.just(messages.Hello()),
     st.just(messages.Ping()),
@@ -85,6 +87,7 @@ all_messages = st.one_of(
         st.sampled_from(FinishReason),
         st.builds(Usage, counts, counts),
         names,
+        st.booleans(),
     ),
     st.builds(messages.Refused, names, st.none() | names),
     st.builds(messages.Pong, names),

@@ -101,6 +101,35 @@ def test_completion_logprobs(api, ids, tokenizer):
     assert told.text_offset == sorted(told.text_offset)
 
 
+def test_offsets_are_those_of_the_text_which_has_no_special_tokens(api, coordinator, tokenizer):
+    special = 0
+    fox, dog = tokenizer.encode("fox"), tokenizer.encode("dog")
+    coordinator.behaviour = saying([*fox, special, *dog, EOS])
+    (choice,) = api.completions.create(model="tiny", prompt="x", logprobs=0).choices
+    assert choice.text == "foxdog"
+    told = choice.logprobs
+    assert told.tokens[len(fox)] == "<|endoftext|>"
+    for token, offset in zip(told.tokens, told.text_offset, strict=True):
+        assert token == "<|endoftext|>" or choice.text[offset:].startswith(token)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_without_a_token_has_an_empty_list_of_logprobs(api, coordinator, stream):
+    coordinator.behaviour = saying([EOS])
+    messages = [{"role": "user", "content": "x"}]
+
+    def told(done):
+        choices = [part.choices[0] for part in (done if stream else [done])]
+        return [choice.logprobs for choice in choices if choice.logprobs is not None]
+
+    chat = api.chat.completions.create(
+        model="tiny", messages=messages, logprobs=True, stream=stream
+    )
+    assert [each.content for each in told(chat)] == [[]]
+    done = api.completions.create(model="tiny", prompt="x", logprobs=1, stream=stream)
+    assert [(each.tokens, each.text_offset) for each in told(done)] == [([], [])]
+
+
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_a_stream_tells_what_the_whole_answer_does(api, ids, kind):
     def ask(stream):

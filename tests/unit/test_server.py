@@ -9,6 +9,8 @@ import openai
 import openai.types
 import openai.types.chat
 import pytest
+import tokenizers
+import transformers
 from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
@@ -196,12 +198,52 @@ def test_a_timeout_tells_itself(api, fake_coordinator):
     assert done.choices[0].finish_reason == "timeout"
 
 
+def test_the_model_may_be_left_out_in_any_way(http):
+    for given in ({}, {"model": None}, {"model": ""}, {"model": "tiny"}):
+        answer = http.post("/v1/completions", json={"prompt": "x", **given})
+        assert (answer.status_code, answer.json()["model"]) == (200, "tiny")
+    assert http.get("/v1/models/").json() == http.get("/v1/models").json()
+
+
+def test_a_completion_keeps_the_space_that_sets_it_apart_and_a_chat_needs_none(tmp_path):
+    words = ["<unk>", "<s>", "</s>", "\u2581the", "\u2581fox"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}</s>"
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", chat_template=template
+    ).save_pretrained(tmp_path)
+    coordinator = start_fake_coordinator()
+    coordinator.behaviour = answer([4, 2])
+    with (
+        serving(coordinator, Tokenizer(tmp_path)) as url,
+        httpx.Client(base_url=url, timeout=WAIT_S) as http,
+    ):
+        asked = {"prompt": "the", "echo": True}
+        text = http.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+        said = http.post("/v1/chat/completions", json={"messages": hi(content="the")}).json()
+    coordinator.close()
+    assert text == "the fox"
+    assert said["choices"][0]["message"]["content"] == "fox"
+
+
 def test_models(api):
     (model,) = api.models.list().data
     assert (model.id, model.max_model_len) == ("tiny", 256)
     assert api.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="is not served here"):
         api.models.retrieve("gpt-9")
+
+
+def test_hints_for_a_cache_change_nothing(http, fake_coordinator):
+    part = {"type": "text", "text": "hi"}
+    for content in ([part], [{**part, "cache_control": {"type": "ephemeral"}}]):
+        http.post("/v1/chat/completions", json={"messages": hi(content=content)})
+    plain, hinted = fake_coordinator.received(Submit)
+    assert plain.prompt == hinted.prompt
 
 
 def test_message_parts_and_the_developer_role(api, fake_coordinator, tokenizer):
@@ -273,8 +315,16 @@ def test_each_event_is_valid_for_openai(http, says_text):
         ({"prompt": "x", "temperature": -1}, "temperature must be between 0 and 100, got -1"),
         ({"prompt": "x", "temperature": "hot"}, "temperature: input should be a valid number"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"prompt": "x", "top_p": 0}, "top_p must be above 0"),
-        ({"prompt": "x", "seed": -5}, "seed must be between 0"),
+        ({"prompt": "x", "top_p": -0.1}, "top_p must be between 0 and 1"),
+        ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options are for"),
+        ({"prompt": "x", "seed": 2**63}, "seed must be between -9223372036854775808 and"),
+        ({"prompt": ["a", 5]}, "prompt.1: input should be a valid string"),
+        ({"prompt": "x", "stop": {"a": 1}}, "stop must be a string or a list of strings, got"),
+        ({"prompt": "x", "guided_json": 5}, "guided_json: input should be a valid dictionary; or"),
+        (
+            {"prompt": "x", "response_format": {"type": "json_schema"}},
+            "response_format.json_schema: field required",
+        ),
         ({"prompt": "x", "stop": ["a", ""]}, "a stop string must not be empty"),
         ({"prompt": "x", "timeout": 0}, "timeout: input should be greater than 0"),
         ({"prompt": "x", "max_tokens": 999}, "the context is 256 tokens"),
@@ -299,6 +349,49 @@ def test_a_wrong_completion_request_gets_one_sentence(http, fake_coordinator, bo
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("frequency_penalty", -2.5), ("min_p", 1.5), ("top_k", -3), ("seed", -(2**63) - 1),
+     ("min_tokens", 99), ("repetition_penalty", 0.0), ("max_tokens", -1),
+     ("logit_bias", {"1": 101}), ("stop_token_ids", [-1]), ("timeout", -1), ("n", 129),
+     ("stop", [""]), ("echo", "yes"), ("best_of", 2), ("suffix", "x"), ("top_p", 1.1),
+     ("stream_options", {})],
+)  # fmt: skip
+def test_the_error_about_a_value_names_its_field(http, name, value):
+    response = http.post("/v1/completions", json={"prompt": "x", name: value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == name
+
+
+@pytest.mark.parametrize(("seed", "sent"), [(-5, -5), (0, 0), (-(2**63), -(2**63)), (-1, None)])
+def test_any_seed_of_64_bits_is_taken_and_minus_1_draws_one(api, fake_coordinator, seed, sent):
+    api.completions.create(model="tiny", prompt="x", seed=seed)
+    (submit,) = fake_coordinator.received(Submit)
+    assert submit.params.seed == sent or (sent is None and submit.params.seed >= 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status", "sentence"),
+    [
+        (b'{"prompt": "caf\xe9"}', {}, 400, "the body is not valid UTF-8: "),
+        (b"[" * 99_000, {}, 400, "the body is nested too deeply"),
+        (b"\x1f\x8b", {"Content-Encoding": "gzip"}, 415, "Content-Encoding: gzip"),
+        (b'{"prompt": "x"}', {"Content-Encoding": "identity"}, 200, ""),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_why(http, content, headers, status, sentence):
+    response = http.post("/v1/completions", content=content, headers={**JSON, **headers})
+    assert response.status_code == status
+    assert sentence in response.text
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/version", "/metrics", "/v1/models"])
+def test_head_is_answered_as_get_without_the_body(http, path):
+    head, get = http.head(path), http.get(path)
+    assert (head.status_code, head.content) == (get.status_code, b"") == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+@pytest.mark.parametrize(
     ("body", "sentence"),
     [
         ({"messages": []}, "messages: a conversation has 1 to 4096 messages, got 0"),
@@ -308,7 +401,13 @@ def test_a_wrong_completion_request_gets_one_sentence(http, fake_coordinator, bo
             {"messages": hi("user"), "audio": {"voice": "x"}},
             "audio={'voice': 'x'} is not supported",
         ),
-        ({"messages": hi(content=[{"type": "image_url", "image_url": {}}])}, "messages.0.content"),
+        (
+            {"messages": hi(content=[{"type": "text", "text": "x"}, {"type": "image_url"}])},
+            "messages.0.content.1: images are not supported: the served model reads text only",
+        ),
+        ({"messages": hi(content=5)}, "messages.0.content: input should be a valid string; or"),
+        ({"messages": hi(content=[{"text": "x"}])}, "messages.0.content.0.type: field required"),
+        ({"messages": hi(), "tool_choice": "any"}, "tool_choice: input should be 'none', 'auto'"),
         ({"messages": hi(), "max_tokens": 1, "max_completion_tokens": 2}, "are the same thing"),
         ({"messages": hi(content="fox " * 300)}, "the context is 256 tokens"),
         ({"messages": hi(), "max_completion_tokens": 250}, "max_tokens is 250"),

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve_mega.server.tools.forced import NamedCall, RequiredCalls, required_schema
+from fastserve_mega.server.tools.forced import (
+    NamedCall,
+    RequiredCalls,
+    named_schema,
+    required_schema,
+)
 from fastserve_mega.server.tools.formats import FORMATS, choose_format
 from fastserve_mega.server.tools.harmony import HarmonyParser
 from fastserve_mega.server.tools.hermes import HermesParser
@@ -16,6 +21,8 @@ from fastserve_mega.server.tools.llama3_json import Llama3JsonParser
 from fastserve_mega.server.tools.mistral import MistralParser
 from fastserve_mega.server.tools.pieces import Reasoning
 from fastserve_mega.server.tools.qwen3_coder import Qwen3CoderParser
+from fastserve_mega.text.structured import check_structured
+from fastserve_mega.types import StructuredOutput
 
 WEATHER = '{"name": "weather", "arguments": {"city": "Paris", "days": 2}}'
 TIME = '{"name": "time", "arguments": {}}'
@@ -43,6 +50,8 @@ HERMES = {
     f"<tool_call>\n{WEATHER}\n</tool_call>": ("", CALLED[:1]),
     f"<tool_call>{WEATHER}</tool_call>\n<tool_call>{TIME}</tool_call>": ("", CALLED),
     f"Let me see.\n<tool_call>\n{TIME}\n</tool_call>\n": ("Let me see.", CALLED[1:]),
+    f"<tool_call>{WEATHER}<tool_call>\n{TIME}</tool_call>": ("", CALLED),
+    f"<tool_call>a <tool_call>{TIME}": ("<tool_call>a ", CALLED[1:]),
     f"<tool_call>\n{WEATHER}": ("", CALLED[:1]),  # the end of sequence instead of the tag
     '<tool_call>{"arguments": {"a": 1}, "name": "time"}</tool_call>': ("", [("time", {"a": 1})]),
     '<tool_call>{"name": "q\\"\\u00e9", "arguments": {"a": "}{\\"\\\\"}}</tool_call>': (
@@ -51,6 +60,24 @@ HERMES = {
     ),
     "no call < here <tool": ("no call < here <tool", []),
     "<tool_call>nonsense</tool_call>": ("<tool_call>nonsense</tool_call>", []),
+    '<tool_call>{"name": "time", "arguments": null}</tool_call>': ("", CALLED[1:]),
+    '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>': ("", [("f", {"a": 1})]),
+    '<tool_call>{"name": "f", "arguments": "a"}</tool_call>': (
+        '<tool_call>{"name": "f", "arguments": "a"}</tool_call>',
+        [],
+    ),
+    '<tool_call>{"name": "f", "arguments": {"a": "\\"</tool_call>", "b": 1}}</tool_call>.': (
+        ".",
+        [("f", {"a": '"</tool_call>', "b": 1})],
+    ),
+    '<tool_call>{"arguments": {"a": "</tool_call>"}, "name": "f"}</tool_call>': (
+        "",
+        [("f", {"a": "</tool_call>"})],
+    ),
+    f'<tool_call>10" of it</tool_call> and <tool_call>{TIME}</tool_call>': (
+        '<tool_call>10" of it</tool_call> and',
+        CALLED[1:],
+    ),
     '<tool_call>{"name": 3}</tool_call>': ('<tool_call>{"name": 3}</tool_call>', []),
     '<tool_call>{"name": "x", "argu': ('<tool_call>{"name": "x", "argu', []),
     "plain text\n\n": ("plain text\n\n", []),
@@ -202,17 +229,64 @@ def test_ids_of_calls_are_such_as_the_templates_take():
     assert (len(name), name.isalnum()) == (9, True)
 
 
-def test_the_schema_of_required_calls_keeps_references():
+def test_each_required_call_has_definitions_of_its_own():
     city = {"type": "string", "maxLength": 9}
-    uses = {
-        "type": "object",
-        "properties": {"at": {"$ref": "#/$defs/city"}},
-        "$defs": {"city": city},
+    tree = {
+        "properties": {
+            "at": {"$ref": "#/definitions/city"},
+            "under": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+            "$ref": {"enum": ["#/definitions/city"]},
+        },
+        "definitions": {"city": city},
+        "$schema": "http://json-schema.org/draft-07/schema#",
     }
-    schema = required_schema({"a": uses, "b": None}, several=False)
-    assert schema["$defs"] == {"city": city}
+    other = {"type": "object", "definitions": {"city": {"type": "integer"}}}
+    schema = required_schema({"a": tree, "b": other, "c": None}, several=False)
+    assert schema["$defs"]["a"] == {
+        "type": "object",
+        "properties": {
+            "at": {"$ref": "#/$defs/a/definitions/city"},
+            "under": {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}]},
+            "$ref": {"enum": ["#/definitions/city"]},
+        },
+        "definitions": {"city": city},
+    }
+    assert schema["$defs"]["b"]["definitions"] == other["definitions"]
     assert schema["maxItems"] == 1
     assert "maxItems" not in required_schema({"b": None}, several=True)
-    other = {**uses, "$defs": {"city": {"type": "integer"}}}
-    with pytest.raises(ValueError, match="two tools define 'city' differently"):
-        required_schema({"a": uses, "b": other}, several=True)
+    pytest.importorskip("llguidance")
+    check_structured(StructuredOutput(json_schema=json.dumps(schema)))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        None,
+        {},
+        {"type": "object", "properties": {}},
+        {"type": "object", "properties": {}, "required": [], "title": "Nothing"},
+    ],
+)
+def test_a_forced_call_of_a_function_without_parameters_has_no_arguments(parameters):
+    schema = named_schema({"now": parameters}, "now")
+    assert (schema["type"], schema["properties"], schema["additionalProperties"]) == (
+        "object", {}, False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object"},
+        {"type": ["object", "null"], "properties": {"x": {}}},
+        {"properties": {}, "additionalProperties": {"type": "string"}},
+        {"properties": {}, "patternProperties": {"^x": {}}},
+    ],
+)
+def test_arguments_are_an_object_of_what_the_schema_leaves_open(parameters):
+    assert named_schema({"set": parameters}, "set") == {**parameters, "type": "object"}
+
+
+def test_arguments_that_are_no_object_are_refused():
+    with pytest.raises(ValueError, match="function 'f' must be of type 'object', got 'string'"):
+        named_schema({"f": {"type": "string"}}, "f")

@@ -155,9 +155,25 @@ def test_required_calls_are_held_to_their_schemas(api, says, stream):
     ] * 2
     (submit,) = coordinator.received(Submit)
     schema = json.loads(submit.params.structured.json_schema)
-    assert [each["properties"]["name"] for each in schema["items"]["anyOf"]] == [
-        {"const": "look"}, {"const": "ask"},
-    ]  # fmt: skip
+    assert [each["properties"] for each in schema["items"]["anyOf"]] == [
+        {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}}
+        for name in ("look", "ask")
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (CALL, {}),
+        (f'[{{"name": "ask", "arguments": {ARGUMENTS}}}]', {"tool_choice": "required"}),
+    ],
+)
+def test_a_call_that_a_stop_string_cuts_is_not_told_as_made(api, says, stream, text, options):
+    says(text)
+    _, calls, reason = ask(api, stream=stream, stop="日", **options)
+    assert [arguments for _, arguments in calls] == ['{"q": "']
+    assert reason == "stop"
 
 
 def test_a_conversation_with_calls_and_results(api, says, tokenizer):
@@ -166,6 +182,7 @@ def test_a_conversation_with_calls_and_results(api, says, tokenizer):
         "id": "call_1",
         "type": "function",
         "function": {"name": "look", "arguments": ARGUMENTS},
+        "index": 0,
     }
     messages = [
         *HI,
@@ -195,6 +212,16 @@ def test_the_async_client_streams_calls(shared, says):
     assert reason == "tool_calls"
 
 
+@pytest.mark.parametrize("given", [None, "", {"q": "日本 🙂"}])
+def test_arguments_may_come_back_as_clients_keep_them(api, says, given, tokenizer):
+    coordinator = says("x")
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": given}}
+    ask(api, messages=[*HI, {"role": "assistant", "tool_calls": [call]}])
+    (submit,) = coordinator.received(Submit)
+    told = ARGUMENTS if given else "{}"
+    assert f'"arguments": {told}' in tokenizer.decode(submit.prompt)
+
+
 REFUSED = [
     ({"tools": [{"type": "function"}]}, "tools.0.function: field required"),
     ({"tools": [{"type": "web"}]}, "tools.0.type: input should be 'function'"),
@@ -205,8 +232,13 @@ REFUSED = [
     ({"functions": [{"name": "x"}]}, "functions="),
     (
         {"tool_choice": LOOK, "tools": [{"type": "function", "function": {
-            "name": "look", "parameters": {"type": "banana"}}}]},
+            "name": "look", "parameters": {"properties": {"q": {"type": "banana"}}}}}]},
         "the JSON schema cannot be used: Invalid type: banana",
+    ),
+    (
+        {"tool_choice": "required", "tools": [{"type": "function", "function": {
+            "name": "look", "parameters": {"type": "array"}}}]},
+        "the parameters of the function 'look' must be of type 'object', got 'array'",
     ),
     (
         {"messages": [{"role": "assistant", "tool_calls": [
@@ -223,6 +255,27 @@ def test_what_is_wrong_is_refused(api, says, options, sentence):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(api, **options)
     assert sentence in caught.value.body["message"]
+    assert coordinator.received(Submit) == []
+
+
+def nested(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", LOOK])
+def test_what_is_nested_without_end_is_refused(api, says, choice):
+    coordinator = says("x")
+    tool = {"type": "function", "function": {"name": "look", "parameters": nested(400)}}
+    with pytest.raises(openai.BadRequestError, match=r"nested too deeply|the context is"):
+        ask(api, tools=[tool], tool_choice=choice)
+    call = {"name": "look", "arguments": "[" * 90_000 + "]" * 90_000}
+    history = {"role": "assistant", "tool_calls": [
+        {"id": "1", "type": "function", "function": call}]}  # fmt: skip
+    with pytest.raises(openai.BadRequestError, match="the arguments of a call of look are not"):
+        ask(api, messages=[history])
     assert coordinator.received(Submit) == []
 
 

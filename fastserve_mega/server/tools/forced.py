@@ -7,8 +7,15 @@ from typing import Any
 
 from fastserve_mega.server.tools.call_reader import CallReader
 from fastserve_mega.server.tools.pieces import CallPiece, Functions, Piece
+from fastserve_mega.text.json_schema import as_definition
 
-_ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
+_NO_ARGUMENTS: dict[str, Any] = {
+    "type": "object",
+    "properties": {},
+    "additionalProperties": False,
+}
+_OF_NO_CONSEQUENCE = {"type", "properties", "required", "title", "description", "$schema", "$id"}
+"""Keywords beside which an empty list of properties stays one."""
 
 
 class NamedCall:
@@ -60,32 +67,49 @@ class RequiredCalls:
 
 
 def named_schema(functions: Functions, name: str) -> dict[str, Any]:
-    """What `NamedCall` reads: the arguments of one function."""
-    return functions[name] or _ANY_ARGUMENTS
+    """What `NamedCall` reads: the arguments of one function.
+
+    Raises:
+        ValueError: they are no object.
+    """
+    return _arguments_schema(functions, name)
 
 
 def required_schema(functions: Functions, *, several: bool) -> dict[str, Any]:
     """What `RequiredCalls` reads.
 
     Raises:
-        ValueError: two functions define different things under one name in `$defs`.
+        ValueError: the arguments of a function are no object.
+        RecursionError: a schema is nested too deeply.
     """
-    definitions: dict[str, Any] = {}
-    calls = []
-    for name, parameters in functions.items():
-        schema = dict(parameters or _ANY_ARGUMENTS)
-        # References are by their path from the top.
-        for key, definition in schema.pop("$defs", {}).items():
-            if definitions.setdefault(key, definition) != definition:
-                raise ValueError(f"two tools define {key!r} differently in $defs")
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": schema},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name in functions
+    ]
     array = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     limit = {} if several else {"maxItems": 1}
-    return {**array, **limit, **({"$defs": definitions} if definitions else {})}
+    # Each has its own definitions, often under the same names.
+    definitions = {
+        name: as_definition(_arguments_schema(functions, name), name) for name in functions
+    }
+    return {**array, **limit, "$defs": definitions}
+
+
+def _arguments_schema(functions: Functions, name: str) -> dict[str, Any]:
+    """The schema of a function's arguments, which are an object whatever it leaves open."""
+    schema = functions[name] or _NO_ARGUMENTS
+    kind = schema.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise ValueError(
+            f"the parameters of the function {name!r} must be of type 'object', got {kind!r}"
+        )
+    # Whoever lists no properties, as servers of tools do, wants none: elsewhere in a schema it
+    # would allow any.
+    if schema.get("properties") == {} and schema.keys() <= _OF_NO_CONSEQUENCE:
+        return _NO_ARGUMENTS
+    return {**schema, "type": "object"}

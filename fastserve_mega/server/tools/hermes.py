@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from fastserve_mega.server.tools.call_reader import CallReader
@@ -9,6 +10,8 @@ from fastserve_mega.server.tools.pieces import Piece, held_back
 
 _BEGIN = "<tool_call>"
 _END = "</tool_call>"
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+"""Whole ones of JSON."""
 
 
 class HermesParser:
@@ -28,17 +31,25 @@ class HermesParser:
         self._text += text
         pieces: list[Piece] = []
         while True:
-            marker = _BEGIN if self._call is None else _END
-            before, found, after = self._text.partition(marker)
-            if not found:
+            marks = (_BEGIN,) if self._call is None else (_BEGIN, _END)
+            found = min(filter(self._text.__contains__, marks), key=self._text.index, default=None)
+            if found is None:
                 break
-            self._text = after
+            before, _, self._text = self._text.partition(found)
             if self._call is None:
                 pieces += self._content(before.rstrip())
                 self._call, self._body = CallReader(self._calls), ""
+                continue
+            pieces += self._read(self._call, before)
+            if _is_in_string(self._body):
+                pieces += self._read(self._call, found)  # an argument may have the mark in it
+            elif found == _END:
+                pieces += self._end_call(self._call, _END)
             else:
-                pieces += [*self._read(self._call, before), *self._end_call(self._call, _END)]
-        certain = len(self._text) - held_back(self._text, marker)
+                # Some models begin the next call instead of ending one.
+                pieces += self._end_call(self._call, "")
+                self._call, self._body = CallReader(self._calls), ""
+        certain = len(self._text) - max(held_back(self._text, mark) for mark in marks)
         if self._call is None:
             certain = len(self._text[:certain].rstrip())
         new, self._text = self._text[:certain], self._text[certain:]
@@ -52,7 +63,12 @@ class HermesParser:
         if self._call is None:
             return self._content(text)
         # Some models end their answer instead of the call.
-        return [*self._read(self._call, text), *self._end_call(self._call, "")]
+        pieces = [*self._read(self._call, text), *self._end_call(self._call, "")]
+        if pieces == [f"{_BEGIN}{self._body}"] and _END in self._body:
+            # No call, and so no JSON, whose strings the marks could be in.
+            before, _, after = self._body.partition(_END)
+            pieces = [f"{_BEGIN}{before}{_END}", *self.push(after), *self.finish()]
+        return pieces
 
     def _content(self, text: str) -> list[Piece]:
         """Text around calls; the space that sets them apart is no part of it."""
@@ -72,3 +88,8 @@ class HermesParser:
             return [f"{_BEGIN}{self._body}{end}"]
         self._calls += 1
         return [whole]
+
+
+def _is_in_string(text: str) -> bool:
+    """Whether JSON that goes on after a text is within a string there."""
+    return '"' in _STRINGS.sub("", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,11 +68,17 @@ PLAIN_TEXT = PlainText()
 def parse_call(value: Any, index: int) -> CallPiece | None:
     """A whole call from its JSON, or None when it is something else.
 
-    Models write {"name": …, "arguments": {…}}; those of the Llama 3 family say "parameters".
+    Models write {"name": …, "arguments": {…}}; those of the Llama 3 family say "parameters". Some
+    write null for no arguments, or the object as a text, as OpenAI's API has it.
     """
     if not isinstance(value, dict) or not isinstance(name := value.get("name"), str):
         return None
-    arguments = value.get("arguments", value.get("parameters", {}))
+    arguments = value.get("arguments", value.get("parameters"))
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments)
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, dict):
         return None
     return CallPiece(index, name, json.dumps(arguments, ensure_ascii=False))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.system.partition import Partition
+from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
     DistributedCheckpoint,
     find_distributed_checkpoint,
@@ -19,9 +22,13 @@ from fastserve_mega.worker.megatron.distributed_checkpoint import (
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.pieces import Piece, Weight
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles, has_safetensors
-from fastserve_mega.worker.megatron.weights import weights_of
+from fastserve_mega.worker.megatron.weights import unused_positions, weights_of
 
 _FUSED_EXPERTS = ".experts.gate_up_proj"
+
+_CONSTANTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Ends of names of tensors that follow from config.json: angles and masks."""
+_log = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
 """Called with the number of bytes of parameters that have been filled since the last call."""
@@ -51,6 +58,32 @@ def open_checkpoint(
     return HuggingFaceCheckpoint(directory, architecture, partition)
 
 
+def architecture_as_stored(directory: Path, architecture: Architecture) -> Architecture:
+    """The architecture, with an output layer of its own where the checkpoint has one.
+
+    A config.json may say that it is the embedding table, and be wrong: then the checkpoint counts,
+    as in transformers.
+
+    Raises:
+        ValueError: a file is missing, cut short or malformed; one sentence.
+    """
+    if not architecture.tied_embeddings or not has_safetensors(directory):
+        return architecture
+    names = architecture.weights
+    head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+    with SafetensorsFiles(directory) as files:
+        known = names.prefix + embedding
+        table = known if known in files else embedding
+        if head not in files or table not in files or files.is_same(head, table):
+            return architecture
+    _log.warning(
+        "config.json says tie_word_embeddings, but the checkpoint's %s is not its %s: it is used",
+        head,
+        table,
+    )
+    return replace(architecture, tied_embeddings=False)
+
+
 class HuggingFaceCheckpoint:
     """Safetensors files with the names of transformers, of which each rank reads its part only.
 
@@ -65,6 +98,27 @@ class HuggingFaceCheckpoint:
         for weight in self._weights:
             for piece in weight.pieces:
                 self._find(piece)
+        if partition.is_first_stage and partition.tensor_rank == 0:
+            self._tell_what_is_not_used(architecture, fused_experts=fused)
+
+    def _tell_what_is_not_used(self, architecture: Architecture, *, fused_experts: bool) -> None:
+        """Warn of a config.json that may describe another model than the files hold."""
+        whole = partition_model(architecture, ParallelConfig(), 0, 1)
+        weights = [
+            *weights_of(architecture, whole, fused_experts=fused_experts),
+            *unused_positions(architecture),
+        ]
+        pieces = [piece for weight in weights for piece in weight.pieces]
+        used = {name for piece in pieces for name in (piece.tensor, piece.bare_name)}
+        used.add(f"{architecture.weights.head}.weight")  # a copy of the embedding table
+        unused = [name for name in self._files if name not in used and not _is_constant(name)]
+        if unused:
+            _log.warning(
+                "%d tensors of %s are not used, the first is %s: does config.json describe them?",
+                len(unused),
+                self._files.directory,
+                min(unused),
+            )
 
     def __enter__(self) -> HuggingFaceCheckpoint:
         self._files.__enter__()
@@ -123,3 +177,7 @@ class HuggingFaceCheckpoint:
             )
         _ = stored.dtype  # or ValueError
         return name
+
+
+def _is_constant(name: str) -> bool:
+    return name.endswith(_CONSTANTS)

@@ -23,7 +23,7 @@ from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.worker.loading_progress import show_progress
-from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint
+from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint, architecture_as_stored
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
     FORMAT_FILE,
     DistributedCheckpoint,
@@ -61,6 +61,11 @@ def convert(source: Path, target: Path, output_format: Format) -> None:
         OSError: a file cannot be read or written.
     """
     architecture = load_architecture(source)
+    if architecture_as_stored(source, architecture) != architecture:
+        raise ValueError(
+            f"{source} has an output layer of its own, which would be lost; write "
+            f'"tie_word_embeddings": false in its config.json first'
+        )
     found = None if has_safetensors(source) else find_distributed_checkpoint(source)
     if (found is not None) == (output_format == "torch_dist"):
         raise ValueError(f"{source} has the format {output_format} already")

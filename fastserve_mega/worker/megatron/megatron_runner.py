@@ -19,7 +19,7 @@ from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
-from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
+from fastserve_mega.worker.megatron.checkpoint import architecture_as_stored, open_checkpoint
 from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
@@ -62,6 +62,7 @@ class MegatronRunner:
     ) -> None:
         architecture = load_architecture(config.model.directory)
         _check_context(config, architecture)
+        architecture = architecture_as_stored(config.model.directory, architecture)
         self.architecture = architecture
         self._partition = partition_model(
             architecture, config.parallel, topology.rank, topology.world_size

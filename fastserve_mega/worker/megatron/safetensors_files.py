@@ -33,6 +33,17 @@ _DTYPES = {
 }
 """Weights; by their name in a file's header."""
 KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+_OTHER_WEIGHTS = {
+    "adapter_model.*": "an adapter, to be merged into its base model first",
+    "*.safetensors": f"a part, of which {INDEX_FILE} has to name the others",
+    "pytorch_model*.bin": "pickled weights, which can run code; convert them where you trust them: "
+    "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY) of transformers",
+    "*.gguf": "quantized weights of llama.cpp, which are not supported",
+    "*.pth": "weights under other names, to be converted by the script of their family first",
+}
+"""Files that a directory may have in place of ours, and what to do with them."""
+_LFS_POINTER = b"version "
+"""How it begins."""
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 _STAGING_BYTES = 4 * 2**20
@@ -126,6 +137,25 @@ class SafetensorsFiles:
             raise ValueError(f"the checkpoint {self.directory} has no tensor {name}")
         return self._tensors[name]
 
+    def is_same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same values; reads them up to the first difference.
+
+        Raises:
+            ValueError: there is no such tensor, or one of a kind that cannot be computed with.
+        """
+        first, second = self[name], self[other]
+        if first.shape != second.shape:
+            return False
+        count = max(1, _STAGING_BYTES // max(1, 4 * math.prod(first.shape[1:])))
+        for start in range(0, first.shape[0], count):
+            rows = range(start, min(start + count, first.shape[0]))
+            ours, theirs = torch.empty((2, len(rows), *first.shape[1:]))
+            self.read(name, ours, rows)
+            self.read(other, theirs, rows)
+            if not torch.equal(ours, theirs):
+                return False
+        return True
+
     def read(self, name: str, target: Tensor, rows: range, columns: range | None = None) -> None:
         """Copy a part of a tensor to `target`, which has its shape, on any device in any dtype.
 
@@ -209,12 +239,14 @@ def has_safetensors(directory: Path) -> bool:
 
 
 def _find_files(directory: Path) -> Iterable[Path]:
+    """The single file where there is one: an index beside it is ignored, as transformers does."""
     index_path = directory / INDEX_FILE
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
     if not index_path.is_file():
-        if (directory / SINGLE_FILE).is_file():
-            return [directory / SINGLE_FILE]
         raise ValueError(
             f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+            f"{_advice(directory)}"
         )
     try:
         names = sorted({*json.loads(index_path.read_text())["weight_map"].values()})
@@ -230,11 +262,24 @@ def _find_files(directory: Path) -> Iterable[Path]:
     return files
 
 
+def _advice(directory: Path) -> str:
+    """What to do with weights of another kind, where there are any."""
+    for pattern, advice in _OTHER_WEIGHTS.items():
+        if found := sorted(path.name for path in directory.glob(pattern)):
+            return f", but {found[0]}: {advice}"
+    return ""
+
+
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Tensors of a file, once it is known to be whole."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        begin_bytes = file.read(8)
+        if begin_bytes == _LFS_POINTER:
+            raise ValueError(
+                f"{path} is a pointer of Git LFS and not the file itself; fetch it by git lfs pull"
+            )
+        length = int.from_bytes(begin_bytes, "little")
         if size < 8 or length > _MAX_HEADER_BYTES:
             raise ValueError(f"{path}: not a safetensors file")
         begin = 8 + length

@@ -88,6 +88,8 @@ def test_mistral_window(load):
     mistral = {**LLAMA, "architectures": ["MistralForCausalLM"]}
     assert load({**mistral, "sliding_window": None}).sliding_window is None
     assert load({**mistral, "sliding_window": 128}).sliding_window == 128
+    windows = {"sliding_window": 128, "layer_types": ["sliding_attention"] * 2}
+    assert load({**mistral, **windows}).sliding_window == 128
     assert load(mistral).sliding_window == 4096
 
 
@@ -224,7 +226,13 @@ def test_opt_skips_the_unused_positions(load):
         ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"factor": 4.0}}, "a rope factor of 4.0 needs a rope_type"),
         ({"rope_scaling": [4.0]}, "rope_scaling must be an object"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            "sliding_attention for layer 1, which .* computes with full_attention",
+        ),
+        ({"layer_types": ["full_attention"] * 9}, "layer_types names 9 layers of 2"),
         ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number, got -1"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
         ({"eos_token_id": "</s>"}, "eos_token_id must hold token ids, got '</s>'"),

@@ -108,6 +108,25 @@ def test_the_space_of_a_first_word_is_lost_once_only():
     assert "".join(stream(decoder, ids)) == decoder.decode(ids)
 
 
+@pytest.mark.parametrize("after", [[], [0], [3, 0], [0, 3]])
+def test_an_answer_that_goes_on_with_a_text_keeps_its_first_space(after):
+    decoder = SpaceStrippingDecoder([" Hello", " world", "!", " "])
+    detokenizer = Detokenizer(decoder)
+    detokenizer.follow(after)
+    text = "".join(detokenizer.push([token]) for token in (1, 2, 1)) + detokenizer.flush()
+    assert decoder.decode(after) + text == decoder.decode([*after, 1, 2, 1])
+
+
+@given(prompt=texts, data=st.binary(max_size=80), cut=st.integers(0, 3))
+def test_a_prompt_before_an_answer_changes_none_of_its_characters(prompt, data, cut):
+    decoder = ByteDecoder()
+    before = prompt.encode()
+    detokenizer = Detokenizer(decoder)
+    detokenizer.follow(before[: len(before) - cut])
+    text = "".join(detokenizer.push([byte]) for byte in data) + detokenizer.flush()
+    assert text == decoder.decode(data)
+
+
 def test_special_tokens_inside_a_character_do_not_cut_it():
     assert stream(ByteDecoder(), [0xE2, 999, 0x82, 0xAC]) == ["", "", "", "€", ""]
 

@@ -64,3 +64,19 @@ def test_min_tokens_holds_back_stop_strings_as_well(tiny_tokenizer_dir: Path):
         pieces = [said[at : at + chunk] for at in range(0, len(said), chunk)]
         assert "".join(map(output.push, pieces)) + output.flush() == "a dog, a "
         assert output.stopped
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, "the fox"), (6, "the fox 日 dog")])
+def test_a_stop_string_that_is_a_special_token_ends_the_text_where_that_comes(
+    tiny_tokenizer_dir: Path, together, min_tokens, text
+):
+    tokenizer = Tokenizer(tiny_tokenizer_dir)
+    stops = ["<|endoftext|>", " dogs", "<|no token|>"]
+    special = tokenizer.special_tokens(stops)
+    assert list(special.values()) == stops[:1]
+    output = Detokenizer(tokenizer, stops, min_tokens=min_tokens, stop_tokens=special)
+    tokens = [*tokenizer.encode("the fox"), *special, *tokenizer.encode(" 日 dog")]
+    pieces = [tokens] if together else [[token] for token in tokens]
+    assert "".join(map(output.push, pieces)) + output.flush() == text
+    assert output.stopped == (min_tokens == 0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from datetime import date
 
 import pytest
 import torch
 
 pytest.importorskip("llguidance")
 
+from fastserve_mega.text.structured import load_llguidance
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_CHOICES, RequestId, SamplingParams, StructuredOutput
 from fastserve_mega.worker import grammar
@@ -119,6 +121,57 @@ def test_a_bad_grammar_ends_its_request_and_nothing_else(grammars, structured, s
     assert failure.index == 0
     assert sentence in failure.message
     assert output.token_ids[1] == VOCABULARY - 1
+
+
+def test_an_expression_that_explodes_is_its_own_fault_and_told_in_one_sentence(
+    grammars, monkeypatch
+):
+    limits = load_llguidance().LLParserLimits(max_lexer_states=5)
+    monkeypatch.setattr(grammar, "grammar_limits", lambda: limits)
+    with pytest.raises(GrammarError, match="cannot be followed: lexer error") as caught:
+        grammars.hold(
+            torch.zeros(VOCABULARY), StructuredOutput(regex="((ab|c){90}){90}"), TokenHistory(3)
+        )
+    assert caught.value.is_invalid
+    assert "<state>" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_comes_first_is_found_out_where_nobody_waits_for_it(tiny_tokenizer_dir, monkeypatch):
+    masks = []
+
+    class Slow(GrammarMatcher):
+        def _compute_mask(self):
+            masks.append(threading.current_thread().name)
+            return super()._compute_mask()
+
+    monkeypatch.setattr(grammar, "GrammarMatcher", Slow)
+    grammars = Grammars(tiny_tokenizer_dir, VOCABULARY, (EOS,))
+    history = TokenHistory(3)
+    grammars.hold(torch.zeros(VOCABULARY), StructuredOutput(regex="a{9}"), history)
+    assert masks == ["grammar"]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tiny_tokenizer_dir, tokenizer):
+    small = tokenizer.vocab_size - 3
+    logits = torch.zeros(small)
+    grammars = Grammars(tiny_tokenizer_dir, small, (EOS,))
+    grammars.hold(logits, StructuredOutput(choice=("fox",)), TokenHistory(3))
+    allowed = [tokenizer.token_bytes(i) for i in range(small) if logits[i] == 0]
+    assert allowed
+    assert all(b"fox".startswith(each) for each in allowed)
+
+
+@pytest.mark.parametrize("name", ["password", "x-anything"])
+def test_a_format_that_is_not_known_says_nothing(grammars, tokenizer, name):
+    text = {"type": "string", "format": name, "maxLength": 3}
+    schema = {"properties": {"format": text, "when": {"type": "string", "format": "date"}},
+              "required": ["format", "when"], "type": "object"}  # fmt: skip
+    value = json.loads(
+        tokenizer.decode(write(grammars, StructuredOutput(json_schema=json.dumps(schema))))
+    )
+    assert len(value["format"]) <= 3
+    assert date.fromisoformat(value["when"])
 
 
 def test_a_grammar_that_takes_too_long_ends_its_request_and_nothing_else(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastserve_mega.worker.megatron import safetensors_files
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
 
 ROWS, COLUMNS = 40, 3000
@@ -92,6 +93,7 @@ def _header(**entries):
         (b"\x00", "not a safetensors file"),
         (b"\xff" * 20, "not a safetensors file"),
         ((100).to_bytes(8, "little"), "cut short: 100 of its 108 bytes are missing"),
+        (b"version https://git-lfs.example/spec/v1", "is a pointer of Git LFS .* git lfs pull"),
         ((3).to_bytes(8, "little") + b"{]}", "its header is no JSON"),
         ((4).to_bytes(8, "little") + b"null", "its header is malformed"),
         (_header(a={"dtype": "F32"}), "its header is malformed"),
@@ -112,8 +114,44 @@ def test_a_broken_file_is_refused_at_once(tmp_path, content, message):
 
 
 def test_every_shard_is_looked_at(directory):
+    (directory / "model.safetensors").rename(directory / "one")
     index = directory / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"wide": "model.safetensors", "b": "two"}}))
+    index.write_text(json.dumps({"weight_map": {"wide": "one", "b": "two"}}))
     (directory / "two").write_bytes((8).to_bytes(8, "little"))
     with pytest.raises(ValueError, match="two is cut short: 8 of its 16 bytes are missing"):
         SafetensorsFiles(directory)
+
+
+def test_a_whole_file_needs_no_index(directory):
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {"wide": "gone"}}')
+    assert "wide" in SafetensorsFiles(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("pytorch_model-00001-of-00002.bin", "pickled weights, .*save_pretrained"),
+        ("model-00001-of-00002.safetensors", "a part, of which model.safetensors.index.json has"),
+        ("adapter_model.safetensors", "an adapter, to be merged"),
+        ("q4.gguf", "not supported"),
+        ("notes.txt", "is there$"),
+    ],
+)
+def test_weights_of_another_kind_are_named_with_what_to_do(tmp_path, name, advice):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds no weights: .*{advice}") as caught:
+        SafetensorsFiles(tmp_path)
+    assert (name in str(caught.value)) == (name != "notes.txt")
+
+
+@pytest.mark.parametrize("change", [None, (0, 0), (-1, -1)])
+def test_tensors_are_compared_by_their_values(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(safetensors_files, "_STAGING_BYTES", 100)
+    one = torch.arange(60.0).reshape(12, 5)
+    two = one.clone().to(torch.float64)
+    if change:
+        two[change] += 1
+    save_file({"a": one, "b": two, "c": one[:, :4].contiguous()}, tmp_path / "model.safetensors")
+    with SafetensorsFiles(tmp_path) as files:
+        assert files.is_same("a", "b") == (change is None)
+        assert not files.is_same("a", "c")

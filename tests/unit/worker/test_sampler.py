@@ -92,6 +92,11 @@ def test_top_k_beyond_the_vocabulary_keeps_all(logits):
     assert tokens[0] == tokens[1]
 
 
+def test_a_top_p_of_0_is_the_most_probable_token(logits):
+    frequencies = sample_many(logits, SamplingParams(temperature=5.0, top_p=0.0), count=50)
+    assert frequencies[int(logits.argmax())] == 1.0
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_smallest_sufficient_set(logits, top_p):
     frequencies = sample_many(logits, SamplingParams(temperature=1.0, top_p=top_p), count=6000)

@@ -164,7 +164,7 @@ class ForbidsAll:
 
 class Refuses:
     def hold(self, logits, structured, history):
-        raise GrammarError("too complex")
+        raise GrammarError("too complex", is_invalid=True)
 
 
 class Breaks:
@@ -187,6 +187,7 @@ def test_a_grammar_that_fails_in_any_way_ends_its_request_only(grammars, sentenc
     output = Sampler((), grammars)(logits, [held, *free])
     (failure,) = output.failures
     assert (failure.index, sentence in failure.message) == (0, True)
+    assert failure.is_invalid == isinstance(grammars, Refuses)
     without = Sampler(())(logits[1:], free)
     assert output.token_ids[1:] == without.token_ids
     assert output.logprobs[1:] == without.logprobs
