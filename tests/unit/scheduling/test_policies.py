@@ -45,6 +45,20 @@ def test_fixed_priority_prefers_short_prompts_for_ever():
     assert [names(plan)[0] for plan in driver.plans] == ["long"] + ["short"] * 9 + ["long"]
 
 
+@pytest.mark.parametrize("policy", ["fixed_priority", "srpt"])
+def test_a_long_request_waits_for_as_long_as_shorter_ones_come_and_no_longer(policy):
+    """One in each second, which takes a second: there is no limit."""
+    scheduler = make_scheduler(policy=policy, max_batch_size=1)
+    driver = Driver(scheduler, {"long": 1, **{f"s{i}": 1 for i in range(200)}})
+    driver.step([arrived("s0", 10, oracle_output_tokens=1)])
+    scheduler.step(0.0, [arrived("long", 100, oracle_output_tokens=1)])
+    for i in range(1, 200):
+        driver.step([arrived(f"s{i}", 10, oracle_output_tokens=1)])
+    driver.run_until_idle()
+    order = [name for plan in driver.plans for name in names(plan)]
+    assert order == [*(f"s{i}" for i in range(200)), "long"]
+
+
 def test_srpt_without_the_oracle_says_so():
     scheduler = make_scheduler(policy="srpt")
     with pytest.raises(ValueError, match="true output length"):
