@@ -94,6 +94,8 @@ class KvState:
     """Computed tokens whose KV was dropped, until it is resident again."""
     num_copies: int = 0
     """Copies of its blocks that have not been reported done."""
+    resident_since: float = 0.0
+    """When it got device blocks, seconds."""
     preempted_for: RequestId | None = None
     """The request that got its blocks when it was last preempted; None for expected arrivals."""
 

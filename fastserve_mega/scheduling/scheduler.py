@@ -272,7 +272,7 @@ class Scheduler:
         self._unread_tokens -= read
 
     def _end(self, request: Request) -> None:
-        self._queues.remove(request)
+        self._policy.remove(request)
         request.status = RequestStatus.FINISHED
         request.steady_until = 0
         self._read(request, request.num_unread_tokens)
@@ -296,6 +296,8 @@ class Scheduler:
         share = -(-len(self._requests) // self._window)
         in_flight = sum(map(len, self._in_flight.values()))
         places = min(self._config.max_batch_size, share)
+        if self._is_proactive:
+            self._planner.make_way(now, places)
         batch = BatchBuilder(self._config, self._memory, self._policy, places, in_flight)
         batch.fill()
         if self._is_proactive:

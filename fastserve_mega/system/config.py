@@ -146,7 +146,7 @@ class KvCacheConfig(Record, frozen=True, kw_only=True):
 
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
-PolicyName = Literal["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"]
+PolicyName = Literal["skip_join_mlfq", "paced", "mlfq", "fcfs", "fixed_priority", "srpt"]
 
 
 class MlfqConfig(Record, frozen=True, kw_only=True):
@@ -166,6 +166,20 @@ class MlfqConfig(Record, frozen=True, kw_only=True):
     paper's rule, under which every overload by long prompts returns to the order of arrival."""
 
 
+class PacedConfig(Record, frozen=True, kw_only=True):
+    """The policy `paced`: what is promised to those who read along."""
+
+    tokens_per_s: PositiveFloat = 12.0
+    """How fast somebody reads. An answer that is ahead of its reader may pause."""
+    ttft_s: PositiveFloat = 1.0
+    """When the first token is due. Who cannot have it in time comes after those who can."""
+    tpot_s: PositiveFloat = 0.1
+    """Mean time per token that has to be kept; no more requests are started than that allows."""
+    patience: Annotated[float, Meta(ge=0)] = 100.0
+    """Who has waited for so many times its own service starves, and of the requests that are
+    started a share is for the starved."""
+
+
 AdmissionRule = Literal["projected", "greedy"]
 
 
@@ -173,8 +187,8 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     """Who runs in the next step, and how much of it."""
 
     policy: str = "skip_join_mlfq"
-    """Who comes first (docs/scheduling.md): skip_join_mlfq, mlfq, fcfs, fixed_priority, srpt (which
-    knows the future, so for the simulator only), or a class of your own as module:Class."""
+    """Who comes first (docs/scheduling.md): skip_join_mlfq, paced, mlfq, fcfs, fixed_priority, srpt
+    (which knows the future, so for the simulator only), or a class of your own as module:Class."""
     max_batch_size: PositiveInt = 16
     """Requests in one step."""
     max_batch_tokens: PositiveInt = 512
@@ -197,6 +211,7 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     """File that `fastserve-mega profile` wrote; ~ is expanded. None measures a few steps at
     start-up instead."""
     mlfq: MlfqConfig = field(default_factory=MlfqConfig)
+    paced: PacedConfig = field(default_factory=PacedConfig)
 
     def __post_init__(self) -> None:
         known = get_args(PolicyName)

@@ -85,6 +85,7 @@ class KvManager:
         self._finished: dict[Request, None] = {}
         """Ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
+        self._now = 0.0
         limit_blocks = self.device.capacity
         if strategy in ("proactive", "reactive"):
             limit_blocks += self.host.capacity
@@ -121,6 +122,7 @@ class KvManager:
         """Forget what was found out for the step before."""
         self._step_id = step_id
         self.swapper.preempted.clear()
+        self._now = now
         self.reclaimer.begin_step(step_id, now)
 
     def make_resident(self, request: Request, reserve: int) -> Admission:
@@ -291,6 +293,7 @@ class KvManager:
     def _settle(self, request: Request, table: list[int], status: RequestStatus) -> None:
         request.kv.block_table = table
         request.kv.num_sent_blocks = 0
+        request.kv.resident_since = self._now
         request.has_progressed = False
         request.steady_until = 0
         self.swapper.is_dropped_no_more(request)

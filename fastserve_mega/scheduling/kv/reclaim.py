@@ -51,7 +51,7 @@ class Victims:
         )
 
     def choose(
-        self, request: Request, blocks: int, host_room: int | None
+        self, request: Request, blocks: int, host_room: int | None, turn_s: float = 0.0
     ) -> tuple[list[Request], int]:
         """Victims of lower priority that hold `blocks` blocks alone together, or all of them.
 
@@ -62,6 +62,7 @@ class Victims:
             request: gets the blocks.
             blocks: how many it needs.
             host_room: blocks that the host has for victims; None when their KV may be dropped.
+            turn_s: a victim has been resident for this time for each of its blocks.
 
         Returns:
             The victims, and the blocks that come free with them.
@@ -76,7 +77,8 @@ class Victims:
         for victim in candidates:
             if held >= blocks:
                 break
-            if rank(victim) > own_rank:
+            held_s = self._now - victim.kv.resident_since
+            if rank(victim) > own_rank and held_s >= turn_s * len(victim.kv.block_table):
                 if host_room is not None:
                     if len(victim.kv.block_table) > host_room:
                         continue
@@ -183,6 +185,20 @@ class Reclaimer:
                 host_room -= len(victim.kv.block_table)
             shortage -= self._device.exclusive(victim.kv.block_table)
             self._swapper.preempt(victim, None, self._step_id)
+
+    def exchange(self, request: Request, blocks: int, turn_s: float) -> None:
+        """Preempt residents of lower priority for a request on the host, or none.
+
+        Args:
+            request: comes back when the blocks are free.
+            blocks: how many it needs.
+            turn_s: a victim has been resident for this time for each of its blocks.
+        """
+        shortage = blocks - self._device.free_count - self._copies.leaving_blocks
+        chosen, held = self.victims.choose(request, shortage, self._host_room(), turn_s)
+        if 0 < shortage <= held:
+            for victim in chosen:
+                self._swapper.preempt(victim, request, self._step_id)
 
     def _host_room(self) -> int | None:
         """Blocks that the host has for victims; None when their KV may be dropped."""

@@ -23,6 +23,9 @@ _LOOKS_SKIPPED = 3
 """Steps without a look for blocks to write through, after one that found none."""
 _LEAD = 2.0
 """A request is brought back this many swap times before it is estimated to run."""
+_COPIES_PER_TURN = 8
+"""Time a request runs before others are exchanged for it, in times of one copy of its KV: what
+leaves and comes back takes at most a fifth of the time."""
 
 
 class SwapPlanner:
@@ -57,6 +60,25 @@ class SwapPlanner:
             measured = (now - copy.started_s) / copy.num_blocks
             smoothing = _SMOOTHING if self._copy_s_per_block else 1.0
             self._copy_s_per_block += smoothing * (measured - self._copy_s_per_block)
+
+    def make_way(self, now: float, places: int) -> None:
+        """Preempt for the soonest on the host when a step would take all residents.
+
+        After such a batch nobody is left to preempt, and who is on the host would wait until an
+        answer ends. A preemption has to pay for its copies: a victim has run for a multiple of the
+        time in which its own KV leaves and comes back.
+
+        Args:
+            now: seconds.
+            places: requests that the next step takes at most.
+        """
+        queues, memory = self._queues, self._memory
+        if not queues.count(Place.SWAPPED) or queues.count(Place.RESIDENT) > places:
+            return
+        for request in self._policy.soonest_swapped(now, 1):
+            if not request.kv.num_copies and self._policy.enst(now)(request) <= 0:
+                turn_s = _COPIES_PER_TURN * self._copy_s_per_block
+                memory.reclaimer.exchange(request, memory.blocks_for(request.num_tokens), turn_s)
 
     def plan(self, now: float) -> None:
         """Decide the copies that go with this step."""

@@ -26,7 +26,7 @@ from fastserve_mega.system.config import SchedulerConfig
 class Policy(ABC):
     """Orders the unfinished requests; knows nothing of memory, batches or workers.
 
-    A policy defines `key`, and of the other five methods those that its order needs. All must be
+    A policy defines `key`, and of the other six methods those that its order needs. All must be
     deterministic: time is an argument.
     """
 
@@ -47,6 +47,10 @@ class Policy(ABC):
     def add(self, request: Request, now: float) -> None:
         """Queue a request that arrived."""
         self.queues.add(request)
+
+    def remove(self, request: Request) -> None:
+        """Take out a request that ends, for whatever reason."""
+        self.queues.remove(request)
 
     def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
         """Account for a step of this many seconds; these requests took part in it and go on."""

@@ -132,6 +132,20 @@ class SortedQueues:
         return chain.from_iterable(runs(few, self._requests[Place.RESIDENT], index))
 
 
+class LevelledQueues(SortedQueues):
+    """Requests in the order of a key that begins with their level."""
+
+    def __init__(self, key: Callable[[Request], tuple[Any, ...]], levels: int) -> None:
+        super().__init__(key)
+        self._levels = levels
+
+    def level_lengths(self) -> tuple[int, ...]:
+        def below(level: int) -> int:
+            return sum(bisect_left(keys, (level,)) for keys in self._keys)
+
+        return tuple(below(level + 1) - below(level) for level in range(self._levels))
+
+
 def forwards(queue: list[T], start: int = 0, end: int | None = None) -> Iterator[list[T]]:
     """Walk a list that changes meanwhile, mostly behind the walk.
 

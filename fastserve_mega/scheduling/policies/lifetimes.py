@@ -1,0 +1,112 @@
+"""How much longer an answer goes on, learned from those before it."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import pairwise
+
+EDGES = (0.0, *(16.0 * 1.25**step for step in range(42)))
+"""Ages, in tokens, at which the buckets begin; the last of them has no end."""
+_FORGETTING = 0.98
+"""What is left of the evidence after `_REFRESHED` news: some thousand answers count."""
+_REFRESHED = 16
+"""News after which the tables are made anew."""
+_FIRST_GUESS_TOKENS = 128.0
+"""Length of an answer before any has ended."""
+_DOUBT = 2.0
+"""Ends in a bucket below which the mean of all buckets outweighs what was seen there."""
+_DOUBT_OF_PART = 8.0
+"""The same for a part of the answers, which goes by all answers."""
+
+
+class Lifetimes:
+    """The hazard of ending, by the tokens so far, constant within a bucket.
+
+    Ends over tokens at risk is right also while most answers are under way (censored lifetimes):
+    the mean length of those that ended would be far too low, since the short ones end first. Memory
+    is bounded and old evidence fades.
+
+    Args:
+        whole: what all answers do; it stands in where this part of them has shown little.
+    """
+
+    def __init__(self, whole: Lifetimes | None = None) -> None:
+        self._whole = whole
+        self._ends = [0.0] * len(EDGES)
+        self._tokens = [0.0] * len(EDGES)
+        self._news = 0
+        self._effort: list[float] = []
+
+    def survived(self, bucket: int) -> None:
+        """Learn that an answer came to the end of a bucket."""
+        self._tokens[bucket] += EDGES[bucket + 1] - EDGES[bucket]
+        self._news += 1
+
+    def ended(self, tokens: int) -> None:
+        """Learn that an answer ended with so many tokens."""
+        bucket = bucket_of(tokens)
+        self._tokens[bucket] += max(tokens - EDGES[bucket], 1.0)
+        self._ends[bucket] += 1.0
+        self._news += 1
+
+    def effort_tokens(self, tokens: int) -> float:
+        """Return the tokens it takes for an end, at best, from answers of this age (1 / Gittins).
+
+        It is the least expected tokens for each expected end over all ages up to which one might go
+        on; at most the expected rest of the answer. Serving the least first gives the least mean
+        completion time that is possible without knowing the lengths.
+        """
+        if not self._effort or self._news >= _REFRESHED:
+            self._refresh()
+        return self._effort[bucket_of(tokens)]
+
+    def _refresh(self) -> None:
+        if self._effort:
+            self._ends = [each * _FORGETTING for each in self._ends]
+            self._tokens = [each * _FORGETTING for each in self._tokens]
+        self._news = 0
+        self._effort = _efforts(self._hazards())
+
+    def _hazards(self) -> list[float]:
+        """Return the ends per token in each bucket."""
+        if self._whole is not None:
+            doubt = _DOUBT_OF_PART
+            expected_tokens = [1.0 / hazard for hazard in self._whole._hazards()]
+        else:
+            doubt = _DOUBT
+            mean = (sum(self._tokens) + _FIRST_GUESS_TOKENS) / (sum(self._ends) + 1.0)
+            expected_tokens = [mean] * len(EDGES)
+        return [
+            (ends + doubt) / (tokens + doubt * expected)
+            for ends, tokens, expected in zip(
+                self._ends, self._tokens, expected_tokens, strict=True
+            )
+        ]
+
+
+def bucket_of(tokens: int) -> int:
+    """Return the bucket of an age."""
+    return bisect_right(EDGES, tokens) - 1
+
+
+def _efforts(hazards: list[float]) -> list[float]:
+    """Return the least expected tokens per expected end, from the begin of each bucket."""
+    survival = [
+        math.exp(-hazard * (end - begin))
+        for (begin, end), hazard in zip(pairwise(EDGES), hazards, strict=False)
+    ]
+    tokens = [(1.0 - alive) / hazard for alive, hazard in zip(survival, hazards, strict=False)]
+    efforts = []
+    for first in range(len(survival)):
+        best, alive, spent = math.inf, 1.0, 0.0
+        for bucket in range(first, len(survival)):
+            spent += alive * tokens[bucket]
+            alive *= survival[bucket]
+            best = min(best, spent / (1.0 - alive))
+            if alive < 1e-3:
+                break
+        else:
+            best = min(best, spent + alive / hazards[-1])
+        efforts.append(best)
+    return [*efforts, 1.0 / hazards[-1]]

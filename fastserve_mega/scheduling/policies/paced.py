@@ -1,0 +1,116 @@
+"""Pacing: every reader is served in time, and what is left over goes by the work to be done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastserve_mega.scheduling.cost_model import CostModel
+from fastserve_mega.scheduling.policies.policy import Policy
+from fastserve_mega.scheduling.policies.queues import LevelledQueues
+from fastserve_mega.scheduling.policies.readers import Readers, Standing
+from fastserve_mega.scheduling.policies.starvation import StarvationWatch
+from fastserve_mega.scheduling.policies.triage import Triage
+from fastserve_mega.scheduling.request import Request
+from fastserve_mega.system.config import SchedulerConfig
+
+_LEAD = 1.5
+"""A deadline is near when it is fewer steps away than this."""
+_NOT_STARTED_S = 1e6
+"""Estimated time until a request runs that there is no place for."""
+
+
+class Paced(Policy):
+    """Serves each reader as fast as it reads, and finishes what is least work with the rest.
+
+    An answer ahead of its reader may pause at no cost to anybody, and one that is about to fall
+    behind is urgent. Levels, the highest first:
+
+    1. urgent: new requests and answers whose deadline is near, by deadline;
+    2. ahead: the other answers, by the expected rest of their work;
+    3. late: who cannot be in time any more (`Triage`), by expected work.
+    """
+
+    def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
+        super().__init__(config, cost_model)
+        self.queues = LevelledQueues(self.key, len(Standing))
+        self._readers = Readers(config, cost_model)
+        self._triage = Triage(config, self._readers, self.queues, self._set_standing)
+        self._pausing = StarvationWatch(
+            lambda request: self._readers.due_s(request) - request.waiting_since,
+            lambda request: request in self._readers and request.queue.level != Standing.URGENT,
+        )
+
+    def key(self, request: Request) -> tuple[Any, ...]:
+        level, number = request.queue.level, request.arrival_number
+        if level == Standing.URGENT:
+            return level, self._readers.due_s(request), number
+        return level, request.priority, self._readers[request].work_s, number
+
+    def add(self, request: Request, now: float) -> None:
+        self._readers.add(request, now)
+        request.queue.level = Standing.LATE
+        self.queues.add(request)
+        self._triage.add(request)
+
+    def remove(self, request: Request) -> None:
+        self.queues.remove(request)
+        self._triage.remove(request, self._readers.remove(request))
+
+    def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
+        if not batch:
+            return
+        readers, now = self._readers, batch[0].waiting_since
+        readers.observe_step(now, elapsed_s)
+        near_s = now + _LEAD * readers.interval_s
+        for request in batch:
+            reader = readers[request]
+            if request.num_pending_tokens > 1:  # its prefill goes on
+                if request.queue.level == Standing.LATE:
+                    reader.work_s = readers.work_s(request)
+                    self.queues.update(request)
+                continue
+            if not reader.has_begun:
+                reader.has_begun = True
+                reader.due_s = now
+                reader.work_s = readers.work_s(request)
+                request.queue.level = Standing.URGENT
+                self._triage.began(request)
+            if readers.yielded(request, now):
+                self._triage.resized(request)
+            if request.queue.level == Standing.URGENT and readers.due_s(request) > near_s:
+                is_late = reader.is_given_up
+                request.queue.level = Standing.LATE if is_late else Standing.AHEAD
+                self._pausing.add(request, len(self.queues))
+            self.queues.update(request)
+
+    def promote(self, now: float) -> None:
+        """Make urgent whose deadline has come near, and choose whom to start."""
+        near_s = now + _LEAD * self._readers.interval_s
+        while request := self._pausing.pop(near_s):
+            self._set_standing(request, Standing.URGENT)
+        self._triage.choose(now)
+
+    def next_deadline(self, now: float) -> float | None:
+        deadlines = (self._pausing.next_deadline(now), self._triage.next_deadline(now))
+        return min((each for each in deadlines if each is not None), default=None)
+
+    def enst(self, now: float) -> Callable[[Request], float]:
+        """Return what estimates the time until a request runs: until it has to."""
+
+        def until_urgent_s(request: Request) -> float:
+            if request.queue.level == Standing.URGENT:
+                return 0.0
+            if not self._readers[request].has_begun:
+                return _NOT_STARTED_S
+            return max(self._readers.wanted_s(request) - now, 0.0)
+
+        return until_urgent_s
+
+    def _set_standing(self, request: Request, standing: Standing) -> None:
+        if request.queue.level == standing:
+            return
+        request.queue.level = standing
+        self.queues.update(request)
+        if standing is not Standing.URGENT and self._readers[request].has_begun:
+            self._pausing.add(request, len(self.queues))

@@ -1,0 +1,146 @@
+"""What each answer is worth and when its reader wants the next token; for `paced`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from fastserve_mega.scheduling.cost_model import CostModel
+from fastserve_mega.scheduling.policies.lifetimes import EDGES, Lifetimes, bucket_of
+from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.system.config import SchedulerConfig
+
+_GAP_S = 0.3
+"""Longest planned pause of an answer whose KV is on the device."""
+_GAP_AWAY_S = 1.5
+"""The same on the host: it costs two copies, so a turn should yield many tokens."""
+_GAP_GIVEN_UP_S = 5.0
+"""The same for an answer that was given up."""
+_TYPICAL_CONTEXT = 256
+_PROMPT_BUCKETS = 20
+"""Prompts are told apart by powers of two."""
+_SMOOTHING = 0.05
+
+
+class Standing(IntEnum):
+    """The levels of the queue."""
+
+    URGENT = 0
+    """A deadline is near: the first token's, or that of a reader who is about to wait."""
+    AHEAD = 1
+    """The answer is ahead of its reader."""
+    LATE = 2
+    """It cannot be in time any more, there is no place for it, or it was given up."""
+
+
+@dataclass(slots=True, eq=False)
+class Reader:
+    """Who waits for the tokens of a request."""
+
+    due_s: float
+    """When the next token is wanted."""
+    bucket: int
+    """Of the tokens so far, in `EDGES`."""
+    work_s: float = 0.0
+    """Expected rest of its service when that was last looked at, seconds of the whole batch."""
+    has_begun: bool = False
+    """The first token is there."""
+    is_given_up: bool = False
+
+
+class Readers:
+    """All readers: their deadlines, and what work their requests still make."""
+
+    def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
+        self.interval_s = cost_model.decode_s(config.max_batch_size, _TYPICAL_CONTEXT)
+        """Time from a step to the next, smoothed."""
+        self._pace_s = 1.0 / config.paced.tokens_per_s
+        self._ttft_s = config.paced.ttft_s
+        self._cost_model = cost_model
+        self._batch_size = config.max_batch_size
+        self._batch_tokens = config.max_batch_tokens
+        self._all = Lifetimes()
+        self._by_prompt = tuple(Lifetimes(self._all) for _ in range(_PROMPT_BUCKETS))
+        self._readers: dict[Request, Reader] = {}
+        self._last_step_s = 0.0
+
+    def __getitem__(self, request: Request) -> Reader:
+        return self._readers[request]
+
+    def __contains__(self, request: Request) -> bool:
+        return request in self._readers
+
+    def add(self, request: Request, now: float) -> Reader:
+        """Take in who waits for a request that arrived."""
+        answered = request.num_tokens - request.num_prompt_tokens
+        reader = Reader(now + self._ttft_s, bucket_of(answered))
+        self._readers[request] = reader
+        reader.work_s = self.work_s(request)
+        return reader
+
+    def remove(self, request: Request) -> Reader:
+        """Forget a request that ends, and learn from it."""
+        reader = self._readers.pop(request)
+        if reader.has_begun:
+            tokens = request.num_tokens - request.num_prompt_tokens
+            self._all.ended(tokens)
+            self._lifetimes(request).ended(tokens)
+        return reader
+
+    def observe_step(self, now: float, elapsed_s: float) -> None:
+        """Follow the time between steps, which overlap in a pipeline."""
+        interval_s = min(elapsed_s, now - self._last_step_s)
+        self._last_step_s = now
+        self.interval_s += _SMOOTHING * (interval_s - self.interval_s)
+
+    def yielded(self, request: Request, now: float) -> bool:
+        """Move the deadline on after a token; return whether the work was estimated anew."""
+        reader = self._readers[request]
+        reader.due_s = max(reader.due_s, now) + self._pace_s
+        tokens = request.num_tokens - request.num_prompt_tokens
+        if reader.bucket + 1 == len(EDGES) or tokens < EDGES[reader.bucket + 1]:
+            return False
+        self._all.survived(reader.bucket)
+        self._lifetimes(request).survived(reader.bucket)
+        reader.bucket += 1
+        reader.work_s = self.work_s(request)
+        return True
+
+    def due_s(self, request: Request) -> float:
+        """Return when a request has to yield a token: for its reader, or to bound the pause."""
+        reader = self._readers[request]
+        if not reader.has_begun:
+            return reader.due_s
+        gap_s = _GAP_S
+        if reader.is_given_up:
+            gap_s = _GAP_GIVEN_UP_S
+        elif request.place is Place.SWAPPED:
+            gap_s = _GAP_AWAY_S
+        return min(reader.due_s, request.waiting_since + gap_s)
+
+    def wanted_s(self, request: Request) -> float:
+        """Return when a request would have to yield a token if its KV were on the host."""
+        reader = self._readers[request]
+        gap_s = _GAP_GIVEN_UP_S if reader.is_given_up else _GAP_AWAY_S
+        return min(reader.due_s, request.waiting_since + gap_s)
+
+    def prefill_s(self, request: Request) -> float:
+        """Return the time of what is left of a prefill, among other work."""
+        pending = request.num_pending_tokens
+        if not request.num_computed_tokens:
+            pending -= request.kv.num_cached_tokens
+        if pending <= 1:
+            return 0.0
+        return pending * self._cost_model.prefill_s(self._batch_tokens) / self._batch_tokens
+
+    def work_s(self, request: Request) -> float:
+        """Return the expected rest of a request's service, in seconds of the whole batch."""
+        answered = request.num_tokens - request.num_prompt_tokens
+        tokens = min(
+            self._lifetimes(request).effort_tokens(answered), max(request.max_tokens - answered, 1)
+        )
+        step_s = self._cost_model.decode_s(self._batch_size, _TYPICAL_CONTEXT)
+        return self.prefill_s(request) + tokens * step_s / self._batch_size
+
+    def _lifetimes(self, request: Request) -> Lifetimes:
+        return self._by_prompt[min(request.num_prompt_tokens.bit_length(), _PROMPT_BUCKETS - 1)]

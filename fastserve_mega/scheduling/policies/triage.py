@@ -1,0 +1,206 @@
+"""Whom to start when not all can be served in time; for `paced`."""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from itertools import islice
+
+from fastserve_mega.scheduling.policies.queues import RequestQueues
+from fastserve_mega.scheduling.policies.readers import Reader, Readers, Standing
+from fastserve_mega.scheduling.policies.starvation import StarvationWatch
+from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.system.config import SchedulerConfig
+
+_LOOKED_AT = 256
+"""Waiting requests that a step chooses from: those with the first deadlines."""
+_USED = 0.9
+"""Share of the tokens of full batches that is promised to readers."""
+_USED_WITH_HOST = 0.7
+"""So much less while KV moves between device and host: who is copied does not run."""
+_BEHIND_S = 0.05
+"""While an answer that has begun is later than this, nobody is started."""
+_STARVED_SHARE = 0.1
+"""Starved requests started for each that is in time."""
+_MOST_CREDIT = 4.0
+_LARGER = 2.0
+"""An answer is given up for a request that makes less work by this factor."""
+_CRUMB = 0.1
+"""What an answer that was given up still takes, in places."""
+
+
+class Triage:
+    """Decides which requests are started, so that the promises to those that were can be kept.
+
+    - A *place* is the pace of one reader. There are as many as full batches of the present step
+      time make tokens, less some; of the residents alone when not all fit on the device.
+    - Of those who wait, as many are kept as can have their first token in time: in the order of
+      deadlines, and whenever one would be late, the one with the longest prefill is let go (Moore
+      and Hodgson: no other choice keeps more). Those with the least work get the places.
+    - Without a place left, an answer whose rest is much more work is given up: its reader waits,
+      and others are served in time with what it would have taken.
+    - Nobody waits for ever: who has waited for `patience` times its own service is *starved*, and
+      of all that are started a share is for the starved, in the order of starving.
+
+    Args:
+        config: of the scheduler.
+        readers: knows deadlines and work.
+        queues: of the scheduler's requests.
+        set_standing: moves a request to another level.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        readers: Readers,
+        queues: RequestQueues,
+        set_standing: Callable[[Request, Standing], None],
+    ) -> None:
+        self._readers = readers
+        self._queues = queues
+        self._set_standing = set_standing
+        self._batch_size = config.max_batch_size
+        self._tpot_s = config.paced.tpot_s
+        self._starving = StarvationWatch(
+            lambda request: config.paced.ttft_s + config.paced.patience * readers[request].work_s,
+            self._may_starve,
+        )
+        self._in_time: dict[Request, None] = {}
+        """Those who wait and may still have their first token in time, by arrival."""
+        self._lifted: set[Request] = set()
+        """Starved requests that are started and have no token yet."""
+        self._streams: list[tuple[int, float, int, Request]] = []
+        """Answers with a place: priority, work, arrival number; the last is given up first."""
+        self._stream_of: dict[Request, tuple[int, float, int, Request]] = {}
+        self._num_given_up = 0
+        self._credit = 0.0
+
+    def add(self, request: Request) -> None:
+        """Take in a request that arrived."""
+        self._in_time[request] = None
+        self._starving.add(request, len(self._queues))
+
+    def began(self, request: Request) -> None:
+        """Take in that a request has its first token."""
+        if request in self._in_time:
+            del self._in_time[request]
+            self._credit = min(self._credit + _STARVED_SHARE, _MOST_CREDIT)
+        self._lifted.discard(request)
+        self._give_place(request)
+
+    def resized(self, request: Request) -> None:
+        """Take in that the work of an answer was estimated anew."""
+        if request in self._stream_of:
+            self._take_place(request)
+            self._give_place(request)
+
+    def remove(self, request: Request, reader: Reader) -> None:
+        """Forget a request that ends."""
+        self._in_time.pop(request, None)
+        self._lifted.discard(request)
+        if request in self._stream_of:
+            self._take_place(request)
+        self._num_given_up -= reader.is_given_up
+
+    def next_deadline(self, now: float) -> float | None:
+        """Return when the next request starves; None for never."""
+        return self._starving.next_deadline(now)
+
+    def choose(self, now: float) -> None:
+        """Start whom there are places for, the starved first; let go who would be late."""
+        places = self._places(now)
+        while places >= 1.0 and self._credit >= 1.0 and (starved := self._starving.pop(now)):
+            places -= 1.0
+            self._credit -= 1.0
+            self._in_time.pop(starved, None)
+            self._lifted.add(starved)
+            self._set_standing(starved, Standing.URGENT)
+        if self._in_time:
+            self._start(self._keep(now), places)
+
+    # --- places ----------------------------------------------------------------------------------
+
+    def _places(self, now: float) -> float:
+        """Return how many more readers can be served."""
+        if self._is_behind(now):
+            return 0.0
+        served = float(self._batch_size)
+        if self._queues.count(Place.SWAPPED):
+            served = min(served, self._queues.count(Place.RESIDENT)) * _USED_WITH_HOST
+        places = _USED * served * self._tpot_s / self._readers.interval_s
+        taken = len(self._streams) + _CRUMB * self._num_given_up + len(self._lifted)
+        return places - taken
+
+    def _is_behind(self, now: float) -> bool:
+        """Whether the reader of an answer waits, though it was not given up."""
+        for place in (Place.RESIDENT, Place.SWAPPED):
+            for request in islice(self._queues.walk(place), self._batch_size):
+                reader = self._readers[request]
+                if request.queue.level != Standing.URGENT or reader.due_s > now - _BEHIND_S:
+                    break
+                if reader.has_begun and not (reader.is_given_up or request.num_scheduled_tokens):
+                    return True
+        return False
+
+    def _give_place(self, request: Request) -> None:
+        work_s = self._readers[request].work_s
+        stream = (request.priority, work_s, request.arrival_number, request)
+        self._stream_of[request] = stream
+        insort(self._streams, stream)
+
+    def _take_place(self, request: Request) -> None:
+        del self._streams[bisect_left(self._streams, self._stream_of.pop(request))]
+
+    # --- who is started --------------------------------------------------------------------------
+
+    def _keep(self, now: float) -> list[Request]:
+        """Return those who can have their first token in time; let the others go."""
+        readers = self._readers
+        end_s = now + readers.interval_s
+        kept: list[tuple[float, int, Request]] = []
+        late = []
+        for request in islice(self._in_time, _LOOKED_AT):
+            prefill_s = readers.prefill_s(request)
+            end_s += prefill_s
+            heapq.heappush(kept, (-prefill_s, request.arrival_number, request))
+            if end_s > readers[request].due_s:
+                shorter_s, _, longest = heapq.heappop(kept)
+                end_s += shorter_s
+                late.append(longest)
+        for request in late:
+            del self._in_time[request]
+            self._set_standing(request, Standing.LATE)
+        return [request for _, _, request in kept]
+
+    def _start(self, kept: list[Request], places: float) -> None:
+        """Give the places to those with the least work; who has begun its prefill goes on."""
+        readers = self._readers
+        for request in kept:
+            readers[request].work_s = readers.work_s(request)
+        kept.sort(key=lambda each: (each.priority, readers[each].work_s, each.arrival_number))
+        for request in kept:
+            if places < 1.0:
+                places += self._give_up_for(request)
+            is_started = places >= 1.0 or request.num_computed_tokens > 0
+            places -= is_started
+            self._set_standing(request, Standing.URGENT if is_started else Standing.LATE)
+
+    def _give_up_for(self, request: Request) -> float:
+        """Give up the answer with the most work if that is much more; return the places won."""
+        if not self._streams:
+            return 0.0
+        priority, work_s, _, largest = self._streams[-1]
+        least = request.priority, _LARGER * self._readers[request].work_s
+        if (priority, work_s) < least:
+            return 0.0
+        self._take_place(largest)
+        self._num_given_up += 1
+        self._readers[largest].is_given_up = True
+        self._set_standing(largest, Standing.LATE)
+        return 1.0 - _CRUMB
+
+    def _may_starve(self, request: Request) -> bool:
+        if request.is_finished or self._readers[request].has_begun:
+            return False
+        return request.queue.level == Standing.LATE
