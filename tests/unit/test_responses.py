@@ -213,7 +213,11 @@ def test_a_client_that_goes_away_cancels(api, shared):
         ({"input": []}, "input", "the input has 1 to 4096 items, got 0"),
         ({"input": "x", "background": True}, "background", "background=True is not supported"),
         ({"input": "x", "tools": [{"type": "web_search"}]}, "tools.0.type", "should be 'function'"),
-        ({"input": "x", "tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "names 'f'"),
+        (
+            {"input": "x", "tool_choice": {"type": "function", "name": "f"}},
+            "tool_choice",
+            "names 'f'",
+        ),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
         ({"input": "x", "reasoning": {"effort": "wild"}}, "reasoning.effort", "should be 'none'"),
         (
