@@ -16,7 +16,7 @@ from test_sampling_options import EOS, SamplingRunner
 
 pytest.importorskip("llguidance")
 
-from fastserve_mega.client import Client, ServerError
+from fastserve_mega.client import Client, InvalidRequestError
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import SamplingParams, StructuredOutput
 from fastserve_mega.worker.grammar import Grammars
@@ -92,7 +92,7 @@ def test_a_grammar_that_only_the_rank_finds_bad_ends_its_request_alone(server):
     with Client(server.endpoint) as client:
         good = client.submit((5, 6), SamplingParams(max_tokens=30, ignore_eos=True))
         refused = client.submit((5, 6), SamplingParams(structured=bad))
-        with pytest.raises(ServerError, match="unclosed character class"):
+        with pytest.raises(InvalidRequestError, match="unclosed character class"):
             refused.wait()
         assert len(good.wait().token_ids) == 30
         choice = StructuredOutput(choice=("fox",))
