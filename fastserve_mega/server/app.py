@@ -86,7 +86,7 @@ def create_app(
     app.include_router(chat_router(conversations))
     app.include_router(responses_router(conversations, ResponseStore()))
     app.include_router(messages_router(conversations))
-    app.include_router(tokens_router(service))
+    app.include_router(tokens_router(conversations))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)
     _answer_head(app)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter
 
 from fastserve_mega.server.answers import Json
-from fastserve_mega.server.chat_protocol import Messages
+from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.protocol import Strict, TokenIds
-from fastserve_mega.server.service import Service
 
 
 class TokenizeRequest(Strict):
@@ -16,7 +17,16 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Messages | None = None
+    messages: list[Any] | None = None
+    """These and the following as in a chat completion, which looks at them."""
+    tools: list[Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def conversation(self) -> dict[str, Any]:
+        """The body of a chat completion with this prompt."""
+        names = ("messages", "tools", "chat_template_kwargs")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class DetokenizeRequest(Strict):
@@ -26,23 +36,21 @@ class DetokenizeRequest(Strict):
     tokens: TokenIds
 
 
-def tokens_router(service: Service) -> APIRouter:
-    """The two endpoints, with their service."""
+def tokens_router(conversations: Conversations) -> APIRouter:
+    """The two endpoints."""
     router = APIRouter()
+    service = conversations.service
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
         await service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
+        if (body.prompt is None) == (not body.conversation):
             raise ApiError(400, "send either prompt or messages", param="prompt")
         if body.prompt is not None:
             tokens = await service.encode(body.prompt)
         else:
-            try:
-                messages = [message.plain() for message in body.messages or ()]
-            except ValueError as error:
-                raise ApiError(400, str(error), param="messages") from None
-            tokens = (await service.render_chat(messages)).token_ids
+            asked = conversations.chat_request(body.conversation)
+            tokens = (await conversations.render(asked)).token_ids
         welcome = await service.client.info()
         return {"tokens": tokens, "count": len(tokens), "max_model_len": welcome.max_context}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import httpx
 import openai
 import pytest
 from fake_coordinator import start_fake_coordinator
@@ -256,6 +257,28 @@ def test_what_is_wrong_is_refused(api, says, options, sentence):
         ask(api, **options)
     assert sentence in caught.value.body["message"]
     assert coordinator.received(Submit) == []
+
+
+def test_the_tokens_of_a_conversation_are_counted_with_its_tools(api, shared, says):
+    coordinator = says("x")
+    call = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    messages = [
+        *HI,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    ask(api, messages=messages)
+    (submit,) = coordinator.received(Submit)
+    asked = {"messages": messages, "tools": TOOLS, "chat_template_kwargs": {}}
+    counted = httpx.post(f"{shared[1]}/tokenize", json=asked, timeout=WAIT_S).json()
+    assert counted["tokens"] == list(submit.prompt)
+    for wrong, sentence in (
+        ({"messages": [{"role": "fool"}]}, "messages.0.role: input should be"),
+        ({"tools": TOOLS}, "messages: field required"),
+        ({"prompt": "x", "tools": TOOLS}, "send either prompt or messages"),
+    ):
+        told = httpx.post(f"{shared[1]}/tokenize", json=wrong, timeout=WAIT_S)
+        assert (told.status_code, sentence in told.text) == (400, True)
 
 
 def nested(depth):
