@@ -21,7 +21,8 @@ from fastserve_mega.worker.megatron.distributed_checkpoint import (
 )
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.pieces import Piece, Weight
-from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles, has_safetensors
+from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
+from fastserve_mega.worker.megatron.weight_files import has_safetensors
 from fastserve_mega.worker.megatron.weights import unused_positions, weights_of
 
 _FUSED_EXPERTS = ".experts.gate_up_proj"

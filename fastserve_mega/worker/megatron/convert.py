@@ -36,8 +36,8 @@ from fastserve_mega.worker.megatron.initialize import join_process_groups
 from fastserve_mega.worker.megatron.layer_spec import choose_layers
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.megatron.pieces import Weight
-from fastserve_mega.worker.megatron.safetensors_files import INDEX_FILE, has_safetensors
 from fastserve_mega.worker.megatron.safetensors_writer import TensorInfo, write_safetensors
+from fastserve_mega.worker.megatron.weight_files import INDEX_FILE, has_safetensors
 from fastserve_mega.worker.megatron.weights import unused_positions, weights_of
 from fastserve_mega.worker.topology import Topology
 

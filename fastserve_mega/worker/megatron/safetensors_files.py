@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from fastserve_mega import faults
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from fastserve_mega.worker.megatron.weight_files import find_files
 
 _DTYPES = {
     "F64": torch.float64,
@@ -33,15 +31,6 @@ _DTYPES = {
 }
 """Weights; by their name in a file's header."""
 KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
-_OTHER_WEIGHTS = {
-    "adapter_model.*": "an adapter, to be merged into its base model first",
-    "*.safetensors": f"a part, of which {INDEX_FILE} has to name the others",
-    "pytorch_model*.bin": "pickled weights, which can run code; convert them where you trust them: "
-    "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY) of transformers",
-    "*.gguf": "quantized weights of llama.cpp, which are not supported",
-    "*.pth": "weights under other names, to be converted by the script of their family first",
-}
-"""Files that a directory may have in place of ours, and what to do with them."""
 _LFS_POINTER = b"version "
 """How it begins."""
 _MAX_HEADER_BYTES = 100_000_000
@@ -105,7 +94,7 @@ class SafetensorsFiles:
         self._whole: tuple[str, Tensor] | None = None
         self._tensors: dict[str, StoredTensor] = {}
         self._read_part = faults.at("rank.read_checkpoint", os.preadv)
-        for path in _find_files(directory):
+        for path in find_files(directory):
             self._tensors.update(_read_header(path))
 
     def __enter__(self) -> SafetensorsFiles:
@@ -231,43 +220,6 @@ class SafetensorsFiles:
             file = self._stack.enter_context(path.open("rb", buffering=0))
             self._descriptors[path] = file.fileno()
         return self._descriptors[path]
-
-
-def has_safetensors(directory: Path) -> bool:
-    """Whether there are weights in this format, be they whole or not."""
-    return (directory / SINGLE_FILE).is_file() or (directory / INDEX_FILE).is_file()
-
-
-def _find_files(directory: Path) -> Iterable[Path]:
-    """The single file where there is one: an index beside it is ignored, as transformers does."""
-    index_path = directory / INDEX_FILE
-    if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
-    if not index_path.is_file():
-        raise ValueError(
-            f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
-            f"{_advice(directory)}"
-        )
-    try:
-        names = sorted({*json.loads(index_path.read_text())["weight_map"].values()})
-        files = [directory / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index_path}: not a valid index of safetensors files") from None
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{directory}: {len(missing)} of the files named in {INDEX_FILE} are "
-            f"missing, the first is {missing[0]}"
-        )
-    return files
-
-
-def _advice(directory: Path) -> str:
-    """What to do with weights of another kind, where there are any."""
-    for pattern, advice in _OTHER_WEIGHTS.items():
-        if found := sorted(path.name for path in directory.glob(pattern)):
-            return f", but {found[0]}: {advice}"
-    return ""
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
