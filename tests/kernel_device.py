@@ -9,11 +9,13 @@ import pytest
 import torch
 from packaging.version import Version
 
-pytest.importorskip("triton", reason="Triton is missing (pip install '.[test,kernels]')")
+triton = pytest.importorskip("triton", reason="Triton is missing: pip install '.[test,kernels]'")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if IS_INTERPRETED and Version(np.__version__) >= Version("2.4"):
+_IS_OLD = Version(triton.__version__) < Version("3.9")
+if IS_INTERPRETED and _IS_OLD and Version(np.__version__) >= Version("2.4"):
     pytest.skip(
-        f"Triton's interpreter fails with NumPy {np.__version__} (pip install '.[test,kernels]')",
+        f"the interpreter of Triton {triton.__version__} fails with NumPy {np.__version__}: "
+        "pip install '.[test,kernels]'",
         allow_module_level=True,
     )
 

@@ -12,13 +12,11 @@ mkdir -p "$OUT"
 rm -f "$OUT/table.jsonl"
 
 rehearsal="${1:-}"
+kernels=tests/unit/kernels marked=gpu
 if [ "$rehearsal" = --rehearse ]; then
-    marked="not gpu and not slow"
-    tests=(tests/unit/kernels/test_row_kernels.py)
+    kernels="$kernels/test_row_kernels.py" marked="not gpu"
 else
     export TRITON_INTERPRET=0
-    marked="not model"
-    tests=(tests/unit/kernels tests/unit/worker/test_host_pool.py tests/unit/worker/test_megatron_runner.py)
 fi
 
 stage() {
@@ -30,17 +28,21 @@ stage() {
     if [ "$status" -ne 0 ]; then
         tail -n 15 "$OUT/$name.log"
         "$python" tools/gpu_check.py add "$name" "failed with status $status, see $OUT/$name.log"
-    elif [ "$name" = tests ]; then
-        "$python" tools/gpu_check.py add tests "$(tail -n 1 "$OUT/tests.log")" > /dev/null
+    elif [[ "$name" = tests-* ]]; then
+        "$python" tools/gpu_check.py add "$name" "$(tail -n 1 "$OUT/$name.log")" > /dev/null
     fi
+}
+tests() {
+    stage "tests-$1" 120 "$python" -m pytest -q --timeout 60 -p no:cacheprovider -W default "${@:2}"
 }
 check() {
     stage "$1" "$2" "$python" -W default tools/gpu_check.py "$1" $rehearsal
 }
 
 check machine 60
-stage tests 120 "$python" -m pytest -q -x --timeout 60 -p no:cacheprovider -W default \
-    -m "$marked" "${tests[@]}"
+tests kernels "$kernels"
+tests device -m "$marked" tests/unit/worker/test_host_pool.py tests/unit/worker/test_megatron_runner.py \
+    ${rehearsal:+-k "no_pool or empty_batch"}
 check accuracy 60
 check weights 90
 for engine in torch kernels graphs; do

@@ -14,13 +14,13 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda":
         return host.to(device)
-    return host.pin_memory(device).to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def copy_to_device(host: Tensor, target: Tensor) -> None:
     """The same into a tensor that is there already."""
     if target.device.type == "cuda":
-        host = host.pin_memory(target.device)
+        host = host.pin_memory()
     target.copy_(host, non_blocking=True)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "tools/gpu_check.sh"
-ROWS = ("tests", "start with these weights", "decode, graphs, batch 3", "8 blocks in", "card")
+ROWS = ("tests-kernels", "tests-device", "start with", "graphs, batch 3", "8 blocks in", "card")
 
 
 @pytest.mark.slow

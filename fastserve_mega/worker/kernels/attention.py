@@ -30,7 +30,9 @@ _FULL_DEVICE = 512
 _MOST_SPLITS = 32
 
 
-@triton.jit
+# Numbers that differ from step to step would be compiled for once more if they are 1, or a multiple
+# of 16; what is gained by that comes from PAGE.
+@triton.jit(do_not_specialize=["first_sequence", "table_width", "layer_page", "block_pages"])
 def _attend(
     qkv, pool, scales, tables, contexts, first_rows, out, partial, maxima, sums,
     first_sequence, table_width, layer_page, block_pages, scale, softcap,

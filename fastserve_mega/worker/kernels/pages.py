@@ -94,7 +94,7 @@ def _clamped(x, scale, LARGEST: tl.constexpr):
     return tl.minimum(tl.maximum(x / scale.to(tl.float32), -LARGEST), LARGEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["layer_page", "block_pages"])
 def _rotate_and_write(
     qkv, pool, scales, slots, positions, frequencies, query_norm, key_norm,
     layer_page, block_pages, factor, epsilon, offset,

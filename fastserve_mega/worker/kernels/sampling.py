@@ -28,7 +28,7 @@ def _weight(logits, token, real, largest, temperature, floor):
     return tl.where(real & (weight >= floor), weight, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _draw(
     logits, numbers, tokens, rows, vocabulary, stride,
     COLUMNS: tl.constexpr,

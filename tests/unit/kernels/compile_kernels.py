@@ -86,16 +86,18 @@ def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str
     names = kernel.arg_names
     signature, attributes, known = {}, {}, dict(constants)
     for index, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        is_general = kernel.params[index].do_not_specialize
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and not is_general:
             known[name] = 1
             continue
         else:
             signature[name] = "i32"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        is_multiple = isinstance(value, int) and value % 16 == 0 and not is_general
+        if isinstance(value, torch.Tensor) or is_multiple:
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(known, "constexpr")
     source = ASTSource(

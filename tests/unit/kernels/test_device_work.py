@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastserve_mega.models.architecture import load_architecture
-from fastserve_mega.system.config import ParallelConfig
+from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig, SchedulerConfig
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.kernels import launching
 from fastserve_mega.worker.kv_cache import KvCache
+from fastserve_mega.worker.megatron import decode_graphs, engine_choice
 from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, recorded_sizes
+from fastserve_mega.worker.megatron.engine import TorchEngine
 from fastserve_mega.worker.megatron.initialize import join_process_groups
 from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
 from fastserve_mega.worker.megatron.layer_spec import choose_layers
@@ -146,6 +148,45 @@ def test_steps_of_a_shape_do_the_same_on_the_same_memory(open_engine, monkeypatc
     assert "_merge" in work.names
     copies = {"aten::_local_scalar_dense", "aten::_to_copy", "aten::copy_", "aten::nonzero"}
     assert copies.isdisjoint(work.names)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "message"),
+    [
+        ("auto", KernelEngine, "kernels (recording graphs of decoding steps)"),
+        ("graphs", KernelEngine, "recorded 3 graphs in"),
+        ("kernels", KernelEngine, "kernels (no graphs: cuda_engine=kernels)"),
+        ("torch", TorchEngine, "torch (parallel.cuda_engine=torch)"),
+    ],
+)
+def test_the_engine_is_chosen_and_said(  # noqa: PLR0917
+    open_engine, monkeypatch, caplog, wanted, kind, message
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(launching, "launch", lambda *arguments, **constants: None)
+    monkeypatch.setattr(decode_graphs, "CudaRecorder", Again)
+    given = open_engine(2)
+    parts = (given._stage, given._architecture, given._partition, given._cache)
+    config = Config(
+        model=ModelConfig(path="x"),
+        parallel=ParallelConfig(cuda_engine=wanted),
+        scheduler=SchedulerConfig(max_batch_size=4),
+    )
+    engine = engine_choice._open_on_cuda(config, *parts, is_trial=False)
+    assert type(engine) is kind
+    assert message in caplog.text
+    caplog.clear()
+    engine_choice._open_on_cuda(config, *parts, is_trial=True)
+    assert not caplog.text
+
+
+def test_an_engine_that_cannot_be_is_refused_with_the_reason(open_engine, monkeypatch):
+    given = open_engine(2)
+    parts = (given._stage, given._architecture, given._partition, given._cache)
+    config = Config(model=ModelConfig(path="x"), parallel=ParallelConfig(cuda_engine="kernels"))
+    monkeypatch.setattr(engine_choice, "_MAX_KERNEL_HEAD_DIM", 64)
+    with pytest.raises(ValueError, match="cuda_engine=kernels, but the kernels have no head_dim"):
+        engine_choice._open_on_cuda(config, *parts, is_trial=False)
 
 
 class Again:
