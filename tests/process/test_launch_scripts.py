@@ -15,6 +15,7 @@ import yaml
 from fake_server import expected_tokens
 
 from fastserve_mega.client import Client
+from fastserve_mega.drill.processes import named_processes
 from fastserve_mega.process_tree import descendants, is_running
 from fastserve_mega.types import SamplingParams
 
@@ -33,17 +34,6 @@ def environment():
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     faults = {"FASTSERVE_MEGA_FAULTS": "rank.before_step:delay=0.005"}
     return {**kept, **faults, "PATH": path, "PYTHONPATH": str(ROOT), "ARGUMENTS": "--runner fake"}
-
-
-def ranks(script: int) -> list[int]:
-    """Process ids of the ranks below a script."""
-    return [
-        process_id
-        for process_id in sorted(descendants(script))
-        if "\0worker\0" in Path(f"/proc/{process_id}/cmdline").read_text()
-        and "python" in Path(f"/proc/{process_id}/exe").resolve().name
-        and "torchrun" not in Path(f"/proc/{process_id}/cmdline").read_text()
-    ]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +56,7 @@ def test_a_stream_goes_on_when_a_rank_is_killed(script, model_directory, environ
                 params = SamplingParams(max_tokens=COUNT, temperature=0.0, ignore_eos=True)
                 generation = client.submit(PROMPT, params)
                 next(iter(generation))
-                os.kill(ranks(process.pid)[-1], signal.SIGKILL)
+                os.kill(named_processes(process.pid)["rank 1"], signal.SIGKILL)
                 assert generation.wait().token_ids == expected_tokens(PROMPT, COUNT)
             everyone = descendants(process.pid)
             process.terminate()

@@ -18,7 +18,7 @@ import yaml
 from fake_server import expected_tokens
 
 from fastserve_mega.client import Client, ServerError
-from fastserve_mega.drill.processes import listening_ports
+from fastserve_mega.drill.processes import HTTP_SERVER, listening_ports, named_processes
 from fastserve_mega.process_tree import descendants, is_running
 from fastserve_mega.types import SamplingParams
 
@@ -84,18 +84,10 @@ class Served:
             finally:
                 self.process.kill()
 
-    def find(self, name: str) -> list[int]:
-        """Processes of one kind below `serve`."""
-        found = []
-        for process_id in sorted(descendants(self.process.pid)):
-            words = Path(f"/proc/{process_id}/cmdline").read_bytes().decode().split("\0")
-            program = Path(words[0]).name
-            # A process that has just been forked is not yet what it will be.
-            is_ours = "python" in program and "fastserve_mega" in words[:-1]
-            kind = words[words.index("fastserve_mega") + 1] if is_ours else program
-            if kind == name:
-                found.append(process_id)
-        return found
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, in their order."""
+        found = named_processes(self.process.pid)
+        return [found[name] for name in sorted(found) if name.startswith("rank")]
 
     def wait_until_closed(self) -> None:
         """Until no connection is accepted any more, which is how stopping begins."""
@@ -138,12 +130,12 @@ def send(process_id: int, number: signal.Signals) -> None:
 def test_ranks_that_are_lost_while_they_start_are_started_once_more(served):
     expected = expected_tokens(PROMPT, COUNT)
     with served() as server, Client(server.endpoint) as client:
-        before = server.find("worker")
+        before = server.ranks()
         generation = client.submit(PROMPT, PARAMS)
         next(iter(generation))
         send(before[0], signal.SIGKILL)
         deadline = time.monotonic() + WAIT_S
-        while not (starting := set(server.find("worker")) - set(before)):
+        while not (starting := set(server.ranks()) - set(before)):
             assert time.monotonic() < deadline, "nothing is started again"
         send(starting.pop(), signal.SIGKILL)
         assert generation.wait().token_ids == expected
@@ -157,7 +149,7 @@ def test_an_http_stream_goes_on_when_the_ranks_are_lost(served):
     ):
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
-        send(server.find("worker")[-1], signal.SIGKILL)
+        send(server.ranks()[-1], signal.SIGKILL)
         *_, last, done = [line.removeprefix("data: ") for line in lines if line]
     assert json.loads(last)["choices"][0]["finish_reason"] == "length"
     assert done == "[DONE]"
@@ -178,7 +170,7 @@ def test_a_request_that_is_sent_again_after_its_http_server_was_killed_has_the_s
     with served() as server, httpx.Client(base_url=server.url, timeout=WAIT_S) as http:
         stream = read(http, first)
         next(stream)
-        send(server.find("api-server")[0], signal.SIGKILL)
+        send(named_processes(server.process.pid)[HTTP_SERVER], signal.SIGKILL)
         with pytest.raises(httpx.TransportError):
             list(stream)
         list(read(http, second))
