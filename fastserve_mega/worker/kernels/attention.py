@@ -202,7 +202,7 @@ def attend(
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, DIM=padded(head_dim),
             BLOCK_SIZE=pages.block_size, PAGE=pages.page_size, ROWS=rows, KEYS=_KEYS,
             SPLITS=splits, WINDOW=window or 0, SOFTCAP=softcap is not None,
-            QUANTIZED=pages.is_quantized, num_warps=4 if rows <= _PREFILL_ROWS else 8,
+            QUANTIZED=pages.is_quantized, num_warps=4 if rows < _PREFILL_ROWS else 8,
         )  # fmt: skip
         if splits > 1:
             launching.launch(
