@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: demo serve test test-long coverage test-install test-browser check-launch model paper native-sanitize
+.PHONY: compat demo serve test test-long coverage test-install test-browser check-launch model paper native-sanitize
 
 demo:
 	@tools/demo.sh
@@ -17,6 +17,11 @@ test-long:
 
 coverage:
 	@tools/coverage.sh
+
+# openai, anthropic, LangChain, LiteLLM and lm-evaluation-harness against the server, in environments
+# of their own. `make compat ARGS=litellm` is one of them.
+compat:
+	@tools/compat.sh $(ARGS)
 
 # The wheel in a fresh environment of each Python at hand: 2 GB of packages for each.
 # `make test-install ARGS=3.12` is one of them.

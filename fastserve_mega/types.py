@@ -118,12 +118,16 @@ class SamplingParams(Record, frozen=True, kw_only=True):
     logprobs: int | None = None
     """Report the log probability of each output token, and of so many of the most probable
     tokens. They are the model's own: before bias, penalties and temperature."""
+    prompt_logprobs: bool = False
+    """Report them of each prompt token but the first as well; needs `logprobs`. No KV is shared."""
     structured: StructuredOutput | None = None
     """Hold the output to a form; the end of sequence then comes where the form allows it."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise ValueError("prompt_logprobs needs logprobs")
         self._check_filters()
         self._check_penalties()
         self._check_logit_bias()
@@ -144,8 +148,8 @@ class SamplingParams(Record, frozen=True, kw_only=True):
 
     @property
     def needs_history(self) -> bool:
-        """Whether the rank that samples must know the output so far."""
-        return self.counts_tokens or self.structured is not None
+        """Whether the rank that samples must know the tokens so far."""
+        return self.counts_tokens or self.structured is not None or self.prompt_logprobs
 
     def _check_filters(self) -> None:
         _check_range("temperature", self.temperature, 0, 100)

@@ -15,7 +15,7 @@ from fastserve_mega.client.errors import (
     ServerBusyError,
     ServerError,
 )
-from fastserve_mega.messaging.messages import Finished, Submit, Tokens
+from fastserve_mega.messaging.messages import Finished, PromptLogprobs, Submit, Tokens
 from fastserve_mega.text.detokenizer import Detokenizer
 from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
 
@@ -85,6 +85,14 @@ class AsyncGeneration:
     def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """One for each of `token_ids` when asked for, else empty."""
         return tuple(self._state.logprobs)
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """One for each prompt token when asked for; they are here before the first output token.
+
+        None for the first, which follows nothing.
+        """
+        return tuple(self._state.prompt_logprobs)
 
     def __aiter__(self) -> AsyncGeneration:
         return self
@@ -161,6 +169,9 @@ class RequestState:
         self.received: list[int] = []
         self.logprobs: list[TokenLogprobs | None] = []
         """One for each token received, when the request asks for them."""
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        if submit.params.prompt_logprobs:
+            self.prompt_logprobs = [None] * len(submit.prompt)
         self.chunks: deque[Chunk] = deque()
         """Not taken by the consumer yet."""
         self.changed = asyncio.Event()
@@ -224,8 +235,15 @@ class RequestState:
             return False
         other.fail(ServerError("the same request was sent again, and goes on there"))
         logprobs = tuple(other.logprobs)
+        self.prompt_logprobs = other.prompt_logprobs
         self.on_tokens(Tokens(self.request_id, 0, tuple(other.received), logprobs))
         return True
+
+    def on_prompt_logprobs(self, message: PromptLogprobs) -> None:
+        """Take the log probabilities of prompt tokens; what was computed twice is told twice."""
+        end = message.start + len(message.logprobs)
+        if end <= len(self.prompt_logprobs):
+            self.prompt_logprobs[message.start : end] = message.logprobs
 
     def on_finished(self, message: Finished) -> None:
         """End as the server says."""

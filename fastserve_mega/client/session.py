@@ -25,6 +25,7 @@ from fastserve_mega.messaging.messages import (
     Metrics,
     Ping,
     Pong,
+    PromptLogprobs,
     Refused,
     Restarting,
     Snapshot,
@@ -159,6 +160,9 @@ class Session:
         self._unanswered_pings = 0
         if isinstance(message, Tokens):
             self._on_tokens(message)
+        elif isinstance(message, PromptLogprobs):
+            if (state := self._requests.get(message.request_id)) is not None:
+                state.on_prompt_logprobs(message)
         elif isinstance(message, Finished):
             # Unknown ones are the last words on requests that were cancelled here.
             if (state := self._requests.pop(message.request_id, None)) is not None:

@@ -160,6 +160,11 @@ class Generation:
         return self._generation.token_ids
 
     @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
+        """One for each prompt token when asked for; None for the first, which follows nothing."""
+        return self._generation.prompt_logprobs
+
+    @property
     def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """One for each of `token_ids` when asked for, else empty."""
         return self._generation.logprobs

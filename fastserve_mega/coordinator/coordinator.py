@@ -184,6 +184,9 @@ class Coordinator:
         finished: list[RequestId] = []
         filled: list[tuple[RequestId, BlockHash]] = []
         logprobs = result.logprobs or (None,) * len(sampled)
+        for scored in result.scored:
+            if (live := step.requests[scored.index]) in self._requests:
+                self._reply(live.client, live.score(scored.start, scored.logprobs))
         failures = {failure.index: failure for failure in result.failures}
         for index, (live, token) in enumerate(zip(sampled, result.token_ids, strict=True)):
             if live not in self._requests:
@@ -252,7 +255,8 @@ class Coordinator:
             self._metrics.requests.observe_rejection()
             return None
         live = LiveRequest(submit, client, now, list(submit.received))
-        if self._prefix_block_size:
+        # KV that is there already has no logits.
+        if self._prefix_block_size and not submit.params.prompt_logprobs:
             live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
         self._requests.add(live)
         self._metrics.requests.observe_arrival(len(submit.prompt))
@@ -280,6 +284,8 @@ class Coordinator:
             self._refuse_id(client, submit)
             return
         self._requests.move(live, client)
+        for scored in live.scored:
+            self._reply(client, scored)
         held = len(submit.received)
         if held < len(live.output):
             self._reply(client, live.tokens_from(held))

@@ -13,7 +13,7 @@ from hashlib import blake2b
 import msgspec
 
 from fastserve_mega.messaging.frames import Identity
-from fastserve_mega.messaging.messages import SequenceStart, Submit, Tokens
+from fastserve_mega.messaging.messages import PromptLogprobs, SequenceStart, Submit, Tokens
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.types import BlockHash, RequestId, SamplingParams, TokenLogprobs, Usage
 
@@ -77,6 +77,8 @@ class LiveRequest:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """One for each output token, None for what the client brought along; empty when not asked
     for."""
+    scored: list[PromptLogprobs] = field(default_factory=list)
+    """What its client was told of its prompt."""
     prompt: array[int] = field(init=False)
     """4 bytes a token, where a tuple takes 40: thousands of them wait in a full queue."""
     seed: int = field(init=False)
@@ -127,7 +129,7 @@ class LiveRequest:
             params,
             self.seed,
             len(prompt),
-            tuple(prompt) if params.repetition_penalty != 1.0 else (),
+            tuple(prompt) if params.repetition_penalty != 1.0 or params.prompt_logprobs else (),
             tuple(self.output) if params.needs_history else (),
         )
 
@@ -152,6 +154,12 @@ class LiveRequest:
             self.logprobs.append(logprobs)
         self.first_token_at = self.first_token_at or now
         self.last_token_at = now
+
+    def score(self, start: int, logprobs: tuple[TokenLogprobs, ...]) -> PromptLogprobs:
+        """Take log probabilities of prompt tokens from `start` on; returns what to tell."""
+        told = PromptLogprobs(self.request_id, start, logprobs)
+        self.scored.append(told)
+        return told
 
     def tokens_from(self, offset: int) -> Tokens:
         """The output from `offset` on, as its client is told."""

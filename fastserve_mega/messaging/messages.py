@@ -116,6 +116,18 @@ class Tokens(_Answer, frozen=True):
     client must have received before it submitted the request to this coordinator."""
 
 
+class PromptLogprobs(_Answer, frozen=True):
+    """How probable prompt tokens [start, start + len(logprobs)) are, for a request that asks.
+
+    They come before the first output token, and once more when they had to be computed again.
+    """
+
+    request_id: RequestId
+    start: Count
+    """At least 1: the first token follows nothing."""
+    logprobs: tuple[TokenLogprobs, ...]
+
+
 class Finished(_Answer, frozen=True):
     """The last message of an accepted or rejected request."""
 
@@ -229,6 +241,16 @@ class SequencesStarted(_Message, frozen=True):
     started: tuple[SequenceStart, ...]
 
 
+class ScoredPrompt(Record, frozen=True):
+    """How probable prompt tokens are that follow the input of a slice."""
+
+    index: Count
+    """Of the slice in plan.batch."""
+    start: Count
+    """Position of the first of them in the prompt."""
+    logprobs: tuple[TokenLogprobs, ...]
+
+
 class StepResult(_Message, frozen=True):
     """Sent by the rank that sampled, after each step with a batch."""
 
@@ -240,6 +262,7 @@ class StepResult(_Message, frozen=True):
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """One for each token when any request of the batch asks for them, else empty."""
     failures: tuple[SamplingFailure, ...] = ()
+    scored: tuple[ScoredPrompt, ...] = ()
 
 
 class CopyResult(_Message, frozen=True):
@@ -272,7 +295,8 @@ class KeepAlive(_Message, frozen=True):
 
 Message = (
     Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
-    | Welcome | Tokens | Finished | Refused | Pong | Metrics | Snapshot | Restarting
+    | Welcome | PromptLogprobs | Tokens | Finished | Refused | Pong | Metrics | Snapshot
+    | Restarting
     | WorkerReady | SequencesStarted | StepCommand | StepResult | CopyResult | WorkerFailed
     | Shutdown | KeepAlive
 )  # fmt: skip

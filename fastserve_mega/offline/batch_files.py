@@ -15,7 +15,7 @@ from typing import Any
 
 from fastserve_mega.records import Record, convert
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 
 
 class BatchRequest(Record, frozen=True):

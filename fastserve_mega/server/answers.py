@@ -65,6 +65,8 @@ class Answer:
     generations: Sequence[AsyncGeneration]
     """`answers_per_prompt` for each prompt, in their order."""
     answers_per_prompt: int = 1
+    only_prompts: bool = False
+    """What was generated is no part of it: the request has asked for no token."""
 
     @property
     def usage(self) -> Usage:
@@ -73,17 +75,21 @@ class Answer:
         prompts = usages[:: self.answers_per_prompt]
         return Usage(
             sum(usage.prompt_tokens for usage in prompts),
-            sum(usage.completion_tokens for usage in usages),
+            0 if self.only_prompts else sum(usage.completion_tokens for usage in usages),
             sum(usage.cached_tokens for usage in prompts),
         )
 
     def text_and_tokens(self, index: int) -> Chunk:
         """All of a generation as one piece."""
+        if self.only_prompts:
+            return Chunk("", ())
         generation = self.generations[index]
         return Chunk(generation.text, generation.token_ids, generation.logprobs)
 
     def reason(self, index: int) -> str:
         """Why a generation has ended."""
+        if self.only_prompts:
+            return FinishReason.LENGTH.value
         return (self.generations[index].finish_reason or FinishReason.ERROR).value
 
     def end(self) -> None:
@@ -140,6 +146,8 @@ async def _events(
                     opened.add(index)
                     for event in shape.opening(index):
                         yield event
+                if chunk is not None and answer.only_prompts:
+                    continue
                 for event in shape.closing(index) if chunk is None else shape.delta(index, chunk):
                     yield event
         for event in shape.end():

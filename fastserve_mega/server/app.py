@@ -17,11 +17,12 @@ from fastserve_mega.server.answers import Json
 from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.conversation import Conversations
-from fastserve_mega.server.dialect import dialect_of
+from fastserve_mega.server.dialect import Dialect, dialect_of
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
 from fastserve_mega.server.messages.router import messages_router
 from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey, body_limit
+from fastserve_mega.server.openapi import ERRORS, add_docs_page
 from fastserve_mega.server.responses.router import responses_router
 from fastserve_mega.server.responses.store import ResponseStore
 from fastserve_mega.server.service import Service
@@ -69,7 +70,15 @@ def create_app(
         finally:
             await client.aclose()
 
-    app = FastAPI(title="fastserve_mega", version=__version__, lifespan=lifespan)
+    app = FastAPI(
+        title="fastserve_mega",
+        version=__version__,
+        lifespan=lifespan,
+        responses=ERRORS,
+        docs_url=None,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+    )
     app.add_middleware(LimitBody, limit=max_body_bytes)
     if api_keys:
         app.add_middleware(RequireKey, keys=api_keys)
@@ -80,15 +89,10 @@ def create_app(
     app.add_middleware(NameRequests)  # the last one is the outermost
     add_error_handlers(app)
     service = Service(client, tokenizer, sampling_defaults)
-    dialect = dialect_of(tokenizer, tool_parser, reasoning_parser)
-    conversations = Conversations(service, dialect)
-    app.include_router(completions_router(service))
-    app.include_router(chat_router(conversations))
-    app.include_router(responses_router(conversations, ResponseStore()))
-    app.include_router(messages_router(conversations))
-    app.include_router(tokens_router(conversations))
+    _add_generation_routes(app, service, dialect_of(tokenizer, tool_parser, reasoning_parser))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s)
+    add_docs_page(app)
     _answer_head(app)
     if live_view:
         app.include_router(live_router(client, stopping))
@@ -100,6 +104,15 @@ def _answer_head(app: FastAPI) -> None:
     for route in list(app.routes):
         if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
             app.add_api_route(route.path, route.endpoint, methods=["HEAD"], include_in_schema=False)
+
+
+def _add_generation_routes(app: FastAPI, service: Service, dialect: Dialect) -> None:
+    conversations = Conversations(service, dialect)
+    app.include_router(completions_router(service))
+    app.include_router(chat_router(conversations))
+    app.include_router(responses_router(conversations, ResponseStore()))
+    app.include_router(messages_router(conversations))
+    app.include_router(tokens_router(conversations))
 
 
 def _add_model_routes(app: FastAPI, service: Service) -> None:
@@ -115,6 +128,15 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             "max_model_len": info.max_context,
         }
 
+    @app.post("/v1/embeddings", include_in_schema=False)
+    async def create_embeddings() -> None:
+        raise ApiError(
+            501,
+            "embeddings are not supported: the ranks compute logits of the next token, and the "
+            "native step does not hand out the hidden states that embeddings are made of",
+            code="not_supported",
+        )
+
     @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models")
     async def list_models() -> Json:
@@ -127,8 +149,15 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_operator_routes(app: FastAPI, service: Service, health_timeout_s: float) -> None:
+    @app.get("/health/live")
+    async def live() -> Json:
+        """Say that this process answers, whatever is behind it."""
+        return {"status": "ok"}
+
+    @app.get("/health/ready")
     @app.get("/health")
     async def health() -> Json:
+        """Say that requests would be answered: the coordinator answers."""
         try:
             await service.client.ping(health_timeout_s)
         except ServerUnavailableError as error:

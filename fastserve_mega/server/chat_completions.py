@@ -13,6 +13,8 @@ from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.conversation import ChatAnswer, Conversations
 from fastserve_mega.server.logprobs import chat_logprobs
+from fastserve_mega.server.openapi import answers_with
+from fastserve_mega.server.schemas import ChatCompletion
 from fastserve_mega.server.tools.pieces import CallPiece, Piece, Reasoning, ToolParser
 
 ENDPOINT = Endpoint("chatcmpl", "chat.completion", "chat.completion.chunk")
@@ -132,7 +134,7 @@ def chat_router(conversations: Conversations) -> APIRouter:
     router = APIRouter()
     service = conversations.service
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=answers_with(ChatCompletion))
     async def create_chat_completion(http: Request, body: ChatRequest) -> Response:
         ends = await service.end_token_ids(body)
 

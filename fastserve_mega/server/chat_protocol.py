@@ -16,9 +16,9 @@ from fastserve_mega.server.tools.forced import (
     required_schema,
 )
 from fastserve_mega.server.tools.pieces import ToolParser
+from fastserve_mega.server.tools.protocol import MAX_TOOLS, NamedTool, Tool
 from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
 
-MAX_TOOLS = 128
 MAX_MESSAGES = 4096
 """Of a conversation; the template takes some 30 microseconds for each."""
 _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
@@ -160,43 +160,6 @@ def _few_messages(messages: object) -> object:
 
 
 Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_few_messages)]
-
-
-class Function(Strict):
-    """A function that the model may call."""
-
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """A JSON schema."""
-    strict: bool | None = None
-    """Calls that tool_choice forces are always kept to the schema, others never."""
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates know it."""
-        known = {"description": self.description, "parameters": self.parameters}
-        given = {name: value for name, value in known.items() if value is not None}
-        return {"name": self.name, **given}
-
-
-class Tool(Strict):
-    """A tool as OpenAI describes it."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(Strict):
-    """The function that is to be called."""
-
-    name: str
-
-
-class NamedTool(Strict):
-    """The tool that is to be called."""
-
-    type: Literal["function"]
-    function: FunctionName
 
 
 class ChatRequest(GenerationRequest):

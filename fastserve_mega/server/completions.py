@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
@@ -12,7 +12,9 @@ from fastserve_mega.server.answers import Answer, Json
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.logprobs import CompletionLogprobs
+from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.schemas import Completion
 from fastserve_mega.server.service import Service
 
 DEFAULT_MAX_TOKENS = 16
@@ -28,12 +30,16 @@ class CompletionChoice:
     echo: str
     """The prompt's text, where the answer is to begin with it."""
     logprobs: Callable[[Chunk], Json | None]
+    prompt_logprobs: Callable[[], Json | None]
+    """Of the prompt, where they are asked for; to be called first."""
 
     def whole(self, chunk: Chunk, reason: str) -> Json:
-        return self._piece(self.echo + chunk.text, self.logprobs(chunk), reason)
+        of_prompt = self.prompt_logprobs()
+        told = _joined(of_prompt, self.logprobs(chunk))
+        return self._piece(self.echo + chunk.text, told, reason)
 
     def opening(self) -> list[Json]:
-        return [self._piece(self.echo)] if self.echo else []
+        return [self._piece(self.echo, self.prompt_logprobs())] if self.echo else []
 
     def delta(self, chunk: Chunk) -> list[Json]:
         return [self._piece(chunk.text, self.logprobs(chunk))]
@@ -45,11 +51,24 @@ class CompletionChoice:
         return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
+def _joined(first: Json | None, second: Json | None) -> Json | None:
+    if first is None or second is None:
+        return first or second
+    return {name: first[name] + second[name] for name in first}
+
+
+async def _max_tokens(service: Service, body: CompletionRequest, prompt: Sequence[int]) -> int:
+    """How many tokens are generated; one more than asked for when that is none."""
+    asked = 1 if body.only_prompts else body.max_tokens
+    most = await service.max_tokens_of(prompt, asked)
+    return min(most, DEFAULT_MAX_TOKENS) if body.max_tokens is None else most
+
+
 def completions_router(service: Service) -> APIRouter:
     """The endpoint, with its service."""
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", responses=answers_with(Completion))
     async def create_completion(http: Request, body: CompletionRequest) -> Response:
         if not body.prompts:
             raise ApiError(400, "the prompt is empty", param="prompt")
@@ -57,20 +76,22 @@ def completions_router(service: Service) -> APIRouter:
         prompts, echoes = [], []
         for prompt in body.prompts:
             tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
-            max_tokens = await service.max_tokens_of(tokens, body.max_tokens)
-            if body.max_tokens is None:
-                max_tokens = min(max_tokens, DEFAULT_MAX_TOKENS)
-            prompts.append((tokens, max_tokens))
+            prompts.append((tokens, await _max_tokens(service, body, tokens)))
             echoes.append(service.text_of(prompt) if body.echo else "")
         ends = await service.end_token_ids(body)
-
-        def choice(index: int) -> CompletionChoice:
-            logprobs = CompletionLogprobs(service.tokenizer, ends)
-            return CompletionChoice(index, echoes[index // body.answers_per_prompt], logprobs)
-
         answer_id, model = ENDPOINT.new_id(), await service.check_model(body.model)
 
         def shape(answer: Answer) -> ChoicesShape:
+            def choice(index: int) -> CompletionChoice:
+                logprobs = CompletionLogprobs(service.tokenizer, ends)
+                number = index // body.answers_per_prompt
+
+                def of_prompt() -> Json | None:
+                    generation = answer.generations[index]
+                    return logprobs.of_prompt(prompts[number][0], generation.prompt_logprobs)
+
+                return CompletionChoice(index, echoes[number], logprobs, of_prompt)
+
             return ChoicesShape(
                 answer,
                 ENDPOINT,

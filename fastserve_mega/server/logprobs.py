@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import TokenLogprobs
 
+_NOTHING = TokenLogprobs(0.0)
 _LEAST = -9999.0
 """JSON has no infinity."""
 TokenBytes = Callable[[int], bytes]
@@ -55,6 +56,24 @@ class CompletionLogprobs:
         self._ends = ends
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def of_prompt(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]
+    ) -> Json | None:
+        """The arrays of an echoed prompt, which come first; null for its first token.
+
+        What follows it is told to its last token, the end of sequence included: callers tell
+        prompt and answer apart by counting.
+        """
+        if not logprobs:
+            return None
+        self._ends = ()
+        known = [told or _NOTHING for told in logprobs]
+        arrays = self(Chunk("", tuple(token_ids), tuple(known))) or {}
+        for index, told in enumerate(logprobs):
+            if told is None:
+                arrays["token_logprobs"][index] = arrays["top_logprobs"][index] = None
+        return arrays
 
     def __call__(self, chunk: Chunk) -> Json | None:
         """The arrays of a chunk; None when it has none."""

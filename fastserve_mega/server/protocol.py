@@ -153,6 +153,15 @@ class GenerationRequest(Common):
     def top_logprobs_asked(self) -> int | None:
         """How many of the most probable tokens are told; None tells no log probabilities."""
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log probabilities of the prompt's tokens are told."""
+        return False
+
+    @property
+    def only_prompts(self) -> bool:
+        return False
+
     def structured_output(self) -> StructuredOutput | None:
         """The form that the output is held to.
 
@@ -214,6 +223,7 @@ class GenerationRequest(Common):
             repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias=_by_token_id(self.logit_bias or {}),
             logprobs=self.top_logprobs_asked,
+            prompt_logprobs=self.scores_prompt,
             structured=self.structured_output(),
             # And -1 for a seed to be drawn.
             seed=None if self.seed in (None, -1) else _derived_seed(self.seed, number),
@@ -237,11 +247,8 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _possible(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError(
-                "echo=True together with logprobs is not supported: log probabilities of the "
-                "prompt are not computed"
-            )
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, got 0; 0 is for echo=true")
         if self.best_of not in (None, self.answers_per_prompt):
             raise ValueError(
                 f"best_of={self.best_of} is not supported unless it is n "
@@ -252,6 +259,15 @@ class CompletionRequest(GenerationRequest):
     @property
     def top_logprobs_asked(self) -> int | None:
         return self.logprobs
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def only_prompts(self) -> bool:
+        """Whether no token is asked for."""
+        return self.max_tokens == 0
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -78,9 +78,12 @@ class Service:
         """A conversation as the model reads it, without holding up other requests."""
         length = sum(len(message["content"]) for message in messages)
         await self._check_length(length)
+        max_context = (await self.client.info()).max_context
 
         def render() -> RenderedChat:
             text = self.tokenizer.render_chat(messages, tools, variables)
+            # Tools and variables make it longer than its messages are.
+            self._refuse_long(len(text), max_context)
             return RenderedChat(text, self.tokenizer.encode_rendered(text))
 
         work = length + _MESSAGE_LENGTH * len(messages)
@@ -88,7 +91,9 @@ class Service:
 
     async def _check_length(self, characters: int) -> None:
         """Refuse text that is too long in whatever way it is tokenized."""
-        max_context = (await self.client.info()).max_context
+        self._refuse_long(characters, (await self.client.info()).max_context)
+
+    def _refuse_long(self, characters: int, max_context: int) -> None:
         longest = self.tokenizer.longest_token
         if characters > max_context * longest:
             raise ApiError(
@@ -199,7 +204,7 @@ class Service:
             )
             for index, (prompt, params) in enumerate(submissions)
         ]
-        answer = Answer(generations, body.answers_per_prompt)
+        answer = Answer(generations, body.answers_per_prompt, body.only_prompts)
         return await respond(http, answer, shape(answer), stream=bool(body.stream))
 
     async def _submissions(

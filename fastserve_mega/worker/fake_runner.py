@@ -5,7 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+from fastserve_mega.messaging.messages import ScoredPrompt
 from fastserve_mega.plan import BlockCopy, CopyDirection
+from fastserve_mega.types import TokenLogprobs
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 
@@ -68,7 +70,12 @@ class FakeModelRunner:
                 fake_token(self._read(sequence), self._vocab_size)
                 for sequence in batch
                 if sequence.samples
-            ]
+            ],
+            scored=tuple(
+                ScoredPrompt(index, sequence.start + 1, _fake_scores(sequence))
+                for index, sequence in enumerate(batch)
+                if sequence.scored
+            ),
         )
 
     def move(self, copy: BlockCopy) -> None:
@@ -88,6 +95,13 @@ class FakeModelRunner:
             self._pool[sequence.block_table[position // size]][position % size]
             for position in range(sequence.context)
         ]
+
+
+def _fake_scores(sequence: SequenceInput) -> tuple[TokenLogprobs, ...]:
+    """A prompt token is as improbable as its id is large."""
+    prompt = sequence.history.prompt if sequence.history else ()
+    first = sequence.start + 1
+    return tuple(TokenLogprobs(-float(t)) for t in prompt[first : first + sequence.scored])
 
 
 def fake_token(context: Sequence[int], vocab_size: int) -> int:

@@ -57,7 +57,7 @@ class TokenHistory:
 
     Args:
         prompt_tokens: length of the prompt.
-        prompt: its tokens; empty when sampling does not depend on them.
+        prompt: its tokens; empty when nothing depends on them.
         output: tokens from before the first slice.
     """
 
@@ -65,6 +65,8 @@ class TokenHistory:
         self, prompt_tokens: int, prompt: Sequence[int] = (), output: Sequence[int] = ()
     ) -> None:
         self._prompt_tokens = prompt_tokens
+        self.prompt = tuple(prompt)
+        """Empty where nothing depends on it."""
         self.output = list(output)
         self.compilation: Compilation | None = None
         """Of its grammar, which knows where in it the output stands; the sampler's."""

@@ -152,6 +152,7 @@ class WorkerLoop:
                     copy_wait_s,
                     output.logprobs,
                     output.failures,
+                    output.scored,
                 )
             )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fastserve_mega.messaging.messages import SamplingFailure
+from fastserve_mega.messaging.messages import SamplingFailure, ScoredPrompt
 from fastserve_mega.types import RequestId, SamplingParams, TokenLogprobs
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.history import TokenHistory
@@ -38,6 +38,16 @@ class SequenceInput:
         """Tokens in the KV cache once this step has run."""
         return self.start + len(self.token_ids)
 
+    @property
+    def scored(self) -> int:
+        """How many of its tokens precede a prompt token whose probability is asked for.
+
+        They are the first ones.
+        """
+        if not self.params.prompt_logprobs:
+            return 0
+        return max(min(self.context, self.prompt_tokens - 1) - self.start, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -49,6 +59,8 @@ class StepOutput:
     """One for each token when any sequence asks for them, else empty."""
     failures: tuple[SamplingFailure, ...] = ()
     """Sequences that got no token."""
+    scored: tuple[ScoredPrompt, ...] = ()
+    """Of the sequences that ask for the probabilities of their prompts."""
 
 
 class ModelRunner(Protocol):

@@ -89,9 +89,11 @@ class StepBatch:
     fresh_blocks: Tensor
     """[n] blocks that get their first token in this step and stay partly empty."""
     sample_rows: Tensor
-    """[samples] rows whose logits are sampled, in the order of the batch."""
+    """[samples] rows whose logits are wanted, in the order of the batch: the first `scored` of them
+    for the next token of a prompt, the others to sample."""
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillSpan, ...]
+    scored: int = 0
 
     @property
     def num_decodes(self) -> int:
@@ -124,13 +126,14 @@ class PackedStep:
         self._block_size = block_size
         fresh = fresh_blocks(batch, block_size)
         sampled = [index for index, sequence in enumerate(batch) if sequence.samples]
+        self._scored = sum(each.scored for each in batch)
         if room is None:
             room = StepShape(
                 rows=sum(len(sequence.token_ids) for sequence in batch),
                 sequences=len(batch),
                 blocks=max((_blocks_of(sequence, block_size) for sequence in batch), default=0),
                 fresh_blocks=len(fresh),
-                samples=len(sampled),
+                samples=self._scored + len(sampled),
             )
         self.shape = room
         self.numbers: Numbers = np.zeros(sum(room.sizes), dtype=np.int64)
@@ -156,7 +159,8 @@ class PackedStep:
         fresh_part[: len(fresh)] = fresh
         last_row = np.empty(count, dtype=np.int64)
         last_row[order] = first_rows[1 : count + 1] - 1
-        sample_rows[: len(sampled)] = last_row[sampled]
+        wanted = [*_scored_rows(batch, last_row), *last_row[sampled]]
+        sample_rows[: len(wanted)] = wanted
 
     def _fill_tables(self, tables: Numbers) -> None:
         tables.fill(NULL_BLOCK)
@@ -197,6 +201,7 @@ class PackedStep:
             sample_rows,
             tuple(decode),
             tuple(prefill),
+            self._scored,
         )
 
 
@@ -207,6 +212,14 @@ def build_step(batch: Sequence[SequenceInput], block_size: int, device: torch.de
         ValueError: a sequence has no token, or a block table is too short for its tokens.
     """
     return PackedStep(batch, block_size).to(device)
+
+
+def _scored_rows(batch: Sequence[SequenceInput], last_row: Numbers) -> list[int]:
+    rows: list[int] = []
+    for sequence, last in zip(batch, last_row.tolist(), strict=True):
+        first = last + 1 - len(sequence.token_ids)
+        rows.extend(range(first, first + sequence.scored))
+    return rows
 
 
 def check_sequence(sequence: SequenceInput, block_size: int) -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-pytest.importorskip("langchain_openai", reason="needs pip install 'fastserve_mega[compat]'")
+pytest.importorskip("langchain_openai", reason="needs tools/compat.sh clients")
 
 import langchain_openai
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage

@@ -6,7 +6,7 @@ import os
 import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else it asks the network when imported
-pytest.importorskip("litellm", reason="needs pip install 'fastserve_mega[compat]'")
+pytest.importorskip("litellm", reason="needs tools/compat.sh litellm")
 
 import litellm
 

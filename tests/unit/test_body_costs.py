@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.server.chat_protocol import MAX_MESSAGES, ChatRequest
+from fastserve_mega.server.messages.protocol import MessagesRequest
 from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.responses.protocol import ResponsesRequest
 from fastserve_mega.server.service import MAX_ANSWERS
 from fastserve_mega.server.tokens import DetokenizeRequest
 from fastserve_mega.text.tokenizer import Tokenizer
@@ -41,6 +43,14 @@ HI = {"role": "user", "content": "hi"}
         (ChatRequest, {"messages": [HI | {"tool_calls": [{}] * MANY}]}),
         (ChatRequest, {"messages": [HI], "tools": [{}] * 100}),
         (DetokenizeRequest, {"tokens": [None] * MANY}),
+        (ChatRequest, {"messages": [HI], "chat_template_kwargs": [1] * MANY}),
+        (ResponsesRequest, {"input": [{}] * (MAX_MESSAGES - 1)}),
+        (ResponsesRequest, {"input": [HI | {"content": [{}] * MANY}]}),
+        (ResponsesRequest, {"input": "x", "tools": [{}] * 100}),
+        (MessagesRequest, {"max_tokens": 1, "messages": [{}] * (MAX_MESSAGES - 1)}),
+        (MessagesRequest, {"max_tokens": 1, "messages": [HI | {"content": [{}] * MANY}]}),
+        (MessagesRequest, {"max_tokens": 1, "messages": [HI], "system": [{}] * MANY}),
+        (MessagesRequest, {"max_tokens": 1, "messages": [HI], "stop_sequences": [1] * MANY}),
     ],
 )
 def test_a_wrong_body_is_refused_at_its_first_mistakes(kind, body):
@@ -81,6 +91,14 @@ def server(tiny_tokenizer_dir):
         ("completions", {"prompt": [1] * 1000}, "the prompt has 1000 and max_tokens"),
         ("chat/completions", {"messages": [HI | {"content": "x" * 200_000}]}, "200000 characters"),
         ("chat/completions", {"messages": [HI] * (MAX_MESSAGES + 1)}, "4096 messages, got 4097"),
+        (
+            "chat/completions",
+            {"messages": [HI | {"role": "assistant", "content": None}] * 4000},
+            "characters; the context is",
+        ),
+        ("responses", {"input": [HI] * (MAX_MESSAGES + 1)}, "4096 items, got 4097"),
+        ("responses", {"input": "x" * 200_000}, "200000 characters"),
+        ("messages", {"messages": [HI] * (MAX_MESSAGES + 1), "max_tokens": 1}, "got 4097"),
     ],
 )
 def test_what_is_too_long_is_refused_before_it_is_tokenized(server, path, body, sentence):

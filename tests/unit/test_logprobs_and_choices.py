@@ -10,7 +10,7 @@ from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
 from fastserve_mega.client.testing import WAIT_S, answer
-from fastserve_mega.messaging.messages import Finished, Submit, Tokens
+from fastserve_mega.messaging.messages import Finished, PromptLogprobs, Submit, Tokens
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, TokenLogprobs, Usage
 
@@ -56,6 +56,9 @@ def saying(tokens):
 
     def behaviour(submit):
         top = submit.params.logprobs
+        if submit.params.prompt_logprobs:
+            scores = tuple(logprobs_of(token, top) for token in submit.prompt[1:])
+            yield PromptLogprobs(submit.request_id, 1, scores)
         for offset, token in enumerate(tokens):
             told = () if top is None else (logprobs_of(token, top),)
             yield Tokens(submit.request_id, offset, (token,), told)
@@ -193,3 +196,47 @@ def test_echo(api, coordinator, tokenizer, stream, prompt):
     text = "".join(part.choices[0].text for part in (done if stream else [done]))
     said = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
     assert text == said + TEXT
+
+
+# --- of the prompt, as lm-evaluation-harness asks for them ----------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_is_told_before_the_answer(api, coordinator, tokenizer, stream):
+    prompt = tokenizer.encode("the fox")
+    coordinator.behaviour = saying([EOS])
+    done = api.completions.create(
+        model="tiny", prompt=[prompt, prompt[:2]], echo=True, logprobs=1, max_tokens=1,
+        temperature=0, stream=stream,
+    )  # fmt: skip
+    tokens, scores, tops, offsets, texts = {}, {}, {}, {}, {}
+    for part in done if stream else [done]:
+        for choice in part.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            if choice.logprobs is not None:
+                tokens.setdefault(choice.index, []).extend(choice.logprobs.tokens)
+                scores.setdefault(choice.index, []).extend(choice.logprobs.token_logprobs)
+                tops.setdefault(choice.index, []).extend(choice.logprobs.top_logprobs)
+                offsets.setdefault(choice.index, []).extend(choice.logprobs.text_offset)
+    assert texts[0] == "".join(tokens[0][:-1]) == "the fox"
+    # The end of sequence is told as well, so that those who count find the prompt's last token.
+    assert tokens[0][-1] == "<|im_end|>"
+    assert scores == {0: [None, *[-1.5] * len(prompt)], 1: [None, -1.5, -1.5]}
+    assert (tops[0][0], len(tops[0])) == (None, len(prompt) + 1)
+    assert (offsets[0][0], offsets[0][-1]) == (0, len("the fox"))
+    assert all(submit.params.prompt_logprobs for submit in coordinator.received(Submit))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_token_need_be_generated(api, coordinator, tokenizer, stream):
+    coordinator.behaviour = saying([40])
+    done = api.completions.create(
+        model="tiny", prompt="the fox", echo=True, logprobs=0, max_tokens=0, stream=stream
+    )
+    parts = list(done) if stream else [done]
+    assert "".join(part.choices[0].text for part in parts) == "the fox"
+    assert parts[-1].choices[0].finish_reason == "length"
+    told = [p.choices[0].logprobs.token_logprobs for p in parts if p.choices[0].logprobs]
+    assert told == [[None, *[-1.5] * (len(tokenizer.encode("the fox")) - 1)]]
+    if not stream:
+        assert done.usage.completion_tokens == 0

@@ -305,7 +305,6 @@ def test_each_event_is_valid_for_openai(http, says_text):
         ({"prompt": "x", "n": 0}, "n: input should be greater than or equal to 1"),
         ({"prompt": "x", "n": 2, "best_of": 3}, "best_of=3 is not supported unless it is n (2)"),
         ({"prompt": ["x"] * 9, "n": 128}, "at most 1024 answers, got 9 prompts with n=128"),
-        ({"prompt": "x", "echo": True, "logprobs": 1}, "echo=True together with logprobs is not"),
         ({"prompt": "x", "suffix": "y"}, "suffix='y' is not supported"),
         (
             {"prompt": "x", "presence_penalty": 3},
@@ -314,7 +313,7 @@ def test_each_event_is_valid_for_openai(http, says_text):
         ({"prompt": "x", "stop_token_ids": [2**70]}, "a number in the request has more than 64"),
         ({"prompt": "x", "temperature": -1}, "temperature must be between 0 and 100, got -1"),
         ({"prompt": "x", "temperature": "hot"}, "temperature: input should be a valid number"),
-        ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"prompt": "x", "max_tokens": 0}, "max_tokens must be at least 1, got 0; 0 is for echo"),
         ({"prompt": "x", "top_p": -0.1}, "top_p must be between 0 and 1"),
         ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options are for"),
         ({"prompt": "x", "seed": 2**63}, "seed must be between -9223372036854775808 and"),

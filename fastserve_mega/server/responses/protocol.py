@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, Field
 
 from fastserve_mega.server.chat_protocol import (
     MAX_MESSAGES,
-    MAX_TOOLS,
     ReasoningEffort,
     refuse_media,
 )
 from fastserve_mega.server.protocol import Common, Neutral, Strict
 from fastserve_mega.server.structured import JsonObjectFormat, NamedSchema, TextFormat
+from fastserve_mega.server.tools.protocol import MAX_TOOLS
 
 Message = dict[str, Any]
 """Of a chat completion."""

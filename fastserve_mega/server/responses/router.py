@@ -6,9 +6,11 @@ import uuid
 
 from fastapi import APIRouter, Request, Response
 
+from fastserve_mega.server import schemas
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.conversation import ChatAnswer, Conversations
 from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.responses.protocol import Message, ResponsesRequest
 from fastserve_mega.server.responses.shape import ResponseShape
 from fastserve_mega.server.responses.store import ResponseStore
@@ -34,7 +36,7 @@ def responses_router(conversations: Conversations, store: ResponseStore) -> APIR
             )
         return found
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=answers_with(schemas.Response))
     async def create_response(http: Request, body: ResponsesRequest) -> Response:
         messages = body.messages()
         if body.previous_response_id is not None:

@@ -21,6 +21,16 @@ Receive = Callable[[], Tensor | None]
 """Gives what the stage before hands over, [tokens, hidden]; None on the first stage."""
 
 
+Score = Callable[[Tensor], None]
+"""Takes logits of rows, in pieces, in order; see `PromptScores`."""
+_SCORED_AT_ONCE = 256
+"""Rows: their logits must fit beside everything else."""
+
+
+def ignore(_: Tensor) -> None:
+    """For steps, and ranks, that score nothing."""
+
+
 class StageEngine(Protocol):
     """Computes the steps of one rank's stage."""
 
@@ -28,8 +38,12 @@ class StageEngine(Protocol):
     def hidden_dtype(self) -> torch.dtype:
         """Precision of what a stage hands over to the next."""
 
-    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor:
+    def run(
+        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+    ) -> Tensor:
         """Run a step of at least one sequence.
+
+        On the last stage `score` is given the logits of each sequence's `scored` rows.
 
         Returns:
             [tokens, hidden] for the next stage; on the last one, the logits [samples, vocabulary]
@@ -72,13 +86,15 @@ class TorchEngine:
             if kind.rope is not None
         }
 
-    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor:
+    def run(
+        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+    ) -> Tensor:
         packed = PackedStep(batch, self._cache.block_size)
         step = packed.to(self._device)
         self._cache.clear(step.fresh_blocks)
-        return self._compute(step, receive())
+        return self._compute(step, receive(), score)
 
-    def _compute(self, step: StepBatch, hidden: Tensor | None) -> Tensor:
+    def _compute(self, step: StepBatch, hidden: Tensor | None, score: Score = ignore) -> Tensor:
         """The work on the device, of which a step consists once its numbers are there."""
         attention = [self._attention(step, kind) for kind in self._kinds]
         if hidden is None:
@@ -86,9 +102,12 @@ class TorchEngine:
         hidden = self._run_layers(hidden, [attention[kind] for kind in self._kind_of_layer])
         if not self._partition.is_last_stage:
             return hidden
-        if not step.sample_rows.shape[0]:
+        scored, sampled = step.sample_rows[: step.scored], step.sample_rows[step.scored :]
+        for rows in torch.split(scored, _SCORED_AT_ONCE) if step.scored else ():
+            score(self._logits(hidden.index_select(0, rows)))
+        if not sampled.shape[0]:
             return hidden.new_empty((0, self._architecture.vocab_size))
-        return self._logits(hidden.index_select(0, step.sample_rows))
+        return self._logits(hidden.index_select(0, sampled))
 
     def close(self) -> None:
         del self._stage, self._cache

@@ -13,7 +13,7 @@ from fastserve_mega.worker.kernels.pages import HeadNorm, Pages, Turns, rotate_a
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.attention import StepAttention
 from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, Recorder
-from fastserve_mega.worker.megatron.engine import Receive, TorchEngine
+from fastserve_mega.worker.megatron.engine import Receive, Score, TorchEngine, ignore
 from fastserve_mega.worker.megatron.kernel_layers import KernelLayer, norm_of, run_kernel_layers
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -100,12 +100,15 @@ class KernelEngine(TorchEngine):
         )
         return self._graphs.record(max_sequences, max_context)
 
-    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor:
+    def run(
+        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+    ) -> Tensor:
+        # In a recorded step each token is sampled, so there is none to score.
         if self._graphs is not None and (done := self._graphs.run(batch, receive)) is not None:
             return done
         # No block is cleared: the kernels do not look at what has not been written.
         step = PackedStep(batch, self._cache.block_size).to(self._device)
-        return self._compute(step, receive())
+        return self._compute(step, receive(), score)
 
     def close(self) -> None:
         self._graphs = None  # it holds this engine

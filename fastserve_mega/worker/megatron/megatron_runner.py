@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,9 @@ from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
+from fastserve_mega.worker.logprobs import PromptScores
 from fastserve_mega.worker.megatron.checkpoint import architecture_as_stored, open_checkpoint
+from fastserve_mega.worker.megatron.engine import ignore
 from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
@@ -163,17 +166,18 @@ class MegatronRunner:
         if self.is_sampling_rank:
             self._sampler.prepare(batch)
         sampled = [sequence for sequence in batch if sequence.samples]
-        result = self._engine.run(batch, lambda: self._receive(batch))
+        scores = PromptScores(batch) if self.is_sampling_rank else None
+        result = self._engine.run(batch, lambda: self._receive(batch), scores or ignore)
         if not self._partition.is_last_stage:
             self._send(result)
             return StepOutput()
-        if not self.is_sampling_rank:
+        if scores is None:
             return StepOutput()
         if not sampled:
             # The coordinator charges the time until the result comes.
             wait_for(self._device)
-            return StepOutput()
-        return self._sampler(result, sampled)
+        output = self._sampler(result, sampled) if sampled else StepOutput()
+        return replace(output, scored=scores.result())
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""

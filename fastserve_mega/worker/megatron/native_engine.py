@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.kv_cache import KvCache
-from fastserve_mega.worker.megatron.engine import Receive
+from fastserve_mega.worker.megatron.engine import Receive, Score, ignore
 from fastserve_mega.worker.megatron.model import Stage, cap_logits
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -96,7 +96,9 @@ class NativeEngine:
             self._set_layer(layer, parameters)
         self._set_ends(len(kinds), parameters)
 
-    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor:
+    def run(
+        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+    ) -> Tensor:
         step = StepArrays(
             batch,
             block_size=self._cache.block_size,
@@ -108,7 +110,10 @@ class NativeEngine:
         result = self._native.run(step, receive())
         if step.input.logits is None:
             return result
-        return cap_logits(result, self._architecture.logit_softcap)
+        logits = cap_logits(result, self._architecture.logit_softcap)
+        if step.scored:
+            score(logits[: step.scored])
+        return logits[step.scored :]
 
     def close(self) -> None:
         self._native.close()

@@ -51,6 +51,14 @@ class StepArrays:
         _check_range("token id", lists["token_ids"], vocab_size)
         _check_range("block", lists["tables"], num_blocks)
         self.tokens = len(lists["token_ids"])
+        scored = [
+            first + row
+            for first, sequence in zip(lists["first_row"], batch, strict=True)
+            for row in range(sequence.scored)
+        ]
+        self.scored = len(scored)
+        """Of the rows whose logits are computed, the first so many tell of prompts."""
+        lists["sample_rows"] = scored + lists["sample_rows"]
         self.samples = len(lists["sample_rows"])
         self._numbers = np.array([n for name in _ARRAYS for n in lists[name]], dtype=np.int32)
         self.input = StepInput(

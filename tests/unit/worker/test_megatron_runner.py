@@ -101,6 +101,61 @@ def logits_of(runner, prompt):
     return seen[0][0]
 
 
+@pytest.mark.parametrize("cpu_engine", ["auto", "torch"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_probabilities_of_prompts_equal_transformers(made, family, cpu_engine):
+    """In chunks, and beside sequences that ask for none or only for those of their output."""
+    directory, model = made(family)
+    asking = SamplingParams(max_tokens=2, temperature=0.0, logprobs=3, prompt_logprobs=True)
+    told = {}
+    with open_runner(directory, cpu_engine=cpu_engine) as runner:
+        execute = runner.execute
+
+        def watch(batch):
+            output = execute(batch)
+            for scored in output.scored:
+                told.setdefault(batch[scored.index].request_id, []).extend(
+                    enumerate(scored.logprobs, scored.start)
+                )
+            return output
+
+        runner.execute = watch
+        every = [asking, GREEDY, asking, SamplingParams(max_tokens=2, logprobs=1), asking, asking]
+        outputs = [
+            generate_each(runner, prompts()[: len(every)], every, chunk) for chunk in (5, 512)
+        ]
+        assert outputs[0] == outputs[1]
+    for index, (prompt, params) in enumerate(zip(prompts(), every, strict=False)):
+        positions = [position for position, _ in told.get(f"request-{index}", [])]
+        expected = [*range(1, len(prompt))] * 2 if params.prompt_logprobs else []
+        assert positions == expected
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt]), use_cache=False).logits[0]
+        logprobs = torch.log_softmax(logits, dim=-1)
+        for position, each in told.get(f"request-{index}", []):
+            row = logprobs[position - 1]
+            assert each.logprob == pytest.approx(float(row[prompt[position]]), abs=1e-4)
+            assert each.top_logprobs == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def generate_each(runner, prompts, params, chunk):
+    """`generate` with parameters for each prompt."""
+    from generation import Generation
+
+    generations = [
+        Generation(i, p, q) for i, (p, q) in enumerate(zip(prompts, params, strict=True))
+    ]
+    free = list(range(1, runner.device_blocks))
+    while unfinished := [each for each in generations if not each.finished]:
+        batch = [each.next_input(chunk, BLOCK_SIZE, free) for each in unfinished]
+        tokens = iter(runner.execute(batch).token_ids)
+        for each, piece in zip(unfinished, batch, strict=True):
+            each.cached += len(piece.token_ids)
+            if piece.samples:
+                each.tokens.append(next(tokens))
+    return [each.output for each in generations]
+
+
 def last_logits(model, prompt):
     with torch.inference_mode():
         return model(torch.tensor([prompt]), use_cache=False).logits[0, -1]
