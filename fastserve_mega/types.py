@@ -60,8 +60,8 @@ class StructuredOutput(Record, frozen=True, kw_only=True):
     choice: tuple[str, ...] | None = None
     """Texts of which the output is one."""
     after: int | None = None
-    """The form begins behind the first token with this id; until then the output is free. None: it
-    is held to the form from its first token on."""
+    """The form begins behind the first token with this id; until then the output is free, but does
+    not end. None: it is held to the form from its first token on."""
 
     def __post_init__(self) -> None:
         given = [text for text in (self.json_schema, self.regex, self.choice) if text is not None]

@@ -195,6 +195,8 @@ class Grammars:
         output = history.output
         if structured.after is not None:
             if structured.after not in output:
+                # Without the form there is no end.
+                logits[self._eos_token_ids] = -torch.inf
                 return
             output = output[output.index(structured.after) + 1 :]
         matcher = self._result(history.compilation)

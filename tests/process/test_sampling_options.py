@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fake_server import VOCAB, GatedRunner
@@ -25,13 +27,17 @@ class SamplingRunner(GatedRunner):
     grammars: Grammars | None = None
 
     def execute(self, batch):
-        seeds = super().execute(batch).token_ids
+        fake = super().execute(batch)
         sampling = [sequence for sequence in batch if sequence.samples]
-        rows = [torch.randn(VOCAB, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        rows = [
+            torch.randn(VOCAB, generator=torch.Generator().manual_seed(s)) for s in fake.token_ids
+        ]
         for row, sequence in zip(rows, sampling, strict=True):
             row[EOS] = 50.0 if sequence.context - sequence.prompt_tokens >= EOS_AFTER else -50.0
             self.adjust(row, sequence)
-        return Sampler((EOS,), self.grammars)(torch.stack(rows), sampling) if rows else StepOutput()
+        sampler = Sampler((EOS,), self.grammars)
+        output = sampler(torch.stack(rows), sampling) if rows else StepOutput()
+        return replace(output, scored=fake.scored)
 
     def adjust(self, row, sequence):
         """Tests change the logits of a sequence here, in place."""
@@ -77,6 +83,13 @@ EFFECTS = {
             done.token_ids == base.token_ids
             and base.logprobs == ()
             and [len(each.top_ids) for each in done.logprobs] == [2] * 10
+        ),
+    ),
+    "prompt_logprobs": (
+        {"logprobs": 0, "prompt_logprobs": True},
+        lambda base, done: (
+            base.prompt_logprobs == ()
+            and [each and each.logprob for each in done.prompt_logprobs] == [None, -6.0, -7.0]
         ),
     ),
     "max_tokens": ({"max_tokens": 3}, lambda base, done: ends_early(base, done, 3)),

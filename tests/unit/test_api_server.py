@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import httpx
 
 from fastserve_mega.client.testing import WAIT_S, begin
-from fastserve_mega.messaging.messages import Cancel
+from fastserve_mega.messaging.messages import Cancel, Submit
 
 PROGRAM = """
 import sys
@@ -54,6 +55,17 @@ def test_it_serves_until_sigterm_and_exits_with_0(fake_coordinator, tiny_tokeniz
         _, log = server.communicate(timeout=WAIT_S)
     assert server.returncode == 0
     assert "Traceback" not in log
+
+
+def test_the_models_own_sampling_defaults_are_used(fake_coordinator, tiny_tokenizer_dir, tmp_path):
+    directory = shutil.copytree(tiny_tokenizer_dir, tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"temperature": 0.25, "top_k": 7}')
+    with running(fake_coordinator.endpoint, directory) as (server, http):
+        http.post("/v1/completions", json={"prompt": "x", "top_k": 9}).raise_for_status()
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=WAIT_S)
+    (submit,) = fake_coordinator.received(Submit)
+    assert (submit.params.temperature, submit.params.top_k) == (0.25, 9)
 
 
 def test_a_stream_that_outlasts_the_drain_timeout_is_told_the_end(

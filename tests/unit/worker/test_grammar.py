@@ -69,6 +69,17 @@ def test_a_json_schema(grammars, tokenizer, seed):
     assert value["dogs"] <= 999
 
 
+@pytest.mark.parametrize("restart_at", [(), (1, 40)])
+def test_a_form_may_begin_behind_a_token(grammars, tokenizer, restart_at):
+    """Until then the output is free; with 352 tokens at random that takes a while."""
+    mark = 77
+    structured = StructuredOutput(choice=("the fox", "the dog"), after=mark)
+    output = write(grammars, structured, seed=1, restart_at=restart_at, limit=3000)
+    thought, answer = output[: output.index(mark)], output[output.index(mark) + 1 :]
+    assert len(thought) > 1
+    assert tokenizer.decode(answer) in ("the fox", "the dog")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_regular_expression_and_a_choice(grammars, tokenizer, seed):
     import re
