@@ -98,13 +98,11 @@ def _open_on_cuda(
     from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
 
     engine = KernelEngine(stage, architecture, partition, cache)
-    no_graphs = _graph_obstacle(architecture) if wanted != "kernels" else "cuda_engine=kernels"
-    if no_graphs and wanted == "graphs":
-        raise ValueError(f"parallel.cuda_engine=graphs, but {no_graphs}")
+    has_graphs = wanted != "kernels"
     if is_first:
-        told = f"no graphs: {no_graphs}" if no_graphs else "recording graphs of decoding steps"
+        told = "recording graphs of decoding steps" if has_graphs else "cuda_engine=kernels"
         _log.info("steps on the GPU: kernels (%s)", told)
-    if not no_graphs and not is_trial:
+    if has_graphs and not is_trial:
         begin = time.monotonic()
         context = config.model.max_context or architecture.max_context
         count = engine.record_graphs(config.scheduler.max_batch_size, context, CudaRecorder())
@@ -121,12 +119,6 @@ def _kernel_obstacle(stage: Stage, architecture: Architecture) -> str | None:
         return "the layers are Transformer Engine's (model.layer_spec)"
     if architecture.head_dim % 2 or architecture.head_dim > _MAX_KERNEL_HEAD_DIM:
         return f"the kernels have no head_dim of {architecture.head_dim}"
-    return None
-
-
-def _graph_obstacle(architecture: Architecture) -> str | None:
-    if architecture.experts is not None:
-        return "the host has to know how many tokens each expert has"
     return None
 
 

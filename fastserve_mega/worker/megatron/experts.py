@@ -47,48 +47,48 @@ class ExpertMixture:
         activation: Callable[[Tensor], Tensor],
         tensor_group: dist.ProcessGroup,
     ) -> None:
-        self._router = layer.router
-        self._local = list(layer.experts.local_experts)
-        self._first: int = layer.local_expert_indices[0]
-        self._shared = layer.shared_experts
-        self._experts = experts
+        self.router = layer.router
+        self.local = list(layer.experts.local_experts)
+        self.first: int = layer.local_expert_indices[0]
+        self.shared = layer.shared_experts
+        self.experts = experts
         self._activation = activation
-        self._group = tensor_group
+        self.group = tensor_group
         self._summed_over_ranks = dist.get_world_size(tensor_group) > 1
 
     def __call__(self, x: Tensor) -> Tensor:
         """[tokens, hidden] → [tokens, hidden], the same on all ranks."""
-        y = self._chosen_experts(x)
-        if self._shared is not None:
-            gate = functional.linear(x, self._shared.gate_weight).sigmoid()
-            y += gate * self._feed_forward(self._shared, x)
+        y = self.chosen_experts(x)
+        if self.shared is not None:
+            gate = functional.linear(x, self.shared.gate_weight).sigmoid()
+            y += gate * self._feed_forward(self.shared, x)
         if self._summed_over_ranks:
-            dist.all_reduce(y, group=self._group)
+            dist.all_reduce(y, group=self.group)
         return y
 
-    def _chosen_experts(self, x: Tensor) -> Tensor:
+    def chosen_experts(self, x: Tensor) -> Tensor:
         """This rank's part of the weighted sum, [tokens, hidden]."""
-        weights, chosen = route(functional.linear(x, self._router.weight), self._experts)
+        weights, chosen = route(functional.linear(x, self.router.weight), self.experts)
         choices = chosen.flatten()  # choice c is of token c // experts per token
         # Not bincount, which would make the host wait for the device once more than tolist.
-        counted = choices.new_zeros(self._experts.count)
+        counted = choices.new_zeros(self.experts.count)
         counts = counted.scatter_add_(0, choices, torch.ones_like(choices)).tolist()
-        end = self._first + len(self._local)
-        start = sum(counts[: self._first])
+        end = self.first + len(self.local)
+        start = sum(counts[: self.first])
         # The choices of this rank's experts, one expert after the other.
-        local = choices.argsort(stable=True)[start : start + sum(counts[self._first : end])]
-        rows = x.index_select(0, local // self._experts.chosen)
-        parts = torch.split(rows, counts[self._first : end])
+        local = choices.argsort(stable=True)[start : start + sum(counts[self.first : end])]
+        rows = x.index_select(0, local // self.experts.chosen)
+        parts = torch.split(rows, counts[self.first : end])
         outputs = [
             self._feed_forward(expert, part)
-            for expert, part in zip(self._local, parts, strict=True)
+            for expert, part in zip(self.local, parts, strict=True)
             if len(part)
         ]
         out = x.new_zeros(choices.shape[0], x.shape[1])
         if outputs:
             out[local] = torch.cat(outputs) * weights.flatten()[local, None].to(x.dtype)
         # Not index_add: on CUDA its order, and with it the rounding, is left to chance.
-        return out.view(-1, self._experts.chosen, x.shape[1]).sum(dim=1)
+        return out.view(-1, self.experts.chosen, x.shape[1]).sum(dim=1)
 
     def _feed_forward(self, mlp: Any, x: Tensor) -> Tensor:
         gate, up = mlp.linear_fc1(x).chunk(2, dim=-1)

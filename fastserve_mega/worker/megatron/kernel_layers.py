@@ -10,6 +10,7 @@ from torch import Tensor
 from fastserve_mega.worker.kernels.pages import HeadNorm
 from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, norm
 from fastserve_mega.worker.megatron.attention import StepAttention
+from fastserve_mega.worker.megatron.kernel_experts import use_kernels
 from fastserve_mega.worker.megatron.layers import InferenceLayer, ZeroCenteredRMSNorm
 
 
@@ -38,6 +39,8 @@ class KernelLayer:
         self._activation = activation
         self._is_gated = bool(layer.config.gated_linear_unit)
         self._mixture = layer.mixture
+        if self._mixture is not None:
+            use_kernels(self._mixture, activation)
         self._mlp = layer.mlp
 
     def __call__(
