@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import msgspec
 import pytest
 from fixed_costs import arrived, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import CopyDone, Event, StepDone
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.policies.lifetimes import EDGES, Lifetimes, bucket_of
@@ -53,6 +55,7 @@ class Readers:
             PoolSizes(device_blocks, 10_000, 4),
             swap=SwapConfig(strategy="proactive"),
         )
+        self.plans: list[Plan] = []
         self.begun: list[str] = []
         self.token_times: dict[str, list[float]] = {}
         self._step_s = step_s
@@ -69,6 +72,7 @@ class Readers:
         if plan is None:
             self.now += self._step_s
             return []
+        self.plans.append(plan)
         prefill_s = sum(each.num_tokens for each in plan.batch if each.num_tokens > 1) / 1000
         elapsed_s = self._step_s + prefill_s
         self.now += elapsed_s
@@ -190,6 +194,17 @@ def test_every_request_is_finished_and_no_begun_answer_pauses_for_long(requests,
     for times in readers.token_times.values():
         gaps = [after - before for before, after in pairwise(times)]
         assert max(gaps, default=0.0) <= 5.0 + len(requests) * slowest_s
+
+
+def test_the_same_requests_at_the_same_times_give_the_same_plans():
+    runs = []
+    for _ in range(2):
+        readers = Readers(batch=3, device_blocks=60)
+        for index in range(30):
+            readers.step((f"r{index}", 10 + 7 * index % 50, 5 + 13 * index % 40))
+        readers.run_until_idle()
+        runs.append(msgspec.json.encode(readers.plans))
+    assert runs[0] == runs[1]
 
 
 def test_lengths_are_learned_from_answers_under_way_too():
