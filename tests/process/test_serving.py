@@ -20,7 +20,7 @@ def greedy(max_tokens):
     return SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=1)
 
 
-@pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority"])
+@pytest.mark.parametrize("policy", ["skip_join_mlfq", "paced", "mlfq", "fcfs", "fixed_priority"])
 def test_many_requests_with_little_memory_get_the_tokens_of_an_undisturbed_run(
     start_server, policy
 ):

@@ -73,7 +73,9 @@ class SwapPlanner:
             places: requests that the next step takes at most.
         """
         queues, memory = self._queues, self._memory
-        if not queues.count(Place.SWAPPED) or queues.count(Place.RESIDENT) > places:
+        if not self._policy.makes_way or not queues.count(Place.SWAPPED):
+            return
+        if queues.count(Place.RESIDENT) > places:
             return
         for request in self._policy.soonest_swapped(now, 1):
             if not request.kv.num_copies and self._policy.enst(now)(request) <= 0:

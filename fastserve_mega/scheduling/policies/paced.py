@@ -31,6 +31,8 @@ class Paced(Policy):
     3. late: who cannot be in time any more (`Triage`), by expected work.
     """
 
+    makes_way = True
+
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         super().__init__(config, cost_model)
         self.queues = LevelledQueues(self.key, len(Standing))

@@ -34,6 +34,8 @@ class Policy(ABC):
     """The quantum of each level, for those who watch; none for policies without levels."""
     key_changes: ClassVar[bool] = True
     """Whether `key` changes when a request runs; without, a step need not sort anything."""
+    makes_way: ClassVar[bool] = False
+    """Whether residents make way for those on the host though one step could take them all."""
 
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         self.config = config

@@ -12,7 +12,7 @@ from fastserve_mega.system.config import SchedulerConfig
 
 _GAP_S = 0.3
 """Longest planned pause of an answer whose KV is on the device."""
-_GAP_AWAY_S = 1.5
+_GAP_AWAY_S = 1.25
 """The same on the host: it costs two copies, so a turn should yield many tokens."""
 _GAP_GIVEN_UP_S = 5.0
 """The same for an answer that was given up."""
@@ -96,7 +96,8 @@ class Readers:
     def yielded(self, request: Request, now: float) -> bool:
         """Move the deadline on after a token; return whether the work was estimated anew."""
         reader = self._readers[request]
-        reader.due_s = max(reader.due_s, now) + self._pace_s
+        # Nobody waits for what no batch could give: a machine may be slower than all readers.
+        reader.due_s = max(reader.due_s, now) + max(self._pace_s, self.interval_s)
         tokens = request.num_tokens - request.num_prompt_tokens
         if reader.bucket + 1 == len(EDGES) or tokens < EDGES[reader.bucket + 1]:
             return False

@@ -13,7 +13,7 @@ from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig
 
-_LOOKED_AT = 256
+_LOOKED_AT = 128
 """Waiting requests that a step chooses from: those with the first deadlines."""
 _USED = 0.9
 """Share of the tokens of full batches that is promised to readers."""
@@ -22,7 +22,7 @@ _USED_WITH_HOST = 0.7
 _BEHIND_S = 0.05
 """While an answer that has begun is later than this, nobody is started."""
 _STARVED_SHARE = 0.1
-"""Starved requests started for each that is in time."""
+"""Starved requests started for each other one."""
 _MOST_CREDIT = 4.0
 _LARGER = 2.0
 """An answer is given up for a request that makes less work by this factor."""
@@ -83,10 +83,11 @@ class Triage:
 
     def began(self, request: Request) -> None:
         """Take in that a request has its first token."""
-        if request in self._in_time:
-            del self._in_time[request]
+        self._in_time.pop(request, None)
+        if request in self._lifted:
+            self._lifted.remove(request)
+        else:
             self._credit = min(self._credit + _STARVED_SHARE, _MOST_CREDIT)
-        self._lifted.discard(request)
         self._give_place(request)
 
     def resized(self, request: Request) -> None:
@@ -128,13 +129,15 @@ class Triage:
         served = float(self._batch_size)
         if self._queues.count(Place.SWAPPED):
             served = min(served, self._queues.count(Place.RESIDENT)) * _USED_WITH_HOST
-        places = _USED * served * self._tpot_s / self._readers.interval_s
+        # Where a step takes longer than that, nobody can be served faster than once a step.
+        token_s = max(self._tpot_s, self._readers.interval_s)
+        places = max(_USED * served * token_s / self._readers.interval_s, 1.0)
         taken = len(self._streams) + _CRUMB * self._num_given_up + len(self._lifted)
         return places - taken
 
     def _is_behind(self, now: float) -> bool:
         """Whether the reader of an answer waits, though it was not given up."""
-        for place in (Place.RESIDENT, Place.SWAPPED):
+        for place in Place:  # one that lost its KV waits again
             for request in islice(self._queues.walk(place), self._batch_size):
                 reader = self._readers[request]
                 if request.queue.level != Standing.URGENT or reader.due_s > now - _BEHIND_S:
@@ -191,8 +194,7 @@ class Triage:
         if not self._streams:
             return 0.0
         priority, work_s, _, largest = self._streams[-1]
-        least = request.priority, _LARGER * self._readers[request].work_s
-        if (priority, work_s) < least:
+        if priority < request.priority or work_s < _LARGER * self._readers[request].work_s:
             return 0.0
         self._take_place(largest)
         self._num_given_up += 1
@@ -201,6 +203,4 @@ class Triage:
         return 1.0 - _CRUMB
 
     def _may_starve(self, request: Request) -> bool:
-        if request.is_finished or self._readers[request].has_begun:
-            return False
-        return request.queue.level == Standing.LATE
+        return not (request.is_finished or self._readers[request].has_begun)

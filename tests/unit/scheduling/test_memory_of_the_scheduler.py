@@ -15,7 +15,7 @@ ROUNDS = 60
 
 CASES = [
     (policy, strategy)
-    for policy in ("skip_join_mlfq", "mlfq", "fcfs", "fixed_priority")
+    for policy in ("skip_join_mlfq", "paced", "mlfq", "fcfs", "fixed_priority")
     for strategy in ("proactive", "reactive", "recompute", "none")
 ]
 

@@ -299,7 +299,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.memory.host.free_count == max(self.host_blocks - 1, 0)
 
 
-POLICIES = ("skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt")
+POLICIES = ("skip_join_mlfq", "paced", "mlfq", "fcfs", "fixed_priority", "srpt")
 STRATEGIES = ("proactive", "reactive", "recompute", "none")
 
 

@@ -6,7 +6,7 @@ from fixed_costs import arrived, make_scheduler
 from fastserve_mega.scheduling.events import StepDone
 
 
-@pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority"])
+@pytest.mark.parametrize("policy", ["skip_join_mlfq", "paced", "mlfq", "fcfs", "fixed_priority"])
 def test_the_first_ones_by_priority_and_all_that_run(policy):
     scheduler = make_scheduler(policy=policy, max_batch_size=3)
     plan = scheduler.step(0.0, [arrived(f"r{i:02}", 8) for i in range(20)])

@@ -90,7 +90,9 @@ def test_what_users_feel_by_hand() -> None:
     assert jain_index([1.0, 0.0]) == 0.5
 
 
-@pytest.mark.parametrize("policy", ["skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"])
+@pytest.mark.parametrize(
+    "policy", ["skip_join_mlfq", "paced", "mlfq", "fcfs", "fixed_priority", "srpt"]
+)
 def test_every_policy_finishes_every_request(
     config: SimulationConfig, tmp_path: Path, policy: str
 ) -> None:

@@ -1,0 +1,248 @@
+"""The policy `paced`: who is urgent, who is started, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import msgspec
+import pytest
+from fixed_costs import arrived, names
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastserve_mega.plan import Plan
+from fastserve_mega.scheduling.events import CopyDone, Event, StepDone
+from fastserve_mega.scheduling.kv.pool import PoolSizes
+from fastserve_mega.scheduling.policies.lifetimes import EDGES, Lifetimes, bucket_of
+from fastserve_mega.scheduling.policies.readers import Standing
+from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.system.config import PacedConfig, SchedulerConfig, SwapConfig
+
+STEP_S = 0.02
+
+
+class QuickCosts:
+    """A decode step takes 20 ms whatever the batch; a prefill 1 ms a token."""
+
+    def __init__(self, step_s: float = STEP_S) -> None:
+        self._step_s = step_s
+
+    def prefill_s(self, tokens: int) -> float:
+        return tokens / 1000
+
+    def decode_s(self, batch: int, context: int) -> float:
+        return self._step_s
+
+    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
+        pass
+
+
+class Readers:
+    """Drives a scheduler step by step, and notes when each request got its tokens."""
+
+    def __init__(
+        self, *, step_s: float = STEP_S, batch: int = 2, device_blocks: int = 10_000, **paced: float
+    ) -> None:
+        self.now = 0.0
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                policy="paced",
+                max_batch_size=batch,
+                max_batch_tokens=200,
+                paced=PacedConfig(**paced),
+            ),
+            QuickCosts(step_s),
+            PoolSizes(device_blocks, 10_000, 4),
+            swap=SwapConfig(strategy="proactive"),
+        )
+        self.plans: list[Plan] = []
+        self.begun: list[str] = []
+        self.token_times: dict[str, list[float]] = {}
+        self._step_s = step_s
+        self._left: dict[str, int] = {}
+        self._done: list[Event] = []
+
+    def step(self, *requests: tuple[str, int, int]) -> list[str]:
+        """Let requests arrive (name, prompt, answer) and run a step; return who takes part."""
+        events: list[Event] = [arrived(name, prompt, 5000) for name, prompt, _ in requests]
+        self._left |= {name: answer for name, _, answer in requests}
+        plan = self.scheduler.step(self.now, [*self._done, *events])
+        self.scheduler.check_integrity()
+        self._done = []
+        if plan is None:
+            self.now += self._step_s
+            return []
+        self.plans.append(plan)
+        prefill_s = sum(each.num_tokens for each in plan.batch if each.num_tokens > 1) / 1000
+        elapsed_s = self._step_s + prefill_s
+        self.now += elapsed_s
+        yielded = [each.request_id for each in plan.batch if each.samples]
+        for name in yielded:
+            self._left[name] -= 1
+            if name not in self.token_times:
+                self.begun.append(name)
+            self.token_times.setdefault(name, []).append(self.now)
+        finished = tuple(name for name in yielded if not self._left[name])
+        self._done = [StepDone(plan.step_id, elapsed_s, finished)] if plan.batch else []
+        self._done += [CopyDone(copy.copy_id) for copy in plan.copies]
+        return names(plan)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+
+    def run_until_idle(self) -> None:
+        for _ in range(20_000):
+            if not self.step() and not self.scheduler.unfinished:
+                return
+        raise AssertionError(f"{self.scheduler.unfinished} requests are never finished")
+
+    def level(self, name: str) -> int:
+        return self.scheduler.find(name).queue.level
+
+
+def test_an_answer_ahead_of_its_reader_pauses_for_a_new_one():
+    readers = Readers(batch=1)
+    readers.step(("old", 100, 500))
+    readers.run(20)
+    assert readers.level("old") == Standing.AHEAD
+    assert readers.step(("new", 100, 500)) == ["new"]
+
+
+def test_more_readers_than_places_in_a_batch_are_all_served_at_reading_speed():
+    readers = Readers(batch=2)  # 100 tokens/s, and a reader takes 10 to 12
+    readers.step(*[(f"r{index}", 20, 60) for index in range(7)])
+    readers.run_until_idle()
+    for times in readers.token_times.values():
+        assert times[0] <= 1.0
+        assert (times[-1] - times[0]) / 59 <= 0.1
+        assert max(after - before for before, after in pairwise(times)) <= 0.4
+
+
+def test_who_cannot_be_in_time_comes_after_those_who_can():
+    readers = Readers(batch=4)
+    readers.step(("long", 3000, 5), ("short", 300, 5), ("other", 300, 5))
+    readers.run_until_idle()
+    assert readers.begun == ["short", "other", "long"]
+    assert readers.token_times["other"][0] <= 1.0
+    assert readers.token_times["long"][0] > 3.0
+
+
+def test_no_more_are_started_than_can_be_served_in_time():
+    readers = Readers(batch=1)  # 50 tokens/s: four readers at 10 tokens/s, and some spare
+    readers.step(*[(f"r{index:02}", 10, 100) for index in range(12)])
+    readers.run(100)
+    assert len(readers.begun) == 4
+    readers.run_until_idle()
+    in_time = [times for times in readers.token_times.values() if times[0] <= 1.0]
+    assert len(in_time) == 4
+    assert all((times[-1] - times[0]) / 99 <= 0.1 for times in in_time)
+
+
+def test_a_long_answer_is_given_up_for_short_ones_and_goes_on_after_them():
+    readers = Readers(batch=1)
+    readers.step(("long", 300, 1500))
+    for number in range(600):
+        readers.step(*([(f"s{number:03}", 4, 8)] if number % 5 == 0 else []))  # too many
+    short = [times for name, times in readers.token_times.items() if name != "long"]
+    assert sum((times[-1] - times[0]) / 7 <= 0.1 for times in short) > 0.9 * len(short)
+    assert len(readers.token_times["long"]) < 200
+    readers.run_until_idle()
+    times = readers.token_times["long"]
+    assert len(times) == 1500
+    assert max(after - before for before, after in pairwise(times)) <= 5.5
+
+
+def test_answers_take_turns_when_the_device_holds_fewer_than_a_step_takes():
+    readers = Readers(batch=4, device_blocks=60)
+    readers.step(*[(f"r{index}", 40, 180) for index in range(4)])  # 55 blocks each in the end
+    readers.run_until_idle()
+    first_end = min(times[-1] for times in readers.token_times.values())
+    assert all(times[0] < first_end for times in readers.token_times.values())
+    for times in readers.token_times.values():
+        assert max(after - before for before, after in pairwise(times)) <= 2.5
+
+
+@pytest.mark.parametrize("step_s", [STEP_S, 0.5])
+def test_nobody_waits_for_ever_behind_those_with_less_work(step_s):
+    """Whoever has starved comes after those who starved before, as one of eleven that begin."""
+    readers = Readers(batch=1, step_s=step_s, patience=0.1)
+    readers.step(("first", 4, 2), ("huge", 1500, 20))
+    starves_s = 1.0 + 0.1 * (1.5 + 128 * step_s)
+    before = number = 0
+    while "huge" not in readers.begun:
+        number += 1
+        before += readers.now < starves_s
+        readers.step((f"s{number:04}", 4, 2))  # a new one each step, and each needs two of them
+        assert len(readers.begun) <= 11 * before + 15
+    assert readers.now >= starves_s
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(1, 60), st.integers(0, 6)), max_size=15),
+    st.sampled_from([STEP_S, 0.3]),
+)
+def test_every_request_is_finished_and_no_begun_answer_pauses_for_long(requests, step_s):
+    readers = Readers(batch=2, step_s=step_s)
+    for index, (prompt, answer, wait) in enumerate(requests):
+        readers.step((f"r{index}", prompt, answer))
+        readers.run(wait)
+    readers.run_until_idle()
+    assert len(readers.token_times) == len(requests)
+    slowest_s = step_s + 0.8  # of a step with two prompts
+    for times in readers.token_times.values():
+        gaps = [after - before for before, after in pairwise(times)]
+        assert max(gaps, default=0.0) <= 5.0 + len(requests) * slowest_s
+
+
+def test_the_same_requests_at_the_same_times_give_the_same_plans():
+    runs = []
+    for _ in range(2):
+        readers = Readers(batch=3, device_blocks=60)
+        for index in range(30):
+            readers.step((f"r{index}", 10 + 7 * index % 50, 5 + 13 * index % 40))
+        readers.run_until_idle()
+        runs.append(msgspec.json.encode(readers.plans))
+    assert runs[0] == runs[1]
+
+
+def test_lengths_are_learned_from_answers_under_way_too():
+    lifetimes = Lifetimes()
+    before = lifetimes.effort_tokens(0)
+    for _ in range(200):
+        for bucket in range(bucket_of(1000)):
+            lifetimes.survived(bucket)
+        lifetimes.ended(1000)
+    assert lifetimes.effort_tokens(0) > 3 * before
+    assert lifetimes.effort_tokens(900) < 300
+
+
+def test_who_has_outlived_the_short_ones_is_expected_to_be_long():
+    lifetimes = Lifetimes()
+    for number in range(400):
+        tokens = 1000 if number % 10 == 0 else 40
+        for bucket in range(bucket_of(tokens)):
+            lifetimes.survived(bucket)
+        lifetimes.ended(tokens)
+    assert lifetimes.effort_tokens(0) < 60
+    assert lifetimes.effort_tokens(100) > 500
+
+
+@given(st.lists(st.integers(1, 20_000), max_size=200), st.integers(0, 30_000))
+def test_an_effort_is_always_positive_and_finite(lengths, age):
+    whole = Lifetimes()
+    part = Lifetimes(whole)
+    for tokens in lengths:
+        for each in (whole, part):
+            for bucket in range(bucket_of(tokens)):
+                each.survived(bucket)
+            each.ended(tokens)
+    assert 0 < part.effort_tokens(age) < 1e9
+    assert part.effort_tokens(age) == part.effort_tokens(age)
+
+
+def test_buckets_cover_all_ages():
+    assert all(earlier < later for earlier, later in pairwise(EDGES))
+    assert bucket_of(0) == 0
+    assert bucket_of(10**9) == len(EDGES) - 1
