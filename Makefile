@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: compat demo serve test test-long coverage test-install test-browser check-launch model paper native-sanitize
+.PHONY: compat demo serve test test-long coverage test-install test-browser test-kernels check-launch model paper native-sanitize
 
 demo:
 	@tools/demo.sh
@@ -27,6 +27,10 @@ compat:
 # `make test-install ARGS=3.12` is one of them.
 test-install:
 	@tools/test_install.sh $(ARGS)
+
+# The GPU kernels in Triton's interpreter, and compiled for an H100; needs no GPU.
+test-kernels:
+	@tools/test_kernels.sh
 
 # The live view in Chromium.
 test-browser:
