@@ -237,8 +237,9 @@ class Deployment:
             raise
         process_id = self._processes[name].pid
         self._watches[name] = Watch(
-            # A stopped rank or mpirun is missed only when it has something to do.
-            lambda: answers() and not stopped(process_id),
+            # A stopped rank or mpirun is missed only when it has something to do; and none answers,
+            # so there is no use in waiting for that.
+            lambda: not stopped(process_id) and answers(),
             self._config.supervisor.hang_limit_s,
             time.monotonic(),
         )
