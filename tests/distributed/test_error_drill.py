@@ -139,7 +139,9 @@ def test_http_port_in_use(config, tmp_path, port):
     command += ["--set", f"server.port={port}"]
     ended = launch_and_wait(command, tmp_path / "log", LIMIT_S)
     assert ended.status != 0
-    assert len(ended.output.splitlines()) == 1
+    starting, *said = ended.output.splitlines()
+    assert starting.startswith("starting ")
+    assert len(said) == 1
     assert_said(ended, f"cannot listen on 127.0.0.1:{port} (server.host, server.port): Address")
 
 
