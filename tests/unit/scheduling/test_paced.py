@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import msgspec
 import pytest
-from fixed_costs import arrived, names
+from fixed_costs import FixedCosts, arrived, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from fastserve_mega.system.config import PacedConfig, SchedulerConfig, SwapConfi
 STEP_S = 0.02
 
 
-class QuickCosts:
+class QuickCosts(FixedCosts):
     """A decode step takes 20 ms whatever the batch; a prefill 1 ms a token."""
 
     def __init__(self, step_s: float = STEP_S) -> None:
@@ -32,9 +32,6 @@ class QuickCosts:
 
     def decode_s(self, batch: int, context: int) -> float:
         return self._step_s
-
-    def observe(self, prefill_tokens: int, decodes: int, elapsed_s: float) -> None:
-        pass
 
 
 class Readers:
