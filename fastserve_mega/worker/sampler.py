@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fastserve_mega.messaging.messages import SamplingFailure
+from fastserve_mega.worker.filters import keep_min_p, keep_top_k, keep_top_p
 from fastserve_mega.worker.grammar import GrammarError, Grammars
+from fastserve_mega.worker.largest import find_largest
 from fastserve_mega.worker.logprobs import ModelDistribution
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
@@ -98,25 +100,37 @@ class Sampler:
         return _joined(rows)
 
     def _sample(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
-        # A copy: when this fails, each row is tried again by itself.
-        logits = logits.to(torch.float32, copy=True)
-        largest_of_model = logits.amax(dim=-1)
+        logits = logits.to(torch.float32).contiguous()
         distribution = ModelDistribution(logits, sequences)
+        changed, failures = self._changed(logits, sequences)
+        if self._draw is not None:
+            drawn = self._draw(changed, to_device(_rules(sequences), logits.device))
+            columns = (logits.amax(dim=-1), changed.amax(dim=-1), drawn)
+            return _told(columns, distribution, failures)
+        tokens, largest_of_model = find_largest(logits)
+        largest = largest_of_model
+        if changed is not logits:
+            tokens, largest = find_largest(changed)
+        failures = {**_unusable(list(zip(largest_of_model, largest, strict=True))), **failures}
+        _choose_at_random(tokens, changed, sequences, failures)
+        failed = tuple(failures[row] for row in sorted(failures))
+        return StepOutput(tokens, distribution.of(tokens), failed)
+
+    def _changed(
+        self, logits: Tensor, sequences: Sequence[SequenceInput]
+    ) -> tuple[Tensor, dict[int, SamplingFailure]]:
+        """What requests make of the model's logits, and why rows cannot be sampled.
+
+        A copy where there is something to change: when that fails, each row is tried by itself.
+        """
+        if not any(map(_changes_logits, sequences)):
+            return logits, {}
+        logits = logits.clone()
         failures = self._hold_to_grammars(logits, sequences)
         self._hold_back_stop_tokens(logits, sequences)
         add_logit_bias(logits, sequences)
         penalize(logits, sequences)
-        if self._draw is not None:
-            drawn = self._draw(logits, to_device(_rules(sequences), logits.device))
-            columns = (largest_of_model, logits.amax(dim=-1), drawn)
-            return _told(columns, distribution, failures)
-        best = logits.argmax(dim=-1, keepdim=True)
-        largest = torch.stack((largest_of_model, logits.gather(-1, best).squeeze(-1)), dim=-1)
-        failures = {**_unusable(largest.tolist()), **failures}
-        tokens: list[int] = best.squeeze(-1).tolist()
-        _choose_at_random(tokens, logits, sequences, failures)
-        failed = tuple(failures[row] for row in sorted(failures))
-        return StepOutput(tokens, distribution.of(tokens), failed)
+        return logits, failures
 
     def _hold_to_grammars(
         self, logits: Tensor, sequences: Sequence[SequenceInput]
@@ -139,13 +153,23 @@ class Sampler:
         held_back = [
             (row, token)
             for row, sequence in enumerate(sequences)
-            if sequence.context - sequence.prompt_tokens < sequence.params.min_tokens
+            if _awaits_min_tokens(sequence)
             for token in {*self._eos_token_ids, *sequence.params.stop_token_ids}
             if token < vocabulary
         ]
         if held_back:
             rows, tokens = to_device(torch.tensor(held_back), logits.device).unbind(dim=1)
             logits[rows, tokens] = -torch.inf
+
+
+def _changes_logits(sequence: SequenceInput) -> bool:
+    """Whether a request is sampled from other logits than the model's."""
+    held = sequence.history is not None and sequence.params.needs_history
+    return held or bool(sequence.params.logit_bias) or _awaits_min_tokens(sequence)
+
+
+def _awaits_min_tokens(sequence: SequenceInput) -> bool:
+    return sequence.context - sequence.prompt_tokens < sequence.params.min_tokens
 
 
 def _rules(sequences: Sequence[SequenceInput]) -> Tensor:
@@ -251,10 +275,10 @@ def _sample(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
     logits = logits - logits.amax(dim=-1, keepdim=True)
     logits = logits / column([p.temperature for p in params]).float()
     vocabulary = logits.shape[-1]
-    _keep_top_k(logits, [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params])
+    keep_top_k(logits, [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params])
     weights = logits.exp_()
-    _keep_min_p(weights, [p.min_p for p in params])
-    _keep_top_p(weights, [p.top_p for p in params])
+    keep_min_p(weights, [p.min_p for p in params])
+    keep_top_p(weights, [p.top_p for p in params])
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     uniforms = column([uniform(s.seed, s.context) for s in sequences])
     total = cumulative[:, -1:]
@@ -262,42 +286,3 @@ def _sample(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     chosen = torch.searchsorted(cumulative, target, right=True)
     return [int(token) for token in chosen.clamp_(max=vocabulary - 1).flatten().tolist()]
-
-
-def _keep_top_k(logits: Tensor, top_k: list[int]) -> None:
-    """Drop what is below the k-th largest logit of its row; 0 keeps all. In place."""
-    rows = [row for row, k in enumerate(top_k) if k]
-    if not rows:
-        return
-    largest = logits[rows].topk(max(top_k), dim=-1).values
-    last = torch.tensor([top_k[row] - 1 for row in rows], device=logits.device)[:, None]
-    threshold = largest.gather(-1, last)
-    selected = logits[rows]
-    logits[rows] = selected.masked_fill_(selected < threshold, -torch.inf)
-
-
-def _keep_min_p(weights: Tensor, min_p: list[float]) -> None:
-    """Drop what weighs less than `min_p` of its row's largest, which is 1. In place."""
-    if any(min_p):
-        threshold = torch.tensor(min_p, dtype=weights.dtype, device=weights.device)[:, None]
-        weights.masked_fill_(weights < threshold, 0.0)
-
-
-def _keep_top_p(weights: Tensor, top_p: list[float]) -> None:
-    """Drop what is outside the smallest set that holds `top_p` of its row's weight. In place."""
-    for row, p in enumerate(top_p):
-        if p < 1.0:
-            selected = weights[row]
-            selected.masked_fill_(selected < _top_p_threshold(selected, p), 0.0)
-
-
-def _top_p_threshold(weights: Tensor, top_p: float) -> Tensor:
-    """The smallest weight that belongs to the set."""
-    total = weights.sum(dtype=torch.float64)
-    # All tokens below this bound together weigh less than 1 - top_p, so none of them belongs to
-    # the set; sorting the few that are left is what makes this cheap.
-    bound = total * ((1.0 - top_p) / weights.shape[0])
-    candidates = weights[weights >= bound].sort(descending=True).values
-    cumulative = candidates.cumsum(dim=0, dtype=torch.float64)
-    last = torch.searchsorted(cumulative, top_p * total).clamp(max=candidates.shape[0] - 1)
-    return candidates[last]

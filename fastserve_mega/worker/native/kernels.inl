@@ -5,3 +5,4 @@
 #include "matrices.inl"
 #include "attention.inl"
 #include "run.inl"
+#include "sampling.inl"

@@ -21,7 +21,7 @@ constexpr int LANES = 16, MAX_ROWS = 12;
 
 }  // namespace
 
-Kernels avx512_bf16_kernels() { return Kernels{run_stage<Bfloat16>, MAX_ROWS}; }
+Kernels avx512_bf16_kernels() { return Kernels{run_stage<Bfloat16>, find_largest, MAX_ROWS}; }
 
 }  // namespace fastserve
 #pragma GCC pop_options

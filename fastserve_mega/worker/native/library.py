@@ -137,6 +137,7 @@ _SIGNATURES = {
     "set_rope": (None, (_P, _I, _P, _F)),
     "set_tables": (None, (_P, _P, _P)),
     "step": (ctypes.c_int, (_P, ctypes.POINTER(StepInput))),
+    "find_largest": (None, (_P, _I, _I, _P, _P)),
 }
 
 
@@ -163,6 +164,7 @@ class Library:
         self.set_rope = library.fastserve_set_rope
         self.set_tables = library.fastserve_set_tables
         self.step = library.fastserve_step
+        self.find_largest = library.fastserve_find_largest
         self.best_instruction_set = InstructionSet(library.fastserve_best_instruction_set())
 
 

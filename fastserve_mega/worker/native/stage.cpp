@@ -94,13 +94,12 @@ int best_instruction_set() {
 #endif
 }
 
-Kernels choose_kernels(const StageConfig& config) {
-  const auto dtype = static_cast<DType>(config.dtype);
+Kernels choose_kernels(int instruction_set, DType dtype) {
 #if defined(__x86_64__)
-  if (config.instruction_set == AVX512_BF16)
+  if (instruction_set == AVX512_BF16)
     return dtype == BFLOAT16 ? avx512_bf16_kernels() : avx512_kernels(dtype);
-  if (config.instruction_set == AVX512) return avx512_kernels(dtype);
-  if (config.instruction_set == AVX2) return avx2_kernels(dtype);
+  if (instruction_set == AVX512) return avx512_kernels(dtype);
+  if (instruction_set == AVX2) return avx2_kernels(dtype);
 #endif
   return portable_kernels(dtype);
 }
@@ -112,7 +111,7 @@ size_t element_bytes(const StageConfig& config) { return config.dtype == BFLOAT1
 // A stage with all that belongs to it.
 struct OwnedStage {
   explicit OwnedStage(const StageConfig& config)
-      : kernels(choose_kernels(config)),
+      : kernels(choose_kernels(config.instruction_set, static_cast<DType>(config.dtype))),
         layers(config.layers + 1),
         ropes(config.ropes),
         weights(config.weight_bytes),
@@ -300,4 +299,10 @@ EXPORT int fastserve_step(OwnedStage* owned, const StepInput* step) {
       },
       owned);
   return 0;
+}
+
+EXPORT void fastserve_find_largest(const float* logits, int rows, int columns, int32_t* tokens,
+                                   float* values) {
+  static const Kernels kernels = choose_kernels(best_instruction_set(), FLOAT32);
+  kernels.find_largest(logits, rows, columns, tokens, values);
 }

@@ -115,8 +115,12 @@ inline int round_up(int value, int multiple) { return (value + multiple - 1) / m
 // The work of one thread of a step.
 using StageFunction = void (*)(Stage&, int thread);
 
+// Of each row of logits [rows][columns]: the first of its largest values, and which it is.
+using LargestFunction = void (*)(const float*, int rows, int columns, int32_t* tokens, float* values);
+
 struct Kernels {
   StageFunction run;
+  LargestFunction find_largest;
   int attention_rows;  // of an item, at most
 };
 

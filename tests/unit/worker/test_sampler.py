@@ -7,6 +7,7 @@ import torch
 
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.history import TokenHistory
+from fastserve_mega.worker.largest import find_largest
 from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
 from fastserve_mega.worker.sampler import Sampler, uniform
@@ -291,3 +292,27 @@ def test_logprobs_of_the_chosen_token_alone_and_of_a_small_vocabulary():
     assert (first.top_ids, first.top_logprobs) == ((), ())
     assert second.top_ids == (1, 0, 2)
     assert Sampler(())(rows, [sequence(), sequence()]).logprobs == ()
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 33, 4097])
+def test_the_largest_logit_is_torchs(columns):
+    logits = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
+    logits[1] = 2.0  # the first of equals
+    logits[2, columns // 2] = math.nan
+    logits[3] = -math.inf
+    tokens, values = find_largest(logits)
+    assert tokens == logits.argmax(dim=-1).tolist()
+    torch.testing.assert_close(
+        torch.tensor(values), logits.amax(dim=-1), rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_logits_that_no_request_changes_stay_as_they_are(logits):
+    rows = torch.stack([logits, -logits])
+    before = rows.clone()
+    held = SamplingParams(temperature=0.0, min_tokens=5, stop_token_ids=(int(logits.argmax()),))
+    plain = SamplingParams(temperature=0.0)
+    sampler = Sampler(())
+    alone = sampler(rows[1:], [sequence(plain)]).token_ids
+    assert sampler(rows, [sequence(held), sequence(plain)]).token_ids[1:] == alone
+    assert torch.equal(rows, before)
