@@ -86,7 +86,6 @@ struct Model {
     config.weight_bytes = 4 << 20;
     pool.resize(sizeof(float) * BLOCKS * LAYERS * 2 * 2 * config.block_size * head_dim);
     config.pool = pool.data();
-    config.pool_bytes = static_cast<int64_t>(pool.size());
     stage = fastserve_create(&config);
     check(stage, "create");
     frequencies = floats(head_dim / 2);

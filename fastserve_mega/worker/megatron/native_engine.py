@@ -182,7 +182,6 @@ def _config(architecture: Architecture, partition: Partition, cache: KvCache) ->
         attention_softcap=architecture.attention_softcap or 0.0,
         embedding_scale=torch.tensor(architecture.embedding_scale, dtype=dtype).item(),
         pool=cache.pool.data_ptr(),
-        pool_bytes=cache.pool.nbytes,
     )
 
 

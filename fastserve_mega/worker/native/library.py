@@ -97,7 +97,6 @@ class StageConfig(ctypes.Structure):
         ("attention_softcap", _F),
         ("embedding_scale", _F),
         ("weight_bytes", ctypes.c_int64),
-        ("pool_bytes", ctypes.c_int64),
         ("pool", _P),
     )
 
@@ -154,7 +153,9 @@ class Library:
         except OSError as error:
             raise NativeError(f"{path.name} cannot be loaded: {error}") from None
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, f"fastserve_{name}")
+            function = getattr(library, f"fastserve_{name}", None)
+            if function is None:
+                raise NativeError(f"{path.name} is of another version: install again")
             function.restype, function.argtypes = result, list(arguments)
         self.create = library.fastserve_create
         self.destroy = library.fastserve_destroy

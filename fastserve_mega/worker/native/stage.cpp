@@ -74,13 +74,6 @@ class Memory {
   size_t bytes_ = 0, used_ = 0;
 };
 
-// Ask for huge pages where memory of others has not been touched yet.
-void use_huge_pages(void* memory, size_t bytes) {
-  const auto from = (reinterpret_cast<uintptr_t>(memory) + 4095) & ~uintptr_t{4095};
-  const auto to = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~uintptr_t{4095};
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
-}
-
 int best_instruction_set() {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -118,7 +111,6 @@ struct OwnedStage {
         team(config.threads),
         own_rows(config.threads),
         scores(config.threads) {
-    use_huge_pages(config.pool, static_cast<size_t>(config.pool_bytes));
     stage.config = config;
     stage.layers = layers.data();
     stage.ropes = ropes.data();

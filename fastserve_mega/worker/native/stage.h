@@ -46,7 +46,7 @@ struct StageConfig {
   int32_t instruction_set, threads, dtype, layers, hidden, feed_forward, kv_heads, group, head_dim;
   int32_t block_size, vocabulary, norm, activation, gated, ropes, first, last;
   float norm_epsilon, attention_scale, attention_softcap, embedding_scale;
-  int64_t weight_bytes, pool_bytes;
+  int64_t weight_bytes;
   void* pool;
 };
 
