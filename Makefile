@@ -1,5 +1,5 @@
 # Each target is a plain script, for machines without make.
-.PHONY: compat demo serve test test-long coverage test-install test-browser test-kernels check-launch model paper native-sanitize
+.PHONY: compat demo serve test test-long coverage test-install test-browser test-kernels check-launch model paper native-sanitize bench-guard
 
 demo:
 	@tools/demo.sh
@@ -51,3 +51,8 @@ native-sanitize:
 # Files of launch/, with promtool, kustomize, hadolint and others where they are installed.
 check-launch:
 	@tools/check_launch.sh
+
+# Whether a step became slower since the last tag; `make bench-guard ARGS="--since HEAD~20"`.
+bench-guard:
+	@tools/setup_venv.sh && .venv/bin/python tools/bench_guard.py \
+	    --model ~/.cache/fastserve_mega/smollm2-135m-instruct $(ARGS)

@@ -7,6 +7,7 @@ only ever add time.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
     """Best time of each case and engine. One engine is open at a time, as in a server."""
     best: dict[tuple[str, str], float] = {}
     for _ in range(arguments.rounds):
-        for engine in ENGINES:
+        for engine in arguments.engines:
             runner = open_runner(engine, arguments)
             for case, batch in CASES.items():
                 seconds(runner, batch, 3)
@@ -90,8 +91,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each case and round")
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--json", action="store_true", help="seconds of each case and engine")
     arguments = parser.parse_args()
     best = measure(arguments)
+    if arguments.json:
+        print(json.dumps({f"{case}, {engine}": took for (case, engine), took in best.items()}))
+        return
+    if len(arguments.engines) == 1:
+        for case in CASES:
+            print(f"{case}: {best[case, arguments.engines[0]] * 1e3:.1f} ms")
+        return
     print("| step | torch, ms | native, ms | times as fast |\n|---|---|---|---|")
     for case in CASES:
         torch_s, native_s = (best[case, engine] for engine in ENGINES)

@@ -35,6 +35,8 @@ def run_job(job: dict) -> list[list[int]] | None:
         expert=job.get("expert", 1),
         layers_per_stage=tuple(job["layers_per_stage"]) if job.get("layers_per_stage") else None,
         device="cpu",
+        # Weights that were laid out for the native step cannot be saved.
+        cpu_engine="torch" if job.get("save_to") else "auto",
         threads_per_rank=1,
         timeout_s=120,
     )

@@ -140,7 +140,6 @@ def _obstacle(architecture: Architecture, partition: Partition, cache: KvCache) 
         "no 8-bit KV cache": cache.is_quantized,
         f"no {str(dtype).removeprefix('torch.')}": dtype not in (torch.float32, torch.bfloat16),
         "no mixture of experts": architecture.experts is not None,
-        "no layers that tensor-parallel ranks share": partition.tensor_size > 1,
         f"no head_dim above {_MAX_HEAD_DIM}": architecture.head_dim > _MAX_HEAD_DIM,
         f"no heads of less than {_READ_AHEAD_BYTES} bytes in a block": (
             head_bytes < _READ_AHEAD_BYTES
@@ -150,9 +149,7 @@ def _obstacle(architecture: Architecture, partition: Partition, cache: KvCache) 
         # It computes bfloat16 in pairs.
         obstacles |= {
             f"no odd hidden size, {architecture.hidden_size}": architecture.hidden_size % 2 != 0,
-            f"no odd ffn size, {architecture.ffn_hidden_size}": (
-                architecture.ffn_hidden_size % 2 != 0
-            ),
+            f"no odd ffn size, {len(partition.ffn_columns)}": len(partition.ffn_columns) % 2 != 0,
             f"no odd head_dim, {architecture.head_dim}": architecture.head_dim % 2 != 0,
             f"no odd kv_cache.block_size, {cache.block_size}": cache.block_size % 2 != 0,
         }

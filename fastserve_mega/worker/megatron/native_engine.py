@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastserve_mega.models.architecture import Architecture
@@ -78,6 +79,8 @@ class NativeEngine:
         self.title = instruction_set.title
         self.threads = torch.get_num_threads()
         self._architecture = architecture
+        self._partition = partition
+        self._tensor_group = stage.groups.tensor
         self._cache = cache
         parameters = stage.parameters()
         kinds = [architecture.attention_kind(layer) for layer in partition.layers]
@@ -86,7 +89,7 @@ class NativeEngine:
         config.instruction_set, config.threads = instruction_set, self.threads
         config.ropes = len(ropes)
         config.weight_bytes = _weight_bytes(parameters)
-        self._native = NativeStage(library, config)
+        self._native = NativeStage(library, config, stage.groups.tensor)
         for number, rope in enumerate(ropes):
             rotation = Rotation(rope, architecture.head_dim, cache.pool.device)
             self._native.set_rope(number, rotation.frequencies, rotation.factor)
@@ -110,13 +113,22 @@ class NativeEngine:
         result = self._native.run(step, receive())
         if step.input.logits is None:
             return result
-        logits = cap_logits(result, self._architecture.logit_softcap)
+        logits = cap_logits(self._whole_logits(result), self._architecture.logit_softcap)
         if step.scored:
             score(logits[: step.scored])
         return logits[step.scored :]
 
     def close(self) -> None:
         self._native.close()
+
+    def _whole_logits(self, own: Tensor) -> Tensor:
+        """[samples, this rank's part of the vocabulary] → [samples, vocabulary]."""
+        if self._partition.tensor_size == 1:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self._partition.tensor_size)]
+        if own.shape[0]:
+            dist.all_gather(parts, own, group=self._tensor_group)
+        return torch.cat(parts, dim=-1)[:, : self._architecture.vocab_size].contiguous()
 
     def _set_layer(self, layer: int, parameters: Mapping[str, nn.Parameter]) -> None:
         prefix = f"decoder.layers.{layer}."
@@ -129,7 +141,6 @@ class NativeEngine:
             self._set_norm(layer, norm, prefix + module, parameters)
 
     def _set_ends(self, layers: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        vocab_size = self._architecture.vocab_size
         embedding = parameters.get(_EMBEDDING)
         self._set_norm(layers, VectorName.FINAL_NORM, "decoder.final_layernorm", parameters)
         output = parameters.get(_OUTPUT)
@@ -139,7 +150,8 @@ class NativeEngine:
         # Before the matrix is moved: a tied embedding is not a table any more.
         self._native.set_tables(embedding, parameters.get(_POSITIONS))
         if output is not None:
-            self._move_matrix(layers, MatrixName.OUTPUT, output, rows=vocab_size)
+            rows = _vocabulary(self._architecture, self._partition)
+            self._move_matrix(layers, MatrixName.OUTPUT, output, rows)
 
     def _move_matrix(
         self, layer: int, name: MatrixName, weight: nn.Parameter, rows: int | None = None
@@ -166,12 +178,14 @@ def _config(architecture: Architecture, partition: Partition, cache: KvCache) ->
         dtype=int(dtype == torch.bfloat16),
         layers=len(partition.layers),
         hidden=architecture.hidden_size,
-        feed_forward=architecture.ffn_hidden_size,
+        feed_forward=len(partition.ffn_columns),
         kv_heads=len(partition.kv_heads),
         group=len(partition.query_heads) // len(partition.kv_heads),
         head_dim=architecture.head_dim,
         block_size=cache.block_size,
-        vocabulary=architecture.vocab_size,
+        vocabulary=_vocabulary(architecture, partition),
+        ranks=partition.tensor_size,
+        first_token=partition.vocab_rows.start,
         norm=int(architecture.norm == "layer"),
         activation=_ACTIVATIONS[architecture.activation],
         gated=int(architecture.gated),
@@ -183,6 +197,12 @@ def _config(architecture: Architecture, partition: Partition, cache: KvCache) ->
         embedding_scale=torch.tensor(architecture.embedding_scale, dtype=dtype).item(),
         pool=cache.pool.data_ptr(),
     )
+
+
+def _vocabulary(architecture: Architecture, partition: Partition) -> int:
+    """Tokens whose logits this rank computes; with others, they have equal parts of them."""
+    ranks = partition.tensor_size
+    return architecture.vocab_size if ranks == 1 else len(partition.vocab_rows)
 
 
 def _weight_bytes(parameters: Mapping[str, nn.Parameter]) -> int:

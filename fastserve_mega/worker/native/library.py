@@ -65,6 +65,9 @@ class VectorName(IntEnum):
 
 _I, _P, _F = ctypes.c_int32, ctypes.c_void_p, ctypes.c_float
 
+GatherFunction = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P, ctypes.c_int64)
+"""Gathers that many floats from one address of each rank to another one; not 0 on failure."""
+
 
 class StageConfig(ctypes.Structure):
     """What a stage looks like; all sizes are those of this rank."""
@@ -90,6 +93,8 @@ class StageConfig(ctypes.Structure):
                 "ropes",
                 "first",
                 "last",
+                "ranks",
+                "first_token",
             )
         ),
         ("norm_epsilon", _F),
@@ -98,6 +103,7 @@ class StageConfig(ctypes.Structure):
         ("embedding_scale", _F),
         ("weight_bytes", ctypes.c_int64),
         ("pool", _P),
+        ("gather", GatherFunction),
     )
 
 

@@ -10,50 +10,85 @@ static void share(const Stage& stage, int thread, int rows, int& from, int& to) 
   to = static_cast<int>(rows * static_cast<int64_t>(thread + 1) / threads);
 }
 
-// A token's row of the embedding table; where that is the output matrix, it is only there packed.
+// Sum what is added over the ranks that share the layers, in their order: a row's sum does not
+// depend on its step. Afterwards each thread has its share of the rows.
+static void sum_over_ranks(Stage& stage, int thread, int rows) {
+  const Workspace& work = stage.work;
+  const size_t all = static_cast<size_t>(rows) * work.hidden_width;
+  wait_for_team(stage);
+  if (thread == 0) gather_rows(stage, rows);
+  wait_for_team(stage);
+  int from, to;
+  share(stage, thread, rows, from, to);
+  for (size_t i = static_cast<size_t>(from) * work.hidden_width;
+       i < static_cast<size_t>(to) * work.hidden_width; i += LANES) {
+    Vec sum = load(work.gathered + i);
+    for (int rank = 1; rank < stage.config.ranks; rank++) sum += load(work.gathered + rank * all + i);
+    store(work.added + i, sum);
+  }
+}
+
+// A token's row of the embedding table, zeros where another rank has it. Where the table is the
+// output matrix, it is only there packed.
 template <class T>
-static void embed_row(const Stage& stage, int token, int position, float* out) {
+static void embed_row(const Stage& stage, int token, float* out) {
   const StageConfig& c = stage.config;
-  const int size = c.hidden;
-  if (stage.embedding) {
-    const T* table = static_cast<const T*>(stage.embedding) + static_cast<size_t>(token) * size;
+  const int size = c.hidden, row = token - c.first_token;
+  if (c.ranks > 1 && (row < 0 || row >= c.vocabulary)) {
+    memset(out, 0, sizeof(float) * size);
+  } else if (stage.embedding) {
+    const T* table = static_cast<const T*>(stage.embedding) + static_cast<size_t>(row) * size;
     for (int k = 0; k < size; k++) out[k] = to_float(table[k]);
   } else {
     const Matrix& matrix = stage.layers[c.layers].matrices[OUTPUT];
-    const Unit* at = matrix.panels + static_cast<size_t>(token / PANEL) * matrix.units * PANEL +
-                     token % PANEL;
+    const Unit* at = matrix.panels + static_cast<size_t>(row / PANEL) * matrix.units * PANEL +
+                     row % PANEL;
     for (int u = 0; u < matrix.units; u++) {
       T values[per_unit<T>()];
       memcpy(values, at + static_cast<size_t>(u) * PANEL, sizeof(Unit));
       for (int i = 0; i < per_unit<T>(); i++) out[u * per_unit<T>() + i] = to_float(values[i]);
     }
   }
-  if (stage.position_table) {
-    const T* table = static_cast<const T*>(stage.position_table) + static_cast<size_t>(position) * size;
-    for (int k = 0; k < size; k++) out[k] += to_float(table[k]);
+}
+
+// The residual of a thread's share of the tokens, from the tables.
+template <class T>
+static void embed_rows(Stage& stage, int thread, int from, int to) {
+  const StageConfig& c = stage.config;
+  const int width = stage.work.hidden_width;
+  float* found = c.ranks > 1 ? stage.work.added : stage.work.hidden;
+  for (int row = from; row < to; row++)
+    embed_row<T>(stage, stage.step.token_ids[row], rows_of<float>(found, row, width));
+  if (c.ranks > 1) sum_over_ranks(stage, thread, stage.step.tokens);
+  for (int row = from; row < to; row++) {
+    float* hidden = rows_of<float>(stage.work.hidden, row, width);
+    if (c.ranks > 1) memcpy(hidden, rows_of<float>(found, row, width), sizeof(float) * c.hidden);
+    if (stage.position_table) {
+      const T* table = static_cast<const T*>(stage.position_table) +
+                       static_cast<size_t>(stage.step.positions[row]) * c.hidden;
+      for (int k = 0; k < c.hidden; k++) hidden[k] += to_float(table[k]);
+    }
+    if (c.embedding_scale != 1.0f)
+      for (int k = 0; k < c.hidden; k++) hidden[k] *= c.embedding_scale;
   }
-  if (c.embedding_scale != 1.0f)
-    for (int k = 0; k < size; k++) out[k] *= c.embedding_scale;
 }
 
 template <class T>
 static void enter(Stage& stage, int thread) {
   const StageConfig& c = stage.config;
-  const int width = stage.work.hidden_width, half = c.head_dim / 2;
+  const int half = c.head_dim / 2;
   int from, to;
   share(stage, thread, stage.step.tokens, from, to);
+  if (c.first) embed_rows<T>(stage, thread, from, to);
   for (int row = from; row < to; row++) {
-    float* hidden = stage.work.hidden + static_cast<size_t>(row) * width;
-    const int position = stage.step.positions[row];
-    if (c.first)
-      embed_row<T>(stage, stage.step.token_ids[row], position, hidden);
-    else
-      memcpy(hidden, stage.step.hidden_in + static_cast<size_t>(row) * c.hidden, sizeof(float) * c.hidden);
+    if (!c.first)
+      memcpy(rows_of<float>(stage.work.hidden, row, stage.work.hidden_width),
+             stage.step.hidden_in + static_cast<size_t>(row) * c.hidden, sizeof(float) * c.hidden);
     for (int n = 0; n < c.ropes; n++) {
       const Rope& rope = stage.ropes[n];
       const size_t at = (static_cast<size_t>(n) * stage.work.capacity + row) * half;
       for (int i = 0; i < half; i++) {
-        const float angle = static_cast<float>(position) * rope.frequencies[i];
+        const float angle = static_cast<float>(stage.step.positions[row]) * rope.frequencies[i];
         stage.work.cosines[at + i] = cosf(angle) * rope.factor;
         stage.work.sines[at + i] = sinf(angle) * rope.factor;
       }
@@ -93,27 +128,34 @@ static void put_rows(float* rows, int width, int panel, int first, int count, co
            sizeof(float) * PANEL);
 }
 
-// Add x times a matrix to the residual, with a norm between where the model has one.
+// Add x times a matrix to the residual: at once, or after the sum over the ranks and the norm of
+// what is added, where there are such.
 template <class T>
 static void add_product(Stage& stage, int thread, const Layer& layer, MatrixName name,
                         VectorName post_norm, void* x, int x_width, const Rows& rows) {
   const Workspace& work = stage.work;
   const float* const* norm = layer.vectors + post_norm;
-  float* target = norm[0] ? work.added : work.hidden;
-  multiply_matrix<T>(stage, layer.matrices[name], layer.vectors[BIASES + name], 1,
+  const float* bias = layer.vectors[BIASES + name];
+  const bool divided = stage.config.ranks > 1, at_once = !divided && !norm[0];
+  float* target = at_once ? work.hidden : work.added;
+  multiply_matrix<T>(stage, layer.matrices[name], divided ? nullptr : bias, 1,
                      units_of<T>(rows_of<T>(x, rows.first, x_width)), x_width / per_unit<T>(), rows,
                      [&](int panel, int first, int count, const float* out) {
-                       (norm[0] ? put_rows : add_rows)(target, work.hidden_width, panel, first,
+                       (at_once ? add_rows : put_rows)(target, work.hidden_width, panel, first,
                                                        count, out);
                      });
-  wait_for_others(stage, rows);
-  if (!norm[0]) return;
+  if (divided)
+    sum_over_ranks(stage, thread, rows.count);
+  else
+    wait_for_others(stage, rows);
+  if (at_once) return;
   int from = 0, to = rows.count;
   if (rows.shared) share(stage, thread, rows.count, from, to);
   for (int row = rows.first + from; row < rows.first + to; row++) {
     float* added = rows_of<float>(work.added, row, work.hidden_width);
     float* hidden = rows_of<float>(work.hidden, row, work.hidden_width);
-    normalize<float>(stage.config, added, norm, stage.config.hidden, added);
+    for (int k = 0; divided && bias && k < stage.config.hidden; k++) added[k] += bias[k];
+    if (norm[0]) normalize<float>(stage.config, added, norm, stage.config.hidden, added);
     for (int k = 0; k < stage.config.hidden; k++) hidden[k] += added[k];
   }
   wait_for_others(stage, rows);
@@ -231,7 +273,8 @@ template <class T>
 static void run_stage(Stage& stage, int thread) {
   enter<T>(stage, thread);
   const int threads = stage.config.threads;
-  const bool apart = threads > 1 && stage.step.tokens >= 2 * ROWS_APART * threads;
+  const bool apart =
+      threads > 1 && stage.config.ranks == 1 && stage.step.tokens >= 2 * ROWS_APART * threads;
   (apart ? run_apart<T> : run_together<T>)(stage, thread);
   leave<T>(stage, thread);
 }

@@ -148,11 +148,13 @@ void OwnedStage::make_room(int needed_rows, int context) {
     const size_t qkv = count * work.qkv_width, ffn = count * work.ffn_width;
     const size_t angles = count * config.ropes * (config.head_dim / 2);
     const size_t own = threads * OWN_ROWS * work.hidden_width * element;
-    const size_t floats = sizeof(float) * (2 * hidden + qkv + 2 * angles);
+    const size_t gathered = config.ranks > 1 ? config.ranks * hidden : 0;
+    const size_t floats = sizeof(float) * (2 * hidden + gathered + qkv + 2 * angles);
     rows = Memory(floats + element * (hidden + 2 * heads + ffn) + own + (16 + threads) * 64);
     work.capacity = static_cast<int>(count);
     work.hidden = rows.take<float>(hidden);
     work.added = rows.take<float>(hidden);
+    work.gathered = rows.take<float>(gathered);
     work.qkv = rows.take<float>(qkv);
     work.cosines = rows.take<float>(angles);
     work.sines = rows.take<float>(angles);
@@ -275,7 +277,7 @@ EXPORT void fastserve_set_tables(OwnedStage* owned, const void* tokens, const vo
   owned->stage.position_table = positions;
 }
 
-// 0, or -1 without memory.
+// 0; -1 without memory; -2 when what other ranks have could not be gathered.
 EXPORT int fastserve_step(OwnedStage* owned, const StepInput* step) {
   try {
     owned->make_room(step->tokens, step->max_context);
@@ -290,7 +292,7 @@ EXPORT int fastserve_step(OwnedStage* owned, const StepInput* step) {
         self->kernels.run(self->stage, thread);
       },
       owned);
-  return 0;
+  return owned->stage.has_lost_rank ? -2 : 0;
 }
 
 EXPORT void fastserve_find_largest(const float* logits, int rows, int columns, int32_t* tokens,

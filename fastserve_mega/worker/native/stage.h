@@ -45,9 +45,12 @@ extern "C" {
 struct StageConfig {
   int32_t instruction_set, threads, dtype, layers, hidden, feed_forward, kv_heads, group, head_dim;
   int32_t block_size, vocabulary, norm, activation, gated, ropes, first, last;
+  int32_t ranks, first_token;  // that share the layers; of the embedding's rows on this one
   float norm_epsilon, attention_scale, attention_softcap, embedding_scale;
   int64_t weight_bytes;
   void* pool;
+  // Gathers `count` floats of each rank, in the order of the ranks; not 0 when that failed.
+  int (*gather)(const float* own, float* all, int64_t count);
 };
 
 // One step: sequences of new tokens, one after the other.
@@ -87,6 +90,7 @@ struct AttentionItem {
 struct Workspace {
   int capacity = 0, ffn_width = 0, hidden_width = 0, qkv_width = 0, heads_width = 0;
   float *hidden = nullptr, *qkv = nullptr, *added = nullptr, *cosines = nullptr, *sines = nullptr;
+  float* gathered = nullptr;  // what is added, of each rank
   void *normed = nullptr, *query = nullptr, *attended = nullptr, *activated = nullptr;
 };
 
@@ -105,6 +109,7 @@ struct Stage {
   StepInput step;
   const AttentionItem* items = nullptr;
   int item_count = 0;
+  bool has_lost_rank = false;
 };
 
 // Steps of at most this many rows are normed by each thread for itself, which saves a barrier.
@@ -132,5 +137,7 @@ Kernels avx512_bf16_kernels();
 // Threads of a stage; see threads.cpp. Not inline, so that each has one version for all machines.
 void wait_for_team(Stage& stage);
 bool take_chunk(Stage& stage, int total, int chunk, int& from, int& to);
+// Have `rows` rows of what is added come from all ranks; on one thread, while the others wait.
+void gather_rows(Stage& stage, int rows);
 
 }  // namespace fastserve

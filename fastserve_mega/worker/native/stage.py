@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastserve_mega.worker.native.library import (
+    GatherFunction,
     Library,
     MatrixName,
     NativeError,
@@ -31,14 +33,18 @@ class NativeStage:
     Args:
         library: loaded.
         config: sizes; `pool` must be memory that outlives the stage.
+        group: of the ranks that share its layers.
 
     Raises:
         NativeError: there is too little memory, or a thread cannot be started.
     """
 
-    def __init__(self, library: Library, config: StageConfig) -> None:
+    def __init__(self, library: Library, config: StageConfig, group: dist.ProcessGroup) -> None:
         self._library = library
         self._config = config
+        self._group = group
+        self._failure: Exception | None = None
+        config.gather = GatherFunction(self._gather)
         self._kept: list[Tensor] = []
         self._handle = library.create(ctypes.byref(config))
         if not self._handle:
@@ -87,7 +93,12 @@ class NativeStage:
         """Run a step; `hidden` [tokens, hidden] in float32, on all but the first stage.
 
         Returns:
-            The same for the next stage; on the last, the logits [samples, vocabulary].
+            The same for the next stage; on the last, the logits [samples, vocabulary] of the part
+            of the vocabulary that this rank has.
+
+        Raises:
+            NativeError: there is too little memory.
+            RuntimeError: a rank that shares the layers does not take part.
         """
         config = self._config
         if config.last:
@@ -97,13 +108,26 @@ class NativeStage:
             result = torch.empty((step.tokens, config.hidden), dtype=torch.float32)
             step.input.hidden_out = result.data_ptr()
         step.input.hidden_in = None if hidden is None else hidden.data_ptr()
-        self._check(self._library.step(self._handle, ctypes.byref(step.input)))
+        status = self._library.step(self._handle, ctypes.byref(step.input))
+        if self._failure is not None:
+            raise self._failure
+        self._check(status)
         return result
 
     def close(self) -> None:
         """End the threads and free all memory. Call once."""
         self._library.destroy(self._handle)
         self._handle = None
+
+    def _gather(self, own: int, everywhere: int, count: int) -> int:
+        """Called within a step, on its thread; an exception cannot pass through C++."""
+        try:
+            parts = _floats(everywhere, count * self._config.ranks).chunk(self._config.ranks)
+            dist.all_gather(list(parts), _floats(own, count), group=self._group)
+        except Exception as error:
+            self._failure = error
+            return 1
+        return 0
 
     def _keep(self, tensor: Tensor) -> int:
         kept = tensor.detach().contiguous()
@@ -113,3 +137,7 @@ class NativeStage:
     def _check(self, status: int) -> None:
         if status:
             raise NativeError("the native step is out of memory")
+
+
+def _floats(address: int, count: int) -> Tensor:
+    return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32)

@@ -111,4 +111,12 @@ bool take_chunk(Stage& stage, int total, int chunk, int& from, int& to) {
   return stage.team->take(total, chunk, from, to);
 }
 
+void gather_rows(Stage& stage, int rows) {
+  const Workspace& work = stage.work;
+  const int64_t count = static_cast<int64_t>(rows) * work.hidden_width;
+  // Once one is lost nobody answers any more: the rest of the step is for nothing.
+  if (!stage.has_lost_rank)
+    stage.has_lost_rank = stage.config.gather(work.added, work.gathered, count) != 0;
+}
+
 }  // namespace fastserve
