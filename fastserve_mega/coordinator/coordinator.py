@@ -125,12 +125,14 @@ class Coordinator:
         for live in self._gate.pass_through():
             self._place(live)
         for replica in self._replicas:
+            if not replica.has_turn(now):
+                continue  # of many replicas only a few have results in a turn
             replica.check_deadlines(now)
             events = replica.take_events()
             while plan := replica.step(now, events):
                 replica.dispatch(plan, self._requests, now)
                 events = ()
-            replica.observe_stall(now)
+            replica.end_turn(now)
         self._placement.settle()
         self._send_replies()
 
@@ -159,8 +161,7 @@ class Coordinator:
     def _next_deadline(self) -> float | None:
         """When a turn has something to do though nothing arrives."""
         deadlines = [self._requests.next_deadline()]
-        now = self._clock()
-        deadlines += [replica.next_deadline(now) for replica in self._replicas]
+        deadlines += [replica.deadline for replica in self._replicas]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _reply(self, client: Identity, message: Message | bytes) -> None:

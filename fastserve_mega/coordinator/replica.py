@@ -74,6 +74,9 @@ class Replica:
         self._copies: dict[int, _CopyInFlight] = {}
         """In the order of their dispatch."""
         self._stalled_since: float | None = None
+        self.deadline: float | None = None
+        """When a turn is due though nothing happens: a step or copy is overdue then, or the
+        scheduler asks for it."""
 
     # --- what the scheduler is to be told ------------------------------------------------------
 
@@ -149,15 +152,22 @@ class Replica:
             self._metrics.observe_copy(flying.copy.direction, flying.copy_s)
             self.tell(CopyDone(result.copy_id))
 
-    def next_deadline(self, now: float) -> float | None:
-        """When a step or copy is overdue, or the scheduler asks for a turn."""
+    def has_turn(self, now: float) -> bool:
+        """Whether there is anything to tell the scheduler, to plan, or to check."""
+        if self._events or self.scheduler.may_plan:
+            return True
+        return self.deadline is not None and now >= self.deadline
+
+    def end_turn(self, now: float) -> None:
+        """Nothing is planned any more; find out when the next turn is due at the latest."""
+        self._observe_stall(now)
         oldest = [flying.dispatched_at for flying in self._oldest_copies()]
         if self._steps:
             oldest.append(self._steps[0].dispatched_at)
         deadlines = [dispatched_at + self._step_timeout_s for dispatched_at in oldest]
         if (asked_at := self.scheduler.next_deadline(now)) is not None:
             deadlines.append(asked_at)
-        return min(deadlines, default=None)
+        self.deadline = min(deadlines, default=None)
 
     def check_deadlines(self, now: float) -> None:
         """Raise WorkersLostError when a step or copy is overdue."""
@@ -171,7 +181,7 @@ class Replica:
         if self._steps and now - self._steps[0].dispatched_at > self._step_timeout_s:
             raise WorkersLostError(f"step {self._steps[0].plan.step_id} has not returned {limit}")
 
-    def observe_stall(self, now: float) -> None:
+    def _observe_stall(self, now: float) -> None:
         """Count the time in which nothing is computed since what could be is being copied."""
         stalled = bool(self._copies and self.scheduler.unfinished and not self._steps)
         if stalled and self._stalled_since is None:

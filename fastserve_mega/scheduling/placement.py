@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from fastserve_mega.scheduling.events import Arrived
 from fastserve_mega.scheduling.scheduler import Scheduler
@@ -13,41 +14,74 @@ _MEMORY = 100
 """Answers over which the mean length is taken."""
 
 
-class Placement:
-    """Sends each request to the replica where it is expected to be finished first.
+class Placer(Protocol):
+    """Says which replica a request goes to."""
 
-    That is where the work at hand and the request's own prefill together take the least time; a
-    prefix in a replica's cache makes the latter shorter, so conversations stay where they are
-    unless others are much less busy. Of equals, the one with the lowest number.
+    def choose(self, arrived: Arrived) -> int:
+        """Number of the replica, which has to be told before the next call of `settle`."""
+
+    def settle(self) -> None:
+        """The schedulers have been told of all requests that were placed."""
+
+    def observe_finish(self, output_tokens: int) -> None:
+        """Learn from the length of an answer that was not cut short."""
+
+    def lose(self, replica: int) -> None:
+        """Choose it no more; the last one is not to be lost."""
+
+    def restore(self, replica: int) -> None:
+        """Choose it again: its ranks are back, with empty memory."""
+
+
+class Placement:
+    """Sends each request to the replica where its first token costs least.
+
+    The cost is the work at hand there, and `PREFILL_WEIGHT` times the prefill of what the replica's
+    cache does not have. Prefilling a prefix again delays not only this request but all that come
+    behind it, so it weighs more than waiting. The imbalance that this accepts is bounded: nobody
+    waits behind more work than the least busy replica has, and the weighted prefill that is saved.
+    Of equals, the replica with the lowest number.
     """
+
+    PREFILL_WEIGHT = 4.0
 
     def __init__(self, schedulers: Sequence[Scheduler]) -> None:
         """One scheduler per replica."""
         self._schedulers = schedulers
+        self._replicas = list(range(len(schedulers)))
         self._output_tokens = _FIRST_GUESS_TOKENS
         self._finished = 0
         self._promised_s = [0.0] * len(schedulers)
 
     def choose(self, arrived: Arrived) -> int:
-        """Number of the replica, which has to be told before the next call of `settle`."""
-        if len(self._schedulers) == 1:
-            return 0
-        added_s = [each.added_work_s(arrived, self._output_tokens) for each in self._schedulers]
-        ready_s = [
-            each.expected_work_s(self._output_tokens) + promised_s + own_s
-            for each, promised_s, own_s in zip(
-                self._schedulers, self._promised_s, added_s, strict=True
-            )
+        """See `Placer`. Only those are looked at closely that could be chosen for their work."""
+        if len(self._replicas) == 1:
+            return self._replicas[0]
+        output_tokens, schedulers = self._output_tokens, self._schedulers
+        work_s = [
+            scheduler.expected_work_s(output_tokens) + promised_s
+            for scheduler, promised_s in zip(schedulers, self._promised_s, strict=True)
         ]
-        replica = ready_s.index(min(ready_s))
-        self._promised_s[replica] += added_s[replica]
-        return replica
+        chosen, least_s, prefill_s = -1, float("inf"), 0.0
+        for replica in sorted(self._replicas, key=work_s.__getitem__):
+            if work_s[replica] >= least_s:
+                break
+            own_s = schedulers[replica].prefill_work_s(arrived)
+            cost_s = work_s[replica] + self.PREFILL_WEIGHT * own_s
+            if cost_s < least_s:
+                chosen, least_s, prefill_s = replica, cost_s, own_s
+        self._promised_s[chosen] += prefill_s + schedulers[chosen].decode_work_s(output_tokens)
+        return chosen
 
     def settle(self) -> None:
-        """The schedulers have been told of all requests that were placed."""
         self._promised_s = [0.0] * len(self._schedulers)
 
     def observe_finish(self, output_tokens: int) -> None:
-        """Learn from the length of an answer that was not cut short."""
         self._finished = min(self._finished + 1, _MEMORY)
         self._output_tokens += (output_tokens - self._output_tokens) / self._finished
+
+    def lose(self, replica: int) -> None:
+        self._replicas.remove(replica)
+
+    def restore(self, replica: int) -> None:
+        self._replicas = sorted([*self._replicas, replica])

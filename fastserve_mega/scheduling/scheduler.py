@@ -81,7 +81,7 @@ class Scheduler:
         """
         for event in events:
             self._apply(event, now)
-        if not self._may_plan:
+        if not self.may_plan:
             return None
         self._promoted_at = now
         self._policy.promote(now)
@@ -92,7 +92,7 @@ class Scheduler:
 
         That is when a request will have waited too long, if a step could be planned then.
         """
-        if not self._may_plan:
+        if not self.may_plan:
             return None
         deadline = self._policy.next_deadline(now)
         if deadline is None or deadline <= self._promoted_at:  # `promote` has seen it
@@ -100,7 +100,8 @@ class Scheduler:
         return deadline
 
     @property
-    def _may_plan(self) -> bool:
+    def may_plan(self) -> bool:
+        """Whether a call of `step` without events could give a plan, now or later."""
         return bool(self._requests) and len(self._in_flight) < self._window
 
     def refusal(self, prompt_tokens: int, max_tokens: int) -> str | None:
@@ -116,23 +117,24 @@ class Scheduler:
     def expected_work_s(self, output_tokens: float) -> float:
         """Time to finish all unfinished requests, roughly.
 
-        Their prompts' prefills, and the decoding of as many tokens more for each of them, in full
-        batches. That is right on average when the output lengths are exponentially distributed,
-        which forget how much there has been; those of conversations nearly are.
+        Their prompts' prefills, in full chunks, and the decoding of as many tokens more for each of
+        them, in full batches. That is right on average when the output lengths are exponentially
+        distributed, which forget how much there has been; those of conversations nearly are.
 
         Args:
             output_tokens: mean length of an answer.
         """
-        prefill_s = self._cost_model.prefill_s(self._unread_tokens) if self._unread_tokens else 0.0
-        return prefill_s + len(self._requests) * self._decode_s(output_tokens)
+        chunk = self._config.max_batch_tokens
+        prefill_s = self._unread_tokens * self._cost_model.prefill_s(chunk) / chunk
+        return prefill_s + len(self._requests) * self.decode_work_s(output_tokens)
 
-    def added_work_s(self, arrived: Arrived, output_tokens: float) -> float:
-        """What a request that has not been added would add; what is cached is not prefilled."""
+    def prefill_work_s(self, arrived: Arrived) -> float:
+        """What the prefill of a request that has not been added would take, less what is cached."""
         tokens = arrived.num_prompt_tokens + arrived.num_received_tokens
         cached = self._memory.prefix_cache.tokens_of(arrived.block_hashes)
-        return self._cost_model.prefill_s(max(tokens - cached, 1)) + self._decode_s(output_tokens)
+        return self._cost_model.prefill_s(max(tokens - cached, 1))
 
-    def _decode_s(self, output_tokens: float) -> float:
+    def decode_work_s(self, output_tokens: float) -> float:
         """Time of one answer, in full batches."""
         batch = self._config.max_batch_size
         return output_tokens * self._cost_model.decode_s(batch, round(output_tokens)) / batch

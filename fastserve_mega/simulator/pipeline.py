@@ -89,7 +89,8 @@ class CopyEngine:
         start_s = max(now, self._free_s[copy.direction])
         if copy.direction is CopyDirection.SWAP_IN:
             read_until_s = self._read_until_s
-            start_s = max(start_s, *(read_until_s.get(block, 0.0) for block in copy.target_ids))
+            # A copy has no blocks when all that it was planned for was still on the device.
+            start_s = max([start_s, *(read_until_s.get(block, 0.0) for block in copy.target_ids)])
         done_s = start_s + copy_s
         if copy.direction is CopyDirection.SWAP_OUT:
             self._read_until_s.update(dict.fromkeys(copy.source_ids, done_s))

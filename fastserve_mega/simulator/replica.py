@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastserve_mega.plan import Plan
@@ -19,6 +20,22 @@ class DispatchedStep:
 
     plan: Plan
     dispatched_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """A time without a replica: its ranks and their KV are lost, and what it had goes elsewhere."""
+
+    replica: int
+    begins_s: float
+    ends_s: float = math.inf
+    """From here on it is given requests again."""
+
+
+def changes(outages: Sequence[Outage]) -> list[tuple[float, int, bool]]:
+    """Return (time, replica, whether it is lost then or comes back), the next one last."""
+    begins = [(each.begins_s, each.replica, True) for each in outages]
+    return sorted([*begins, *((each.ends_s, each.replica, False) for each in outages)])[::-1]
 
 
 class SimulatedReplica:
@@ -39,14 +56,14 @@ class SimulatedReplica:
         self.pipeline = Pipeline(stages)
         self.copy_engine = CopyEngine(engine, block_size)
         self._engine = engine
-        self._block_size = block_size
+        self.block_size = block_size
         self.steps = self.slices = self.decode_tokens = self.prefill_tokens = 0
 
     @property
     def swapped_tokens(self) -> int:
         """Room of the blocks copied so far, in either direction."""
         copies = self.copy_engine.stats()
-        return (copies.swapped_out_blocks + copies.swapped_in_blocks) * self._block_size
+        return (copies.swapped_out_blocks + copies.swapped_in_blocks) * self.block_size
 
     def dispatch(self, plan: Plan, now: float) -> Iterator[tuple[float, DispatchedStep | CopyDone]]:
         """Begin what a plan says; yields when each part of it will be done."""

@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import heapq
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from fastserve_mega.plan import Plan
-from fastserve_mega.scheduling.events import Arrived, CopyDone, Event, StepDone
-from fastserve_mega.scheduling.placement import Placement
+from fastserve_mega.scheduling.events import (
+    Aborted,
+    Arrived,
+    CopyDone,
+    Event,
+    StepDone,
+    WorkersLost,
+)
+from fastserve_mega.scheduling.placement import Placement, Placer
+from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.simulator.live_request import LiveRequest
 from fastserve_mega.simulator.pipeline import CopyStats
-from fastserve_mega.simulator.records import RequestRecord, SimulationResult, TimelinePoint
-from fastserve_mega.simulator.replica import DispatchedStep, SimulatedReplica
+from fastserve_mega.simulator.records import RequestRecord, SimulationResult
+from fastserve_mega.simulator.replica import DispatchedStep, Outage, SimulatedReplica, changes
+from fastserve_mega.simulator.timeline import Timeline
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.slo import Slo
-from fastserve_mega.types import RequestId
-
-
-class _LiveRequest:
-    """What the workers and the client know of a request; the scheduler never sees it."""
-
-    __slots__ = (
-        "first_token_s", "harmless_gap_s", "index", "largest_gap_s", "last_token_s", "lateness_s",
-        "output_left", "spec",
-    )  # fmt: skip
-
-    def __init__(self, spec: RequestSpec, index: int) -> None:
-        self.spec = spec
-        self.index = index
-        self.output_left = spec.output_tokens
-        self.first_token_s = -1.0
-        self.last_token_s = spec.arrival_s
-        self.largest_gap_s = 0.0
-        self.lateness_s = 0.0
-        self.harmless_gap_s = -1.0
-        """No shorter gap is the largest one, nor its token later than the one before."""
-
-    def observe_gap(self, now: float, pace_s: float) -> None:
-        """Note the first token, or one that came more slowly than the pace."""
-        waited_s = now - self.spec.arrival_s
-        if self.first_token_s < 0:
-            self.first_token_s = now
-            self.lateness_s = waited_s
-            self.harmless_gap_s = 0.0
-            return
-        before = self.spec.output_tokens - self.output_left - 1
-        self.largest_gap_s = max(self.largest_gap_s, now - self.last_token_s)
-        self.lateness_s = max(self.lateness_s, waited_s - pace_s * before)
-        self.harmless_gap_s = pace_s
+from fastserve_mega.types import BlockHash, RequestId
 
 
 class Simulation:
@@ -65,6 +44,8 @@ class Simulation:
         timeline_interval_s: float | None = None,
         on_finished: Callable[[], None] | None = None,
         slo: Slo | None = None,
+        make_placer: Callable[[Sequence[Scheduler]], Placer] = Placement,
+        outages: Sequence[Outage] = (),
     ) -> None:
         """Prepare a run.
 
@@ -80,9 +61,15 @@ class Simulation:
             timeline_interval_s: least time between points of the timeline; None records none.
             on_finished: called for each finished request.
             slo: by whose pace tokens are late; None takes the default.
+            make_placer: says which replica a request goes to.
+            outages: of replicas; some replica is there at any time.
         """
         self._replicas = replicas
-        self._placement = Placement([replica.scheduler for replica in replicas])
+        schedulers = [replica.scheduler for replica in replicas]
+        self._placement = make_placer(schedulers)
+        # What one replica has no room for is not given to others either, nor would it be live.
+        self._smallest = min(schedulers, key=lambda each: each.memory.device.capacity)
+        self._block_size = replicas[0].block_size
         self._requests = requests
         self._max_queued_requests = max_queued_requests
         self._max_context = max_context
@@ -91,17 +78,21 @@ class Simulation:
         self._oracle = oracle
         self._measured = range(warmup, len(requests) - cooldown)
         self._unmeasured_left = len(self._measured)
-        self._timeline_interval_s = timeline_interval_s
+        self._timeline = Timeline(schedulers, timeline_interval_s)
         self._on_finished = on_finished
         self._slo = slo or Slo()
 
         self._heap: list[tuple[float, int, int, DispatchedStep | CopyDone]] = []
         """(time, running number, replica, what happens then)."""
         self._pushed = 0
+        self._changes = changes(outages)
+        self._shares_prefixes = any(spec.shares_tokens for spec in requests)
+        self._unsettled: set[int] = set()
+        """Replicas that a later turn may plan for though nothing happens to them: others cost a
+        turn nothing."""
         self._next_arrival = 0
-        self._live: dict[RequestId, _LiveRequest] = {}
+        self._live: dict[RequestId, LiveRequest] = {}
         self._records: dict[int, RequestRecord] = {}
-        self._timeline: list[TimelinePoint] = []
         self._rejected = self._finished = self._output_tokens = 0
 
     def run(self) -> SimulationResult:
@@ -114,38 +105,47 @@ class Simulation:
         end_s = 0.0
         while self._unmeasured_left and (now := self._next_time(end_s)) is not None:
             end_s = now
-            for index, events in enumerate(self._events_until(now)):
-                step = self._replicas[index].scheduler.step
-                plan = step(now, events)
-                while plan is not None:
-                    self._dispatch(index, plan, now)
-                    plan = step(now)
+            events = self._events_until(now)
+            for index in sorted(self._unsettled | events.keys()):
+                self._turn(index, events.get(index, ()), now)
             self._placement.settle()
         if self._unmeasured_left:
             unfinished = sum(replica.scheduler.unfinished for replica in self._replicas)
             raise RuntimeError(f"{unfinished} requests are stuck at {end_s:g} s")
         return self._result(end_s)
 
+    def _turn(self, index: int, events: Sequence[Event], now: float) -> None:
+        """One replica's part of a turn of the coordinator."""
+        scheduler = self._replicas[index].scheduler
+        plan = scheduler.step(now, events)
+        while plan is not None:
+            self._dispatch(index, plan, now)
+            plan = scheduler.step(now)
+        if scheduler.may_plan:
+            self._unsettled.add(index)
+        else:
+            self._unsettled.discard(index)
+
     # --- time ------------------------------------------------------------------------------------
 
     def _next_time(self, now: float) -> float | None:
         """When something happens next; a deadline counts only when nothing else will."""
-        arrival_s = None
+        time_s = self._heap[0][0] if self._heap else math.inf
         if self._next_arrival < len(self._requests):
-            arrival_s = self._requests[self._next_arrival].arrival_s
-        if self._heap:
-            time_s = self._heap[0][0]
-            return time_s if arrival_s is None or time_s < arrival_s else arrival_s
-        if arrival_s is not None:
-            return arrival_s
-        deadlines = (replica.scheduler.next_deadline(now) for replica in self._replicas)
+            time_s = min(time_s, self._requests[self._next_arrival].arrival_s)
+        if self._changes:
+            time_s = min(time_s, self._changes[-1][0])
+        if time_s < math.inf:
+            return time_s
+        schedulers = (self._replicas[index].scheduler for index in self._unsettled)
+        deadlines = (scheduler.next_deadline(now) for scheduler in schedulers)
         return min(
             (time_s for time_s in deadlines if time_s is not None and time_s > now), default=None
         )
 
-    def _events_until(self, now: float) -> list[list[Event]]:
-        """Events of each replica in the coordinator's order: ranks first, then new requests."""
-        events: list[list[Event]] = [[] for _ in self._replicas]
+    def _events_until(self, now: float) -> dict[int, list[Event]]:
+        """Events by replica, in the coordinator's order: ranks first, then new requests."""
+        events: dict[int, list[Event]] = defaultdict(list)
         heap = self._heap
         while heap and heap[0][0] <= now:
             _, _, index, happened = heapq.heappop(heap)
@@ -153,32 +153,62 @@ class Simulation:
                 events[index].append(self._step_done(happened, now))
             else:
                 events[index].append(happened)
+        while self._changes and self._changes[-1][0] <= now:
+            _, index, is_lost = self._changes.pop()
+            if is_lost:
+                self._lose(index, events)
+            else:
+                self._placement.restore(index)
         requests = self._requests
         while self._next_arrival < len(requests):
             spec = requests[self._next_arrival]
             if spec.arrival_s > now:
                 break
-            if arrived := self._arrive(spec, self._next_arrival):
-                events[self._placement.choose(arrived)].append(arrived)
+            self._arrive(spec, self._next_arrival, events)
             self._next_arrival += 1
         return events
 
+    def _lose(self, index: int, events: dict[int, list[Event]]) -> None:
+        """Take a replica's requests elsewhere, with what their clients have received."""
+        self._placement.lose(index)
+        self._heap = [entry for entry in self._heap if entry[2] != index]
+        heapq.heapify(self._heap)
+        events[index].append(WorkersLost())
+        moved = [each for each in self._live.values() if each.replica == index]
+        for request in moved:
+            events[index].append(Aborted(RequestId(str(request.index))))
+            self._place(request, events)
+
     # --- clients and workers ---------------------------------------------------------------------
 
-    def _arrive(self, spec: RequestSpec, index: int) -> Arrived | None:
+    def _arrive(self, spec: RequestSpec, index: int, events: dict[int, list[Event]]) -> None:
         if self._is_rejected(spec):
             self._rejected += 1
             self._unmeasured_left -= index in self._measured
-            return None
-        request_id = RequestId(str(index))
-        self._live[request_id] = _LiveRequest(spec, index)
-        return Arrived(
-            request_id,
+            return
+        request = LiveRequest(spec, index)
+        self._live[RequestId(str(index))] = request
+        self._place(request, events)
+
+    def _place(self, request: LiveRequest, events: dict[int, list[Event]]) -> None:
+        """Find a replica for a request, and tell it what is known of it."""
+        spec, received = request.spec, request.received_tokens
+        hashes: tuple[BlockHash, ...] = ()
+        if self._shares_prefixes:
+            size = self._block_size
+            blocks = range((spec.prompt_tokens + received) // size)
+            hashes = tuple(spec.block_hash(block, size, request.index) for block in blocks)
+        arrived = Arrived(
+            RequestId(str(request.index)),
             spec.prompt_tokens,
             self._max_tokens,
+            num_received_tokens=received,
             priority=spec.priority,
+            block_hashes=hashes,
             oracle_output_tokens=spec.output_tokens if self._oracle else None,
         )
+        request.replica = self._placement.choose(arrived)
+        events[request.replica].append(arrived)
 
     def _is_rejected(self, spec: RequestSpec) -> bool:
         if len(self._live) >= self._max_queued_requests:
@@ -186,22 +216,22 @@ class Simulation:
         tokens = spec.prompt_tokens + spec.output_tokens
         if self._max_context is not None and tokens > self._max_context:
             return True
-        # The replicas are alike: what one of them has no room for, none has.
-        scheduler = self._replicas[0].scheduler
-        return bool(scheduler.refusal(spec.prompt_tokens, self._max_tokens))
+        return bool(self._smallest.refusal(spec.prompt_tokens, self._max_tokens))
 
     def _dispatch(self, index: int, plan: Plan, now: float) -> None:
         for time_s, happened in self._replicas[index].dispatch(plan, now):
             self._pushed += 1
             heapq.heappush(self._heap, (time_s, self._pushed, index, happened))
-        if plan.batch and self._timeline_interval_s is not None:
-            self._extend_timeline(plan, now, self._timeline_interval_s)
+        if plan.batch:
+            self._timeline.observe(len(plan.batch), now)
 
     def _step_done(self, step: DispatchedStep, now: float) -> StepDone:
         """Each sampling slice yields one token; the simulation knows which is the last."""
         finished: list[RequestId] = []
         live, pace_s = self._live, self._slo.tpot_s
         tokens = 0
+        filled: list[tuple[RequestId, BlockHash]] = []
+        block_size = self._block_size if self._shares_prefixes else 0
         for piece in step.plan.batch:
             if not piece.samples:
                 continue
@@ -209,6 +239,11 @@ class Simulation:
             request_id = piece.request_id
             request = live[request_id]
             request.output_left -= 1
+            if block_size:
+                blocks, rest = divmod(piece.start + piece.num_tokens + 1, block_size)
+                if not rest:
+                    block_hash = request.spec.block_hash(blocks - 1, block_size, request.index)
+                    filled.append((request_id, block_hash))
             gap_s = now - request.last_token_s
             if gap_s > request.harmless_gap_s:
                 if request.first_token_s >= 0 and gap_s <= pace_s:
@@ -220,7 +255,8 @@ class Simulation:
                 finished.append(request_id)
                 self._finish(request_id, now)
         self._output_tokens += tokens
-        return StepDone(step.plan.step_id, now - step.dispatched_s, tuple(finished))
+        elapsed_s = now - step.dispatched_s
+        return StepDone(step.plan.step_id, elapsed_s, tuple(finished), tuple(filled))
 
     def _finish(self, request_id: RequestId, now: float) -> None:
         request = self._live.pop(request_id)
@@ -237,23 +273,6 @@ class Simulation:
             self._on_finished()
 
     # --- results ---------------------------------------------------------------------------------
-
-    def _extend_timeline(self, plan: Plan, now: float, interval_s: float) -> None:
-        if self._timeline and now < self._timeline[-1].time_s + interval_s:
-            return
-        schedulers = [replica.scheduler for replica in self._replicas]
-        levels = zip(*(each.level_lengths() for each in schedulers), strict=True)
-        devices = [each.memory.device for each in schedulers]
-        hosts = [each.memory.host for each in schedulers]
-        self._timeline.append(
-            TimelinePoint(
-                now,
-                tuple(sum(lengths) for lengths in levels),
-                sum(pool.capacity - pool.free_count for pool in devices),
-                sum(pool.capacity - pool.free_count for pool in hosts),
-                len(plan.batch),
-            )
-        )
 
     def _result(self, end_s: float) -> SimulationResult:
         replicas = self._replicas
@@ -272,7 +291,7 @@ class Simulation:
             preemptions=sum(memory.preemptions for memory in memories),
             recomputed_tokens=sum(memory.recomputed_tokens for memory in memories),
             copies=sum((replica.copy_engine.stats() for replica in replicas), CopyStats()),
-            timeline=tuple(self._timeline),
+            timeline=tuple(self._timeline.points),
             swapped_tokens=sum(replica.swapped_tokens for replica in replicas),
             slo=self._slo,
         )

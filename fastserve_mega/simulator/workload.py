@@ -14,6 +14,7 @@ from msgspec import field
 from fastserve_mega.records import Count, PositiveFloat, PositiveInt, Record
 from fastserve_mega.simulator.lengths import LengthTable, SyntheticLengths, read_source
 from fastserve_mega.system.config_file import load_yaml
+from fastserve_mega.types import BlockHash
 
 _SCALING_ROUNDS = 20
 _SCALING_TOLERANCE = 0.002
@@ -29,6 +30,29 @@ class RequestSpec(NamedTuple):
     """Who asks; empty when the workload does not say."""
     priority: int = 0
     """As clients give it: lower is more urgent."""
+    session: str = ""
+    """Requests of a session begin with the same tokens, as far as the shorter one goes, answers
+    included; empty shares nothing."""
+    preamble: str = ""
+    """All requests with this preamble begin with the same `preamble_tokens` tokens."""
+    preamble_tokens: int = 0
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether others may begin with the same tokens."""
+        return bool(self.session or self.preamble)
+
+    def block_hash(self, block: int, block_size: int, number: int) -> BlockHash:
+        """Name the content of one full block of this request.
+
+        Args:
+            block: counts the blocks of its prompt and answer from 0.
+            block_size: tokens of a block.
+            number: of the request, which names what it shares with nobody.
+        """
+        if (block + 1) * block_size <= self.preamble_tokens:
+            return BlockHash(f"{self.preamble}/{block}")
+        return BlockHash(f"{self.session or number}/{block}")
 
 
 class WorkloadConfig(Record, frozen=True, kw_only=True):

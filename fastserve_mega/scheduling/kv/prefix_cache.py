@@ -48,13 +48,21 @@ class PrefixCache:
         return self.tokens_of(request.kv.block_hashes[: self._usable(request)])
 
     def tokens_of(self, block_hashes: Sequence[BlockHash]) -> int:
-        """How many tokens the leading blocks hold that would be found now."""
-        count = 0
-        for block_hash in block_hashes:
-            if block_hash not in self._device and block_hash not in self._host:
-                break
-            count += 1
-        return count * self._block_size
+        """How many tokens the leading blocks hold that would be found now, nearly always.
+
+        Where each block is looked for only if the one before it was found, this bisects instead:
+        both pools forget the last blocks of a prompt first (`BlockPool.free`).
+        """
+        found, missing = 0, len(block_hashes)
+        middle = 0  # most prompts are not known at all
+        while found < missing:
+            block_hash = block_hashes[middle]
+            if block_hash in self._device or block_hash in self._host:
+                found = middle + 1
+            else:
+                missing = middle
+            middle = (found + missing) // 2
+        return found * self._block_size
 
     def find(self, request: Request) -> Found:
         """Become an owner of the leading blocks that exist, on the device or on the host."""

@@ -2,6 +2,8 @@
 
 import pytest
 from fixed_costs import FixedCosts, make_scheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastserve_mega.scheduling.events import Arrived, StepDone
 from fastserve_mega.scheduling.placement import Placement
@@ -89,3 +91,68 @@ def test_longer_answers_make_unfinished_requests_weigh_more():
         long.observe_finish(2_000)
     assert short.choose(arrival(20)) == 0
     assert long.choose(arrival(20)) == 1
+
+
+class Busy:
+    """A scheduler by the three numbers that count."""
+
+    def __init__(self, work_s, prefill_s, decode_s):
+        self.work_s, self.prefill_s, self.decode_s = work_s, prefill_s, decode_s
+
+    def expected_work_s(self, output_tokens):
+        return self.work_s
+
+    def prefill_work_s(self, arrived):
+        return self.prefill_s
+
+    def decode_work_s(self, output_tokens):
+        return self.decode_s
+
+
+TIMES = st.sampled_from([0, 1, 2, 5, 10, 30, 200])
+# Whole numbers: sums are the same in any order.
+REPLICAS = st.lists(st.builds(Busy, TIMES, TIMES, TIMES), min_size=2, max_size=9)
+
+
+def cost_s(replica):
+    return replica.work_s + Placement.PREFILL_WEIGHT * replica.prefill_s
+
+
+@given(REPLICAS)
+def test_nowhere_does_a_request_cost_less(replicas):
+    chosen = replicas[Placement(replicas).choose(arrival(0))]
+    assert cost_s(chosen) == min(map(cost_s, replicas))
+
+
+@given(REPLICAS)
+def test_the_imbalance_is_bounded_by_the_prefill_that_is_saved(replicas):
+    chosen = replicas[Placement(replicas).choose(arrival(0))]
+    idlest = min(replicas, key=lambda each: each.work_s)
+    saved_s = idlest.prefill_s - chosen.prefill_s
+    assert chosen.work_s - idlest.work_s <= Placement.PREFILL_WEIGHT * max(saved_s, 0.0) + 1e-9
+
+
+@given(REPLICAS, st.integers(1, 30))
+def test_what_was_promised_in_a_turn_counts_as_if_it_had_arrived(replicas, count):
+    at_once = Placement(replicas)
+    burst = [at_once.choose(arrival(number)) for number in range(count)]
+    one_by_one = Placement(replicas)
+    for number in range(count):
+        index = one_by_one.choose(arrival(number))
+        one_by_one.settle()
+        chosen = replicas[index]
+        chosen.work_s += chosen.prefill_s + chosen.decode_s
+        assert index == burst[number]
+
+
+@given(REPLICAS, st.data())
+def test_a_lost_replica_is_not_chosen_until_it_is_back(replicas, data):
+    placement = Placement(replicas)
+    lost = data.draw(st.sets(st.integers(0, len(replicas) - 1), max_size=len(replicas) - 1))
+    for replica in lost:
+        placement.lose(replica)
+    assert placement.choose(arrival(0)) not in lost
+    for replica in lost:
+        placement.restore(replica)
+    placement.settle()
+    assert placement.choose(arrival(1)) == Placement(replicas).choose(arrival(1))

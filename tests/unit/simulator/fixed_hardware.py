@@ -48,7 +48,7 @@ class RoundCosts:
         pass
 
 
-def run(costs: Any, requests: Sequence[tuple[float, int, int]], **options: Any) -> SimulationResult:
+def run(costs: Any, requests: Sequence[tuple[Any, ...]], **options: Any) -> SimulationResult:
     """Simulate (arrival, prompt, output) requests; options are the scheduler's or the run's."""
     run_options = {
         name: options.pop(name)
@@ -60,6 +60,8 @@ def run(costs: Any, requests: Sequence[tuple[float, int, int]], **options: Any) 
             "timeline_interval_s",
             "on_finished",
             "slo",
+            "make_placer",
+            "outages",
         )
         if name in options
     }  # fmt: skip
