@@ -56,6 +56,8 @@ class ReplicaView(OpenRecord, frozen=True):
     recomputed_tokens: int
     prefix_queried_tokens: int
     prefix_hit_tokens: int
+    level_names: tuple[str, ...] = ()
+    """What the policy calls the levels; empty for numbers."""
 
 
 class Percentiles(OpenRecord, frozen=True):

@@ -85,6 +85,44 @@ def priorities(random: np.random.Generator, count: int) -> list[RequestSpec]:
     )
 
 
+def of_lengths(
+    prompt: Lognormal, output: Lognormal, *, longest: int = LONGEST_PROMPT, burstiness: float = 1.0
+) -> Generator:
+    """Make a generator of requests with these lengths, in tokens.
+
+    Args:
+        prompt: drawn anew for each request.
+        output: likewise for each answer.
+        longest: of a prompt, and of an answer.
+        burstiness: coefficient of variation of the times between arrivals (gamma); 1 is Poisson's.
+    """
+
+    def generate(random: np.random.Generator, count: int) -> list[RequestSpec]:
+        shape = 1 / burstiness**2
+        gaps = random.gamma(shape, 1 / shape, count)
+        prompts, outputs = prompt.draw(random, count), output.draw(random, count)
+        times = np.cumsum(gaps * count / gaps.sum())
+        return _specs(times, np.minimum(prompts, longest), np.minimum(outputs, longest))
+
+    return generate
+
+
+def rag_and_chat(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """Three documents of about 8,000 tokens, answered with 200, to seven chats (100 in, 300 out)."""
+    documents = random.random(count) < 0.3
+    prompts = np.where(
+        documents,
+        Lognormal(mean=8000, cv=0.3).draw(random, count),
+        Lognormal(mean=100, cv=1.0).draw(random, count),
+    )
+    outputs = np.where(
+        documents,
+        Lognormal(mean=200, cv=0.5).draw(random, count),
+        Lognormal(mean=300, cv=0.8).draw(random, count),
+    )
+    return _specs(_poisson(random, count), prompts, outputs)
+
+
 def _conversation_lengths(
     random: np.random.Generator, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

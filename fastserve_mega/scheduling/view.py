@@ -44,6 +44,7 @@ def view_replica(
         recomputed_tokens=memory.recomputed_tokens,
         prefix_queried_tokens=cache.queried_tokens,
         prefix_hit_tokens=cache.hit_tokens,
+        level_names=policy.level_names,
     )
 
 

@@ -146,7 +146,7 @@ class KvCacheConfig(Record, frozen=True, kw_only=True):
 
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
-PolicyName = Literal["skip_join_mlfq", "paced", "mlfq", "fcfs", "fixed_priority", "srpt"]
+PolicyName = Literal["paced", "skip_join_mlfq", "mlfq", "fcfs", "fixed_priority", "srpt"]
 
 
 class MlfqConfig(Record, frozen=True, kw_only=True):
@@ -186,8 +186,8 @@ AdmissionRule = Literal["projected", "greedy"]
 class SchedulerConfig(Record, frozen=True, kw_only=True):
     """Who runs in the next step, and how much of it."""
 
-    policy: str = "skip_join_mlfq"
-    """Who comes first (docs/scheduling.md): skip_join_mlfq, paced, mlfq, fcfs, fixed_priority, srpt
+    policy: str = "paced"
+    """Who comes first (docs/scheduling.md): paced, skip_join_mlfq, mlfq, fcfs, fixed_priority, srpt
     (which knows the future, so for the simulator only), or a class of your own as module:Class."""
     max_batch_size: PositiveInt = 16
     """Requests in one step."""

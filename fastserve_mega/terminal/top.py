@@ -96,8 +96,9 @@ def _levels(replica: ReplicaView) -> FittedTable:
     )
     for level, count in enumerate(replica.levels):
         quantum = _seconds(replica.quanta_s[level]) if replica.quanta_s else ""
+        name = replica.level_names[level] if replica.level_names else f"Q{level + 1}"
         shown = [view for view in replica.requests if view.level == level]
-        table.add_row(f"Q{level + 1}", quantum, f"{count:,}" if count else "", _marks(shown))
+        table.add_row(name, quantum, f"{count:,}" if count else "", _marks(shown))
     return table
 
 

@@ -115,6 +115,7 @@ def fake_server(
     """Run a server; on leaving it is stopped, and its threads must end."""
     coordinator = options.pop("coordinator", {})
     options.setdefault("admission", "greedy")  # most tests want memory to run out
+    options.setdefault("policy", "skip_join_mlfq")  # and look at its levels
     config = Config(
         model=ModelConfig(path=str(model_directory)),
         parallel=ParallelConfig(pipeline=ranks // replicas, data=replicas),

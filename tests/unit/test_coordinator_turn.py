@@ -118,7 +118,7 @@ def test_what_arrives_in_a_turn_is_planned_in_it(world):
 def test_a_turn_comes_when_a_request_starves_though_nothing_arrives():
     """Two stages, and memory for one request: the place of the second is free all the time."""
     mlfq = MlfqConfig(base_quantum_s=0.01, starvation_limit_s=0.3)
-    world = World(SchedulerConfig(mlfq=mlfq), window=2, blocks=16)
+    world = World(SchedulerConfig(policy="skip_join_mlfq", mlfq=mlfq), window=2, blocks=16)
     world.turn(*[Submit(name, (5,) * 40, SamplingParams(max_tokens=5)) for name in "ab"])
     scheduler = world.coordinator._replicas[0].scheduler
     assert scheduler.steps_in_flight == 1

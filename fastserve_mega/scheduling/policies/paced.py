@@ -33,6 +33,8 @@ class Paced(Policy):
 
     makes_way = True
 
+    level_names = tuple(each.name.lower() for each in Standing)
+
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         super().__init__(config, cost_model)
         self.queues = LevelledQueues(self.key, len(Standing))

@@ -32,6 +32,8 @@ class Policy(ABC):
 
     level_quanta_s: tuple[float, ...] = ()
     """The quantum of each level, for those who watch; none for policies without levels."""
+    level_names: ClassVar[tuple[str, ...]] = ()
+    """What levels are called, for those who watch; without, they are Q1, Q2, …"""
     key_changes: ClassVar[bool] = True
     """Whether `key` changes when a request runs; without, a step need not sort anything."""
     makes_way: ClassVar[bool] = False

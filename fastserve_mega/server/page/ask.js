@@ -51,9 +51,10 @@ $("form").onsubmit = async event => {
 
 function followAnswer(snapshot) {
   if (!shown?.id) return;
-  const request = snapshot.replicas.flatMap(r => r.requests).find(each => each.request_id.startsWith(shown.id));
-  if (!request) return;
-  const level = `Q${request.level + 1}`;
+  const replica = snapshot.replicas.find(r => r.requests.some(each => each.request_id.startsWith(shown.id)));
+  if (!replica) return;
+  const request = replica.requests.find(each => each.request_id.startsWith(shown.id));
+  const level = levelName(replica, request.level);
   if (shown.levels[shown.levels.length - 1] !== level) shown.levels.push(level);
   $("path").textContent = `${shown.levels.join(" → ")}: ${request.running ? "in a step" : request.place}, ${request.num_output_tokens} tokens`;
 }

@@ -13,13 +13,21 @@ function nameOf(request) {
   return `#${moveNames.get(request.request_id)}`;
 }
 
+// Why a request is where the policy paced has put it.
+const STANDINGS = {
+  urgent: "its reader is about to wait",
+  ahead: "its reader has enough to read",
+  late: "it cannot be in time any more",
+};
+
 // One sentence without its subject, or null when it stayed.
 function reasonOf(now, last, replica) {
-  const level = number => `Q${number + 1}`, quantum = number => replica.quanta_s[number];
+  const level = number => levelName(replica, number), quantum = number => replica.quanta_s[number];
   if (!last) {
     const skipped = now.level > 0 && replica.quanta_s.length ? `, its prompt of ${now.num_prompt_tokens} tokens needs more than the levels above` : "";
     return `arrived in ${level(now.level)}${skipped}`;
   }
+  if (now.level !== last.level && STANDINGS[level(now.level)]) return `${STANDINGS[level(now.level)]}: ${level(now.level)}`;
   if (now.level > last.level) {
     const used = quantum(last.level), further = now.level - last.level > 1 ? ` up to ${level(now.level - 1)}` : "";
     return `used up ${level(last.level)}${used === undefined ? "" : ` (${seconds(used)})`}${further}: to ${level(now.level)}`;

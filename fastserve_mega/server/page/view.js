@@ -6,6 +6,7 @@ const make = (tag, name, text) => { const e = document.createElement(tag); if (n
 const number = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const seconds = s => s === 0 ? "–" : s < 1 ? `${Math.round(s * 1000)} ms` : `${number.format(s)} s`;
 const POLICIES = {
+  paced: "every reader is served as fast as it reads; what is left finishes the least work first",
   skip_join_mlfq: "levels by attained service; newcomers start where their prompt fits",
   mlfq: "levels by attained service; newcomers start in the highest",
   fcfs: "first come, first served",
@@ -31,12 +32,13 @@ const charts = {
   kv: new Chart($("charts"), "KV blocks of the device", [{ name: "in use", colour: "var(--resident)" }, { name: "cached", colour: "color-mix(in srgb, var(--resident) 45%, transparent)" }], " %", 100),
 };
 
+const levelName = (replica, level) => replica.level_names?.[level] ?? `Q${level + 1}`;
 const lanes = [];
-function lane(level) {
+function lane(replica, level) {
   if (lanes[level]) return lanes[level];
   const row = make("div", "lane"), name = make("div"), requests = make("div", "requests"), count = make("div", "count");
   const quantum = make("span", "quantum");
-  name.append(make("b", "", `Q${level + 1}`), quantum);
+  name.append(make("b", "", levelName(replica, level)), quantum);
   row.append(name, requests, count);
   $("lanes").append(row);
   return lanes[level] = { requests, count, quantum };
@@ -49,7 +51,7 @@ function drawRequests(snapshot) {
   const present = new Set();
   const levels = Math.max(...snapshot.replicas.map(r => r.levels.length));
   for (let level = 0; level < levels; level++) {
-    const row = lane(level);
+    const row = lane(snapshot.replicas[0], level);
     const count = snapshot.replicas.reduce((sum, r) => sum + r.levels[level], 0);
     row.count.textContent = count || "";
     const quantum = snapshot.replicas[0].quanta_s[level];

@@ -86,7 +86,7 @@ def test_the_documented_policy_forgets_what_has_finished(documented):
         (f"{__name__}:Missing", "cannot be loaded: .* has no attribute 'Missing'"),
         (f"{__name__}:NOT_A_POLICY", "is not a subclass of fastserve_mega.scheduling"),
         (f"{__name__}:NoOrder", "defines no key"),
-        ("lifo", "must be one of skip_join_mlfq, .*, got 'lifo'"),
+        ("lifo", "must be one of paced, .*, got 'lifo'"),
         ("a b:C", "my_package.my_module:Class, got 'a b:C'"),
     ],
 )
