@@ -108,7 +108,7 @@ def of_lengths(
 
 
 def rag_and_chat(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """Three documents of about 8,000 tokens, answered with 200, to seven chats (100 in, 300 out)."""
+    """Three documents of about 8,000 tokens (200 out) to seven chats (100 in, 300 out)."""
     documents = random.random(count) < 0.3
     prompts = np.where(
         documents,
