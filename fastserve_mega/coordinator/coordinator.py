@@ -124,9 +124,8 @@ class Coordinator:
             self._abort(live, FinishReason.TIMEOUT, reason)
         for live in self._gate.pass_through():
             self._place(live)
-        for replica in self._replicas:
-            if not replica.has_turn(now):
-                continue  # of many replicas only a few have results in a turn
+        # Of many replicas only a few have results in a turn.
+        for replica in [each for each in self._replicas if each.has_turn(now)]:
             replica.check_deadlines(now)
             events = replica.take_events()
             while plan := replica.step(now, events):
