@@ -51,13 +51,12 @@ class PrefixOnly(RoundRobin):
 class LeastWork(Placement):
     """Where the work at hand is least, whatever is cached there."""
 
+    DECODE_WEIGHT = 1.0
     PREFILL_WEIGHT = 0.0
 
 
-class PowerOfTwo(Placement):
+class PowerOfTwo(LeastWork):
     """The one with less work of two that are drawn."""
-
-    PREFILL_WEIGHT = 0.0
 
     def __init__(self, schedulers: Sequence[Scheduler]) -> None:
         super().__init__(schedulers)

@@ -36,14 +36,17 @@ class Placer(Protocol):
 class Placement:
     """Sends each request to the replica where its first token costs least.
 
-    The cost is the work at hand there, and `PREFILL_WEIGHT` times the prefill of what the replica's
-    cache does not have. Prefilling a prefix again delays not only this request but all that come
-    behind it, so it weighs more than waiting. The imbalance that this accepts is bounded: nobody
-    waits behind more work than the least busy replica has, and the weighted prefill that is saved.
-    Of equals, the replica with the lowest number.
+    The cost is the time of the prefills that wait there, `DECODE_WEIGHT` times that of decoding for
+    all its unfinished requests, and `PREFILL_WEIGHT` times the prefill of what its cache does not
+    have. A decode shares its steps with prefills, so it delays a first token less than they do.
+    Prefilling a prefix again delays not only this request but all that come behind it, so it
+    weighs more than waiting. The imbalance that this accepts is bounded: nobody waits behind more
+    work than the least busy replica has, and the weighted prefill that is saved. Of equals, the
+    replica with the lowest number.
     """
 
-    PREFILL_WEIGHT = 4.0
+    DECODE_WEIGHT = 0.5
+    PREFILL_WEIGHT = 2.0
 
     def __init__(self, schedulers: Sequence[Scheduler]) -> None:
         """One scheduler per replica."""
@@ -59,8 +62,10 @@ class Placement:
             return self._replicas[0]
         output_tokens, schedulers = self._output_tokens, self._schedulers
         work_s = [
-            scheduler.expected_work_s(output_tokens) + promised_s
-            for scheduler, promised_s in zip(schedulers, self._promised_s, strict=True)
+            each.queued_prefill_s()
+            + self.DECODE_WEIGHT * each.unfinished * each.decode_work_s(output_tokens)
+            + promised_s
+            for each, promised_s in zip(schedulers, self._promised_s, strict=True)
         ]
         chosen, least_s, prefill_s = -1, float("inf"), 0.0
         for replica in sorted(self._replicas, key=work_s.__getitem__):
@@ -70,7 +75,8 @@ class Placement:
             cost_s = work_s[replica] + self.PREFILL_WEIGHT * own_s
             if cost_s < least_s:
                 chosen, least_s, prefill_s = replica, cost_s, own_s
-        self._promised_s[chosen] += prefill_s + schedulers[chosen].decode_work_s(output_tokens)
+        decode_s = schedulers[chosen].decode_work_s(output_tokens)
+        self._promised_s[chosen] += prefill_s + self.DECODE_WEIGHT * decode_s
         return chosen
 
     def settle(self) -> None:

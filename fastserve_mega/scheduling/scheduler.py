@@ -114,19 +114,10 @@ class Scheduler:
             f"this server has {capacity}"
         )
 
-    def expected_work_s(self, output_tokens: float) -> float:
-        """Time to finish all unfinished requests, roughly.
-
-        Their prompts' prefills, in full chunks, and the decoding of as many tokens more for each of
-        them, in full batches. That is right on average when the output lengths are exponentially
-        distributed, which forget how much there has been; those of conversations nearly are.
-
-        Args:
-            output_tokens: mean length of an answer.
-        """
+    def queued_prefill_s(self) -> float:
+        """Time to prefill what the unfinished requests came with and no step has read."""
         chunk = self._config.max_batch_tokens
-        prefill_s = self._unread_tokens * self._cost_model.prefill_s(chunk) / chunk
-        return prefill_s + len(self._requests) * self.decode_work_s(output_tokens)
+        return self._unread_tokens * self._cost_model.prefill_s(chunk) / chunk
 
     def prefill_work_s(self, arrived: Arrived) -> float:
         """What the prefill of a request that has not been added would take, less what is cached."""
@@ -135,7 +126,12 @@ class Scheduler:
         return self._cost_model.prefill_s(max(tokens - cached, 1))
 
     def decode_work_s(self, output_tokens: float) -> float:
-        """Time of one answer, in full batches."""
+        """Time of one answer of a mean length in tokens, in full batches.
+
+        It is also about what is left of a request that is being answered, when the lengths are
+        exponentially distributed, which forget how much there has been; those of conversations
+        nearly are.
+        """
         batch = self._config.max_batch_size
         return output_tokens * self._cost_model.decode_s(batch, round(output_tokens)) / batch
 

@@ -48,12 +48,12 @@ def test_prefills_that_wait_count_by_their_length():
 def test_a_prefill_that_has_run_counts_no_more():
     schedulers = make_schedulers(2)
     busy = schedulers[0]
-    before = busy.expected_work_s(10)
+    before = busy.queued_prefill_s()
     plan = busy.step(0.0, [arrival(0, prompt_tokens=100)])
-    waiting = busy.expected_work_s(10)
+    waiting = busy.queued_prefill_s()
     busy.step(1.0, [StepDone(plan.step_id, 1.0)])
     assert before == 0.0
-    assert waiting - busy.expected_work_s(10) == pytest.approx(FixedCosts().prefill_s(100))
+    assert waiting - busy.queued_prefill_s() == pytest.approx(FixedCosts().prefill_s(100))
     busy.check_integrity()
 
 
@@ -99,7 +99,9 @@ class Busy:
     def __init__(self, work_s, prefill_s, decode_s):
         self.work_s, self.prefill_s, self.decode_s = work_s, prefill_s, decode_s
 
-    def expected_work_s(self, output_tokens):
+    unfinished = 0
+
+    def queued_prefill_s(self):
         return self.work_s
 
     def prefill_work_s(self, arrived):
@@ -141,7 +143,7 @@ def test_what_was_promised_in_a_turn_counts_as_if_it_had_arrived(replicas, count
         index = one_by_one.choose(arrival(number))
         one_by_one.settle()
         chosen = replicas[index]
-        chosen.work_s += chosen.prefill_s + chosen.decode_s
+        chosen.work_s += chosen.prefill_s + Placement.DECODE_WEIGHT * chosen.decode_s
         assert index == burst[number]
 
 
