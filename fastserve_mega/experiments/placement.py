@@ -17,7 +17,7 @@ import numpy as np
 from msgspec.structs import replace
 from rich.console import Console
 
-from fastserve_mega.experiments.placement_rules import RULES
+from fastserve_mega.experiments.placement_rules import RULES, SIMPLE_RULES
 from fastserve_mega.experiments.placement_workloads import WORKLOADS, PlacementWorkload
 from fastserve_mega.experiments.run_log import Run, RunLog
 from fastserve_mega.experiments.systems import load_system
@@ -182,7 +182,7 @@ def show(outcomes: dict[tuple[str, str], list[Outcome]], title: str) -> None:
     Console().print(table)
     for workload in dict.fromkeys(workload for workload, _ in outcomes):
         ours = outcomes[workload, "ours"]
-        for rule in RULES:
+        for rule in SIMPLE_RULES:
             simple = outcomes[workload, rule]
             later_s = fmean(each.ttft_p95_s for each in ours) - fmean(
                 each.ttft_p95_s for each in simple
