@@ -6,7 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.scheduling.events import Arrived, StepDone
+from fastserve_mega.scheduling.kv.pool import BlockPool
+from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
 from fastserve_mega.scheduling.placement import Placement
+from fastserve_mega.types import BlockHash
 
 
 def make_schedulers(count):
@@ -112,7 +115,7 @@ class Busy:
 
 
 TIMES = st.sampled_from([0, 1, 2, 5, 10, 30, 200])
-# Whole numbers: sums are the same in any order.
+# Whole numbers, and a weight that halves them: sums are the same in any order.
 REPLICAS = st.lists(st.builds(Busy, TIMES, TIMES, TIMES), min_size=2, max_size=9)
 
 
@@ -158,3 +161,17 @@ def test_a_lost_replica_is_not_chosen_until_it_is_back(replicas, data):
         placement.restore(replica)
     placement.settle()
     assert placement.choose(arrival(1)) == Placement(replicas).choose(arrival(1))
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40))
+def test_the_leading_blocks_in_either_pool_are_counted(device_blocks, host_blocks, others):
+    hashes = [BlockHash(str(number)) for number in range(device_blocks + host_blocks + others)]
+    device, host = BlockPool(64), BlockPool(64)
+    for pool, known in (
+        (device, hashes[:device_blocks]),
+        (host, hashes[device_blocks : device_blocks + host_blocks]),
+    ):
+        for block, block_hash in zip(pool.allocate(len(known)), known, strict=True):
+            pool.publish(block, block_hash)
+    cache = PrefixCache(device, host, block_size=4)
+    assert cache.tokens_of(hashes) == 4 * (device_blocks + host_blocks)
