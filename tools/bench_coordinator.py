@@ -101,7 +101,10 @@ class World:
             (DecodePoint(1, 1, self.step_s), DecodePoint(256, 1, 1.5 * self.step_s)),
         )
         config = SchedulerConfig(
-            max_batch_size=self.batch, max_batch_tokens=2_048, max_queued_requests=1_000_000
+            policy="skip_join_mlfq",
+            max_batch_size=self.batch,
+            max_batch_tokens=2_048,
+            max_queued_requests=1_000_000,
         )
         blocks = 2 * self.batch * (self.prompt + self.output) // BLOCK_SIZE
         metrics = ServingMetrics(block_bytes=1)

@@ -40,6 +40,7 @@ _L4 = Device(
     host_bandwidth=32e9,
 )  # fmt: skip
 _SETTINGS = (
+    "scheduler.policy=skip_join_mlfq",
     "scheduler.max_batch_size=32",
     "scheduler.max_batch_tokens=512",
     "kv_cache.host_memory_gb=8",
