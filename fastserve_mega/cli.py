@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fastserve_mega import __version__
 from fastserve_mega.commands import (
+    api_key,
     api_server,
     batch,
     bench,
@@ -46,6 +47,7 @@ GROUPS: tuple[Group, ...] = (
             profile.COMMAND,
             convert.COMMAND,
             keygen.COMMAND,
+            api_key.COMMAND,
         ),
     ),
     Group(

@@ -17,6 +17,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from fastserve_mega.metrics import ServingMetrics
+from fastserve_mega.server.api_keys import KeyMetrics
 
 TARGET = Path(__file__).parents[1] / "docs" / "metrics.md"
 BEGIN, END = "<!-- begin: tools/metrics_reference.py -->\n", "<!-- end -->\n"
@@ -54,7 +55,9 @@ def exposition() -> str:
         place_lengths=lambda: (0, 0, 0),
     )
     metrics.watch_schedulers([scheduler])
-    return metrics.render()
+    keys = KeyMetrics()
+    keys.begin("")
+    return metrics.render() + keys.render()
 
 
 def families() -> list[Metric]:

@@ -201,6 +201,8 @@ class AsyncClient:
         priority: int = 0,
         cache_salt: str = "",
         timeout_s: float | None = None,
+        client: str = "",
+        weight: float = 1.0,
         request_id: str | None = None,
         fingerprint: str = "",
         decoder: TokenDecoder | None = None,
@@ -228,6 +230,8 @@ class AsyncClient:
             cache_salt=cache_salt,
             timeout_s=timeout_s,
             fingerprint=fingerprint,
+            client=client,
+            weight=weight,
         )
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:

@@ -20,6 +20,11 @@ class RequestOptions(TypedDict, total=False):
     """KV is shared among requests with the same salt only; empty by default."""
     timeout_s: float | None
     """End with finish reason `timeout` when unfinished after this many seconds; None: no limit."""
+    client: str
+    """Who asks: the server is shared among clients by what they were served. Empty by default,
+    which is this connection."""
+    weight: float
+    """The client's share is in proportion to this; 1 by default."""
     request_id: str | None
     """Unique among the server's unfinished requests; None draws one."""
     fingerprint: str

@@ -19,8 +19,9 @@ _PROBATION_S = 60.0
 make others wait by saying so."""
 _MAX_ID_LENGTH = 256
 _MAX_PRIORITY = 1_000
+_LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 1000.0
 _MAX_FINGERPRINT_LENGTH = 128
-_MAX_SALT_LENGTH = 256
+_MAX_NAME_LENGTH = 256
 _TOKEN_BYTES = 5
 _NUMBER_BYTES = 9
 _CHARACTER_BYTES = 4
@@ -83,16 +84,16 @@ class Admission:
                 f"priority must be between -{_MAX_PRIORITY} and {_MAX_PRIORITY}, "
                 f"got {submit.priority}"
             )
-        if len(submit.cache_salt) > _MAX_SALT_LENGTH:
-            return (
-                f"cache_salt must have at most {_MAX_SALT_LENGTH} characters, "
-                f"got {len(submit.cache_salt)}"
-            )
-        if len(submit.fingerprint) > _MAX_FINGERPRINT_LENGTH:
-            return (
-                f"fingerprint must have at most {_MAX_FINGERPRINT_LENGTH} characters, "
-                f"got {len(submit.fingerprint)}"
-            )
+        names = (
+            ("cache_salt", submit.cache_salt, _MAX_NAME_LENGTH),
+            ("client", submit.client, _MAX_NAME_LENGTH),
+            ("fingerprint", submit.fingerprint, _MAX_FINGERPRINT_LENGTH),
+        )
+        for name, text, most in names:
+            if len(text) > most:
+                return f"{name} must have at most {most} characters, got {len(text)}"
+        if not _LEAST_WEIGHT <= submit.weight <= _MOST_WEIGHT:
+            return f"weight must be between {_LEAST_WEIGHT} and {_MOST_WEIGHT}, got {submit.weight}"
         timeout_s = submit.timeout_s
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             return f"timeout_s must be a positive number, got {timeout_s}"

@@ -274,6 +274,8 @@ class Coordinator:
             block_hashes=(
                 live.block_hashes.extend((*live.prompt, *live.output)) if live.block_hashes else ()
             ),
+            client=submit.client or live.client.hex(),
+            weight=submit.weight,
         )
         live.replica = self._placement.choose(arrived)
         self._replicas[live.replica].tell(arrived)

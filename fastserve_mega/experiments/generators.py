@@ -62,6 +62,23 @@ def flood(random: np.random.Generator, count: int) -> list[RequestSpec]:
     )
 
 
+def burst_flood(random: np.random.Generator, count: int) -> list[RequestSpec]:
+    """One client's conversations, one request in five, beside another's, in bursts of 256.
+
+    The lengths of both are like ShareGPT's.
+    """
+    is_steady = _one_in(5, random, count)
+    bursts = -(-count // BURST)
+    begins = (np.arange(bursts) + random.random(bursts)) * BURST
+    times = np.where(is_steady, _poisson(random, count), np.repeat(begins, BURST)[:count])
+    order = np.argsort(times, kind="stable")
+    prompts, outputs = _conversation_lengths(random, count)
+    return _specs(
+        times[order], prompts, outputs,
+        clients=["steady" if each else "flood" for each in is_steady[order]],
+    )  # fmt: skip
+
+
 def one_long_answer(random: np.random.Generator, count: int) -> list[RequestSpec]:
     """One answer of 32,768 tokens beside short ones of about 128; it comes as the third tenth."""
     outputs = Lognormal(mean=128, cv=0.5).draw(random, count)

@@ -112,6 +112,10 @@ STANDING_SET = (
         source=generators.flood, requests=3000, quick_requests=1000,
     ),
     StandingWorkload(
+        name="burst-flood", about="one client's conversations beside bursts of 256 of another's",
+        source=generators.burst_flood, quick_requests=800,
+    ),
+    StandingWorkload(
         name="one-long-answer", about="one answer of 32,768 tokens beside short ones",
         system="llama-3-8b-h200", overrides=(_CONTEXT_131K, "scheduler.max_batch_size=16"),
         source=generators.one_long_answer, requests=2000, quick_requests=600,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastserve_mega.plan import Plan
-from fastserve_mega.records import Count, OpenRecord, Record, Seconds
+from fastserve_mega.records import Count, OpenRecord, PositiveFloat, Record, Seconds
 from fastserve_mega.snapshot import Percentiles, ReplicaView
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
 
@@ -62,6 +62,11 @@ class Submit(_Message, frozen=True):
     fingerprint: str = ""
     """Digest of all that the client was asked for. Whoever submits the same id with the same one is
     sent the answer from the start, up to a minute after its end; empty: nobody."""
+    client: str = ""
+    """Who asks, for the scheduler, which shares the server among clients; empty is the connection
+    that it comes by."""
+    weight: PositiveFloat = 1.0
+    """The client's share is in proportion to this."""
 
 
 class Cancel(_Message, frozen=True):

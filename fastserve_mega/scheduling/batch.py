@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fastserve_mega.plan import SequenceSlice
+from fastserve_mega.scheduling.clients.fair_share import FairShare
 from fastserve_mega.scheduling.kv.admission import Admission
 from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
-from fastserve_mega.scheduling.request import KvState, Place, Request, RequestStatus
+from fastserve_mega.scheduling.request import UNDER_WAY, KvState, Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
-
-_UNDER_WAY = (RequestStatus.RUNNING, RequestStatus.SWAPPING_IN, RequestStatus.SWAPPING_OUT)
 
 
 class BatchBuilder:
@@ -31,6 +30,8 @@ class BatchBuilder:
         config: SchedulerConfig,
         memory: KvManager,
         policy: Policy,
+        fair_share: FairShare,
+        *,
         max_requests: int,
         in_flight: int,
     ) -> None:
@@ -40,6 +41,7 @@ class BatchBuilder:
         self._memory = memory
         self._preempted = memory.swapper.preempted
         self._queues = policy.queues
+        self._fair_share = fair_share
         self._takes_swapped = Place.SWAPPED in memory.runnable_places
         self._max_requests = max_requests
         self._in_flight = in_flight
@@ -50,7 +52,7 @@ class BatchBuilder:
         self._max_passed_over = config.max_passed_over
         self._admitting = True
         self._starting = True
-        self._not_started_left = config.backfill_lookahead
+        self._not_started_left = self._leaving_left = config.backfill_lookahead + 1
         self._stops = False
         """The walk ends: admission has just closed, nobody else is started, or prefills wait."""
         self._reserves_tokens = True
@@ -72,7 +74,7 @@ class BatchBuilder:
         if self._has_room() and not (self._prefills_wait or self._starting) and self._admitting:
             self._take_by_priority()
         if self._has_room() and (self._prefills_wait or not self._admitting):
-            self._take(self._queues.walk(Place.RESIDENT))
+            self._take_residents()
         if self._has_room() and self._prefills_wait:  # there were fewer decodes
             self._reserves_tokens = self._prefills_wait = False
             self._take_by_priority()
@@ -88,9 +90,15 @@ class BatchBuilder:
     def _take_by_priority(self) -> None:
         if self._admitting:
             enough = self._max_requests + self._lookahead + 1 if self._starting else 0
-            self._take(self._queues.merged(self._memory.runnable_places, enough))
+            first = self._queues.merged(self._memory.runnable_places, enough)
+            if self._starting:
+                first = self._fair_share.with_oldest(first)
+            self._take(self._fair_share.order(first, self._preempted))
         else:
-            self._take(self._queues.walk(Place.RESIDENT))
+            self._take_residents()
+
+    def _take_residents(self) -> None:
+        self._take(self._fair_share.order(self._queues.walk(Place.RESIDENT), self._preempted))
 
     def _take(self, candidates: Iterable[Request]) -> None:
         # One of two loops that look at each running request in each step (`Scheduler._step_done`
@@ -120,7 +128,7 @@ class BatchBuilder:
     def _take_closely(self, request: Request) -> bool:
         """Give a request its tokens and blocks, if there are any; whether it takes part."""
         self._stops = False
-        if request.status in _UNDER_WAY or request in self._preempted:
+        if request.status in UNDER_WAY or request in self._preempted:
             return False
         pending = request.num_pending_tokens
         num_tokens = 1 if pending == 1 else self._chunk(request, pending)
@@ -158,9 +166,20 @@ class BatchBuilder:
                 return False
             admission = self._memory.grow(request, tokens)
             if admission is Admission.NO_MEMORY:
-                self._growth_ended = self._memory.reclaimer.growth_ended(request)
+                self._growth_ended = (
+                    self._memory.reclaimer.growth_ended(request) and self._fair_share.keeps_order
+                )
         else:
-            admission = self._memory.make_resident(request, reserve=len(self.requests))
+            leaves_room = self._fair_share.leaves_room(request)
+            if leaves_room and not self._leaving_left:
+                return False
+            admission = self._memory.make_resident(
+                request, reserve=len(self.requests), leaves_room=leaves_room
+            )
+            if leaves_room and admission is Admission.NOT_STARTED:
+                request.num_passed_over += 1
+                self._leaving_left -= 1
+                return False  # others need not wait for it
         if admission is Admission.NO_MEMORY:
             self._pass_over(request)
         elif admission is Admission.NOT_STARTED:
@@ -197,7 +216,7 @@ class BatchBuilder:
     def _leave_unstarted(self, request: Request) -> None:
         request.num_passed_over += 1
         self._not_started_left -= 1
-        if self._not_started_left < 0 or request.num_passed_over > self._max_passed_over:
+        if self._not_started_left <= 0 or request.num_passed_over > self._max_passed_over:
             self._stops = self._starting
             self._starting = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastserve_mega.records import Count, Record, Seconds
+from fastserve_mega.records import Count, PositiveFloat, Record, Seconds
 from fastserve_mega.types import BlockHash, RequestId
 
 
@@ -24,6 +24,10 @@ class Arrived(_Event, frozen=True):
     """Hashes of the full blocks of these tokens, for the prefix cache; none when it is off."""
     oracle_output_tokens: Count | None = None
     """The true output length. Only the simulator knows it, only `srpt` reads it."""
+    client: str = ""
+    """Who asks: clients share the server by what they were served."""
+    weight: PositiveFloat = 1.0
+    """The client's share is in proportion to this."""
 
 
 class Aborted(_Event, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 from fastserve_mega.types import BlockHash, RequestId
 
@@ -26,6 +26,14 @@ class RequestStatus(IntEnum):
     """It has device blocks, and KV is on its way into them."""
     FINISHED = 6
     """Ended for whatever reason. Its blocks are free as soon as no step and no copy uses them."""
+
+
+UNDER_WAY: Final = (
+    RequestStatus.RUNNING,
+    RequestStatus.SWAPPING_IN,
+    RequestStatus.SWAPPING_OUT,
+)
+"""In a step, or with KV that is being copied: no step can take it now."""
 
 
 class Place(IntEnum):
@@ -112,6 +120,41 @@ class QueueState:
     """Time of the steps it took part in since it entered its level."""
 
 
+class Turn(IntEnum):
+    """Whether a request that has not run yet is before the policy."""
+
+    HELD = 0
+    """It waits in its client's line."""
+    OFFERED = 1
+    """The policy has it."""
+    STARTED = 2
+    """It has run."""
+
+
+@dataclass(slots=True, eq=False)
+class ClientShare:
+    """What one client was served, and what it waits for; written by `FairShare` only."""
+
+    name: str = ""
+    weight: float = 1.0
+    counter: float = 0.0
+    """Tokens it was served, over its weight."""
+    unfinished: int = 0
+    """Its requests."""
+    offered: dict[Request, None] = field(default_factory=dict)
+    """Those that the policy has and that have not run, the oldest first."""
+    num_held: int = 0
+    """Those in its line."""
+    line: list[tuple[Any, int, Request]] = field(default_factory=list)
+    """A heap, with entries of aborted requests."""
+    step: int = -1
+    """The last step in which it was given anything."""
+    places: int = 0
+    """Of its share of that step."""
+    tokens: int = 0
+    """Of its share of that step."""
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """Mutable state of a request; identity is equality.
@@ -129,6 +172,12 @@ class Request:
     num_tokens: int
     """Prompt and output tokens that exist; the KV of all of them is needed for the next one."""
     oracle_output_tokens: int | None = None
+    share: ClientShare = field(default_factory=ClientShare)
+    """Its client's."""
+    turn: Turn = Turn.OFFERED
+    """Written by `FairShare` only."""
+    offered_at: float = 0.0
+    """When it arrived, or later came out of its client's line, seconds."""
 
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
@@ -138,7 +187,7 @@ class Request:
     num_unread_tokens: int = 0
     """Tokens it arrived with that no step has computed yet; a recomputation does not count."""
     waiting_since: float = 0.0
-    """When it arrived or last left a step, seconds."""
+    """When it was offered to the policy or last left a step, seconds."""
     has_progressed: bool = False
     """Yielded a token since it last became resident. Until then its blocks are not taken away,
     so that each admission makes progress."""

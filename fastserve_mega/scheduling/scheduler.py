@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.batch import BatchBuilder, count_decodes
+from fastserve_mega.scheduling.clients.fair_share import FairShare
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.events import (
     Aborted,
@@ -20,7 +21,7 @@ from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.kv.swap_planner import SwapPlanner
 from fastserve_mega.scheduling.policies import make_policy
-from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus, Turn
 from fastserve_mega.scheduling.validate import validate_all
 from fastserve_mega.scheduling.view import view_replica
 from fastserve_mega.snapshot import ReplicaView
@@ -59,6 +60,7 @@ class Scheduler:
         self._cost_model = cost_model
         self._policy = make_policy(config, cost_model)
         self._queues = self._policy.queues
+        self._fair_share = FairShare(config, self._policy)
         swap = swap or SwapConfig()
         self._memory = KvManager(pools, swap.strategy, self._policy, cost_model, config)
         self._planner = SwapPlanner(swap, self._memory, self._policy)
@@ -84,6 +86,8 @@ class Scheduler:
         if not self.may_plan:
             return None
         self._promoted_at = now
+        if self._fair_share.lines.num_held:
+            self._fair_share.lines.refill(now)
         self._policy.promote(now)
         return self._plan_step(now)
 
@@ -158,7 +162,8 @@ class Scheduler:
     def place_lengths(self) -> tuple[int, int, int]:
         """Unfinished requests by where their KV is: waiting, resident, hosted."""
         count = self._queues.count
-        return count(Place.WAITING), count(Place.RESIDENT), count(Place.SWAPPED)
+        waiting = count(Place.WAITING) + self._fair_share.lines.num_held
+        return waiting, count(Place.RESIDENT), count(Place.SWAPPED)
 
     def view(self, now: float, max_requests: int) -> ReplicaView:
         """What is going on, with at most so many requests."""
@@ -171,6 +176,7 @@ class Scheduler:
         if self._unread_tokens != sum(each.num_unread_tokens for each in self._requests.values()):
             raise RuntimeError("the tokens not yet read are miscounted")
         queued = [request for place in Place for request in self._queues.walk(place)]
+        queued += self._fair_share.lines.held()
         if set(queued) != set(self._requests.values()) or len(queued) != len(self._requests):
             raise RuntimeError("the policy's queues and the unfinished requests differ")
         in_steps = [request for batch in self._in_flight.values() for request in batch]
@@ -205,13 +211,15 @@ class Scheduler:
             arrival_number=self._arrivals,
             num_tokens=event.num_prompt_tokens + event.num_received_tokens,
             oracle_output_tokens=event.oracle_output_tokens,
+            share=self._fair_share.join(event.client, event.weight),
+            offered_at=now,
             waiting_since=now,
         )
         self._memory.look_up(request, event.block_hashes)
         request.num_unread_tokens = request.num_tokens - request.kv.num_cached_tokens
         self._unread_tokens += request.num_unread_tokens
         self._requests[request.request_id] = request
-        self._policy.add(request, now)
+        self._fair_share.lines.add(request, now)
         self._planner.observe_arrival(self._memory.blocks_for(request.num_tokens), now)
 
     def _step_done(self, event: StepDone, now: float) -> None:
@@ -265,14 +273,18 @@ class Scheduler:
                 self._memory.prefix_cache.publish(request)
 
     def _read(self, request: Request, tokens: int) -> None:
+        if request.turn is Turn.OFFERED:
+            self._fair_share.lines.started(request)
         read = min(tokens, request.num_unread_tokens)
         request.num_unread_tokens -= read
         self._unread_tokens -= read
 
     def _end(self, request: Request) -> None:
-        self._policy.remove(request)
+        if request.turn is not Turn.HELD:
+            self._policy.remove(request)
         request.status = RequestStatus.FINISHED
         request.steady_until = 0
+        self._fair_share.end(request)
         self._read(request, request.num_unread_tokens)
         del self._requests[request.request_id]
         self._released.append(request.request_id)
@@ -296,8 +308,17 @@ class Scheduler:
         places = min(self._config.max_batch_size, share)
         if self._is_proactive:
             self._planner.make_way(now, places)
-        batch = BatchBuilder(self._config, self._memory, self._policy, places, in_flight)
+        self._fair_share.begin_step(places)
+        batch = BatchBuilder(
+            self._config,
+            self._memory,
+            self._policy,
+            self._fair_share,
+            max_requests=places,
+            in_flight=in_flight,
+        )
         batch.fill()
+        self._fair_share.charge(batch.requests)
         if self._is_proactive:
             self._planner.plan(now)
         copies = self._memory.copies.take_planned(now)

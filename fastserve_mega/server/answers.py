@@ -6,7 +6,7 @@ The one loop of all endpoints that generate. How an API writes its answers is an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -67,6 +67,8 @@ class Answer:
     answers_per_prompt: int = 1
     only_prompts: bool = False
     """What was generated is no part of it: the request has asked for no token."""
+    on_end: Callable[[int], None] | None = None
+    """Told of the tokens that were generated, perhaps more than once."""
 
     @property
     def usage(self) -> Usage:
@@ -96,6 +98,8 @@ class Answer:
         """Cancel what still runs for this request, whatever happened."""
         for generation in self.generations:
             generation.cancel()
+        if self.on_end is not None:
+            self.on_end(sum(each.progress.completion_tokens for each in self.generations))
 
 
 async def respond(http: Request, answer: Answer, shape: AnswerShape, *, stream: bool) -> Response:

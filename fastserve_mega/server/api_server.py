@@ -18,6 +18,7 @@ from fastserve_mega.models.generation_config import (
     SamplingDefaults,
     load_sampling_defaults,
 )
+from fastserve_mega.server.api_keys import ApiKeys
 from fastserve_mega.server.app import create_app
 from fastserve_mega.server.connections import (
     ACCEPTED_AT_ONCE,
@@ -83,7 +84,7 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
     Raises:
         FileNotFoundError, ValueError: the model's directory has no tokenizer, or no config.json,
             or a generation_config.json that cannot be used.
-        OSError, ValueError: a file of keys cannot be read, or has none; or too few files may be
+        OSError, ValueError: a file of keys cannot be read, or is not valid; or too few files may be
             open for `server.max_connections`.
         SystemExit: the address is taken; uvicorn has logged why.
     """
@@ -92,6 +93,7 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
     # uvicorn takes these signals, drains, and raises them once more for the handlers before it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    key_file = config.server.api_key_file
     app = create_app(
         client,
         tokenizer,
@@ -99,7 +101,7 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
         reasoning_parser=config.server.reasoning_parser,
         sampling_defaults=_sampling_defaults(config),
         live_view=config.server.live_view,
-        api_keys=_read_keys(config.server.api_key_file),
+        api_keys=ApiKeys(Path(key_file).expanduser()) if key_file else None,
         cors_origins=config.server.cors_origins,
         stopping=lambda: server.should_exit,
         max_body_bytes=config.server.max_body_bytes or body_limit(_max_context(config)),
@@ -134,13 +136,3 @@ def _sampling_defaults(config: Config) -> SamplingDefaults:
 
 def _max_context(config: Config) -> int:
     return config.model.max_context or load_architecture(config.model.directory).max_context
-
-
-def _read_keys(path: str | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    keys = tuple(line.strip() for line in lines if line.strip())
-    if not keys:
-        raise ValueError(f"{path} has no key (server.api_key_file)")
-    return keys

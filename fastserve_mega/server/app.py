@@ -14,6 +14,7 @@ from fastserve_mega import __version__
 from fastserve_mega.client import AsyncClient, ServerUnavailableError
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Json
+from fastserve_mega.server.api_keys import ApiKeys
 from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.conversation import Conversations
@@ -39,7 +40,7 @@ def create_app(
     *,
     health_timeout_s: float = 2.0,
     live_view: bool = True,
-    api_keys: Sequence[str] = (),
+    api_keys: ApiKeys | None = None,
     cors_origins: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
     tool_parser: ToolParserName = "auto",
@@ -54,7 +55,7 @@ def create_app(
         tokenizer: the served model's; give the client the same one.
         health_timeout_s: longest wait of GET /health for the coordinator.
         live_view: serve the page that shows what the scheduler is doing.
-        api_keys: a client must have one of them; none are needed when there are none.
+        api_keys: a client must have one of them; None asks for none.
         cors_origins: web pages of these origins may ask from a browser.
         stopping: whether the server is about to end.
         tool_parser: how the model writes tool calls.
@@ -80,7 +81,7 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
     )
     app.add_middleware(LimitBody, limit=max_body_bytes)
-    if api_keys:
+    if api_keys is not None:
         app.add_middleware(RequireKey, keys=api_keys)
     if cors_origins:
         app.add_middleware(
@@ -91,7 +92,7 @@ def create_app(
     service = Service(client, tokenizer, sampling_defaults)
     _add_generation_routes(app, service, dialect_of(tokenizer, tool_parser, reasoning_parser))
     _add_model_routes(app, service)
-    _add_operator_routes(app, service, health_timeout_s)
+    _add_operator_routes(app, service, health_timeout_s, api_keys)
     add_docs_page(app)
     _answer_head(app)
     if live_view:
@@ -148,7 +149,9 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         return await model()
 
 
-def _add_operator_routes(app: FastAPI, service: Service, health_timeout_s: float) -> None:
+def _add_operator_routes(
+    app: FastAPI, service: Service, health_timeout_s: float, api_keys: ApiKeys | None
+) -> None:
     @app.get("/health/live")
     async def live() -> Json:
         """Say that this process answers, whatever is behind it."""
@@ -172,4 +175,5 @@ def _add_operator_routes(app: FastAPI, service: Service, health_timeout_s: float
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(await service.client.metrics(), media_type=_PROMETHEUS)
+        of_keys = "" if api_keys is None else api_keys.render()
+        return Response(await service.client.metrics() + of_keys, media_type=_PROMETHEUS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hmac
 import uuid
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastserve_mega.server.api_keys import ApiKeys, KeyHolder
 from fastserve_mega.server.errors import ApiError
 
 _BODY_BYTES = 2**20
@@ -22,16 +21,23 @@ _MAX_ID_LENGTH = 128
 
 
 class RequireKey:
-    """Answers with 401 what comes without one of the keys as `Authorization: Bearer KEY`."""
+    """Answers with 401 what comes without one of the keys as `Authorization: Bearer KEY`.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    What comes with one is told whose it is, in `state.key_holder`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and scope["path"].startswith(_GUARDED)
         # A browser asks with OPTIONS, without a key, whether it may send one.
-        if not guarded or scope["method"] == "OPTIONS" or self._is_allowed(Headers(scope=scope)):
+        if not guarded or scope["method"] == "OPTIONS":
+            await self._app(scope, receive, send)
+            return
+        if (holder := self._holder(Headers(scope=scope))) is not None:
+            scope.setdefault("state", {})["key_holder"] = holder
             await self._app(scope, receive, send)
             return
         error = ApiError(
@@ -42,13 +48,11 @@ class RequireKey:
         )
         await error.response(scope["path"])(scope, receive, send)
 
-    def _is_allowed(self, headers: Headers) -> bool:
+    def _holder(self, headers: Headers) -> KeyHolder | None:
         kind, _, given = headers.get("Authorization", "").partition(" ")
         if key := headers.get("X-Api-Key"):  # as Anthropic's clients send it
             kind, given = "bearer", key
-        # All keys are compared, each in constant time.
-        equal = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]
-        return kind.lower() == "bearer" and any(equal)
+        return self._keys.find(given.strip()) if kind.lower() == "bearer" else None
 
 
 class NameRequests:

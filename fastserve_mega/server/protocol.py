@@ -88,6 +88,7 @@ class Common(Strict):
     top_p: float | None = None
     # About who asks, not about the answer.
     user: str | None = None
+    """Shares the server as one client, where no key says who asks."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str | None] | None = None
@@ -96,7 +97,7 @@ class Common(Strict):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    priority: int = 0
+    priority: int | None = None
     cache_salt: str | None = None
     """KV is shared among requests with the same salt only."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)

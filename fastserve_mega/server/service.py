@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 from fastapi import Request, Response
 from msgspec.structs import replace
 
-from fastserve_mega.client import AsyncClient
+from fastserve_mega.client import AsyncClient, AsyncGeneration
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Answer, AnswerShape, respond
+from fastserve_mega.server.api_keys import Identity, KeyHolder, identify
 from fastserve_mega.server.errors import ApiError, invalid_value
-from fastserve_mega.server.idempotency import repeatable
+from fastserve_mega.server.idempotency import Repeatable, repeatable
 from fastserve_mega.server.protocol import GenerationRequest
 from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.structured import GrammarUnavailableError, check_structured
@@ -189,23 +190,47 @@ class Service:
         """
         repeat = await repeatable(http)
         submissions = await self._submissions(body, prompts, structure_after)
-        generations = [
+        holder: KeyHolder | None = getattr(http.state, "key_holder", None)
+        identity = identify(holder, body.user, body.priority)
+        prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
+        admitted = holder.admit(prompt_tokens, len(submissions)) if holder else None
+        try:
+            generations = await self._start(
+                body, submissions, repeat or Repeatable(answer_id, ""), decoder, identity
+            )
+        except BaseException:
+            if admitted:
+                admitted.end(0)
+            raise
+        on_end = admitted.end if admitted else None
+        answer = Answer(generations, body.answers_per_prompt, body.only_prompts, on_end)
+        return await respond(http, answer, shape(answer), stream=bool(body.stream))
+
+    async def _start(
+        self,
+        body: GenerationRequest,
+        submissions: Sequence[tuple[Sequence[int], SamplingParams]],
+        named: Repeatable,
+        decoder: TokenDecoder | None,
+        identity: Identity,
+    ) -> list[AsyncGeneration]:
+        return [
             await self.client.submit(
                 prompt,
                 params,
                 stop=body.stops,
-                priority=body.priority,
                 cache_salt=body.cache_salt or "",
                 timeout_s=body.timeout,
-                request_id=f"{repeat.request_id if repeat else answer_id}-{index}",
-                fingerprint=repeat.fingerprint if repeat else "",
+                request_id=f"{named.request_id}-{index}",
+                fingerprint=named.fingerprint,
                 decoder=decoder,
                 continues_text=body.continues_text,
+                client=identity.client,
+                weight=identity.weight,
+                priority=identity.priority,
             )
             for index, (prompt, params) in enumerate(submissions)
         ]
-        answer = Answer(generations, body.answers_per_prompt, body.only_prompts)
-        return await respond(http, answer, shape(answer), stream=bool(body.stream))
 
     async def _submissions(
         self,

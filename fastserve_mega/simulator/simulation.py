@@ -206,6 +206,7 @@ class Simulation:
             priority=spec.priority,
             block_hashes=hashes,
             oracle_output_tokens=spec.output_tokens if self._oracle else None,
+            client=spec.client,
         )
         request.replica = self._placement.choose(arrived)
         events[request.replica].append(arrived)

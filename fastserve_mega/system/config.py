@@ -264,8 +264,9 @@ class ServerConfig(Record, frozen=True, kw_only=True):
     live_view: bool = True
     """Show what the scheduler is doing on a web page at /."""
     api_key_file: str | None = None
-    """File with one key per line, of which a client must send one as `Authorization: Bearer KEY`;
-    ~ is expanded. None asks for none. Health, metrics and the live view need no key."""
+    """YAML file of keys and their limits (`fastserve-mega api-key`, docs/api.md), of which a client
+    must send one as `Authorization: Bearer KEY`; ~ is expanded. It is read again when it changes.
+    None asks for none. Health, metrics and the live view need no key."""
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may ask from a browser; `*` is all of them."""
     tool_parser: ToolParserName = "auto"

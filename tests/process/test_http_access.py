@@ -9,8 +9,9 @@ import httpx
 import pytest
 
 from fastserve_mega.client import AsyncClient
-from fastserve_mega.server.api_server import _read_keys
+from fastserve_mega.server.api_keys import ApiKeys
 from fastserve_mega.server.app import create_app
+from fastserve_mega.system.api_keys import hash_secret
 from fastserve_mega.text.tokenizer import Tokenizer
 
 TEXT = "the quick brown fox"
@@ -44,6 +45,21 @@ def ask(start_server, tokenizer):
     return send
 
 
+@pytest.fixture
+def api_keys(tmp_path):
+    """The keys of secrets, each with limits."""
+
+    def make(**limits):
+        lines = ["keys:"]
+        for secret, more in limits.items():
+            lines.append(f"  - {{name: of-{secret}, sha256: {hash_secret(secret)}{more}}}")
+        path = tmp_path / "keys.yaml"
+        path.write_text("\n".join(lines))
+        return ApiKeys(path)
+
+    return make
+
+
 def bearer(key):
     return {"headers": {"Authorization": f"Bearer {key}"}}
 
@@ -53,7 +69,7 @@ def test_without_keys_everybody_may_ask(ask):
     assert answer.status_code == 200
 
 
-def test_a_key_is_required_where_something_is_computed(ask):
+def test_a_key_is_required_where_something_is_computed(ask, api_keys):
     paths = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
     answers = ask(
         *(("POST", path, {"json": BODY}) for path in paths),
@@ -64,7 +80,7 @@ def test_a_key_is_required_where_something_is_computed(ask):
         ("POST", "/v1/completions", {"json": BODY, **bearer("first")}),
         ("GET", "/health", {}),
         ("GET", "/metrics", {}),
-        api_keys=("first", "second"),
+        api_keys=api_keys(first="", second=""),
     )
     statuses = [answer.status_code for answer in answers]
     assert statuses == [401] * 7 + [200] * 4
@@ -72,14 +88,34 @@ def test_a_key_is_required_where_something_is_computed(ask):
     assert answers[0].headers["WWW-Authenticate"] == "Bearer"
 
 
-def test_keys_come_from_a_file(tmp_path):
-    path = tmp_path / "keys"
-    path.write_text("one\n\n two \n")
-    assert _read_keys(str(path)) == ("one", "two")
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="has no key"):
-        _read_keys(str(path))
-    assert _read_keys(None) == ()
+def test_the_limits_of_a_key_are_told_with_429_and_its_use_in_the_metrics(ask, api_keys):
+    post = ("POST", "/v1/completions", {"json": BODY, **bearer("few")})
+    streamed = ("POST", "/v1/completions", {"json": {**BODY, "stream": True}, **bearer("few")})
+    urgent = ("POST", "/v1/completions", {"json": {**BODY, "priority": 1}, **bearer("few")})
+    many = ("POST", "/v1/completions", {"json": {**BODY, "n": 3}, **bearer("few")})
+    short = ("POST", "/v1/completions", {"json": BODY, **bearer("short")})
+    keys = api_keys(
+        few=", requests_per_minute: 2, concurrency: 2, most_urgent_priority: 2",
+        short=", tokens_per_minute: 4",
+    )
+    answers = ask(post, urgent, many, streamed, post, short, short, ("GET", "/metrics", {}),
+                  api_keys=keys)  # fmt: skip
+    assert [each.status_code for each in answers] == [200, 403, 400, 200, 429, 200, 429, 200]
+    told = [each.json()["error"]["message"] for each in answers if each.status_code >= 400]
+    assert told == [
+        "priority must be at least 2 with the key 'of-few', got 1",
+        "the key 'of-few' has a limit of 2 (concurrency): 3 answers at once",
+        "the key 'of-few' has a limit of 2 (requests_per_minute): one request more",
+        "the key 'of-short' has a limit of 4 (tokens_per_minute): the tokens are used up",
+    ]
+    assert 0 < int(answers[4].headers["Retry-After"]) <= 30
+    assert 0 < int(answers[6].headers["Retry-After"]) <= 30
+    metrics = answers[7].text
+    assert 'fastserve_key_requests_total{key="of-few"} 2.0' in metrics
+    assert 'fastserve_key_prompt_tokens_total{key="of-few"} 6.0' in metrics
+    assert 'fastserve_key_generation_tokens_total{key="of-few"} 4.0' in metrics
+    assert 'fastserve_key_unfinished_answers{key="of-few"} 0.0' in metrics
+    assert 'fastserve_key_refused_total{key="of-short",limit="tokens_per_minute"} 1.0' in metrics
 
 
 @pytest.mark.parametrize(
@@ -93,12 +129,12 @@ def test_every_answer_has_a_request_id(ask, given, kept):
         assert len(request_id) >= 7
 
 
-def test_other_origins_may_ask_only_when_configured(ask):
+def test_other_origins_may_ask_only_when_configured(ask, api_keys):
     headers = {"Origin": "https://app.example", "Access-Control-Request-Method": "POST"}
     preflight = ("OPTIONS", "/v1/completions", {"headers": headers})
     (refused,) = ask(preflight)
     assert "access-control-allow-origin" not in refused.headers
-    (allowed,) = ask(preflight, cors_origins=("https://app.example",), api_keys=("key",))
+    (allowed,) = ask(preflight, cors_origins=("https://app.example",), api_keys=api_keys(key=""))
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
 

@@ -65,10 +65,15 @@ class StartedRequests:
         """The dropped requests, which come before all that wait; none without a limit."""
         return () if self._limit_blocks is None else tuple(self._swapper.dropped)
 
-    def may_start(self, request: Request, blocks: int) -> bool:
+    def may_start(self, request: Request, blocks: int, *, leaves_room: bool) -> bool:
         """Whether a request that takes so many blocks now will fit beside all that is started.
 
         One request is always started, else none could be.
+
+        Args:
+            request: without KV.
+            blocks: that it takes now.
+            leaves_room: the host is left to others, who come before it.
         """
         swapper = self._swapper
         if self._limit_blocks is None or request in swapper.dropped:
@@ -85,4 +90,5 @@ class StartedRequests:
         if now > device.capacity:
             own = blocks * self._block_size
             peak += _REQUESTS_IN_EXCHANGE * max(peak / (started + 1), own)
-        return peak <= self._limit_blocks * self._block_size
+        limit_blocks = device.capacity if leaves_room else self._limit_blocks
+        return peak <= limit_blocks * self._block_size

@@ -125,12 +125,15 @@ class KvManager:
         self._now = now
         self.reclaimer.begin_step(step_id, now)
 
-    def make_resident(self, request: Request, reserve: int) -> Admission:
+    def make_resident(
+        self, request: Request, reserve: int, *, leaves_room: bool = False
+    ) -> Admission:
         """Admit a request, or bring it back from the host for this very step.
 
         Args:
             request: not resident and not moving.
             reserve: blocks to leave free for the growth of those running.
+            leaves_room: whether it is started only where the device holds all that is started.
         """
         if request.place is Place.SWAPPED:
             # It may not have quite left.
@@ -139,9 +142,9 @@ class KvManager:
             came = self.bring_back(request, reserve, self._step_id)
             return Admission.READY if came else Admission.NO_MEMORY
         if request.kv.block_hashes:
-            return self._admit_with_prefix(request, reserve)
+            return self._admit_with_prefix(request, reserve, leaves_room)
         wanted = self._blocks_wanted(request)
-        if not self.started.may_start(request, wanted):
+        if not self.started.may_start(request, wanted, leaves_room=leaves_room):
             return Admission.NOT_STARTED
         table = self.reclaimer.take(request, wanted, reserve + self.reclaimer.held_before(request))
         if table is None:
@@ -249,7 +252,7 @@ class KvManager:
 
     # --- within --------------------------------------------------------------------------------
 
-    def _admit_with_prefix(self, request: Request, reserve: int) -> Admission:
+    def _admit_with_prefix(self, request: Request, reserve: int, leaves_room: bool) -> Admission:
         """Take the leading blocks that exist, from the host if need be, and room for the rest."""
         cache = self.prefix_cache
         found = cache.find(request)
@@ -257,7 +260,7 @@ class KvManager:
             cache.give_up(found)
             return Admission.COMING
         wanted = self._blocks_wanted(request) - len(found.table)
-        if not self.started.may_start(request, wanted):
+        if not self.started.may_start(request, wanted, leaves_room=leaves_room):
             cache.give_up(found)
             return Admission.NOT_STARTED
         filled = self._fill(

@@ -227,6 +227,13 @@ class Reclaimer:
             found = self._queues.rank(request), free + coming + held
             self._attainable[request.place is Place.RESIDENT] = found
             return
+        if chosen and self._attainable:
+            # Between clients a step does not go by rank: whoever sought in vain before may find
+            # more now if it could not have had these victims.
+            own_rank = self._queues.rank(request)
+            self._attainable = {
+                key: found for key, found in self._attainable.items() if found[0] <= own_rank
+            }
         for victim in chosen:
             self._swapper.preempt(victim, request, self._step_id)
         self._claimed += coming + self._copies.leaving_blocks - leaving

@@ -37,7 +37,7 @@ class Swapper:
         """Tokens whose KV was computed, dropped, and not found again."""
         self.preemptions = 0
         self.preempted: set[Request] = set()
-        """Requests that lost their device blocks in the step that is being planned."""
+        """Requests that lost their KV or its place in the step that is being planned."""
         self.dropped: dict[Request, None] = {}
         """Requests that have lost their KV and not come back, in that order."""
         self.num_dropped_blocks = 0
@@ -257,6 +257,7 @@ class Swapper:
                 break
             if not hosted.kv.num_copies:
                 hosted.kv.preempted_for = victim.request_id
+                self.preempted.add(hosted)
                 self.drop(hosted)
         return host.free_count >= count
 

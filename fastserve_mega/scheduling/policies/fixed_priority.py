@@ -13,3 +13,6 @@ class FixedPriority(Policy):
 
     def key(self, request: Request) -> tuple[int, int, int]:
         return request.priority, request.num_prompt_tokens, request.arrival_number
+
+    def line_key(self, request: Request) -> tuple[int, int, int]:
+        return self.key(request)

@@ -25,7 +25,8 @@ class Mlfq(Policy):
 
     A request is charged the time of the steps it takes part in and demoted when it has used up
     the quantum of its level. One that waited for `starvation_limit_s` since it last ran, or since
-    it arrived, returns to Q1, up to a batch of them at a time.
+    it arrived, returns to Q1, up to a batch of them at a time. Each step of `priority` below
+    normal makes a request join one level lower, and wait `quantum_ratio` times as long for that.
 
     All join at Q1 and are demoted one level at a time: the naive MLFQ of the paper's comparison.
     """
@@ -45,15 +46,19 @@ class Mlfq(Policy):
         self.queues: LevelQueues = LevelQueues(mlfq.levels, self._watch_placed)
         self._waiting_watch: StarvationWatch | None = None
         self._started_watch: StarvationWatch | None = None
-        if (limit_s := mlfq.starvation_limit_s) is not None:
+        if mlfq.starvation_limit_s is not None:
             self._waiting_watch = StarvationWatch(self._patience_s, _waits_without_kv)
-            self._started_watch = StarvationWatch(lambda _: limit_s, _waits_with_kv)
+            self._started_watch = StarvationWatch(self._limit_s, _waits_with_kv)
         self._swapped_watch: list[_Watched] = []
         """Heap of (deadline, arrival number, request) of the swapped: these do not run and so keep
         their deadlines."""
 
     def key(self, request: Request) -> tuple[int, int]:
         return self.queues.rank(request)
+
+    def line_key(self, request: Request) -> tuple[float, int]:
+        """Sort by when they would starve: so it is with those that wait in the queue for long."""
+        return request.offered_at + self._patience_s(request), request.arrival_number
 
     def add(self, request: Request, now: float) -> None:
         level = self._level_that_holds(self._next_iteration_s(request)) if self.skip_join else 0
@@ -122,7 +127,9 @@ class Mlfq(Policy):
             level = request.queue.level
             until_s = execute_s[level]
             if level and (promoted_s := request.waiting_since + promoted_in_s) < until_s:
-                until_s = max(promoted_s, 0.0)
+                if request.priority > 0:
+                    promoted_s += self._limit_s(request) - limit_s
+                until_s = min(max(promoted_s, 0.0), until_s)
             return until_s
 
         return sooner_s
@@ -196,20 +203,25 @@ class Mlfq(Policy):
         A limit that is the same for all turns every overload into the order of arrival, and what
         is known for certain, the length of the prompt, would go unused.
         """
-        mlfq = self.config.mlfq
-        return (mlfq.starvation_limit_s or 0.0) + mlfq.prefill_patience * self._next_iteration_s(
-            request
-        )
+        patience = self.config.mlfq.prefill_patience
+        return self._limit_s(request) + patience * self._next_iteration_s(request)
+
+    def _limit_s(self, request: Request) -> float:
+        """How long a request may wait: the lower levels of the less urgent turn more slowly."""
+        limit_s = self._starvation_limit_s or 0.0
+        if request.priority <= 0:
+            return limit_s
+        return limit_s * self.config.mlfq.quantum_ratio ** min(request.priority, self._lowest)
 
     def _deadline(self, request: Request) -> float:
         """When it is promoted unless it runs before."""
-        return request.waiting_since + (self._starvation_limit_s or 0.0)
+        return request.waiting_since + self._limit_s(request)
 
     # --- demotion --------------------------------------------------------------------------------
 
     def _demote(self, request: Request, decode_s: float) -> None:
         """Move one that decodes down; `decode_s` is at least the time of its next iteration."""
-        level = min(request.queue.level + 1, self._lowest)
+        level = min(max(request.queue.level + 1, request.priority), self._lowest)
         if self.skip_join and decode_s > self.level_quanta_s[level]:
             level = max(level, self._level_that_holds(self._next_iteration_s(request)))
         self.queues.move(request, level)

@@ -22,6 +22,9 @@ from fastserve_mega.scheduling.policies.queues import RequestQueues, SortedQueue
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig
 
+HEAD_START_S = 60.0
+"""A step of priority is as good as having come so many seconds sooner."""
+
 
 class Policy(ABC):
     """Orders the unfinished requests; knows nothing of memory, batches or workers.
@@ -56,6 +59,13 @@ class Policy(ABC):
         """Take out a request that ends, for whatever reason."""
         self.queues.remove(request)
 
+    def line_key(self, request: Request) -> tuple[Any, ...]:
+        """Sort those in the line of one client by this, before they are added.
+
+        By arrival, with the head start of `priority`, unless a policy says otherwise.
+        """
+        return head_started(request), request.arrival_number
+
     def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
         """Account for a step of this many seconds; these requests took part in it and go on."""
         if self.key_changes:
@@ -89,6 +99,11 @@ class Policy(ABC):
         last = islice(self.queues.iter_reversed(Place.RESIDENT), count)
         # A sort is stable also in reverse: equals stay in the reverse order of the queue.
         return sorted(last, key=self.enst(now), reverse=True)
+
+
+def head_started(request: Request) -> float:
+    """Return when a request came, as `priority` has it: so its order is strict for a while only."""
+    return request.offered_at + HEAD_START_S * request.priority
 
 
 def _at_once(_: Request) -> float:

@@ -21,3 +21,6 @@ class Srpt(Policy):
         if request.num_pending_tokens > 1:
             work_s += self.cost_model.prefill_s(request.num_pending_tokens)
         return request.priority, work_s, request.arrival_number
+
+    def line_key(self, request: Request) -> tuple[int, float, int]:
+        return self.key(request)

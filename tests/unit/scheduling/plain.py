@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Event
-from fastserve_mega.scheduling.request import Place, Request
+from fastserve_mega.scheduling.request import Place, Request, Turn
 from fastserve_mega.scheduling.scheduler import Scheduler
 
 
@@ -28,7 +28,8 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
         return plan_step(now, events)
 
     def at(place: Place) -> list[Request]:
-        return [each for each in scheduler._requests.values() if each.place is place]
+        queued = (each for each in scheduler._requests.values() if each.turn is not Turn.HELD)
+        return [each for each in queued if each.place is place]
 
     def walk(*places: Place, waiting: Sequence[Request] = ()) -> Iterator[Request]:
         """Those of some places as they are when the walk comes to them, and some that wait."""

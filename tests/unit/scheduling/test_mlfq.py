@@ -190,3 +190,19 @@ def test_patience_is_for_those_without_kv():
     scheduler.step(2.0, [StepDone(0, 2.0), arrived("b", 10)])
     assert level_of(scheduler, "a") == 2
     assert scheduler._policy.next_deadline(2.0) == 7.0
+
+
+def test_work_in_the_background_is_promoted_later_and_falls_back_to_its_own_level():
+    """Priority 2 waits four times the limit, and nobody for ever."""
+    scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0, base_quantum_s=1.0)
+    driver = Driver(scheduler, {"background": 3, **{f"urgent{i}": 1 for i in range(60)}})
+    driver.step([arrived("background", 10, priority=2), arrived("urgent0", 10)])
+    for i in range(1, 60):
+        driver.step([arrived(f"urgent{i}", 10)])
+    (first, second, third) = [
+        number for number, plan in enumerate(driver.plans) if names(plan) == ["background"]
+    ][:3]
+    assert first >= 12
+    assert second - first >= 12
+    assert third - second >= 12
+    assert third < 60

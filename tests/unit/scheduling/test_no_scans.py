@@ -76,7 +76,7 @@ def count(work: Work, call: Callable[[], Any]) -> Any:
     return result
 
 
-def fill(policy: str, queued: int) -> Scheduler:
+def fill(policy: str, queued: int, clients: int) -> Scheduler:
     """A scheduler with a full batch running, and everybody else waiting behind it."""
     scheduler = make_scheduler(
         policy=policy, max_batch_size=8, device_blocks=1000, starvation_limit_s=1e6
@@ -85,10 +85,13 @@ def fill(policy: str, queued: int) -> Scheduler:
     scheduler.step(
         0.0,
         [
-            arrived(f"q{i}", 5 + i % 40, priority=CountedPriority(0), oracle_output_tokens=oracle)
+            arrived(
+                f"q{i}", 5 + i % 40, priority=CountedPriority(0), oracle_output_tokens=oracle,
+                client=str(i % clients),
+            )
             for i in range(queued)
         ],
-    )
+    )  # fmt: skip
     return scheduler
 
 
@@ -107,10 +110,10 @@ def run_steps(scheduler: Scheduler, policy: str, call: Callable[[Callable[[], An
         running = tuple(piece.request_id for piece in plan.batch)
 
 
-def measure(policy: str, queued: int) -> Work:
+def measure(policy: str, queued: int, clients: int = 1) -> Work:
     work = Work()
-    run_steps(fill(policy, queued), policy, lambda call: count(work, call))
-    scheduler = fill(policy, queued)
+    run_steps(fill(policy, queued, clients), policy, lambda call: count(work, call))
+    scheduler = fill(policy, queued, clients)
     tracemalloc.start()
     try:
 
@@ -137,4 +140,11 @@ def test_no_policy_scans_its_queue(policy):
     assert many.instructions < 1.1 * few.instructions
     # A search by halves compares 5 times more often in 25 times as many.
     assert many.comparisons < 2 * few.comparisons + STEPS
+    assert many.peak_bytes < MANY * POINTER_BYTES / 2
+
+
+@pytest.mark.parametrize(("policy", "clients"), [("skip_join_mlfq", 2), ("fcfs", MANY)])
+def test_no_step_scans_the_clients_or_their_lines(policy, clients):
+    few, many = measure(policy, FEW, min(clients, FEW)), measure(policy, MANY, clients)
+    assert many.instructions < 1.3 * few.instructions
     assert many.peak_bytes < MANY * POINTER_BYTES / 2

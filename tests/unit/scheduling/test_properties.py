@@ -181,8 +181,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, -1, 2]),
         again=st.sampled_from([None, None, None, "again0", "again1"]),
         begins_like=st.tuples(st.integers(1, 6), st.integers(0, 60)),
+        client=st.sampled_from([("", 1.0), ("", 1.0), ("a", 1.0), ("a", 3.0), ("b", 0.1)]),
     )
-    def arrive(self, prompt, outputs, priority, again, begins_like):
+    def arrive(  # noqa: PLR0917 - drawn by name
+        self, prompt, outputs, priority, again, begins_like, client
+    ):
         """Some end before their `max_tokens` (`unused`), some are resumed (`received`)."""
         output, unused, received = outputs
         received = min(received, output - 1)
@@ -205,7 +208,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.left[key], self.content[key] = output - received, tokens
         oracle = output if self.policy == "srpt" else None
         hashes = self.block_hashes(tokens)
-        self.tell(Arrived(RequestId(name), prompt, max_tokens, received, priority, hashes, oracle))
+        self.tell(
+            Arrived(
+                RequestId(name), prompt, max_tokens, received, priority, hashes, oracle, *client
+            )
+        )
 
     @precondition(lambda self: self.left)
     @rule(data=st.data(), happens=st.sampled_from([True, False, False]))
@@ -276,7 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
             assert self.scheduler.unfinished == len(self.left)
-            assert sum(self.scheduler.level_lengths()) == len(self.left)
+            assert sum(self.scheduler.place_lengths()) == len(self.left)
             assert self.scheduler.steps_in_flight == len(self.in_flight)
             assert not self.left or self.in_flight or self.copying, "work is left, nothing runs"
 

@@ -22,7 +22,7 @@ class Bound:
     unless all its tokens are used, or its places are too few for those in Q1 and the starving
     whom it leaves out. The wait counts from the last time it ran, or from its arrival. As a
     consequence, somebody for whom there always was room has never waited longer than the limit
-    and the step that was under way.
+    and the step that was under way. The limit doubles with each step of priority below normal.
     """
 
     def __init__(self, policy: str, window: int, batch: int, tokens: int, levels: int) -> None:
@@ -35,6 +35,8 @@ class Bound:
             starvation_limit_s=LIMIT_S,
         )
         self.window = window
+        self.levels = levels
+        self._limits_s: dict[str, float] = {}
         self.batch = batch
         self.tokens = tokens
         self.now = 0.0
@@ -51,6 +53,7 @@ class Bound:
         name = f"r{len(self._known)}"
         self._known[name] = prompt
         self._left[name] = output
+        self._limits_s[name] = LIMIT_S * 2.0 ** min(max(priority, 0), self.levels - 1)
         self._waiting_since[name] = self.now
         self._tell(arrived(name, prompt, output, priority=priority))
 
@@ -93,7 +96,9 @@ class Bound:
         in_first_level = self.scheduler.level_lengths()[0]
         places = min(self.batch, -(-len(self._left) // self.window))
         starving = {
-            name for name, since in self._waiting_since.items() if self.now - since >= LIMIT_S
+            name
+            for name, since in self._waiting_since.items()
+            if self.now - since >= self._limits_s[name]
         }
         left_out = starving - taking_part
         if left_out and plan.num_tokens < self.tokens:
@@ -104,7 +109,7 @@ class Bound:
             self.seen["starving"] += 1
             self.seen["others waited"] += len(self._waiting_since) > places
         for name in taking_part - self._crowded_out:
-            assert self._waited_s(name) < LIMIT_S + (self.now - self._last_look)
+            assert self._waited_s(name) < self._limits_s[name] + (self.now - self._last_look)
         for name in taking_part:
             self._crowded_out.discard(name)
             del self._waiting_since[name]

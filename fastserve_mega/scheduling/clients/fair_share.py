@@ -1,0 +1,191 @@
+"""Fair shares between clients; the policy orders the requests of each.
+
+A client that sends more than its share waits in a line of its own (`ClientLines`), and the policy
+is *offered* its requests little by little. And in each step every client has a share of the places
+and tokens, in the order of the policy; what is left goes to the lowest counter first
+(`ClientCounters`). Nothing is kept free for anybody.
+
+While there is one client its requests pass straight through, and nothing is counted.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Container, Iterable, Iterator, Sequence
+
+from fastserve_mega.scheduling.clients.counters import ClientCounters
+from fastserve_mega.scheduling.clients.lines import ClientLines
+from fastserve_mega.scheduling.policies.policy import Policy
+from fastserve_mega.scheduling.request import UNDER_WAY, ClientShare, Place, Request, RequestStatus
+from fastserve_mega.system.config import SchedulerConfig
+
+_MOST_PATIENT = 10
+"""Priorities beyond this one leave room for as long as this one does."""
+
+
+class FairShare:
+    """Which requests the policy is offered, and in which order a step takes those of several.
+
+    Args:
+        config: limits of a step.
+        policy: orders the requests of a client.
+    """
+
+    def __init__(self, config: SchedulerConfig, policy: Policy) -> None:
+        self.counters = ClientCounters(config)
+        self.lines = ClientLines(config, policy, self.counters)
+        self._queues = policy.queues
+        self._tokens = config.max_batch_tokens
+        self._max_passed_over = config.max_passed_over
+        self._looked_at = config.max_batch_size + config.backfill_lookahead + 1
+        """Requests without KV of which a step sees no more."""
+        self._step = 0
+        self._rests: list[Iterator[Request]] = []
+        """Of the walks of this step: those over their client's share that were not reached."""
+        self._walks = 0
+        """Of this step; of those that ended among the requests within their shares nothing is known
+        of the others."""
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether a step takes requests in the order of the policy."""
+        return not self.counters.is_shared
+
+    def join(self, client: str, weight: float) -> ClientShare:
+        """Count one more request of a client, which is then to be added."""
+        return self.counters.join(client, weight)
+
+    def end(self, request: Request) -> None:
+        """Take in the end of a request, which is in no queue any more."""
+        self.lines.end(request)
+        share = request.share
+        share.unfinished -= 1
+        if not share.unfinished:
+            self.lines.leave(share)
+            self.counters.leave(share)
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def begin_step(self, places: int) -> None:
+        """Begin a step of at most so many requests."""
+        self._step += 1
+        self.counters.places = places
+        self._rests.clear()
+        self._walks = 0
+
+    def with_oldest(self, candidates: Iterator[Request]) -> Iterator[Request]:
+        """Add the oldest of each client, where the policy has too many to show them.
+
+        Args:
+            candidates: the first of the policy's order, those without KV included.
+        """
+        few = self._queues.count(Place.WAITING) <= self._looked_at
+        if few or not self.counters.is_shared:
+            return candidates
+        rank = self._queues.rank
+        found = sorted(self.lines.oldest(self._looked_at), key=rank)
+        among = set(found)
+        others = (each for each in candidates if each not in among)
+        return heapq.merge(found, others, key=rank)
+
+    def order(
+        self, candidates: Iterable[Request], preempted: Container[Request]
+    ) -> Iterable[Request]:
+        """Order what a step may take: first each client's share, then the lowest counter first.
+
+        Args:
+            candidates: in the order of the policy; each one that comes out is taken, or cannot be.
+            preempted: in this step, so it cannot take them.
+        """
+        shared = self.counters.is_shared
+        return self._shared_order(candidates, preempted) if shared else candidates
+
+    def _shared_order(
+        self, candidates: Iterable[Request], preempted: Container[Request]
+    ) -> Iterator[Request]:
+        self._walks += 1
+        counters = self.counters
+        tokens_by_weight = self._tokens / counters.weights
+        limit = counters.floor + counters.slack
+        rest = []
+        for request in candidates:
+            if request.status in UNDER_WAY or request in preempted:
+                continue
+            share = request.share
+            if share.step != self._step:
+                share.step = self._step
+                share.places = share.tokens = 0
+            tokens = request.num_tokens - request.num_computed_tokens
+            if share.counter > limit or (
+                share.places
+                and (
+                    share.places >= counters.places_of(share)
+                    or share.tokens + tokens > tokens_by_weight * share.weight
+                )
+            ):
+                rest.append(request)
+                continue
+            share.places += 1
+            share.tokens += tokens
+            yield request
+        rest.sort(key=_counter_in_step)
+        left = iter(rest)
+        self._rests.append(left)
+        yield from left
+
+    def leaves_room(self, request: Request) -> bool:
+        """Whether a request is to leave memory on the host to those who come before it.
+
+        Else what was started early, of a client or of the less urgent, would fill all there is,
+        and those could not even start. The less urgent do so for a while only.
+        """
+        if request.priority > 0:
+            patience = self._max_passed_over * 2 ** min(request.priority, _MOST_PATIENT)
+            if request.num_passed_over < patience:
+                return True
+        if not self.counters.is_shared:
+            return False
+        share, count = request.share, self._queues.count
+        started = share.unfinished - share.num_held - len(share.offered)
+        total = count(Place.RESIDENT) + count(Place.SWAPPED)
+        return started * self.counters.weights > total * share.weight
+
+    def charge(self, batch: Sequence[Request]) -> None:
+        """Count the tokens of a step that is about to be dispatched; a recomputation is free."""
+        if not self.counters.is_shared:
+            return
+        floor = self.counters.floor
+        for request in batch:
+            tokens = request.num_scheduled_tokens
+            if tokens > 1:
+                tokens = min(tokens, request.num_unread_tokens)
+            share = request.share
+            share.counter = max(share.counter, floor) + tokens / share.weight
+        self._raise_floor(batch)
+
+    def _raise_floor(self, batch: Sequence[Request]) -> None:
+        """Set the floor to the lowest counter of those that wanted more; else nobody is behind.
+
+        Who was reached and found no memory does not count: what it cannot use it is not owed.
+        """
+        if not self._walks or self._walks > len(self._rests):
+            return
+        wanting = {
+            request.share
+            for rest in self._rests
+            for request in rest
+            if request.status is not RequestStatus.RUNNING
+        }
+        if (lowest := self.lines.first()) is not None:
+            wanting.add(lowest)
+        if wanting:
+            floor = min(map(self.counters.of, wanting))
+        else:
+            floor = max((request.share.counter for request in batch), default=0.0)
+        self.counters.floor = max(self.counters.floor, floor)
+
+
+def _counter_in_step(request: Request) -> float:
+    """The counter of a request's client, with what it has been given in this step."""
+    share = request.share
+    return share.counter + share.tokens / share.weight
