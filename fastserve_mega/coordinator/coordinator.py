@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import msgspec
-
-from fastserve_mega.coordinator.admission import Admission, Gate
+from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
-from fastserve_mega.coordinator.kept_answers import KeptAnswer, KeptAnswers
-from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
+from fastserve_mega.coordinator.intake import Intake
+from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
 from fastserve_mega.coordinator.recent_answers import RecentAnswers
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import Identity
@@ -33,10 +31,10 @@ from fastserve_mega.messaging.messages import (
     Welcome,
 )
 from fastserve_mega.metrics import ServingMetrics
-from fastserve_mega.scheduling.events import Aborted, Arrived, StepDone
+from fastserve_mega.scheduling.events import Aborted, StepDone
 from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.snapshot import Percentiles
-from fastserve_mega.types import BlockHash, FinishReason, RequestId, Usage
+from fastserve_mega.types import BlockHash, FinishReason, RequestId
 
 _LISTEN_S = 0.02
 """Of a turn, for what clients send; the rest of it waits for the next turn."""
@@ -77,16 +75,19 @@ class Coordinator:
         self._placement = Placement([replica.scheduler for replica in replicas])
         self._front_door = front_door
         self._metrics = metrics
-        self._admission = admission
-        self._prefix_block_size = prefix_block_size
         self._clock = clock
         self._poll = poll
         self._requests = LiveRequests()
-        self._gate = Gate(clock())
         self._recent = RecentAnswers()
-        self._kept = KeptAnswers()
         self._replies: list[tuple[Identity, Message | bytes]] = []
-        self._draining = False
+        self._intake = Intake(
+            requests=self._requests,
+            admission=admission,
+            prefix_block_size=prefix_block_size,
+            metrics=metrics.requests,
+            reply=self._reply,
+            now=clock(),
+        )
 
     # The invariant of `turn`: when it ends, all that had arrived when it began to look, and that
     # was read within _LISTEN_S,
@@ -122,7 +123,7 @@ class Coordinator:
         for live in self._requests.take_overdue(now):
             reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
             self._abort(live, FinishReason.TIMEOUT, reason)
-        for live in self._gate.pass_through():
+        for live in self._intake.gate.pass_through():
             self._place(live)
         # Of many replicas only a few have results in a turn.
         for replica in [each for each in self._replicas if each.has_turn(now)]:
@@ -141,7 +142,7 @@ class Coordinator:
 
     def drain(self) -> None:
         """Accept nothing new from here on."""
-        self._draining = True
+        self._intake.draining = True
 
     def end_all(self, reason: FinishReason, message: str) -> None:
         """End every request, as the last thing that is done for clients."""
@@ -197,7 +198,7 @@ class Coordinator:
                     live, FinishReason.ERROR, failure.message, is_invalid=failure.is_invalid
                 )
                 continue
-            self._gate.clear(live)
+            self._intake.gate.clear(live)
             self._metrics.requests.observe_token(live, now)
             live.append(token, logprobs[index], now)
             if live.block_hashes:
@@ -216,7 +217,7 @@ class Coordinator:
     def _answer(self, client: Identity, message: ClientMessage, now: float) -> None:
         match message:
             case Submit():
-                self._submit(client, message, now)
+                self._intake.submit(client, message, now)
             case Cancel():
                 self._cancel(client, message)
             case Hello():
@@ -230,93 +231,6 @@ class Coordinator:
                 snapshot = partial(self._snapshot, views, now)
                 self._reply(client, self._recent.get(f"snapshot {views}", snapshot, now))
 
-    def _submit(self, client: Identity, submit: Submit, now: float) -> None:
-        request_id = submit.request_id
-        if live := self._requests.get(request_id):
-            self._resume(client, live, submit)
-            return
-        if kept := self._kept.get(request_id, now):
-            self._repeat(client, kept, submit, now)
-            return
-        self._accept(client, submit, now)
-
-    def _accept(self, client: Identity, submit: Submit, now: float) -> LiveRequest | None:
-        """Begin with a request, or answer why not."""
-        request_id = submit.request_id
-        if refusal := self._admission.refusal(submit):
-            self._reply(client, Refused(refusal, request_id))
-            return None
-        requests = self._requests
-        if busy := self._admission.rejection(
-            len(requests), requests.num_prompt_tokens, draining=self._draining
-        ):
-            usage = Usage(len(submit.prompt), len(submit.received))
-            self._reply(client, Finished(request_id, FinishReason.REJECTED, usage, busy))
-            self._metrics.requests.observe_rejection()
-            return None
-        live = LiveRequest(submit, client, now, list(submit.received))
-        # KV that is there already has no logits.
-        if self._prefix_block_size and not submit.params.prompt_logprobs:
-            live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
-        self._requests.add(live)
-        self._metrics.requests.observe_arrival(len(submit.prompt))
-        self._gate.enter(live, now)
-        return live
-
-    def _place(self, live: LiveRequest) -> None:
-        submit = live.submit
-        arrived = Arrived(
-            live.request_id,
-            num_prompt_tokens=len(live.prompt),
-            max_tokens=submit.params.max_tokens,
-            num_received_tokens=len(live.output),
-            priority=submit.priority,
-            block_hashes=(
-                live.block_hashes.extend((*live.prompt, *live.output)) if live.block_hashes else ()
-            ),
-            client=submit.client or live.client.hex(),
-            weight=submit.weight,
-        )
-        live.replica = self._placement.choose(arrived)
-        self._replicas[live.replica].tell(arrived)
-
-    def _resume(self, client: Identity, live: LiveRequest, submit: Submit) -> None:
-        """Take the same request again: its client lost the connection and holds some tokens."""
-        if not live.is_same(submit):
-            self._refuse_id(client, submit)
-            return
-        self._requests.move(live, client)
-        for scored in live.scored:
-            self._reply(client, scored)
-        held = len(submit.received)
-        if held < len(live.output):
-            self._reply(client, live.tokens_from(held))
-
-    def _repeat(self, client: Identity, kept: KeptAnswer, submit: Submit, now: float) -> None:
-        """Send a kept answer again, and go on with it if it is not whole."""
-        if not kept.live.is_same(submit):
-            self._refuse_id(client, submit)
-            return
-        held, output = len(submit.received), kept.live.output
-        told = kept.live.tokens_from(held)
-        if kept.is_whole:
-            if held < len(output):
-                self._reply(client, told)
-            self._reply(client, Finished(submit.request_id, kept.reason, kept.live.usage))
-            return
-        if held < len(output):
-            submit = msgspec.structs.replace(submit, received=tuple(output))
-        if (live := self._accept(client, submit, now)) is None:
-            return
-        self._kept.take(submit.request_id, now)
-        if held < len(output):
-            live.logprobs = list(kept.live.logprobs)
-            self._reply(client, told)
-
-    def _refuse_id(self, client: Identity, submit: Submit) -> None:
-        message = f"request id {submit.request_id!r} is in use by another request"
-        self._reply(client, Refused(message, submit.request_id, in_use=True))
-
     def _cancel(self, client: Identity, cancel: Cancel) -> None:
         live = self._requests.get(cancel.request_id)
         if live is None or live.client != client:
@@ -325,6 +239,11 @@ class Coordinator:
             self._reply(client, Refused(message, cancel.request_id))
             return
         self._abort(live, FinishReason.ABORT)
+
+    def _place(self, live: LiveRequest) -> None:
+        arrived = live.arrived()
+        live.replica = self._placement.choose(arrived)
+        self._replicas[live.replica].tell(arrived)
 
     def _rendered(self) -> Metrics:
         return Metrics(self._metrics.render())
@@ -369,9 +288,9 @@ class Coordinator:
         is_invalid: bool = False,
     ) -> None:
         self._requests.remove(live)
-        self._gate.leave(live)
+        self._intake.gate.leave(live)
         now = self._clock()
         self._metrics.requests.observe_finish(reason, live, now)
-        self._kept.keep(live, reason, now)
+        self._intake.kept.keep(live, reason, now)
         told = Finished(live.request_id, reason, live.usage, message, is_invalid)
         self._reply(live.client, told)

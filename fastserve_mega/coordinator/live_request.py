@@ -15,6 +15,7 @@ import msgspec
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import PromptLogprobs, SequenceStart, Submit, Tokens
 from fastserve_mega.plan import SequenceSlice
+from fastserve_mega.scheduling.events import Arrived
 from fastserve_mega.types import BlockHash, RequestId, SamplingParams, TokenLogprobs, Usage
 
 _DIGEST_BYTES = 16
@@ -119,6 +120,20 @@ class LiveRequest:
     @property
     def usage(self) -> Usage:
         return Usage(len(self.prompt), len(self.output), self.num_cached_tokens)
+
+    def arrived(self) -> Arrived:
+        """What a scheduler is told of it, once: of lengths, and not of tokens."""
+        chain = self.block_hashes
+        return Arrived(
+            self.request_id,
+            num_prompt_tokens=len(self.prompt),
+            max_tokens=self.params.max_tokens,
+            num_received_tokens=len(self.output),
+            priority=self.submit.priority,
+            block_hashes=chain.extend((*self.prompt, *self.output)) if chain else (),
+            client=self.submit.client or self.client.hex(),
+            weight=self.submit.weight,
+        )
 
     @property
     def sequence_start(self) -> SequenceStart:

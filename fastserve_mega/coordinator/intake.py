@@ -1,0 +1,122 @@
+"""Where requests come in: refused, begun, gone on with, or answered again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from fastserve_mega.coordinator.admission import Admission, Gate
+from fastserve_mega.coordinator.kept_answers import KeptAnswer, KeptAnswers
+from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
+from fastserve_mega.messaging.frames import Identity
+from fastserve_mega.messaging.messages import Finished, Message, Refused, Submit
+from fastserve_mega.metrics.requests import RequestMetrics
+from fastserve_mega.types import FinishReason, Usage
+
+
+class Intake:
+    """Answers `Submit`. A request that it takes is among the live ones, and waits at the gate."""
+
+    def __init__(
+        self,
+        *,
+        requests: LiveRequests,
+        admission: Admission,
+        prefix_block_size: int | None,
+        metrics: RequestMetrics,
+        reply: Callable[[Identity, Message | bytes], None],
+        now: float,
+    ) -> None:
+        """Nothing has come yet.
+
+        Args:
+            requests: the live ones, of which it gets more.
+            admission: its limits.
+            prefix_block_size: tokens of a block; None without prefix cache.
+            metrics: count what came, and what was rejected.
+            reply: sends a message to a client.
+            now: time of the coordinator's clock.
+        """
+        self._requests = requests
+        self._admission = admission
+        self._prefix_block_size = prefix_block_size
+        self._metrics = metrics
+        self._reply = reply
+        self.gate = Gate(now)
+        """Through which requests go to a replica."""
+        self.kept = KeptAnswers()
+        """For those who ask again."""
+        self.draining = False
+        """Whether nothing new is accepted any more."""
+
+    def submit(self, client: Identity, submit: Submit, now: float) -> None:
+        """Take a request, go on with one that is known, or say why not."""
+        request_id = submit.request_id
+        if live := self._requests.get(request_id):
+            self._resume(client, live, submit)
+            return
+        if kept := self.kept.get(request_id, now):
+            self._repeat(client, kept, submit, now)
+            return
+        self._accept(client, submit, now)
+
+    def _accept(self, client: Identity, submit: Submit, now: float) -> LiveRequest | None:
+        """Begin with a request, or answer why not."""
+        request_id = submit.request_id
+        if refusal := self._admission.refusal(submit):
+            self._reply(client, Refused(refusal, request_id))
+            return None
+        requests = self._requests
+        if busy := self._admission.rejection(
+            len(requests), requests.num_prompt_tokens, draining=self.draining
+        ):
+            usage = Usage(len(submit.prompt), len(submit.received))
+            self._reply(client, Finished(request_id, FinishReason.REJECTED, usage, busy))
+            self._metrics.observe_rejection()
+            return None
+        live = LiveRequest(submit, client, now, list(submit.received))
+        # KV that is there already has no logits.
+        if self._prefix_block_size and not submit.params.prompt_logprobs:
+            live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
+        self._requests.add(live)
+        self._metrics.observe_arrival(len(submit.prompt))
+        self.gate.enter(live, now)
+        return live
+
+    def _resume(self, client: Identity, live: LiveRequest, submit: Submit) -> None:
+        """Take the same request again: its client lost the connection and holds some tokens."""
+        if not live.is_same(submit):
+            self._refuse_id(client, submit)
+            return
+        self._requests.move(live, client)
+        for scored in live.scored:
+            self._reply(client, scored)
+        held = len(submit.received)
+        if held < len(live.output):
+            self._reply(client, live.tokens_from(held))
+
+    def _repeat(self, client: Identity, kept: KeptAnswer, submit: Submit, now: float) -> None:
+        """Send a kept answer again, and go on with it if it is not whole."""
+        if not kept.live.is_same(submit):
+            self._refuse_id(client, submit)
+            return
+        held, output = len(submit.received), kept.live.output
+        told = kept.live.tokens_from(held)
+        if kept.is_whole:
+            if held < len(output):
+                self._reply(client, told)
+            self._reply(client, Finished(submit.request_id, kept.reason, kept.live.usage))
+            return
+        if held < len(output):
+            submit = msgspec.structs.replace(submit, received=tuple(output))
+        if (live := self._accept(client, submit, now)) is None:
+            return
+        self.kept.take(submit.request_id, now)
+        if held < len(output):
+            live.logprobs = list(kept.live.logprobs)
+            self._reply(client, told)
+
+    def _refuse_id(self, client: Identity, submit: Submit) -> None:
+        message = f"request id {submit.request_id!r} is in use by another request"
+        self._reply(client, Refused(message, submit.request_id, in_use=True))
