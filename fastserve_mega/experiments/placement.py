@@ -94,7 +94,7 @@ def full_rate(workload: PlacementWorkload, replicas: int) -> float:
     answer = fmean(spec.output_tokens for spec in requests)
     mean = Arrived(RequestId(""), round(new_tokens / len(requests)), 1)
     schedulers = [replica.scheduler for replica in build(workload, replicas)]
-    return sum(1 / (each.prefill_work_s(mean) + each.decode_work_s(answer)) for each in schedulers)
+    return sum(1 / (each.work.prefill_s(mean) + each.work.decode_s(answer)) for each in schedulers)
 
 
 def _configure(device: str, replicas: int) -> SimulationConfig:

@@ -62,8 +62,8 @@ class Placement:
             return self._replicas[0]
         output_tokens, schedulers = self._output_tokens, self._schedulers
         work_s = [
-            each.queued_prefill_s()
-            + self.DECODE_WEIGHT * each.unfinished * each.decode_work_s(output_tokens)
+            each.work.queued_prefill_s()
+            + self.DECODE_WEIGHT * each.unfinished * each.work.decode_s(output_tokens)
             + promised_s
             for each, promised_s in zip(schedulers, self._promised_s, strict=True)
         ]
@@ -71,11 +71,11 @@ class Placement:
         for replica in sorted(self._replicas, key=work_s.__getitem__):
             if work_s[replica] >= least_s:
                 break
-            own_s = schedulers[replica].prefill_work_s(arrived)
+            own_s = schedulers[replica].work.prefill_s(arrived)
             cost_s = work_s[replica] + self.PREFILL_WEIGHT * own_s
             if cost_s < least_s:
                 chosen, least_s, prefill_s = replica, cost_s, own_s
-        decode_s = schedulers[chosen].decode_work_s(output_tokens)
+        decode_s = schedulers[chosen].work.decode_s(output_tokens)
         self._promised_s[chosen] += prefill_s + self.DECODE_WEIGHT * decode_s
         return chosen
 

@@ -24,6 +24,7 @@ from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus, Turn
 from fastserve_mega.scheduling.validate import validate_all
 from fastserve_mega.scheduling.view import view_replica
+from fastserve_mega.scheduling.work import ExpectedWork
 from fastserve_mega.snapshot import ReplicaView
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig
 from fastserve_mega.types import RequestId
@@ -69,7 +70,7 @@ class Scheduler:
         self._requests: dict[RequestId, Request] = {}
         self._in_flight: dict[int, list[Request]] = {}
         self._released: list[RequestId] = []
-        self._unread_tokens = 0
+        self.work = ExpectedWork(config, cost_model, self._memory.prefix_cache)
         self._arrivals = 0
         self._next_step_id = first_step_id
         self._promoted_at = -math.inf
@@ -118,27 +119,6 @@ class Scheduler:
             f"this server has {capacity}"
         )
 
-    def queued_prefill_s(self) -> float:
-        """Time to prefill what the unfinished requests came with and no step has read."""
-        chunk = self._config.max_batch_tokens
-        return self._unread_tokens * self._cost_model.prefill_s(chunk) / chunk
-
-    def prefill_work_s(self, arrived: Arrived) -> float:
-        """What the prefill of a request that has not been added would take, less what is cached."""
-        tokens = arrived.num_prompt_tokens + arrived.num_received_tokens
-        cached = self._memory.prefix_cache.tokens_of(arrived.block_hashes)
-        return self._cost_model.prefill_s(max(tokens - cached, 1))
-
-    def decode_work_s(self, output_tokens: float) -> float:
-        """Time of one answer of a mean length in tokens, in full batches.
-
-        It is also about what is left of a request that is being answered, when the lengths are
-        exponentially distributed, which forget how much there has been; those of conversations
-        nearly are.
-        """
-        batch = self._config.max_batch_size
-        return output_tokens * self._cost_model.decode_s(batch, round(output_tokens)) / batch
-
     def find(self, request_id: RequestId) -> Request | None:
         """Return an unfinished request, to be looked at only."""
         return self._requests.get(request_id)
@@ -173,7 +153,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""
         self._memory.check_integrity()
-        if self._unread_tokens != sum(each.num_unread_tokens for each in self._requests.values()):
+        unread = sum(each.num_unread_tokens for each in self._requests.values())
+        if self.work.unread_tokens != unread:
             raise RuntimeError("the tokens not yet read are miscounted")
         queued = [request for place in Place for request in self._queues.walk(place)]
         queued += self._fair_share.lines.held()
@@ -217,7 +198,7 @@ class Scheduler:
         )
         self._memory.look_up(request, event.block_hashes)
         request.num_unread_tokens = request.num_tokens - request.kv.num_cached_tokens
-        self._unread_tokens += request.num_unread_tokens
+        self.work.unread_tokens += request.num_unread_tokens
         self._requests[request.request_id] = request
         self._fair_share.lines.add(request, now)
         self._planner.observe_arrival(self._memory.blocks_for(request.num_tokens), now)
@@ -277,7 +258,7 @@ class Scheduler:
             self._fair_share.lines.started(request)
         read = min(tokens, request.num_unread_tokens)
         request.num_unread_tokens -= read
-        self._unread_tokens -= read
+        self.work.unread_tokens -= read
 
     def _end(self, request: Request) -> None:
         if request.turn is not Turn.HELD:

@@ -1,5 +1,7 @@
 """Which replica a request goes to, on schedulers with known costs."""
 
+from types import SimpleNamespace
+
 import pytest
 from fixed_costs import FixedCosts, make_scheduler
 from hypothesis import given
@@ -51,12 +53,12 @@ def test_prefills_that_wait_count_by_their_length():
 def test_a_prefill_that_has_run_counts_no_more():
     schedulers = make_schedulers(2)
     busy = schedulers[0]
-    before = busy.queued_prefill_s()
+    before = busy.work.queued_prefill_s()
     plan = busy.step(0.0, [arrival(0, prompt_tokens=100)])
-    waiting = busy.queued_prefill_s()
+    waiting = busy.work.queued_prefill_s()
     busy.step(1.0, [StepDone(plan.step_id, 1.0)])
     assert before == 0.0
-    assert waiting - busy.queued_prefill_s() == pytest.approx(FixedCosts().prefill_s(100))
+    assert waiting - busy.work.queued_prefill_s() == pytest.approx(FixedCosts().prefill_s(100))
     busy.check_integrity()
 
 
@@ -101,17 +103,13 @@ class Busy:
 
     def __init__(self, work_s, prefill_s, decode_s):
         self.work_s, self.prefill_s, self.decode_s = work_s, prefill_s, decode_s
+        self.work = SimpleNamespace(
+            queued_prefill_s=lambda: self.work_s,
+            prefill_s=lambda arrived: prefill_s,
+            decode_s=lambda output_tokens: decode_s,
+        )
 
     unfinished = 0
-
-    def queued_prefill_s(self):
-        return self.work_s
-
-    def prefill_work_s(self, arrived):
-        return self.prefill_s
-
-    def decode_work_s(self, output_tokens):
-        return self.decode_s
 
 
 TIMES = st.sampled_from([0, 1, 2, 5, 10, 30, 200])
