@@ -12,6 +12,8 @@ from templates import with_template
 
 from fastserve_mega.client.testing import WAIT_S, answer, end
 from fastserve_mega.messaging.messages import Submit, Tokens
+from fastserve_mega.server.api_keys import ApiKeys
+from fastserve_mega.system.api_keys import hash_secret
 from fastserve_mega.types import FinishReason
 
 TEMPLATE = (
@@ -35,10 +37,12 @@ def tokenizer(tiny_tokenizer_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shared(tokenizer):
+def shared(tokenizer, tmp_path_factory):
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    keys.write_text(f"keys: [{{name: mine, sha256: {hash_secret('k')}}}]")
     coordinator = start_fake_coordinator(max_context=4096)
     with (
-        serving(coordinator, tokenizer, api_keys=["k"]) as url,
+        serving(coordinator, tokenizer, api_keys=ApiKeys(keys)) as url,
         httpx.Client(base_url=url, timeout=WAIT_S, headers={"x-api-key": "k"}) as http,
     ):
         yield coordinator, http
