@@ -1,6 +1,6 @@
 """Compares servers with the OpenAI API under the same loads, one server at a time, in turns.
 
-    python tools/compare_servers.py --servers skip_join,vllm --rounds 2 --json result.json
+    python tools/compare_servers.py --servers paced,vllm --rounds 2 --json result.json
 
 A round starts each server, warms it up, sends it every load, and stops it, before the next server
 starts. Within a round all servers get the same lengths and arrivals, each load with token ids that
@@ -190,7 +190,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Comparison]:
         "--set", action="append", default=[], metavar="PART=VALUE", dest="overrides"
     )
     parser.add_argument(
-        "--servers", type=_names, default=["skip_join", "vllm"], help="in this order"
+        "--servers", type=_names, default=["paced", "vllm"], help="in this order"
     )
     parser.add_argument("--settings", type=_names, help="default: all")
     parser.add_argument("--loads", type=_names, help="default: all")
