@@ -189,9 +189,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Comparison]:
     parser.add_argument(
         "--set", action="append", default=[], metavar="PART=VALUE", dest="overrides"
     )
-    parser.add_argument(
-        "--servers", type=_names, default=["paced", "vllm"], help="in this order"
-    )
+    parser.add_argument("--servers", type=_names, default=["paced", "vllm"], help="in this order")
     parser.add_argument("--settings", type=_names, help="default: all")
     parser.add_argument("--loads", type=_names, help="default: all")
     parser.add_argument("--rounds", type=int, default=2)
