@@ -170,7 +170,9 @@ class BatchBuilder:
                     self._memory.reclaimer.growth_ended(request) and self._fair_share.keeps_order
                 )
         else:
-            leaves_room = self._fair_share.leaves_room(request)
+            # Who is on the host has its room there already.
+            waits = request.place is Place.WAITING
+            leaves_room = waits and self._fair_share.leaves_room(request)
             if leaves_room and not self._leaving_left:
                 return False
             admission = self._memory.make_resident(
