@@ -1,6 +1,8 @@
 """What must hold for every policy after any sequence of events."""
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from fixed_costs import make_scheduler
@@ -321,3 +323,13 @@ def test_properties(policy, strategy):
         phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
     )
     machine.TestCase().runTest()
+
+
+def test_those_on_the_host_come_back_though_their_clients_are_over_their_shares():
+    """A run that an earlier version did not finish: it left room on the host to those behind."""
+    machine = type("Machine", (SchedulerMachine,), {"policy": "mlfq", "strategy": "reactive"})()
+    path = Path(__file__).with_name("two_clients_on_the_host.jsonl")
+    for name, arguments in map(json.loads, path.read_text().splitlines()):
+        getattr(machine, name)(**arguments)
+        machine.state_is_consistent()
+    machine.teardown()
