@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Literal
 from fastserve_mega import faults
 from fastserve_mega.drill.processes import Victim, victims
 from fastserve_mega.drill.rounds import Drill, Served, Tally
+from fastserve_mega.launcher.processes import free_port
 from fastserve_mega.process_tree import descendants, die_with_parent, is_running
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.key_file import client_address
@@ -96,7 +96,7 @@ def serving(config: Config, arguments: Sequence[str], runner: str) -> Iterator[S
         runner: of the ranks.
     """
     key = client_address(config.coordinator).removeprefix(config.coordinator.client_endpoint)
-    endpoint, port = f"tcp://127.0.0.1:{_free_port()}", _free_port()
+    endpoint, port = f"tcp://127.0.0.1:{free_port()}", free_port()
     sets = [
         f"coordinator.client_endpoint={endpoint}",
         "server.host=127.0.0.1",
@@ -126,8 +126,3 @@ def serving(config: Config, arguments: Sequence[str], runner: str) -> Iterator[S
                 server.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 server.kill()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,13 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
     for process_id in below:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process_id, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port of this machine's loopback that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def own_command(name: str, arguments: Sequence[str]) -> list[str]:

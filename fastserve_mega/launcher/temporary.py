@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Literal
 from msgspec import structs
 
 from fastserve_mega.launcher.deployment import Deployment
-from fastserve_mega.launcher.processes import LaunchError
+from fastserve_mega.launcher.processes import LaunchError, free_port
 from fastserve_mega.launcher.supervisor import supervise
 from fastserve_mega.process_tree import adopt_orphans
 from fastserve_mega.system.config import Config
@@ -50,7 +49,7 @@ def temporary_deployment(
         LaunchError: it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="fastserve-mega-") as directory:
-        endpoint, port = f"ipc://{Path(directory) / 'clients'}", _free_port()
+        endpoint, port = f"ipc://{Path(directory) / 'clients'}", free_port()
         changes = {
             "coordinator.client_endpoint": endpoint,
             "server.host": _LOCAL,
@@ -95,9 +94,3 @@ def _looked_after(deployment: Deployment, config: Config) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((_LOCAL, 0))
-        return int(probe.getsockname()[1])
