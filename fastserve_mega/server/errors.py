@@ -170,7 +170,7 @@ def _path(error: Mapping[str, Any], body: object) -> tuple[str, ...]:
     for step in error["loc"][1:]:
         within = isinstance(body, list) and isinstance(step, int) and step < len(body)
         if within or (isinstance(body, dict) and step in body):
-            body = body[step]  # type: ignore[index]
+            body = body[step]  # type: ignore[index] # `step` fits, as was just seen
             path.append(str(step))
     if error["type"] == "missing":
         path.extend(map(str, error["loc"][-1:]))

@@ -80,11 +80,11 @@ def touch_pages(pool: Tensor) -> None:
 
 
 def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call] # torch
 
 
 def _event(**options: bool) -> torch.cuda.Event:
-    return torch.cuda.Event(**options)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(**options)  # type: ignore[no-untyped-call] # torch
 
 
 def _check_cuda(status: Any, message: str) -> None:
@@ -134,7 +134,7 @@ class CudaCopyEngine(CopyEngine):
         self._device_pool = device_pool
         self._host_pool = host_pool
         self._device = device_pool.device
-        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch
         self._events: dict[int, torch.cuda.Event] = {}
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         block_bytes = max(host_pool[:1].nbytes, 1)
@@ -178,7 +178,7 @@ class CudaCopyEngine(CopyEngine):
         return super().take_wait_s()
 
     def _measure_waits(self) -> None:
-        while self._waits and self._waits[0][1].query():  # type: ignore[no-untyped-call]
+        while self._waits and self._waits[0][1].query():  # type: ignore[no-untyped-call] # torch
             before, after = self._waits.popleft()
             self._wait_s += before.elapsed_time(after) / 1000
 
