@@ -122,12 +122,17 @@ class SamplingParams(Record, frozen=True, kw_only=True):
     """Report them of each prompt token but the first as well; needs `logprobs`. No KV is shared."""
     structured: StructuredOutput | None = None
     """Hold the output to a form; the end of sequence then comes where the form allows it."""
+    embeds: bool = False
+    """Hand out the prompt's embedding with the one token, so `max_tokens` must be 1: the hidden
+    state of the prompt's last token behind the final norm, scaled to length 1."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if self.prompt_logprobs and self.logprobs is None:
             raise ValueError("prompt_logprobs needs logprobs")
+        if self.embeds and self.max_tokens != 1:
+            raise ValueError(f"max_tokens must be 1 for an embedding, got {self.max_tokens}")
         self._check_filters()
         self._check_penalties()
         self._check_logit_bias()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput
+from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput, StepOutput
 
 ShareTokens = Callable[[list[int]], list[int]]
 """Gives every rank the tokens of the sampling rank."""
+_EMBEDDING = SamplingParams(max_tokens=1, temperature=0.0, embeds=True)
+_GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
 
 
 class Generation:
@@ -56,6 +60,44 @@ class Generation:
             prompt_tokens=self.prompt_tokens,
             history=self.history,
         )
+
+
+def embed(
+    runner: ModelRunner,
+    prompts: Sequence[Sequence[int]],
+    *,
+    block_size: int,
+    chunk: int,
+    share: Callable[[list[Any]], list[Any]] = list,
+) -> list[list[float]]:
+    """Embedding of each prompt, beside generations of every second one of them."""
+    found: dict[RequestId, list[float]] = {}
+    execute = runner.execute
+
+    def watched(batch: Sequence[SequenceInput]) -> StepOutput:
+        output = execute(batch)
+        asking = [sequence.request_id for sequence in batch if sequence.embeds]
+        vectors = share([array("f", each).tolist() for each in output.embeddings])
+        found.update(zip(asking, vectors, strict=True))
+        return output
+
+    runner.execute = watched  # type: ignore[method-assign]
+    every = [
+        (prompt, params)
+        for index, prompt in enumerate(prompts)
+        for params in (_EMBEDDING, _GREEDY)[: 1 + index % 2]
+    ]
+    generate(
+        runner,
+        [prompt for prompt, _ in every],
+        [params for _, params in every],
+        block_size=block_size,
+        chunk=chunk,
+        share_tokens=share,
+    )
+    runner.execute = execute  # type: ignore[method-assign]
+    numbers = [index for index, (_, params) in enumerate(every) if params.embeds]
+    return [found[RequestId(f"request-{number}")] for number in numbers]
 
 
 def generate(

@@ -168,6 +168,13 @@ def greedy(model: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[i
     return tokens[len(prompt) :]
 
 
+def last_hidden_state(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
+    """Of the last token, behind the final norm and scaled to length 1."""
+    with torch.inference_mode():
+        hidden = model.base_model(torch.tensor([prompt]), use_cache=False).last_hidden_state
+    return torch.nn.functional.normalize(hidden[0, -1], dim=0)
+
+
 def greedy_after_each(model: torch.nn.Module, prompt: list[int], output: list[int]) -> list[int]:
     """The greedy token after each prefix of an output: the output itself if that is greedy.
 

@@ -15,7 +15,7 @@ from fastserve_mega.client.errors import (
     ServerError,
     ServerUnavailableError,
 )
-from fastserve_mega.client.generation import RequestState
+from fastserve_mega.client.request_state import RequestState
 from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import (
     Cancel,

@@ -14,8 +14,9 @@ from typing import Any, TypeVar, Unpack
 
 from fastserve_mega.client.async_client import DEFAULT_ENDPOINT, AsyncClient
 from fastserve_mega.client.errors import ServerUnavailableError
-from fastserve_mega.client.generation import AsyncGeneration, Chunk
+from fastserve_mega.client.generation import AsyncGeneration
 from fastserve_mega.client.options import RequestOptions
+from fastserve_mega.client.request_state import Chunk
 from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
@@ -168,6 +169,11 @@ class Generation:
     def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """One for each of `token_ids` when asked for, else empty."""
         return self._generation.logprobs
+
+    @property
+    def embedding(self) -> bytes:
+        """Of the prompt, when asked for: 32-bit floats, little-endian."""
+        return self._generation.embedding
 
     def __iter__(self) -> Generation:
         return self

@@ -15,6 +15,7 @@ import queue
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -51,6 +52,7 @@ Behaviour = Callable[[Submit], Iterable[Message]]
 WAIT_S = 60.0
 """Longest wait for anything; a test that needs more than this has failed."""
 _MAX_CONTEXT = 4096
+_EMBEDDING = array("f", (0.6, 0.0, -0.8)).tobytes()
 
 
 def say(text: str) -> Behaviour:
@@ -64,7 +66,8 @@ def answer(tokens: Sequence[int], reason: FinishReason = FinishReason.STOP) -> B
     def behaviour(submit: Submit) -> Iterable[Message]:
         ids = tokens[: submit.params.max_tokens]
         for offset in range(len(submit.received), len(ids)):
-            yield Tokens(submit.request_id, offset, (ids[offset],))
+            embedding = _EMBEDDING if submit.params.embeds else b""
+            yield Tokens(submit.request_id, offset, (ids[offset],), embedding=embedding)
         end = FinishReason.LENGTH if len(ids) == submit.params.max_tokens else reason
         yield Finished(submit.request_id, end, Usage(len(submit.prompt), len(ids)))
 

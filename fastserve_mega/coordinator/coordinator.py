@@ -188,6 +188,9 @@ class Coordinator:
         for scored in result.scored:
             if (live := step.requests[scored.index]) in self._requests:
                 self._reply(live.client, live.score(scored.start, scored.logprobs))
+        asking = [live for live in sampled if live.params.embeds]
+        for live, embedding in zip(asking, result.embeddings, strict=True):
+            live.embedding = embedding
         failures = {failure.index: failure for failure in result.failures}
         for index, (live, token) in enumerate(zip(sampled, result.token_ids, strict=True)):
             if live not in self._requests:

@@ -13,6 +13,7 @@ _MOST_TOKENS = 2_000_000
 """Of all kept answers, with their prompts: at 4 to 40 bytes each; the oldest make room."""
 _LOGPROBS_WEIGHT = 50
 """Log probabilities of a token take the memory of so many tokens."""
+_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class KeptAnswer:
     def weight(self) -> int:
         """Its memory, in tokens."""
         logprobs = _LOGPROBS_WEIGHT * len(self.live.logprobs)
-        return len(self.live.prompt) + len(self.live.output) + logprobs
+        embedding = len(self.live.embedding) // _NUMBER_BYTES
+        return len(self.live.prompt) + len(self.live.output) + logprobs + embedding
 
 
 class KeptAnswers:

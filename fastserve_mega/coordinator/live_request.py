@@ -80,6 +80,8 @@ class LiveRequest:
     for."""
     scored: list[PromptLogprobs] = field(default_factory=list)
     """What its client was told of its prompt."""
+    embedding: bytes = b""
+    """Of its prompt, once it has its token, if it asks for that."""
     prompt: array[int] = field(init=False)
     """4 bytes a token, where a tuple takes 40: thousands of them wait in a full queue."""
     seed: int = field(init=False)
@@ -179,7 +181,11 @@ class LiveRequest:
     def tokens_from(self, offset: int) -> Tokens:
         """The output from `offset` on, as its client is told."""
         return Tokens(
-            self.request_id, offset, tuple(self.output[offset:]), tuple(self.logprobs[offset:])
+            self.request_id,
+            offset,
+            tuple(self.output[offset:]),
+            tuple(self.logprobs[offset:]),
+            self.embedding,
         )
 
 

@@ -119,6 +119,8 @@ class Tokens(_Answer, frozen=True):
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     """One for each token when the request asks for them, else empty. None for a token that the
     client must have received before it submitted the request to this coordinator."""
+    embedding: bytes = b""
+    """Of the prompt when the request asks for it, else empty: numbers of 32 bits, little-endian."""
 
 
 class PromptLogprobs(_Answer, frozen=True):
@@ -268,6 +270,8 @@ class StepResult(_Message, frozen=True):
     """One for each token when any request of the batch asks for them, else empty."""
     failures: tuple[SamplingFailure, ...] = ()
     scored: tuple[ScoredPrompt, ...] = ()
+    embeddings: tuple[bytes, ...] = ()
+    """One for each of the tokens whose request asks for it, as in `Tokens`."""
 
 
 class CopyResult(_Message, frozen=True):

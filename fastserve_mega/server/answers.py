@@ -114,28 +114,34 @@ async def respond(http: Request, answer: Answer, shape: AnswerShape, *, stream: 
     Raises:
         ClientError: a generation failed, and nothing was sent yet.
     """
-    watch = asyncio.create_task(_cancel_on_disconnect(http, answer))
     if not stream:
-        return _json(await _whole_answer(answer, shape, watch))
+        return await respond_whole(http, answer, shape.whole)
+    watch = asyncio.create_task(_cancel_on_disconnect(http, answer))
     events = _events(answer, shape, watch)
     # Nothing is sent before there is something to tell: until then an error has its HTTP status.
     first = await anext(events)
     return event_stream(_server_sent(first, events, shape))
 
 
-async def _cancel_on_disconnect(http: Request, answer: Answer) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-    answer.end()
+async def respond_whole(http: Request, answer: Answer, whole: Callable[[], Json]) -> Response:
+    """Answer with the body that `whole` writes when all generations have ended.
 
-
-async def _whole_answer(answer: Answer, shape: AnswerShape, watch: asyncio.Task[None]) -> Json:
+    Raises:
+        ClientError: a generation failed.
+    """
+    watch = asyncio.create_task(_cancel_on_disconnect(http, answer))
     try:
         await asyncio.gather(*(generation.wait() for generation in answer.generations))
     finally:
         watch.cancel()
         answer.end()
-    return shape.whole()
+    return Response(msgspec.json.encode(whole()), media_type="application/json")
+
+
+async def _cancel_on_disconnect(http: Request, answer: Answer) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    answer.end()
 
 
 async def _events(
@@ -219,7 +225,3 @@ def encode_event(data: object, name: str = "") -> bytes:
     """Write a server-sent event: JSON data, under a name or without one."""
     head = f"event: {name}\n".encode() if name else b""
     return head + b"data: " + msgspec.json.encode(data) + b"\n\n"
-
-
-def _json(body: Json) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json")

@@ -19,6 +19,7 @@ from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
 from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.dialect import Dialect, dialect_of
+from fastserve_mega.server.embeddings import embeddings_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
 from fastserve_mega.server.messages.router import messages_router
@@ -110,6 +111,7 @@ def _answer_head(app: FastAPI) -> None:
 def _add_generation_routes(app: FastAPI, service: Service, dialect: Dialect) -> None:
     conversations = Conversations(service, dialect)
     app.include_router(completions_router(service))
+    app.include_router(embeddings_router(service))
     app.include_router(chat_router(conversations))
     app.include_router(responses_router(conversations, ResponseStore()))
     app.include_router(messages_router(conversations))
@@ -128,15 +130,6 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
             "owned_by": "fastserve_mega",
             "max_model_len": info.max_context,
         }
-
-    @app.post("/v1/embeddings", include_in_schema=False)
-    async def create_embeddings() -> None:
-        raise ApiError(
-            501,
-            "embeddings are not supported: the ranks compute logits of the next token, and the "
-            "native step does not hand out the hidden states that embeddings are made of",
-            code="not_supported",
-        )
 
     @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models")

@@ -57,6 +57,24 @@ def _joined(first: Json | None, second: Json | None) -> Json | None:
     return {name: first[name] + second[name] for name in first}
 
 
+async def encode_prompts(
+    service: Service, body: CompletionRequest
+) -> list[tuple[Sequence[int], int]]:
+    """Token ids and max_tokens of each prompt.
+
+    Raises:
+        ApiError: there is none, or too many, or one that does not fit.
+    """
+    if not body.prompts:
+        raise ApiError(400, "the prompt is empty", param="prompt")
+    service.check_answers(len(body.prompts), body.answers_per_prompt)
+    prompts: list[tuple[Sequence[int], int]] = []
+    for prompt in body.prompts:
+        tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
+        prompts.append((tokens, await _max_tokens(service, body, tokens)))
+    return prompts
+
+
 async def _max_tokens(service: Service, body: CompletionRequest, prompt: Sequence[int]) -> int:
     """How many tokens are generated; one more than asked for when that is none."""
     asked = 1 if body.only_prompts else body.max_tokens
@@ -70,14 +88,8 @@ def completions_router(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", responses=answers_with(Completion))
     async def create_completion(http: Request, body: CompletionRequest) -> Response:
-        if not body.prompts:
-            raise ApiError(400, "the prompt is empty", param="prompt")
-        service.check_answers(len(body.prompts), body.answers_per_prompt)
-        prompts, echoes = [], []
-        for prompt in body.prompts:
-            tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
-            prompts.append((tokens, await _max_tokens(service, body, tokens)))
-            echoes.append(service.text_of(prompt) if body.echo else "")
+        prompts = await encode_prompts(service, body)
+        echoes = [service.text_of(prompt) if body.echo else "" for prompt in body.prompts]
         ends = await service.end_token_ids(body)
         answer_id, model = ENDPOINT.new_id(), await service.check_model(body.model)
 

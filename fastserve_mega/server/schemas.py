@@ -119,6 +119,31 @@ class ChatCompletion(_Schema):
     usage: Usage
 
 
+class Embedding(_Schema):
+    """Of one prompt."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+    """Base64 of little-endian floats of 32 bits where that is asked for."""
+
+
+class PromptUsage(_Schema):
+    """Token counts where nothing is generated."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(_Schema):
+    """Answer of POST /v1/embeddings."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: PromptUsage
+
+
 class Response(BaseModel):
     """Answer of POST /v1/responses; a stream is of events with a `type`."""
 

@@ -176,13 +176,33 @@ class Service:
         decoder: TokenDecoder | None = None,
         structure_after: int | None = None,
     ) -> Response:
-        """Answer prompts, each with its own max_tokens, in the shape of an endpoint.
+        """Answer prompts in the shape of an endpoint, which writes the answer; see `begin`."""
+        answer = await self.begin(
+            http,
+            body,
+            prompts,
+            answer_id=answer_id,
+            decoder=decoder,
+            structure_after=structure_after,
+        )
+        return await respond(http, answer, shape(answer), stream=bool(body.stream))
+
+    async def begin(
+        self,
+        http: Request,
+        body: GenerationRequest,
+        prompts: Sequence[tuple[Sequence[int], int]],
+        *,
+        answer_id: str,
+        decoder: TokenDecoder | None = None,
+        structure_after: int | None = None,
+    ) -> Answer:
+        """Begin to answer prompts, each with its own max_tokens, within the limits of the key.
 
         Args:
             http: the request.
             body: of the request.
             prompts: token ids and max_tokens of each.
-            shape: writes the answer.
             answer_id: names its generations to the coordinator.
             decoder: makes text of tokens; None is the tokenizer, without special tokens.
             structure_after: the token behind which the output is held to the form asked for; None
@@ -203,8 +223,7 @@ class Service:
                 admitted.end(0)
             raise
         on_end = admitted.end if admitted else None
-        answer = Answer(generations, body.answers_per_prompt, body.only_prompts, on_end)
-        return await respond(http, answer, shape(answer), stream=bool(body.stream))
+        return Answer(generations, body.answers_per_prompt, body.only_prompts, on_end)
 
     async def _start(
         self,

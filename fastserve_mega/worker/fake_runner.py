@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Sequence
 
 from fastserve_mega.messaging.messages import ScoredPrompt
@@ -76,6 +77,9 @@ class FakeModelRunner:
                 for index, sequence in enumerate(batch)
                 if sequence.scored
             ),
+            embeddings=tuple(
+                fake_embedding(self._read(sequence)) for sequence in batch if sequence.embeds
+            ),
         )
 
     def move(self, copy: BlockCopy) -> None:
@@ -102,6 +106,11 @@ def _fake_scores(sequence: SequenceInput) -> tuple[TokenLogprobs, ...]:
     prompt = sequence.history.prompt if sequence.history else ()
     first = sequence.start + 1
     return tuple(TokenLogprobs(-float(t)) for t in prompt[first : first + sequence.scored])
+
+
+def fake_embedding(context: Sequence[int]) -> bytes:
+    """The first and the last token of a context, and its length."""
+    return array("f", (context[0], context[-1], len(context))).tobytes()
 
 
 def fake_token(context: Sequence[int], vocab_size: int) -> int:

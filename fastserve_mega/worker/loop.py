@@ -153,6 +153,7 @@ class WorkerLoop:
                     output.logprobs,
                     output.failures,
                     output.scored,
+                    output.embeddings,
                 )
             )
 

@@ -39,6 +39,11 @@ class SequenceInput:
         return self.start + len(self.token_ids)
 
     @property
+    def embeds(self) -> bool:
+        """Whether the step yields the embedding of its prompt."""
+        return self.samples and self.params.embeds
+
+    @property
     def scored(self) -> int:
         """How many of its tokens precede a prompt token whose probability is asked for.
 
@@ -61,6 +66,8 @@ class StepOutput:
     """Sequences that got no token."""
     scored: tuple[ScoredPrompt, ...] = ()
     """Of the sequences that ask for the probabilities of their prompts."""
+    embeddings: tuple[bytes, ...] = ()
+    """One for each sequence with `embeds`, in order, as in `Tokens`."""
 
 
 class ModelRunner(Protocol):

@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from generation import generate
+from generation import embed, generate
 from mpi4py import MPI
 
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
@@ -55,6 +55,11 @@ def run_job(job: dict) -> list[list[int]] | None:
     def share_tokens(tokens: list[int]) -> list[int]:
         return WORLD.bcast(tokens, root=sampling_rank)
 
+    if job.get("embeds"):
+        options = {"block_size": job["block_size"], "chunk": job["chunk"], "share": share_tokens}
+        embeddings = embed(runner, job["prompts"], **options)
+        runner.close()
+        return embeddings
     params = SamplingParams(max_tokens=job["max_tokens"], temperature=0.0)
     outputs = generate(
         runner,

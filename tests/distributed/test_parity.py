@@ -9,9 +9,18 @@ import shutil
 from collections import defaultdict
 
 import pytest
+import torch
 from generation import generate
 from meshes import LAYOUTS, MAX_TOKENS, job, mpirun, num_ranks
-from tiny_models import MIXTURES, MODELS, SMOLLM2, greedy_after_each, make_model, prompts
+from tiny_models import (
+    MIXTURES,
+    MODELS,
+    SMOLLM2,
+    greedy_after_each,
+    last_hidden_state,
+    make_model,
+    prompts,
+)
 
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
@@ -37,6 +46,8 @@ SMOLLM2_LAYOUTS = {
     "tensor-3": {"tensor": 3, "pipeline": 1},
 }
 ENGLISH = [[504, 3575, 282, 4649, 314], list(range(300, 340))]
+
+EMBEDDED = [("tensor-2", "llama"), ("tensor-2", "gpt2"), ("pipeline-2-uneven", "llama")]
 
 TWO_RANKS = ("tensor-2", "pipeline-2-uneven")
 CHECKPOINTS = ("llama", "llama-one-kv-head", "qwen3", "opt", "gpt2", "qwen2-moe")
@@ -87,6 +98,9 @@ def jobs(models, checkpoints, saved):
         for family in families:
             options = {"save_to": str(saved / family)}
             add(f"{layout}/torch_dist/{family}", checkpoints[family], LAYOUTS[layout], **options)
+    for layout, family in EMBEDDED:
+        name = f"{layout}/embeddings/{family}"
+        add(name, models[family][0], LAYOUTS[layout], embeds=True)
     # One key-value head on two ranks is loaded, but cannot be saved.
     add(f"{FOUR}/torch_dist/llama-one-kv-head", checkpoints["llama-one-kv-head"], LAYOUTS[FOUR])
     return launches
@@ -108,6 +122,14 @@ def outputs(jobs, tmp_path_factory):
         return results[name]
 
     return get
+
+
+@pytest.mark.parametrize(("layout", "family"), EMBEDDED)
+def test_embeddings_equal_transformers(outputs, models, layout, family):
+    embeddings = outputs(layout, "embeddings", family)
+    for prompt, embedding in zip(prompts(), embeddings, strict=True):
+        expected = last_hidden_state(models[family][1], prompt)
+        torch.testing.assert_close(torch.tensor(embedding), expected)
 
 
 def assert_greedy(model, outputs, some_prompts=None, max_tokens=MAX_TOKENS):

@@ -18,6 +18,7 @@ HI = [{"role": "user", "content": "hi"}]
 ANSWERS = [
     ("/v1/completions", {"prompt": "x"}, schemas.Completion),
     ("/v1/completions", {"prompt": "x", "logprobs": 1, "echo": True}, schemas.Completion),
+    ("/v1/embeddings", {"input": "x"}, schemas.EmbeddingList),
     ("/v1/chat/completions", {"messages": HI}, schemas.ChatCompletion),
     ("/v1/responses", {"input": "x"}, schemas.Response),
     ("/v1/messages", {"messages": HI, "max_tokens": 9}, schemas.Message),
@@ -101,9 +102,3 @@ def test_alive_and_ready_are_two_things(tiny_tokenizer_dir):
         coordinator.silent = True
         assert [http.get(name).status_code for name in names] == [200, 503, 503]
     coordinator.close()
-
-
-def test_embeddings_are_refused_in_one_sentence(http):
-    response = http.post("/v1/embeddings", json={"input": "x", "model": "tiny"})
-    assert response.status_code == 501
-    assert "embeddings are not supported" in response.json()["error"]["message"]

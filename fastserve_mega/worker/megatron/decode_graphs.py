@@ -103,7 +103,8 @@ class DecodeGraphs:
 
     def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor | None:
         """Run a step; None, without having done anything, where none that fits is recorded."""
-        if not all(len(each.token_ids) == 1 and each.samples for each in batch):
+        # A recorded step hands out nothing but logits.
+        if not all(len(s.token_ids) == 1 and s.samples and not s.embeds for s in batch):
             return None
         recorded = next((r for r in self._recorded if r.shape.sequences >= len(batch)), None)
         longest = max(each.context for each in batch)

@@ -21,14 +21,14 @@ Receive = Callable[[], Tensor | None]
 """Gives what the stage before hands over, [tokens, hidden]; None on the first stage."""
 
 
-Score = Callable[[Tensor], None]
-"""Takes logits of rows, in pieces, in order; see `PromptScores`."""
+TakeRows = Callable[[Tensor], None]
+"""Takes what was computed of rows, in pieces, in order: see `PromptScores` and `Embeddings`."""
 _SCORED_AT_ONCE = 256
 """Rows: their logits must fit beside everything else."""
 
 
 def ignore(_: Tensor) -> None:
-    """For steps, and ranks, that score nothing."""
+    """For steps, and ranks, of which nothing but tokens is wanted."""
 
 
 class StageEngine(Protocol):
@@ -39,11 +39,16 @@ class StageEngine(Protocol):
         """Precision of what a stage hands over to the next."""
 
     def run(
-        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+        self,
+        batch: Sequence[SequenceInput],
+        receive: Receive,
+        score: TakeRows = ignore,
+        embed: TakeRows = ignore,
     ) -> Tensor:
         """Run a step of at least one sequence.
 
-        On the last stage `score` is given the logits of each sequence's `scored` rows.
+        On the last stage `score` is given the logits of each sequence's `scored` rows; `embed` what
+        the returned logits are made of, [samples, hidden], when a sequence `embeds`.
 
         Returns:
             [tokens, hidden] for the next stage; on the last one, the logits [samples, vocabulary]
@@ -87,14 +92,24 @@ class TorchEngine:
         }
 
     def run(
-        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+        self,
+        batch: Sequence[SequenceInput],
+        receive: Receive,
+        score: TakeRows = ignore,
+        embed: TakeRows = ignore,
     ) -> Tensor:
         packed = PackedStep(batch, self._cache.block_size)
         step = packed.to(self._device)
         self._cache.clear(step.fresh_blocks)
-        return self._compute(step, receive(), score)
+        return self._compute(step, receive(), score, embed)
 
-    def _compute(self, step: StepBatch, hidden: Tensor | None, score: Score = ignore) -> Tensor:
+    def _compute(
+        self,
+        step: StepBatch,
+        hidden: Tensor | None,
+        score: TakeRows = ignore,
+        embed: TakeRows = ignore,
+    ) -> Tensor:
         """The work on the device, of which a step consists once its numbers are there."""
         attention = [self._attention(step, kind) for kind in self._kinds]
         if hidden is None:
@@ -104,10 +119,12 @@ class TorchEngine:
             return hidden
         scored, sampled = step.sample_rows[: step.scored], step.sample_rows[step.scored :]
         for rows in torch.split(scored, _SCORED_AT_ONCE) if step.scored else ():
-            score(self._logits(hidden.index_select(0, rows)))
+            score(self._stage.logits(self._norm(hidden.index_select(0, rows))))
         if not sampled.shape[0]:
             return hidden.new_empty((0, self._architecture.vocab_size))
-        return self._logits(hidden.index_select(0, sampled))
+        normed = self._norm(hidden.index_select(0, sampled))
+        embed(normed)
+        return self._stage.logits(normed)
 
     def close(self) -> None:
         del self._stage, self._cache
@@ -116,9 +133,9 @@ class TorchEngine:
         """[tokens, hidden] → [tokens, hidden], with the attention of each layer."""
         return self._stage.run_layers(hidden, attention)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[samples, hidden] behind the last layer → [samples, vocabulary]."""
-        return self._stage.logits(self._stage.norm(hidden))
+    def _norm(self, hidden: Tensor) -> Tensor:
+        """[samples, hidden] behind the last layer → what logits are made of."""
+        return self._stage.norm(hidden)
 
     def _attention(self, step: StepBatch, kind: AttentionKind) -> StepAttention:
         """For all layers of a kind."""

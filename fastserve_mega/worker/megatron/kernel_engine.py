@@ -13,7 +13,7 @@ from fastserve_mega.worker.kernels.pages import HeadNorm, Pages, Turns, rotate_a
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.attention import StepAttention
 from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, Recorder
-from fastserve_mega.worker.megatron.engine import Receive, Score, TorchEngine, ignore
+from fastserve_mega.worker.megatron.engine import Receive, TakeRows, TorchEngine, ignore
 from fastserve_mega.worker.megatron.kernel_layers import KernelLayer, norm_of, run_kernel_layers
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -101,14 +101,18 @@ class KernelEngine(TorchEngine):
         return self._graphs.record(max_sequences, max_context)
 
     def run(
-        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+        self,
+        batch: Sequence[SequenceInput],
+        receive: Receive,
+        score: TakeRows = ignore,
+        embed: TakeRows = ignore,
     ) -> Tensor:
         # In a recorded step each token is sampled, so there is none to score.
         if self._graphs is not None and (done := self._graphs.run(batch, receive)) is not None:
             return done
         # No block is cleared: the kernels do not look at what has not been written.
         step = PackedStep(batch, self._cache.block_size).to(self._device)
-        return self._compute(step, receive(), score)
+        return self._compute(step, receive(), score, embed)
 
     def close(self) -> None:
         self._graphs = None  # it holds this engine
@@ -118,8 +122,8 @@ class KernelEngine(TorchEngine):
     def _run_layers(self, hidden: Tensor, attention: Sequence[StepAttention]) -> Tensor:
         return run_kernel_layers(self._layers, hidden, attention, self._final_norm)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._stage.logits(hidden)  # normed with the last layer
+    def _norm(self, hidden: Tensor) -> Tensor:
+        return hidden  # normed with the last layer
 
     def _attention(self, step: StepBatch, kind: AttentionKind) -> StepAttention:
         return KernelAttention(

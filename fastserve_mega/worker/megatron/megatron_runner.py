@@ -15,6 +15,7 @@ from fastserve_mega.system.config import Config
 from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.system.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.copy_engine import CopyEngine
+from fastserve_mega.worker.embeddings import Embeddings
 from fastserve_mega.worker.grammar import Grammars
 from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
@@ -166,18 +167,19 @@ class MegatronRunner:
         if self.is_sampling_rank:
             self._sampler.prepare(batch)
         sampled = [sequence for sequence in batch if sequence.samples]
-        scores = PromptScores(batch) if self.is_sampling_rank else None
-        result = self._engine.run(batch, lambda: self._receive(batch), scores or ignore)
+        scores, embeddings = PromptScores(batch), Embeddings(batch)
+        wanted = (scores, embeddings) if self.is_sampling_rank else (ignore, ignore)
+        result = self._engine.run(batch, lambda: self._receive(batch), *wanted)
         if not self._partition.is_last_stage:
             self._send(result)
             return StepOutput()
-        if scores is None:
+        if not self.is_sampling_rank:
             return StepOutput()
         if not sampled:
             # The coordinator charges the time until the result comes.
             wait_for(self._device)
         output = self._sampler(result, sampled) if sampled else StepOutput()
-        return replace(output, scored=scores.result())
+        return replace(output, scored=scores.result(), embeddings=embeddings.result())
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.kv_cache import KvCache
-from fastserve_mega.worker.megatron.engine import Receive, Score, ignore
+from fastserve_mega.worker.megatron.engine import Receive, TakeRows, ignore
 from fastserve_mega.worker.megatron.model import Stage, cap_logits
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -100,7 +100,11 @@ class NativeEngine:
         self._set_ends(len(kinds), parameters)
 
     def run(
-        self, batch: Sequence[SequenceInput], receive: Receive, score: Score = ignore
+        self,
+        batch: Sequence[SequenceInput],
+        receive: Receive,
+        score: TakeRows = ignore,
+        embed: TakeRows = ignore,
     ) -> Tensor:
         step = StepArrays(
             batch,
@@ -110,9 +114,14 @@ class NativeEngine:
         )
         if fresh := fresh_blocks(batch, self._cache.block_size):
             self._cache.clear(torch.tensor(fresh))
-        result = self._native.run(step, receive())
-        if step.input.logits is None:
+        normed = None
+        if self._partition.is_last_stage and any(each.embeds for each in batch):
+            normed = torch.empty((step.samples, self._architecture.hidden_size))
+        result = self._native.run(step, receive(), normed)
+        if not self._partition.is_last_stage:
             return result
+        if normed is not None:
+            embed(normed[step.scored :])
         logits = cap_logits(self._whole_logits(result), self._architecture.logit_softcap)
         if step.scored:
             score(logits[: step.scored])

@@ -127,6 +127,7 @@ class StepInput(ctypes.Structure):
                 "hidden_in",
                 "hidden_out",
                 "logits",
+                "normed",
             )
         ),
     )

@@ -255,6 +255,13 @@ static void leave(Stage& stage, int thread) {
     return;
   }
   if (!step.samples) return;
+  if (step.normed) {
+    int from, to;
+    share(stage, thread, step.samples, from, to);
+    for (int row = from; row < to; row++)
+      normalize<float>(c, rows_of<float>(stage.work.hidden, step.sample_rows[row], stage.work.hidden_width),
+                       end.vectors + FINAL_NORM, c.hidden, step.normed + static_cast<size_t>(row) * c.hidden);
+  }
   const Rows rows{0, step.samples, true};
   const Unit* normed = norm_rows<T>(stage, thread, end.vectors + FINAL_NORM, rows, step.sample_rows);
   multiply_matrix<T>(stage, end.matrices[OUTPUT], nullptr, 1, normed,

@@ -61,6 +61,7 @@ struct StepInput {
   const int32_t *tables, *sample_rows;                  // block ids; [samples]
   const float* hidden_in;                               // [tokens, hidden]; not on the first stage
   float *hidden_out, *logits;                           // on all but the last stage; on the last
+  float* normed;                                        // [samples, hidden] there, or null
 };
 }
 

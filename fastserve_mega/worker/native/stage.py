@@ -89,11 +89,17 @@ class NativeStage:
             None if positions is None else self._keep(positions),
         )
 
-    def run(self, step: StepArrays, hidden: Tensor | None) -> Tensor:
-        """Run a step; `hidden` [tokens, hidden] in float32, on all but the first stage.
+    def run(self, step: StepArrays, hidden: Tensor | None, normed: Tensor | None = None) -> Tensor:
+        """Run a step.
+
+        Args:
+            step: laid out.
+            hidden: [tokens, hidden] in float32, on all but the first stage.
+            normed: [samples, hidden] in float32 is filled with what logits are made of, on the
+                last stage; None is not.
 
         Returns:
-            The same for the next stage; on the last, the logits [samples, vocabulary] of the part
+            `hidden` for the next stage; on the last, the logits [samples, vocabulary] of the part
             of the vocabulary that this rank has.
 
         Raises:
@@ -107,6 +113,7 @@ class NativeStage:
         else:
             result = torch.empty((step.tokens, config.hidden), dtype=torch.float32)
             step.input.hidden_out = result.data_ptr()
+        step.input.normed = None if normed is None else normed.data_ptr()
         step.input.hidden_in = None if hidden is None else hidden.data_ptr()
         status = self._library.step(self._handle, ctypes.byref(step.input))
         if self._failure is not None:

@@ -9,8 +9,16 @@ import shutil
 
 import pytest
 import torch
-from generation import generate
-from tiny_models import LAYERS, MODELS, SMOLLM2, greedy, make_model, prompts
+from generation import embed, generate
+from tiny_models import (
+    LAYERS,
+    MODELS,
+    SMOLLM2,
+    greedy,
+    last_hidden_state,
+    make_model,
+    prompts,
+)
 
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
@@ -136,6 +144,19 @@ def test_probabilities_of_prompts_equal_transformers(made, family, cpu_engine):
             row = logprobs[position - 1]
             assert each.logprob == pytest.approx(float(row[prompt[position]]), abs=1e-4)
             assert each.top_logprobs == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_embeddings_equal_transformers(made, family, engine):
+    """The last hidden state behind the final norm, whatever the chunks and whoever is beside."""
+    directory, model = made(family)
+    with open_runner(directory, **computing(engine)) as runner:
+        found = [embed(runner, prompts(), block_size=BLOCK_SIZE, chunk=chunk) for chunk in (5, 512)]
+    for index, prompt in enumerate(prompts()):
+        expected = last_hidden_state(model, prompt)
+        for embeddings in found:
+            torch.testing.assert_close(torch.tensor(embeddings[index]), expected)
 
 
 def generate_each(runner, prompts, params, chunk):
