@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Event
+from fastserve_mega.scheduling.policies.level_queues import LevelQueues
 from fastserve_mega.scheduling.request import Place, Request, Turn
 from fastserve_mega.scheduling.scheduler import Scheduler
 
@@ -45,10 +47,12 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
             yield request
 
     def merged(places: Sequence[Place], limit: int) -> Iterator[Request]:
-        waiting: list[Request] = []
-        for level in {each.queue.level for each in at(Place.WAITING)}:
-            those = [each for each in at(Place.WAITING) if each.queue.level == level]
-            waiting += sorted(those, key=queues.rank)[:limit]
+        waiting = sorted(at(Place.WAITING), key=queues.rank)
+        if isinstance(queues, LevelQueues):  # the first of each level
+            levels = groupby(waiting, key=lambda each: each.queue.level)
+            waiting = [each for _, those in levels for each in islice(those, limit)]
+        else:
+            waiting = waiting[:limit]
         return walk(*places[1:], waiting=waiting)
 
     queues.walk = walk
