@@ -11,7 +11,7 @@ from fastserve_mega.scheduling.policies.queues import LevelledQueues
 from fastserve_mega.scheduling.policies.readers import Readers, Standing
 from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.policies.triage import Triage
-from fastserve_mega.scheduling.request import Request
+from fastserve_mega.scheduling.request import Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
 
 _LEAD = 1.5
@@ -136,15 +136,11 @@ class _Pauses(StarvationWatch):
     def __init__(self, readers: Readers) -> None:
         super().__init__(
             lambda request: readers.due_s(request) - request.waiting_since,
-            lambda request: (
-                request in readers
-                and request.queue.level != Standing.URGENT
-                and readers[request].has_begun
-            ),
+            lambda request: self.deadline(request, 0.0) is not None,
         )
         self._readers = readers
 
-    def deadline(self, request: Request, now: float) -> float:
-        if request.num_scheduled_tokens:
-            return self._readers.due_after_s(request, now)
-        return self._readers.due_s(request)
+    def deadline(self, request: Request, now: float) -> float | None:
+        if request.status is RequestStatus.FINISHED or request.queue.level == Standing.URGENT:
+            return None
+        return self._readers.pause_ends_s(request, now)

@@ -67,6 +67,7 @@ class Readers:
         self._by_prompt = tuple(Lifetimes(self._all) for _ in range(_PROMPT_BUCKETS))
         self._readers: dict[Request, Reader] = {}
         self._last_step_s = 0.0
+        self._observe_costs()
 
     def __getitem__(self, request: Request) -> Reader:
         return self._readers[request]
@@ -96,6 +97,13 @@ class Readers:
         interval_s = min(elapsed_s, now - self._last_step_s)
         self._last_step_s = now
         self.interval_s += _SMOOTHING * (interval_s - self.interval_s)
+        self._observe_costs()
+
+    def _observe_costs(self) -> None:
+        """Ask once for each step what tokens cost, seconds of the whole batch."""
+        size, tokens = self._batch_size, self._batch_tokens
+        self._answer_token_s = self._cost_model.decode_s(size, _TYPICAL_CONTEXT) / size
+        self._prompt_token_s = self._cost_model.prefill_s(tokens) / tokens
 
     def began(self, request: Request, now: float) -> None:
         """Take in the first token of a request."""
@@ -149,9 +157,13 @@ class Readers:
             gap_s = _GAP_AWAY_S
         return min(next_s, request.waiting_since + gap_s)
 
-    def due_after_s(self, request: Request, now: float) -> float:
-        """Return when a request that is in a step is due again, at the soonest."""
+    def pause_ends_s(self, request: Request, now: float) -> float | None:
+        """Return when an answer is due, one that is in a step after that; None before it began."""
         reader = self._readers[request]
+        if not reader.has_begun:
+            return None
+        if not request.num_scheduled_tokens:
+            return self.due_s(request)
         gap_s = _GAP_GIVEN_UP_S if reader.is_given_up else _GAP_S
         next_s = self.next_s(request)
         if request.num_scheduled_tokens == request.num_pending_tokens:  # it yields a token
@@ -171,7 +183,7 @@ class Readers:
             pending -= request.kv.num_cached_tokens
         if pending <= 1:
             return 0.0
-        return pending * self._cost_model.prefill_s(self._batch_tokens) / self._batch_tokens
+        return pending * self._prompt_token_s
 
     def work_s(self, request: Request) -> float:
         """Return the expected rest of a request's service, in seconds of the whole batch."""
@@ -179,8 +191,7 @@ class Readers:
         tokens = min(
             self._lifetimes(request).effort_tokens(answered), max(request.max_tokens - answered, 1)
         )
-        step_s = self._cost_model.decode_s(self._batch_size, _TYPICAL_CONTEXT)
-        return self.prefill_s(request) + tokens * step_s / self._batch_size
+        return self.prefill_s(request) + tokens * self._answer_token_s
 
     def _lifetimes(self, request: Request) -> Lifetimes:
         return self._by_prompt[min(request.num_prompt_tokens.bit_length(), _PROMPT_BUCKETS - 1)]

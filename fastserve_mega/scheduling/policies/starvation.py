@@ -38,17 +38,20 @@ class StarvationWatch:
         """Watch another request; `live` is about how many there may be to watch."""
         self._members.add(request)
         deadline = request.waiting_since + self._limit_s(request)  # it may be running
-        heapq.heappush(self._heap, self._entry(request, deadline))
+        heapq.heappush(self._heap, (deadline, request.arrival_number, request))
         if len(self._heap) > 2 * live + _FEW:  # O(1) for each push
             self._heap = [entry for entry in self._heap if self.is_candidate(entry[2])]
             heapq.heapify(self._heap)
             self._members = {request for _, _, request in self._heap}
 
-    def deadline(self, request: Request, now: float) -> float:
-        """Return when a request starves unless it runs before; one that runs, unless it does again.
+    def deadline(self, request: Request, now: float) -> float | None:
+        """Return when a request starves unless it runs before; None when it is watched no more.
 
-        Nothing but to run may bring the deadline of a request nearer, unless it is added again.
+        Of one that is running that is when it starves unless it runs once more. Nothing may bring
+        the deadline of a request nearer, unless it is added again.
         """
+        if not self.is_candidate(request):
+            return None
         since = now if request.num_scheduled_tokens else request.waiting_since
         return since + self._limit_s(request)
 
@@ -57,14 +60,14 @@ class StarvationWatch:
         heap = self._heap
         while heap:
             deadline, _, request = heap[0]
-            if not self.is_candidate(request):
+            corrected = self.deadline(request, now)
+            if corrected is None:
                 heapq.heappop(heap)
                 self._members.discard(request)
-                continue
-            corrected = self.deadline(request, now)
-            if corrected <= deadline:
+            elif corrected <= deadline:
                 return deadline
-            heapq.heapreplace(heap, self._entry(request, corrected))
+            else:
+                heapq.heapreplace(heap, (corrected, request.arrival_number, request))
         return None
 
     def pop(self, now: float, lead_s: float = 0.0) -> Request | None:
@@ -80,7 +83,3 @@ class StarvationWatch:
         request = heapq.heappop(self._heap)[2]
         self._members.discard(request)
         return request
-
-    @staticmethod
-    def _entry(request: Request, deadline: float) -> _Watched:
-        return deadline, request.arrival_number, request
