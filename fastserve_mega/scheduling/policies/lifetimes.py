@@ -91,22 +91,26 @@ def bucket_of(tokens: int) -> int:
 
 
 def _efforts(hazards: list[float]) -> list[float]:
-    """Return the least expected tokens per expected end, from the begin of each bucket."""
-    survival = [
-        math.exp(-hazard * (end - begin))
-        for (begin, end), hazard in zip(pairwise(EDGES), hazards, strict=False)
-    ]
-    tokens = [(1.0 - alive) / hazard for alive, hazard in zip(survival, hazards, strict=False)]
-    efforts = []
-    for first in range(len(survival)):
-        best, alive, spent = math.inf, 1.0, 0.0
-        for bucket in range(first, len(survival)):
-            spent += alive * tokens[bucket]
-            alive *= survival[bucket]
-            best = min(best, spent / (1.0 - alive))
-            if alive < 1e-3:
-                break
-        else:
-            best = min(best, spent + alive / hazards[-1])
-        efforts.append(best)
-    return [*efforts, 1.0 / hazards[-1]]
+    """Return the least expected tokens per expected end, from the begin of each bucket.
+
+    From the last bucket to the first: what is best from a bucket on is to pass through it, and
+    through each stretch behind it that takes less for an end than all before that.
+    """
+    efforts = [1.0 / hazards[-1]]
+    behind = [(efforts[0], efforts[0], 0.0)]
+    """Stretches, the nearest last: tokens for an end, expected tokens, and the share that goes on
+    behind it."""
+    for (begin, end), hazard in zip(
+        reversed(list(pairwise(EDGES))), reversed(hazards[:-1]), strict=True
+    ):
+        alive = math.exp(-hazard * (end - begin))
+        effort = 1.0 / hazard
+        tokens = effort * (1.0 - alive)
+        while behind and behind[-1][0] < effort:
+            _, more, still_alive = behind.pop()
+            tokens += alive * more
+            alive *= still_alive
+            effort = tokens / (1.0 - alive)
+        behind.append((effort, tokens, alive))
+        efforts.append(effort)
+    return efforts[::-1]

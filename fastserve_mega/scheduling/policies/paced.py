@@ -11,7 +11,7 @@ from fastserve_mega.scheduling.policies.queues import LevelledQueues
 from fastserve_mega.scheduling.policies.readers import Readers, Standing
 from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.policies.triage import Triage
-from fastserve_mega.scheduling.request import Request
+from fastserve_mega.scheduling.request import Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
 
 _LEAD = 1.5
@@ -37,13 +37,10 @@ class Paced(Policy):
 
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         super().__init__(config, cost_model)
-        self.queues = LevelledQueues(self.key, len(Standing))
+        self.queues = LevelledQueues(self.key, len(Standing), self._watch_pause)
         self._readers = Readers(config, cost_model)
         self._triage = Triage(config, self._readers, self.queues, self._set_standing)
-        self._pausing = StarvationWatch(
-            lambda request: self._readers.due_s(request) - request.waiting_since,
-            lambda request: request in self._readers and request.queue.level != Standing.URGENT,
-        )
+        self._pausing = _Pauses(self._readers)
 
     def key(self, request: Request) -> tuple[Any, ...]:
         level, number = request.queue.level, request.arrival_number
@@ -68,6 +65,8 @@ class Paced(Policy):
         readers.observe_step(now, elapsed_s)
         near_s = now + _LEAD * readers.interval_s
         for request in batch:
+            if request.num_computed_tokens <= request.steady_until:
+                continue
             reader = readers[request]
             if request.num_pending_tokens > 1:  # its prefill goes on
                 if request.queue.level == Standing.LATE:
@@ -75,23 +74,29 @@ class Paced(Policy):
                     self.queues.update(request)
                 continue
             if not reader.has_begun:
-                reader.has_begun = True
-                reader.due_s = now
-                reader.work_s = readers.work_s(request)
+                readers.began(request, now)
                 request.queue.level = Standing.URGENT
                 self._triage.began(request)
-            if readers.yielded(request, now):
+            if readers.aged(request):
                 self._triage.resized(request)
-            if request.queue.level == Standing.URGENT and readers.due_s(request) > near_s:
-                is_late = reader.is_given_up
-                request.queue.level = Standing.LATE if is_late else Standing.AHEAD
-                self._pausing.add(request, len(self.queues))
+            if request.queue.level == Standing.URGENT:
+                readers.served(request, now)
+                if readers.due_s(request) > near_s:
+                    is_late = reader.is_given_up
+                    request.queue.level = Standing.LATE if is_late else Standing.AHEAD
+                    self._watch_pause(request)
             self.queues.update(request)
+
+    def steady_until(self, request: Request) -> int:
+        """Return 0 for the urgent, whose order is that of their deadlines: each token moves one."""
+        if request.queue.level == Standing.URGENT:
+            return 0
+        return self._readers.ages_at(request) - 2  # with the token that this step yields
 
     def promote(self, now: float) -> None:
         """Make urgent whose deadline has come near, and choose whom to start."""
-        near_s = now + _LEAD * self._readers.interval_s
-        while request := self._pausing.pop(near_s):
+        lead_s = _LEAD * self._readers.interval_s
+        while request := self._pausing.pop(now, lead_s):
             self._set_standing(request, Standing.URGENT)
         self._triage.choose(now)
 
@@ -115,6 +120,27 @@ class Paced(Policy):
         if request.queue.level == standing:
             return
         request.queue.level = standing
+        request.steady_until = 0
         self.queues.update(request)
-        if standing is not Standing.URGENT and self._readers[request].has_begun:
+        self._watch_pause(request)
+
+    def _watch_pause(self, request: Request) -> None:
+        """Watch an answer that may pause now, or whose KV has just come somewhere or gone."""
+        if self._pausing.is_candidate(request):
             self._pausing.add(request, len(self.queues))
+
+
+class _Pauses(StarvationWatch):
+    """The answers that may pause, by when they have to go on."""
+
+    def __init__(self, readers: Readers) -> None:
+        super().__init__(
+            lambda request: readers.due_s(request) - request.waiting_since,
+            lambda request: self.deadline(request, 0.0) is not None,
+        )
+        self._readers = readers
+
+    def deadline(self, request: Request, now: float) -> float | None:
+        if request.status is RequestStatus.FINISHED or request.queue.level == Standing.URGENT:
+            return None
+        return self._readers.pause_ends_s(request, now)

@@ -135,9 +135,20 @@ class SortedQueues:
 class LevelledQueues(SortedQueues):
     """Requests in the order of a key that begins with their level."""
 
-    def __init__(self, key: Callable[[Request], tuple[Any, ...]], levels: int) -> None:
+    def __init__(
+        self,
+        key: Callable[[Request], tuple[Any, ...]],
+        levels: int,
+        on_placed: Callable[[Request], None],
+    ) -> None:
+        """Order by `key`; `on_placed` is told whose KV came somewhere or is gone."""
         super().__init__(key)
         self._levels = levels
+        self._on_placed = on_placed
+
+    def put(self, request: Request, status: RequestStatus) -> None:
+        super().put(request, status)
+        self._on_placed(request)
 
     def level_lengths(self) -> tuple[int, ...]:
         def below(level: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -38,7 +40,9 @@ class Reader:
     """Who waits for the tokens of a request."""
 
     due_s: float
-    """When the next token is wanted."""
+    """When the token after the first `num_tokens` is wanted; those after it follow at the pace."""
+    num_tokens: int
+    """Of prompt and answer."""
     bucket: int
     """Of the tokens so far, in `EDGES`."""
     work_s: float = 0.0
@@ -63,6 +67,7 @@ class Readers:
         self._by_prompt = tuple(Lifetimes(self._all) for _ in range(_PROMPT_BUCKETS))
         self._readers: dict[Request, Reader] = {}
         self._last_step_s = 0.0
+        self._observe_costs()
 
     def __getitem__(self, request: Request) -> Reader:
         return self._readers[request]
@@ -73,7 +78,7 @@ class Readers:
     def add(self, request: Request, now: float) -> Reader:
         """Take in who waits for a request that arrived."""
         answered = request.num_tokens - request.num_prompt_tokens
-        reader = Reader(now + self._ttft_s, bucket_of(answered))
+        reader = Reader(now + self._ttft_s, request.num_tokens, bucket_of(answered))
         self._readers[request] = reader
         reader.work_s = self.work_s(request)
         return reader
@@ -92,12 +97,32 @@ class Readers:
         interval_s = min(elapsed_s, now - self._last_step_s)
         self._last_step_s = now
         self.interval_s += _SMOOTHING * (interval_s - self.interval_s)
+        self._observe_costs()
 
-    def yielded(self, request: Request, now: float) -> bool:
-        """Move the deadline on after a token; return whether the work was estimated anew."""
+    def _observe_costs(self) -> None:
+        """Ask once for each step what tokens cost, seconds of the whole batch."""
+        size, tokens = self._batch_size, self._batch_tokens
+        self._answer_token_s = self._cost_model.decode_s(size, _TYPICAL_CONTEXT) / size
+        self._prompt_token_s = self._cost_model.prefill_s(tokens) / tokens
+
+    def began(self, request: Request, now: float) -> None:
+        """Take in the first token of a request."""
         reader = self._readers[request]
+        reader.has_begun = True
+        reader.due_s, reader.num_tokens = now + self._pace_s, request.num_tokens
+        reader.work_s = self.work_s(request)
+
+    def served(self, request: Request, now: float) -> None:
+        """Take in that a reader was given what it waited for: it reads on from now."""
         # Nobody waits for what no batch could give: a machine may be slower than all readers.
-        reader.due_s = max(reader.due_s, now) + max(self._pace_s, self.interval_s)
+        next_s = now + max(self._pace_s, self.interval_s)
+        if self.next_s(request) < next_s:
+            reader = self._readers[request]
+            reader.due_s, reader.num_tokens = next_s, request.num_tokens
+
+    def aged(self, request: Request) -> bool:
+        """Estimate the work anew when an answer has come to the next age; whether it has."""
+        reader = self._readers[request]
         tokens = request.num_tokens - request.num_prompt_tokens
         if reader.bucket + 1 == len(EDGES) or tokens < EDGES[reader.bucket + 1]:
             return False
@@ -107,23 +132,49 @@ class Readers:
         reader.work_s = self.work_s(request)
         return True
 
+    def ages_at(self, request: Request) -> int:
+        """Return how many tokens a request has when its answer comes to the next age."""
+        bucket = self._readers[request].bucket + 1
+        if bucket == len(EDGES):
+            return sys.maxsize
+        return request.num_prompt_tokens + math.ceil(EDGES[bucket])
+
+    def next_s(self, request: Request) -> float:
+        """Return when the reader wants the next token."""
+        reader = self._readers[request]
+        return reader.due_s + self._pace_s * (request.num_tokens - reader.num_tokens)
+
     def due_s(self, request: Request) -> float:
         """Return when a request has to yield a token: for its reader, or to bound the pause."""
         reader = self._readers[request]
+        next_s = reader.due_s + self._pace_s * (request.num_tokens - reader.num_tokens)
         if not reader.has_begun:
-            return reader.due_s
+            return next_s
         gap_s = _GAP_S
         if reader.is_given_up:
             gap_s = _GAP_GIVEN_UP_S
         elif request.place is Place.SWAPPED:
             gap_s = _GAP_AWAY_S
-        return min(reader.due_s, request.waiting_since + gap_s)
+        return min(next_s, request.waiting_since + gap_s)
+
+    def pause_ends_s(self, request: Request, now: float) -> float | None:
+        """Return when an answer is due, one that is in a step after that; None before it began."""
+        reader = self._readers[request]
+        if not reader.has_begun:
+            return None
+        if not request.num_scheduled_tokens:
+            return self.due_s(request)
+        gap_s = _GAP_GIVEN_UP_S if reader.is_given_up else _GAP_S
+        next_s = self.next_s(request)
+        if request.num_scheduled_tokens == request.num_pending_tokens:  # it yields a token
+            next_s += self._pace_s
+        return min(next_s, now + gap_s)
 
     def wanted_s(self, request: Request) -> float:
         """Return when a request would have to yield a token if its KV were on the host."""
         reader = self._readers[request]
         gap_s = _GAP_GIVEN_UP_S if reader.is_given_up else _GAP_AWAY_S
-        return min(reader.due_s, request.waiting_since + gap_s)
+        return min(self.next_s(request), request.waiting_since + gap_s)
 
     def prefill_s(self, request: Request) -> float:
         """Return the time of what is left of a prefill, among other work."""
@@ -132,7 +183,7 @@ class Readers:
             pending -= request.kv.num_cached_tokens
         if pending <= 1:
             return 0.0
-        return pending * self._cost_model.prefill_s(self._batch_tokens) / self._batch_tokens
+        return pending * self._prompt_token_s
 
     def work_s(self, request: Request) -> float:
         """Return the expected rest of a request's service, in seconds of the whole batch."""
@@ -140,8 +191,7 @@ class Readers:
         tokens = min(
             self._lifetimes(request).effort_tokens(answered), max(request.max_tokens - answered, 1)
         )
-        step_s = self._cost_model.decode_s(self._batch_size, _TYPICAL_CONTEXT)
-        return self.prefill_s(request) + tokens * step_s / self._batch_size
+        return self.prefill_s(request) + tokens * self._answer_token_s
 
     def _lifetimes(self, request: Request) -> Lifetimes:
         return self._by_prompt[min(request.num_prompt_tokens.bit_length(), _PROMPT_BUCKETS - 1)]

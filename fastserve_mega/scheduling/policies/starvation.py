@@ -27,7 +27,7 @@ class StarvationWatch:
         self, limit_s: Callable[[Request], float], is_candidate: Callable[[Request], bool]
     ) -> None:
         self._limit_s = limit_s
-        self._is_candidate = is_candidate
+        self.is_candidate = is_candidate
         self._heap: list[_Watched] = []
         self._members: set[Request] = set()
 
@@ -37,42 +37,49 @@ class StarvationWatch:
     def add(self, request: Request, live: int) -> None:
         """Watch another request; `live` is about how many there may be to watch."""
         self._members.add(request)
-        heapq.heappush(self._heap, self._entry(request, self.deadline(request)))
+        deadline = request.waiting_since + self._limit_s(request)  # it may be running
+        heapq.heappush(self._heap, (deadline, request.arrival_number, request))
         if len(self._heap) > 2 * live + _FEW:  # O(1) for each push
-            self._heap = [entry for entry in self._heap if self._is_candidate(entry[2])]
+            self._heap = [entry for entry in self._heap if self.is_candidate(entry[2])]
             heapq.heapify(self._heap)
             self._members = {request for _, _, request in self._heap}
 
-    def deadline(self, request: Request) -> float:
-        """Return when a request starves unless it runs before."""
-        return request.waiting_since + self._limit_s(request)
+    def deadline(self, request: Request, now: float) -> float | None:
+        """Return when a request starves unless it runs before; None when it is watched no more.
+
+        Of one that is running that is when it starves unless it runs once more. Nothing may bring
+        the deadline of a request nearer, unless it is added again.
+        """
+        if not self.is_candidate(request):
+            return None
+        since = now if request.num_scheduled_tokens else request.waiting_since
+        return since + self._limit_s(request)
 
     def next_deadline(self, now: float) -> float | None:
         """Return when the first of them starves; None for never."""
         heap = self._heap
         while heap:
             deadline, _, request = heap[0]
-            if not self._is_candidate(request):
+            corrected = self.deadline(request, now)
+            if corrected is None:
                 heapq.heappop(heap)
                 self._members.discard(request)
-                continue
-            corrected = self.deadline(request)
-            if request.num_scheduled_tokens:  # it is running
-                corrected = now + self._limit_s(request)
-            if corrected <= deadline:
+            elif corrected <= deadline:
                 return deadline
-            heapq.heapreplace(heap, self._entry(request, corrected))
+            else:
+                heapq.heapreplace(heap, (corrected, request.arrival_number, request))
         return None
 
-    def pop(self, now: float) -> Request | None:
-        """Take out the request that has starved for longest; None when there is none."""
+    def pop(self, now: float, lead_s: float = 0.0) -> Request | None:
+        """Take out the request that has starved for longest; None when there is none.
+
+        Args:
+            now: seconds.
+            lead_s: those that will have starved so soon are taken out as well.
+        """
         deadline = self.next_deadline(now)
-        if deadline is None or deadline > now:
+        if deadline is None or deadline > now + lead_s:
             return None
         request = heapq.heappop(self._heap)[2]
         self._members.discard(request)
         return request
-
-    @staticmethod
-    def _entry(request: Request, deadline: float) -> _Watched:
-        return deadline, request.arrival_number, request

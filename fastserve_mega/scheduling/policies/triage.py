@@ -140,7 +140,9 @@ class Triage:
         for place in Place:  # one that lost its KV waits again
             for request in islice(self._queues.walk(place), self._batch_size):
                 reader = self._readers[request]
-                if request.queue.level != Standing.URGENT or reader.due_s > now - _BEHIND_S:
+                if request.queue.level != Standing.URGENT:
+                    break
+                if self._readers.next_s(request) > now - _BEHIND_S:
                     break
                 if reader.has_begun and not (reader.is_given_up or request.num_scheduled_tokens):
                     return True

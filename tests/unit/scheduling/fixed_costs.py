@@ -15,11 +15,15 @@ from fastserve_mega.types import RequestId
 class FixedCosts:
     """A decode step takes 1 s whatever the batch; a prefill takes 1 s per 10 tokens."""
 
+    def __init__(self, decode_s: float = 1.0) -> None:
+        """Let a step take `decode_s` seconds, and a prefill that for each 10 tokens."""
+        self._decode_s = decode_s
+
     def prefill_s(self, tokens: int) -> float:
-        return tokens / 10
+        return self._decode_s * tokens / 10
 
     def decode_s(self, batch: int, context: int) -> float:
-        return 1.0
+        return self._decode_s
 
     def observe(self, prefill_tokens: int, decodes: int, context: int, elapsed_s: float) -> None:
         pass
@@ -37,6 +41,7 @@ def make_scheduler(
     starvation_limit_s=None,
     base_quantum_s=None,
     prefill_patience=0.0,
+    decode_s=1.0,
     **options,
 ) -> Scheduler:
     options.setdefault("max_batch_size", 4)
@@ -50,7 +55,7 @@ def make_scheduler(
     )
     return Scheduler(
         SchedulerConfig(policy=policy, mlfq=mlfq, **options),
-        FixedCosts(),
+        FixedCosts(decode_s),
         PoolSizes(device_blocks, host_blocks, block_size),
         swap=swap or SwapConfig(strategy="recompute"),
         window=window,

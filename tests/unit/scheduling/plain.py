@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import Event
+from fastserve_mega.scheduling.policies.level_queues import LevelQueues
+from fastserve_mega.scheduling.policies.paced import Paced
+from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.request import Place, Request, Turn
 from fastserve_mega.scheduling.scheduler import Scheduler
 
@@ -13,8 +17,8 @@ from fastserve_mega.scheduling.scheduler import Scheduler
 def make_plain(scheduler: Scheduler) -> Scheduler:
     """Take the shortcuts out of a new scheduler; the plans must be the same.
 
-    No request is only counted, each walk looks for the next request among all, and victims are
-    sought for every request that grows.
+    No request is only counted, each walk looks for the next request among all, victims are sought
+    for every request that grows, and all pauses are looked at for one that has to end.
     """
     queues = scheduler._queues
     reclaimer = scheduler._memory.reclaimer
@@ -45,12 +49,17 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
             yield request
 
     def merged(places: Sequence[Place], limit: int) -> Iterator[Request]:
-        waiting: list[Request] = []
-        for level in {each.queue.level for each in at(Place.WAITING)}:
-            those = [each for each in at(Place.WAITING) if each.queue.level == level]
-            waiting += sorted(those, key=queues.rank)[:limit]
+        waiting = sorted(at(Place.WAITING), key=queues.rank)
+        if isinstance(queues, LevelQueues):  # the first of each level
+            levels = groupby(waiting, key=lambda each: each.queue.level)
+            waiting = [each for _, those in levels for each in islice(those, limit)]
+        else:
+            waiting = waiting[:limit]
         return walk(*places[1:], waiting=waiting)
 
+    policy = scheduler._policy
+    if isinstance(policy, Paced):
+        _watch_without_heap(policy._pausing, scheduler)
     queues.walk = walk
     queues.merged = merged
     scheduler.step = step
@@ -58,3 +67,11 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
         request.place is not Place.RESIDENT and is_beyond_reach(request, blocks)
     )
     return scheduler
+
+
+def _watch_without_heap(watch: StarvationWatch, scheduler: Scheduler) -> None:
+    def pop(now: float, lead_s: float = 0.0) -> Request | None:
+        watched = filter(watch.is_candidate, scheduler._requests.values())
+        return next((each for each in watched if watch.deadline(each, now) <= now + lead_s), None)
+
+    watch.pop = pop

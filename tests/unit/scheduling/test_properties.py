@@ -40,9 +40,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         copies_each_step=st.sampled_from([0.1, 1.0, 5.0]),
         caches=st.booleans(),
         admission=st.sampled_from(["greedy", "projected"]),
+        decode_s=st.sampled_from([1.0, 0.02]),
     )
     def start(  # noqa: PLR0917 - drawn by name
-        self, window, host_blocks, starvation_limit_s, batch, copies_each_step, caches, admission
+        self,
+        window,
+        host_blocks,
+        starvation_limit_s,
+        batch,
+        copies_each_step,
+        caches,
+        admission,
+        decode_s=1.0,
     ):
         self.caches = caches
         self.options = {
@@ -55,9 +64,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             "block_size": BLOCK_SIZE,
             "window": window,
             "admission": admission,
+            "decode_s": decode_s,
             "max_batch_size": batch,
             "max_batch_tokens": BATCH_TOKENS,
-            "starvation_limit_s": starvation_limit_s,
+            "starvation_limit_s": starvation_limit_s and starvation_limit_s * decode_s,
             "max_passed_over": 3,
             "backfill_lookahead": 2,
         }
@@ -82,6 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.host_blocks = host_blocks
         self.batch = batch
         self.copies_each_step = copies_each_step
+        self.decode_s = decode_s
         self.next_step_id = 0
 
     def key(self, name):
@@ -229,13 +240,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Steps in their order and copies in any; each byte says which is next and how long."""
         for choice in choices:
             if self.copying and (choice % 2 or not self.in_flight):
-                self.now += 0.1
+                self.now += 0.1 * self.decode_s
                 self.finish_copy(choice % len(self.copying))
             elif self.in_flight:
                 self.finish_step(0.1 + choice / 64)
             self.state_is_consistent()
 
-    def finish_step(self, elapsed):
+    def finish_step(self, decodes):
+        """The first of those in flight ends; it took as long as so many decode steps."""
+        elapsed = decodes * self.decode_s
         self.now += elapsed
         plan, keys = self.in_flight.pop(0)
         finished, filled = [], []
@@ -268,9 +281,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory = {"device": {}, "host": {}}
         self.tell(WorkersLost())
 
-    @rule(seconds=st.floats(0.1, 10.0))
-    def wait(self, seconds):
-        self.now += seconds
+    @rule(decodes=st.floats(0.1, 10.0))
+    def wait(self, decodes):
+        self.now += decodes * self.decode_s
         self.tell()
 
     def end(self, key):
