@@ -11,6 +11,7 @@ from fake_coordinator import start_fake_coordinator
 from hypothesis import HealthCheck, settings
 
 from fastserve_mega.client.testing import FakeCoordinator
+from fastserve_mega.launcher.processes import mpirun_files
 
 # How much is tried of each property: `--hypothesis-profile=long` (make test-long) for the rest. The
 # short runs draw the same each time: what fails then is what was changed. The long ones search.
@@ -55,6 +56,15 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
         (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
     ]
     return report
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files_of_mpirun() -> Iterator[None]:
+    """Where mpirun finds nothing of those that other tests have killed."""
+    with mpirun_files() as variables, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

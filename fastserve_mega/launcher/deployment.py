@@ -21,6 +21,7 @@ from fastserve_mega.launcher.processes import (
     ConfigurationError,
     LaunchError,
     end_tree,
+    mpirun_files,
     own_command,
     ranks_prefix,
     spawn,
@@ -72,6 +73,7 @@ class Deployment:
         self._runner = runner
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._watches: dict[str, Watch] = {}
+        self._files = contextlib.ExitStack()
         self._listener: socket.socket | None = None
         self._probe: CoordinatorProbe | None = None
 
@@ -150,6 +152,7 @@ class Deployment:
             self._processes.clear()
             if self._restarts:
                 end_descendants()
+            self._files.close()
 
     def _close_own(self) -> None:
         if self._probe:
@@ -198,9 +201,11 @@ class Deployment:
         if self._probe:
             self._probe.close()
         probe = self._probe = CoordinatorProbe(self._client_address, epoch)
+        self._files.close()
+        variables = self._files.enter_context(mpirun_files())
         self._start(
             RANKS,
-            lambda: spawn(command),
+            lambda: spawn(command, variables=variables),
             lambda: probe.answers(PROBE_S),
             self._config.coordinator.startup_timeout_s,
         )

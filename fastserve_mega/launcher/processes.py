@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastserve_mega.process_tree import descendants, die_with_parent
@@ -29,13 +30,18 @@ class ConfigurationError(LaunchError):
     """It cannot start, however often that is tried."""
 
 
-def spawn(command: Sequence[str], *, pass_fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str],
+    *,
+    pass_fds: Sequence[int] = (),
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
     """Start a child in a session of its own, which ends when this process is killed outright.
 
     Its own session: a terminal's Ctrl-C reaches this process only, which ends its children in
     order.
     """
-    environment = dict(os.environ)
+    environment = {**os.environ, **(variables or {})}
     if sys.stderr.isatty():
         # mpirun puts a pipe in between; without this there would be no bar that moves.
         environment["FORCE_COLOR"] = "1"
@@ -76,6 +82,19 @@ def ranks_prefix(config: Config) -> list[str]:
     """What starts the ranks: nothing for a single one, mpirun for more."""
     ranks = config.parallel.world_size
     return [] if ranks == 1 else mpirun_command(ranks)
+
+
+@contextlib.contextmanager
+def mpirun_files() -> Iterator[dict[str, str]]:
+    """Make a directory for the files of one mpirun; what is yielded are the variables that say so.
+
+    Open MPI names a directory after its process id, and does not start where a killed mpirun with
+    the same id has left one: in a container that is started again, the ids are the same.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix="fastserve-mega-", ignore_cleanup_errors=True
+    ) as directory:
+        yield {"PRTE_MCA_prte_tmpdir_base": directory}
 
 
 def mpirun_command(ranks: int) -> list[str]:

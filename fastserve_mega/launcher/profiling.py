@@ -6,13 +6,14 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastserve_mega.launcher.processes import (
     KILL_AFTER_S,
     LaunchError,
     end_tree,
+    mpirun_files,
     own_command,
     ranks_prefix,
     spawn,
@@ -32,10 +33,18 @@ def profile(config: Config, arguments: Sequence[str], output: Path) -> int:
         print(f"fastserve-mega profile: {error}", file=sys.stderr)
         return 1
     command = [*prefix, *own_command("worker", arguments), "--profile-to", str(output)]
-    ranks = spawn(command)
+    with mpirun_files() as variables:
+        status = _run(command, variables)
+    if status == 0:
+        print(f"{output} is written; use it with --set scheduler.profile={output}")
+    return status
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str]) -> int:
+    ranks = spawn(command, variables=variables)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        status = ranks.wait()
+        return ranks.wait()
     except KeyboardInterrupt:
         ranks.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -43,6 +52,3 @@ def profile(config: Config, arguments: Sequence[str], output: Path) -> int:
         return 1
     finally:
         end_tree(ranks)
-    if status == 0:
-        print(f"{output} is written; use it with --set scheduler.profile={output}")
-    return status

@@ -1,9 +1,13 @@
 """Children of the launcher do not outlive it, and neither do their children."""
 
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
+
+from fastserve_mega.launcher.processes import mpirun_command, mpirun_files
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc are Linux's")
 
@@ -76,3 +80,30 @@ def test_what_a_killed_child_leaves_behind_is_found_and_ended(program, said):
         [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False
     )
     assert (ended.stdout, ended.stderr, ended.returncode) == (said, "", 0)
+
+
+# `exec` keeps the process id, after which mpirun names its directory.
+START_WHERE_A_KILLED_MPIRUN_HAD_THE_SAME_ID = """
+mkdir "$TMPDIR/ompi.$$"
+touch "$TMPDIR/ompi.$$/pmix.$HOST.tool"
+exec "$@"
+"""
+
+
+@linux_only
+@pytest.mark.distributed
+def test_mpirun_starts_though_a_killed_one_with_its_process_id_has_left_files(tmp_path):
+    script = ["sh", "-c", START_WHERE_A_KILLED_MPIRUN_HAD_THE_SAME_ID, "sh"]
+    host = socket.gethostname().partition(".")[0]
+    with mpirun_files() as variables:
+        ended = subprocess.run(
+            [*script, *mpirun_command(1), "echo", "hello"],
+            env={**os.environ, "TMPDIR": str(tmp_path), "HOST": host, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (ended.stdout, ended.returncode) == ("hello\n", 0), ended.stderr
+        [directory] = variables.values()
+        assert os.path.isdir(directory)
+    assert not os.path.exists(directory)
