@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from hashlib import blake2b
 from typing import NewType
 
 import msgspec
@@ -26,6 +27,11 @@ MAX_CHOICES = 4096
 MAX_STRUCTURE_LENGTH = 65_536
 _MAX_PENALTY = 2.0
 _MAX_REPETITION_PENALTY = 100.0
+
+
+def seed_of(text: str) -> int:
+    """A seed that is the same for the same text, in whatever process."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest()) & MAX_SEED
 
 
 class FinishReason(StrEnum):

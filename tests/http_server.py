@@ -14,6 +14,13 @@ from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.server.app import create_app
 from fastserve_mega.text.tokenizer import Tokenizer
 
+TEXT = "the quick brown fox 日本 🙂"
+
+
+def hi(role="user", content="hi"):
+    """The shortest conversation."""
+    return [{"role": role, "content": content}]
+
 
 @contextmanager
 def serving(

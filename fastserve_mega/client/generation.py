@@ -82,7 +82,10 @@ class AsyncGeneration:
         return self
 
     async def __anext__(self) -> Chunk:
-        await self._next_change()
+        # The client ends every request when the server is silent, so this ends.
+        while not self._state.chunks and not self._state.done:
+            self._state.changed.clear()
+            await self._state.changed.wait()
         if self._state.chunks:
             return self._state.chunks.popleft()
         if self._state.error is not None:
@@ -112,12 +115,6 @@ class AsyncGeneration:
     async def aclose(self) -> None:
         """The same as `cancel`, for `contextlib.aclosing`."""
         self.cancel()
-
-    async def _next_change(self) -> None:
-        """Wait for a chunk or the end; the client ends every request when the server is silent."""
-        while not self._state.chunks and not self._state.done:
-            self._state.changed.clear()
-            await self._state.changed.wait()
 
     def __del__(self) -> None:
         if not self._state.done and not self._loop.is_closed():

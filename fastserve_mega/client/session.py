@@ -32,7 +32,6 @@ from fastserve_mega.messaging.messages import (
     Submit,
     Tokens,
     Welcome,
-    without_key,
 )
 from fastserve_mega.types import FinishReason, RequestId
 
@@ -51,7 +50,7 @@ class Session:
     """
 
     def __init__(self, endpoint: str, *, heartbeat_s: float, silence_timeout_s: float) -> None:
-        self.endpoint, _ = without_key(endpoint)
+        self.endpoint, _ = frames.without_key(endpoint)
         self.welcome: Welcome | None = None
         self._heartbeat_s = heartbeat_s
         self._silence_timeout_s = silence_timeout_s

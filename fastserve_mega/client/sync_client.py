@@ -93,11 +93,7 @@ class Client:
         **options: Unpack[RequestOptions],
     ) -> Generation:
         """Start to answer a prompt; see `AsyncClient.generate`."""
-        started = self._async_client.generate(
-            prompt,
-            params,
-            **options,
-        )
+        started = self._async_client.generate(prompt, params, **options)
         return Generation(self._loop.run(started), self._loop)
 
     def chat(
@@ -107,11 +103,7 @@ class Client:
         **options: Unpack[RequestOptions],
     ) -> Generation:
         """Start to answer a conversation; see `AsyncClient.chat`."""
-        started = self._async_client.chat(
-            messages,
-            params,
-            **options,
-        )
+        started = self._async_client.chat(messages, params, **options)
         return Generation(self._loop.run(started), self._loop)
 
     def submit(
@@ -121,11 +113,7 @@ class Client:
         **options: Unpack[RequestOptions],
     ) -> Generation:
         """`generate` for token ids."""
-        return self.generate(
-            tuple(prompt),
-            params,
-            **options,
-        )
+        return self.generate(tuple(prompt), params, **options)
 
 
 class Generation:

@@ -21,6 +21,8 @@ from fastserve_mega.messaging.frames import (
     Router,
     decode,
     encode,
+    with_key,
+    worker_identity,
 )
 from fastserve_mega.messaging.messages import (
     CopyResult,
@@ -32,8 +34,6 @@ from fastserve_mega.messaging.messages import (
     StepResult,
     WorkerFailed,
     WorkerReady,
-    with_key,
-    worker_identity,
 )
 
 _BUFFERED_STEPS = 10_000

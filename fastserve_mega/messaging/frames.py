@@ -9,7 +9,7 @@ from typing import Any, get_args
 import msgspec
 import zmq
 
-from fastserve_mega.messaging.messages import Message, Refused, without_key
+from fastserve_mega.messaging.messages import Message, Refused
 from fastserve_mega.records import explain
 from fastserve_mega.types import RequestId
 
@@ -29,6 +29,22 @@ each kind of message."""
 _TYPES = frozenset(cls.__name__ for cls in get_args(Message))
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(type=Message)
+
+
+def worker_identity(rank: int) -> bytes:
+    """ZeroMQ's name of a rank's connection: so the coordinator knows it before it says anything."""
+    return f"rank-{rank}".encode()
+
+
+def with_key(endpoint: str, key: str) -> str:
+    """The endpoint for ranks, which only the ranks are told, with the key that it asks for."""
+    return f"{endpoint} {key}"
+
+
+def without_key(endpoint: str) -> tuple[str, str]:
+    """The address in an endpoint, and its key, which is empty when it has none."""
+    address, _, key = endpoint.partition(" ")
+    return address, key
 
 
 def connect(socket: zmq.Socket[Any], endpoint: str) -> None:

@@ -12,22 +12,6 @@ STOP_WORD = b"stop"
 that rank 0 has died."""
 
 
-def worker_identity(rank: int) -> bytes:
-    """ZeroMQ's name of a rank's connection: so the coordinator knows it before it says anything."""
-    return f"rank-{rank}".encode()
-
-
-def with_key(endpoint: str, key: str) -> str:
-    """The endpoint for ranks, which only the ranks are told, with the key that it asks for."""
-    return f"{endpoint} {key}"
-
-
-def without_key(endpoint: str) -> tuple[str, str]:
-    """An endpoint for ranks, and its key; that is empty when it has none."""
-    address, _, key = endpoint.partition(" ")
-    return address, key
-
-
 class _Message(Record, frozen=True, tag=True):
     """Carries its class name as `type`."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -23,11 +22,11 @@ from fastserve_mega.server.structured import (
 from fastserve_mega.text.detokenizer import stop_strings
 from fastserve_mega.types import (
     MAX_BIASED_TOKENS,
-    MAX_SEED,
     MAX_STOP_TOKENS,
     MAX_TOP_LOGPROBS,
     SamplingParams,
     StructuredOutput,
+    seed_of,
 )
 
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
@@ -43,9 +42,6 @@ UNSUPPORTED: Neutral = {
     "add_special_tokens": (True,),
 }
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
-_UNSUPPORTED_COMPLETION: Neutral = UNSUPPORTED | {
-    "suffix": ("",),
-}
 
 
 class Strict(BaseModel):
@@ -237,7 +233,7 @@ class GenerationRequest(Common):
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
-    unsupported = _UNSUPPORTED_COMPLETION
+    unsupported = UNSUPPORTED | {"suffix": ("",)}
     continues_text = True
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     """Text or token ids, or several of one kind."""
@@ -293,10 +289,7 @@ def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
 
 def _derived_seed(seed: int, number: int) -> int:
     """The seed of answer `number`; that of answer 0 is the seed itself."""
-    if number == 0:
-        return seed
-    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") & MAX_SEED
+    return seed if number == 0 else seed_of(f"{seed} {number}")
 
 
 def short(value: Any) -> str:

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 import zmq
 
 from fastserve_mega import faults
-from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, connect, decode, encode
+from fastserve_mega.messaging.frames import (
+    MAX_FRAME_BYTES,
+    connect,
+    decode,
+    encode,
+    worker_identity,
+)
 from fastserve_mega.messaging.messages import (
     CopyResult,
     KeepAlive,
@@ -22,7 +28,6 @@ from fastserve_mega.messaging.messages import (
     StepResult,
     WorkerFailed,
     WorkerReady,
-    worker_identity,
 )
 from fastserve_mega.types import RequestId
 from fastserve_mega.worker.history import TokenHistory

@@ -134,6 +134,15 @@ def test_openai_client_over_http(two_stages):
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert text == answers[0].choices[0].message.content
 
+        # The pool has no room for the 4096 tokens of the configuration.
+        with pytest.raises(BadRequestError, match=r"the context is 624 tokens"):
+            client.completions.create(model=name, prompt=[1] * 4090, max_tokens=7)
+
+
+def test_openai_client_gets_what_a_schema_asks_for(two_stages):
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{http_url(two_stages)}/v1", api_key="none", timeout=60) as client:
         schema = {
             "type": "object",
             "properties": {"capital": {"enum": ["Paris", "London", "Rome"]}},
@@ -141,7 +150,7 @@ def test_openai_client_over_http(two_stages):
             "additionalProperties": False,
         }
         held = client.chat.completions.create(
-            model=name,
+            model=two_stages.model.name,
             messages=[{"role": "user", "content": "What is the capital of France? As JSON."}],
             max_tokens=64,
             temperature=0,
@@ -154,10 +163,6 @@ def test_openai_client_over_http(two_stages):
         assert held.finish_reason == "stop"
         data = b"".join(bytes(token.bytes) for token in held.logprobs.content)
         assert data.decode() == held.message.content
-
-        # The pool has no room for the 4096 tokens of the configuration.
-        with pytest.raises(BadRequestError, match=r"the context is 624 tokens"):
-            client.completions.create(model=name, prompt=[1] * 4090, max_tokens=7)
 
 
 def test_sampled_text_depends_on_the_seed_only(two_stages):

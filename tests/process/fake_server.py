@@ -97,6 +97,28 @@ class FakeServer:
         self.ended_with: BaseException | None = None
 
 
+def _configuration(model_directory: Path, ranks: int, replicas: int, **options) -> Config:
+    options.setdefault("admission", "greedy")  # most tests want memory to run out
+    options.setdefault("policy", "skip_join_mlfq")  # and look at its levels
+    return Config(
+        model=ModelConfig(path=str(model_directory)),
+        parallel=ParallelConfig(pipeline=ranks // replicas, data=replicas),
+        kv_cache=KvCacheConfig(
+            block_size=options.pop("block_size"),
+            prefix_cache=options.pop("prefix_cache", True),
+            swap=options.pop("swap", None) or SwapConfig(strategy="recompute"),
+        ),
+        coordinator=CoordinatorConfig(
+            **{
+                "client_endpoint": "tcp://127.0.0.1:0",
+                "drain_timeout_s": 0.001,
+                **options.pop("coordinator", {}),
+            }
+        ),
+        scheduler=SchedulerConfig(mlfq=MlfqConfig(starvation_limit_s=None), **options),
+    )
+
+
 @contextmanager
 def fake_server(
     model_directory: Path,
@@ -107,28 +129,11 @@ def fake_server(
     ranks=1,
     replicas=1,
     make_runner=GatedRunner,
-    swap=None,
-    prefix_cache=True,
     supervised=False,
     **options,
 ):
     """Run a server; on leaving it is stopped, and its threads must end."""
-    coordinator = options.pop("coordinator", {})
-    options.setdefault("admission", "greedy")  # most tests want memory to run out
-    options.setdefault("policy", "skip_join_mlfq")  # and look at its levels
-    config = Config(
-        model=ModelConfig(path=str(model_directory)),
-        parallel=ParallelConfig(pipeline=ranks // replicas, data=replicas),
-        kv_cache=KvCacheConfig(
-            block_size=block_size,
-            prefix_cache=prefix_cache,
-            swap=swap or SwapConfig(strategy="recompute"),
-        ),
-        scheduler=SchedulerConfig(mlfq=MlfqConfig(starvation_limit_s=None), **options),
-        coordinator=CoordinatorConfig(
-            **{"client_endpoint": "tcp://127.0.0.1:0", "drain_timeout_s": 0.001, **coordinator},
-        ),
-    )
+    config = _configuration(model_directory, ranks, replicas, block_size=block_size, **options)
     process = CoordinatorProcess(
         config, stop_on_stdin_close=False, supervisor=os.getpid() if supervised else None
     )

@@ -14,13 +14,8 @@ from zmq.utils.monitor import recv_monitor_message
 from fastserve_mega.client import Client
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.logs import LogLimiter
-from fastserve_mega.messaging.frames import encode
-from fastserve_mega.messaging.messages import (
-    StepResult,
-    WorkerReady,
-    without_key,
-    worker_identity,
-)
+from fastserve_mega.messaging.frames import encode, without_key, worker_identity
+from fastserve_mega.messaging.messages import StepResult, WorkerReady
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.loop import connect_to_coordinator
 
