@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 tools/setup_venv.sh
 export PATH="$PWD/.venv/bin:$PATH"
 python tools/fetch_smollm2.py
-python -m pytest -m "not gpu and not slow" -n "${TEST_PROCESSES:-2}" --dist loadfile \
+python -m pytest -m "not gpu and not slow" -n "${TEST_PROCESSES:-3}" --dist loadfile \
     --no-loadscope-reorder --cov=fastserve_mega --cov-report=term-missing:skip-covered "$@"

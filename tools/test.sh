@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Format, lint, types, import layers, and the tests that need no GPU, in two processes.
+# Format, lint, types, import layers, and the tests that need no GPU, in three processes.
 #   tools/test.sh [--long] [PYTEST ARGUMENTS]
 # --long adds the slow tests and many more examples of every property.
 set -euo pipefail
@@ -40,6 +40,7 @@ if [ -n "$failed" ]; then
 fi
 
 # A file's tests stay in one process and share its fixtures; files start in the order of their
-# names, so that the long ones, of whole deployments, come first. TEST_PROCESSES=0 for a debugger.
+# names, so that the long ones, of whole deployments, come first. Those wait for a third of their
+# time, so there is a process more than there are cores. TEST_PROCESSES=0 for a debugger.
 echo "== tests"
-python -m pytest "${marked[@]}" -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder "$@"
+python -m pytest "${marked[@]}" -n "${TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@"

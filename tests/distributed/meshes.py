@@ -14,6 +14,7 @@ LAYOUTS = {
     "tensor-2": {"tensor": 2, "pipeline": 1},
     "pipeline-2": {"tensor": 1, "pipeline": 2},
     "pipeline-2-uneven": {"tensor": 1, "pipeline": 2, "layers_per_stage": [1, 2]},
+    "pipeline-3": {"tensor": 1, "pipeline": 3},
     "expert-2": {"tensor": 2, "pipeline": 1, "expert": 2},
     "tensor-2-pipeline-2": {"tensor": 2, "pipeline": 2},
     "expert-2-pipeline-2": {"tensor": 2, "pipeline": 2, "expert": 2},

@@ -34,6 +34,7 @@ pytestmark = pytest.mark.distributed
 DIVIDED = [family for family in MODELS if family not in {"llama-scaled", "qwen3-yarn"}]
 CASES = [(layout, family) for layout in ("tensor-2", "pipeline-2-uneven") for family in DIVIDED]
 CASES += [("expert-2", family) for family in MIXTURES] + [("pipeline-2", "qwen2-moe")]
+CASES += [("pipeline-3", "llama")]  # the stage in the middle receives and sends
 FOUR = "tensor-2-pipeline-2"
 # Each of the other families adds to the time of four ranks, and little to what they prove.
 CASES += [(FOUR, "llama-one-kv-head"), (FOUR, "gpt2")]
@@ -42,7 +43,6 @@ SLOW = [(FOUR, family) for family in DIVIDED if (FOUR, family) not in CASES]
 
 SMOLLM2_LAYOUTS = {
     "pipeline-2": {"tensor": 1, "pipeline": 2, "layers_per_stage": [14, 16]},
-    "pipeline-3": {"tensor": 1, "pipeline": 3},
     "tensor-3": {"tensor": 3, "pipeline": 1},
 }
 ENGLISH = [[504, 3575, 282, 4649, 314], list(range(300, 340))]

@@ -40,9 +40,10 @@ Prompts = Sequence[Sequence[int]]
 # Few at a time, and quanta soon used up, so that many are preempted. A shorter limit would promote
 # all of them for ever, and recompute would then prefill for each token.
 PREEMPTING = (
-    "scheduler.max_batch_size=8", "scheduler.mlfq.base_quantum_s=0.03",
-    "scheduler.mlfq.quantum_ratio=1.5", "scheduler.mlfq.levels=20",
-    "scheduler.mlfq.starvation_limit_s=6.0", "scheduler.admission=greedy",
+    "scheduler.policy=skip_join_mlfq", "scheduler.max_batch_size=8",
+    "scheduler.mlfq.base_quantum_s=0.03", "scheduler.mlfq.quantum_ratio=1.5",
+    "scheduler.mlfq.levels=20", "scheduler.mlfq.starvation_limit_s=6.0",
+    "scheduler.admission=greedy",
 )  # fmt: skip
 
 

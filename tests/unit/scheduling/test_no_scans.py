@@ -95,11 +95,16 @@ def fill(policy: str, queued: int, clients: int) -> Scheduler:
     return scheduler
 
 
-def run_steps(scheduler: Scheduler, policy: str, call: Callable[[Callable[[], Any]], Any]) -> None:
+def run_steps(
+    scheduler: Scheduler,
+    policy: str,
+    steps: range,
+    running: tuple[str, ...],
+    call: Callable[[Callable[[], Any]], Any],
+) -> tuple[str, ...]:
     """In each step somebody finishes, somebody arrives and somebody waiting is aborted."""
     oracle = 50 if policy == "srpt" else None
-    running = ("q0",)
-    for step in range(STEPS):
+    for step in steps:
         events: list[Event] = [
             StepDone(step, 1.0, running[:1]),
             arrived(f"new{step}", 3, priority=CountedPriority(0), oracle_output_tokens=oracle),
@@ -108,12 +113,14 @@ def run_steps(scheduler: Scheduler, policy: str, call: Callable[[Callable[[], An
         plan = call(lambda step=step, events=events: scheduler.step(step + 1.0, events))
         assert len(plan.batch) == 8
         running = tuple(piece.request_id for piece in plan.batch)
+    return running
 
 
 def measure(policy: str, queued: int, clients: int = 1) -> Work:
     work = Work()
-    run_steps(fill(policy, queued, clients), policy, lambda call: count(work, call))
     scheduler = fill(policy, queued, clients)
+    steps, more_steps = range(STEPS), range(STEPS, 2 * STEPS)
+    running = run_steps(scheduler, policy, steps, ("q0",), lambda call: count(work, call))
     tracemalloc.start()
     try:
 
@@ -125,7 +132,7 @@ def measure(policy: str, queued: int, clients: int = 1) -> Work:
             work.peak_bytes = max(work.peak_bytes, grown)
             return result
 
-        run_steps(scheduler, policy, peak)
+        run_steps(scheduler, policy, more_steps, running, peak)
     finally:
         tracemalloc.stop()
     return work

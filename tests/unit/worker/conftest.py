@@ -22,7 +22,8 @@ def made(tmp_path_factory):
     return get
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def logits():
+    """Not to be changed."""
     generator = torch.Generator().manual_seed(3)
     return torch.randn(VOCABULARY, generator=generator) * 2

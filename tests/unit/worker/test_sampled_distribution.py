@@ -98,11 +98,16 @@ def test_samples_follow_the_distribution(name, vocabulary):
     assert deviation < CHI_SQUARE_LIMIT
 
 
+@pytest.fixture(scope="module")
+def drawn_plainly(logits):
+    return draw(logits, SamplingParams())
+
+
 @pytest.mark.parametrize("name", [name for name, change in DISTRIBUTIONS.items() if change])
-def test_the_test_of_the_distribution_notices_an_ignored_option(name, logits):
+def test_the_test_of_the_distribution_notices_an_ignored_option(name, logits, drawn_plainly):
     """What is sampled without the option does not pass for what is expected with it."""
     params = SamplingParams(**DISTRIBUTIONS[name])
-    observed, expected = draw(logits, SamplingParams()), expected_distribution(logits, params)
+    observed, expected = drawn_plainly, expected_distribution(logits, params)
     impossible = observed[expected == 0].sum() > 0
     assert impossible or chi_square_deviation(observed, expected) > 5 * CHI_SQUARE_LIMIT
 
@@ -118,6 +123,7 @@ def test_the_test_of_the_distribution_notices_an_ignored_option(name, logits):
     ],
 )
 def test_logits_are_changed_as_defined_and_in_their_rows_only(change, logits):
+    logits = logits.clone()
     logits[[1, 3, 7]], logits[[2, 9]] = -1.0, 1.0  # said or prompted, of both signs
     params = SamplingParams(**change)
     rows = logits.expand(3, -1).clone()
