@@ -235,3 +235,28 @@ class Usage(OpenRecord, frozen=True):
     completion_tokens: Count
     cached_tokens: Count = 0
     """Prompt tokens whose KV existed when the request first ran."""
+
+
+class Interruption(OpenRecord, frozen=True):
+    """A time in which a request was preempted: it had no device memory, and others did."""
+
+    at_s: float
+    """Seconds from its arrival, and so below."""
+    until_s: float
+    """When a step took it again."""
+    swapped: bool
+    """Its KV waited in host memory; else it was dropped and computed again."""
+
+
+class Timings(OpenRecord, frozen=True):
+    """When things happened to a request, in seconds from its arrival at the coordinator.
+
+    Of the coordinator that ended it: one that was started in between knows of nothing before.
+    """
+
+    ended_s: float
+    started_s: float | None = None
+    """When its first step was dispatched: before it was queued, and then its prefill began."""
+    first_token_s: float | None = None
+    interruptions: tuple[Interruption, ...] = ()
+    """In order; the first few dozens."""

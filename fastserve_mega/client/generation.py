@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from fastserve_mega.client.request_state import Chunk, RequestState
-from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
+from fastserve_mega.types import FinishReason, RequestId, Timings, TokenLogprobs, Usage
 
 
 class AsyncGeneration:
@@ -69,6 +69,11 @@ class AsyncGeneration:
         None for the first, which follows nothing.
         """
         return tuple(self._state.prompt_logprobs)
+
+    @property
+    def timings(self) -> Timings | None:
+        """When the coordinator began it, and so on; None until it ended, or was not begun."""
+        return self._state.timings
 
     @property
     def embedding(self) -> bytes:

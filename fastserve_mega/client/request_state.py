@@ -16,7 +16,7 @@ from fastserve_mega.client.errors import (
 )
 from fastserve_mega.messaging.messages import Finished, PromptLogprobs, Submit, Tokens
 from fastserve_mega.text.detokenizer import Detokenizer
-from fastserve_mega.types import FinishReason, RequestId, TokenLogprobs, Usage
+from fastserve_mega.types import FinishReason, RequestId, Timings, TokenLogprobs, Usage
 
 _SHORTEST_TIMEOUT_S = 0.001
 
@@ -65,6 +65,7 @@ class RequestState:
         if submit.params.prompt_logprobs:
             self.prompt_logprobs = [None] * len(submit.prompt)
         self.embedding = b""
+        self.timings: Timings | None = None
         self.chunks: deque[Chunk] = deque()
         """Not taken by the consumer yet."""
         self.changed = asyncio.Event()
@@ -141,6 +142,7 @@ class RequestState:
 
     def on_finished(self, message: Finished) -> None:
         """End as the server says."""
+        self.timings = message.timings
         if message.reason is FinishReason.REJECTED:
             self.fail(ServerBusyError(message.message or "the server is full; try again later"))
         elif message.reason is FinishReason.ERROR:

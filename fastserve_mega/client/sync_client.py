@@ -19,7 +19,14 @@ from fastserve_mega.client.options import RequestOptions
 from fastserve_mega.client.request_state import Chunk
 from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
-from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
+from fastserve_mega.types import (
+    FinishReason,
+    RequestId,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
 
 T = TypeVar("T")
 _CLOSE_TIMEOUT_S = 5.0
@@ -157,6 +164,11 @@ class Generation:
     def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """One for each of `token_ids` when asked for, else empty."""
         return self._generation.logprobs
+
+    @property
+    def timings(self) -> Timings | None:
+        """When the coordinator began it, and so on; None until it ended, or was not begun."""
+        return self._generation.timings
 
     @property
     def embedding(self) -> bytes:

@@ -295,5 +295,6 @@ class Coordinator:
         now = self._clock()
         self._metrics.requests.observe_finish(reason, live, now)
         self._intake.kept.keep(live, reason, now)
-        told = Finished(live.request_id, reason, live.usage, message, is_invalid)
+        timings = live.timings(now)
+        told = Finished(live.request_id, reason, live.usage, message, is_invalid, timings)
         self._reply(live.client, told)

@@ -16,11 +16,20 @@ from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import PromptLogprobs, SequenceStart, Submit, Tokens
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.events import Arrived
-from fastserve_mega.types import BlockHash, RequestId, SamplingParams, TokenLogprobs, Usage
+from fastserve_mega.types import (
+    BlockHash,
+    Interruption,
+    RequestId,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
 
 _DIGEST_BYTES = 16
 """128 bits: no two contents with the same hash are ever found."""
 _FEW_DEADLINES = 64
+_MOST_INTERRUPTIONS = 50
 
 
 class BlockHashChain:
@@ -82,6 +91,9 @@ class LiveRequest:
     """What its client was told of its prompt."""
     embedding: bytes = b""
     """Of its prompt, once it has its token, if it asks for that."""
+    away: tuple[float, bool] | None = None
+    """While it is preempted: since when, and whether its KV is in host memory."""
+    interruptions: list[Interruption] = field(default_factory=list)
     prompt: array[int] = field(init=False)
     """4 bytes a token, where a tuple takes 40: thousands of them wait in a full queue."""
     seed: int = field(init=False)
@@ -171,6 +183,27 @@ class LiveRequest:
             self.logprobs.append(logprobs)
         self.first_token_at = self.first_token_at or now
         self.last_token_at = now
+
+    def go_away(self, now: float, *, swapped: bool) -> None:
+        """Be preempted; or lose the KV that was swapped then."""
+        since = self.away[0] if self.away else now
+        self.away = (since, swapped)
+
+    def come_back(self, now: float) -> None:
+        """Be in a step again, if it was preempted."""
+        if self.away is not None and len(self.interruptions) < _MOST_INTERRUPTIONS:
+            since, swapped = self.away
+            arrived = self.arrived_at
+            self.interruptions.append(Interruption(since - arrived, now - arrived, swapped))
+        self.away = None
+
+    def timings(self, now: float) -> Timings:
+        """What its client is told at the end."""
+        started, first = (
+            None if at is None else at - self.arrived_at
+            for at in (self.started_at, self.first_token_at)
+        )
+        return Timings(now - self.arrived_at, started, first, tuple(self.interruptions))
 
     def score(self, start: int, logprobs: tuple[TokenLogprobs, ...]) -> PromptLogprobs:
         """Take log probabilities of prompt tokens from `start` on; returns what to tell."""

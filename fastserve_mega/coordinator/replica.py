@@ -12,6 +12,7 @@ from fastserve_mega.messaging.messages import CopyResult, StepCommand, StepResul
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.plan import BlockCopy, Plan
 from fastserve_mega.scheduling.events import CopyDone, Event
+from fastserve_mega.scheduling.request import Place
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import RequestId
 
@@ -103,6 +104,9 @@ class Replica:
             WorkersLostError: a rank does not take it.
         """
         batch = tuple(requests[piece.request_id] for piece in plan.batch)
+        for request in self.scheduler.preempted:
+            if (preempted := requests.get(request.request_id)) is not None:
+                preempted.go_away(now, swapped=request.place is Place.SWAPPED)
         token_ids = []
         started = []
         for live, piece in zip(batch, plan.batch, strict=True):
@@ -111,6 +115,8 @@ class Replica:
                 started.append(live.sequence_start)
                 live.begin(piece.start, now)
                 self._metrics.requests.observe_start(now - live.arrived_at)
+            elif live.away is not None:
+                live.come_back(now)
         if batch:
             self._steps.append(DispatchedStep(plan, now, batch))
         for copy in plan.copies:

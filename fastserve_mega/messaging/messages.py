@@ -5,7 +5,14 @@ from __future__ import annotations
 from fastserve_mega.plan import Plan
 from fastserve_mega.records import Count, OpenRecord, PositiveFloat, Record, Seconds
 from fastserve_mega.snapshot import Percentiles, ReplicaView
-from fastserve_mega.types import FinishReason, RequestId, SamplingParams, TokenLogprobs, Usage
+from fastserve_mega.types import (
+    FinishReason,
+    RequestId,
+    SamplingParams,
+    Timings,
+    TokenLogprobs,
+    Usage,
+)
 
 STOP_WORD = b"stop"
 """What rank 0 writes to the coordinator's stdin to end it; that it closes without this word means
@@ -129,6 +136,8 @@ class Finished(_Answer, frozen=True):
     """One sentence when the reason needs one."""
     is_invalid: bool = False
     """With `error`: the request is to blame for it, so sending it again will not help."""
+    timings: Timings | None = None
+    """None where nothing was done for it."""
 
 
 class Refused(_Answer, frozen=True):

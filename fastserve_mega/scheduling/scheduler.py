@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.batch import BatchBuilder, count_decodes
@@ -122,6 +122,11 @@ class Scheduler:
     def find(self, request_id: RequestId) -> Request | None:
         """Return an unfinished request, to be looked at only."""
         return self._requests.get(request_id)
+
+    @property
+    def preempted(self) -> Iterable[Request]:
+        """Requests that lost their device blocks, or their KV on the host, for the last plan."""
+        return self._memory.swapper.preempted
 
     @property
     def unfinished(self) -> int:

@@ -6,9 +6,10 @@ The one loop of all endpoints that generate. How an API writes its answers is an
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -69,6 +70,8 @@ class Answer:
     """What was generated is no part of it: the request has asked for no token."""
     on_end: Callable[[int], None] | None = None
     """Told of the tokens that were generated, perhaps more than once."""
+    begun_at_ns: int = field(default_factory=time.time_ns)
+    """When its generations were submitted, nanoseconds since 1970."""
 
     @property
     def usage(self) -> Usage:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import signal
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -31,10 +33,15 @@ from fastserve_mega.system.config import Config
 from fastserve_mega.system.key_file import client_address
 from fastserve_mega.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from fastserve_mega.server.tracing import Tracing
+
+_log = logging.getLogger(__name__)
 _LAST_WORDS_S = 1.0
 """How long after the drain timeout a coordinator that drains as well may tell why it ends."""
 _WRITE_S = 2.0
 """How long the last words may take to reach the clients."""
+_COLLECTORS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _BACKLOG = 2048
 """Connections that wait in the kernel until they are accepted."""
 
@@ -83,7 +90,7 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
 
     Raises:
         FileNotFoundError, ValueError: the model's directory has no tokenizer, or no config.json,
-            or a generation_config.json that cannot be used.
+            or a generation_config.json that cannot be used; or OTEL_* variables are wrong.
         OSError, ValueError: a file of keys cannot be read, or is not valid; or too few files may be
             open for `server.max_connections`.
         SystemExit: the address is taken; uvicorn has logged why.
@@ -105,6 +112,7 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
         cors_origins=config.server.cors_origins,
         stopping=lambda: server.should_exit,
         max_body_bytes=config.server.max_body_bytes or body_limit(_max_context(config)),
+        tracing=_tracing(),
     )
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addFilter(FewWarnings())
@@ -126,6 +134,24 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
     )
     server.run(None if listener is None else [listener])
     return 0
+
+
+def _tracing() -> Tracing | None:
+    """Spans, where the environment says whereto; without the packages one line says so."""
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER")
+    if exporter == "none" or not (exporter or any(map(os.environ.get, _COLLECTORS))):
+        return None
+    try:
+        from fastserve_mega.server.tracing import open_tracing
+
+        return open_tracing()
+    except ModuleNotFoundError as error:
+        _log.warning(
+            "no traces, though the environment (OTEL_*) asks for them: %s is missing: "
+            "pip install 'fastserve_mega[otel]'",
+            error.name,
+        )
+        return None
 
 
 def _sampling_defaults(config: Config) -> SamplingDefaults:

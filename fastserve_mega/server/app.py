@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -32,6 +34,9 @@ from fastserve_mega.server.tokens import tokens_router
 from fastserve_mega.system.config import ReasoningParserName, ToolParserName
 from fastserve_mega.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from fastserve_mega.server.tracing import Tracing
+
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -48,6 +53,7 @@ def create_app(
     reasoning_parser: ReasoningParserName = "auto",
     sampling_defaults: SamplingDefaults = NO_DEFAULTS,
     max_body_bytes: int = body_limit(0),
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The OpenAI-compatible API in front of a coordinator.
 
@@ -63,6 +69,7 @@ def create_app(
         reasoning_parser: how it marks what it thinks before it answers.
         sampling_defaults: stand for the values that a request does not give.
         max_body_bytes: a longer body is refused; see `body_limit`.
+        tracing: makes a span of each request that is answered; closed by the app.
     """
 
     @asynccontextmanager
@@ -71,6 +78,8 @@ def create_app(
             yield
         finally:
             await client.aclose()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="fastserve_mega",
@@ -88,7 +97,9 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(NameRequests)  # the last one is the outermost
+    app.add_middleware(NameRequests)
+    if tracing is not None:
+        app.add_middleware(tracing.layer)  # the last one is the outermost
     add_error_handlers(app)
     service = Service(client, tokenizer, sampling_defaults)
     _add_generation_routes(app, service, dialect_of(tokenizer, tool_parser, reasoning_parser))

@@ -223,7 +223,9 @@ class Service:
                 admitted.end(0)
             raise
         on_end = admitted.end if admitted else None
-        return Answer(generations, body.answers_per_prompt, body.only_prompts, on_end)
+        answer = Answer(generations, body.answers_per_prompt, body.only_prompts, on_end)
+        http.state.asked, http.state.answer = body, answer  # for those who trace it
+        return answer
 
     async def _start(
         self,

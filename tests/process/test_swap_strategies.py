@@ -44,18 +44,30 @@ def swap(strategy):
 
 
 def generate(client):
-    """(tokens, tokens of an undisturbed run) of requests that need far more than there is."""
+    """(answer, tokens of an undisturbed run) of requests that need far more than there is."""
     jobs = []
     for i in range(12):
         prompt = [1 + (i * 37 + j) % (VOCAB - 1) for j in range(1 + 7 * i)]
         count = 5 + (i * 11) % 23
         params = SamplingParams(max_tokens=count, temperature=0.0)
         jobs.append((client.submit(prompt, params), expected_tokens(prompt, count)))
-    return [(generation.wait().token_ids, expected) for generation, expected in jobs]
+    return [(generation.wait(), expected) for generation, expected in jobs]
 
 
 def metric(text, name, labels=""):
     return float(text.split(f"\nfastserve_{name}{labels} ")[1].split("\n")[0])
+
+
+def told_interruptions(timings):
+    """Of all answers, after a look at the order of what happened to each."""
+    told = []
+    for each in timings:
+        assert 0 <= each.started_s <= each.first_token_s <= each.ended_s
+        times = [at for gap in each.interruptions for at in (gap.at_s, gap.until_s)]
+        assert times == sorted(times)
+        assert all(each.started_s <= at <= each.ended_s for at in times)
+        told += each.interruptions
+    return told
 
 
 def metrics_at_rest(client):
@@ -76,8 +88,12 @@ def test_every_strategy_gives_the_tokens_of_an_undisturbed_run(
     with start_server(
         swap=swap(strategy), host_blocks=host_blocks, ranks=ranks, make_runner=SlowCopies, **SCARCE
     ) as server, Client(server.endpoint) as client:  # fmt: skip
-        assert all(tokens == expected for tokens, expected in generate(client))
+        answers = generate(client)
         metrics = metrics_at_rest(client)
+    assert all(answer.token_ids == expected for answer, expected in answers)
+    interruptions = told_interruptions(answer.timings for answer, _ in answers)
+    preemptions = metric(metrics, "preemptions_total")
+    assert min(preemptions, 1) <= len(interruptions) <= preemptions
     assert metric(metrics, "device_blocks", '{state="owned"}') == 0
     assert metric(metrics, "host_blocks", '{state="owned"}') == 0
     assert (metric(metrics, "preemptions_total") > 0) == (strategy != "none")
@@ -87,6 +103,7 @@ def test_every_strategy_gives_the_tokens_of_an_undisturbed_run(
     swaps = strategy in ("proactive", "reactive")
     if host_blocks == PLENTY and swaps:
         assert min(blocks) > DEVICE_BLOCKS
+        assert all(each.swapped for each in interruptions)
         assert metric(metrics, "recomputed_tokens_total") == 0
         assert metric(metrics, "copy_seconds_sum", '{direction="in"}') > 0
         block_bytes = 4 * 4 * ranks
@@ -94,6 +111,7 @@ def test_every_strategy_gives_the_tokens_of_an_undisturbed_run(
         assert moved == blocks[0] * block_bytes
     if host_blocks <= 1 or not swaps:
         assert blocks == [0, 0]
+        assert not any(each.swapped for each in interruptions)
     waited = metric(metrics, "copy_wait_seconds_total", '{kind="step"}')
     # With few host blocks it depends on the arrivals whether anything is swapped at all.
     assert (waited > 0) == (strategy == "reactive" and blocks[0] > 0)
@@ -139,7 +157,7 @@ class HastyReplica(Replica):
 
 def assert_wrong_tokens(server):
     with Client(server.endpoint) as client:
-        assert any(tokens != expected for tokens, expected in generate(client))
+        assert any(answer.token_ids != expected for answer, expected in generate(client))
 
 
 def test_a_rank_that_reports_before_it_has_copied_is_noticed(start_server):
