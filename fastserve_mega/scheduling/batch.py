@@ -49,6 +49,8 @@ class BatchBuilder:
         self._max_tokens = config.max_batch_tokens
         self._prefill_tokens = 0
         """Tokens beyond the first of each request."""
+        self._full_at = min(max_requests, config.max_batch_tokens)
+        """Requests with which the batch or its tokens are full; each of them has one at least."""
         self._lookahead = config.backfill_lookahead
         self._max_passed_over = config.max_passed_over
         self._admitting = True
@@ -79,11 +81,6 @@ class BatchBuilder:
         if self._has_room() and self._prefills_wait:  # there were fewer decodes
             self._reserves_tokens = self._prefills_wait = False
             self._take_by_priority()
-
-    @property
-    def _full_at(self) -> int:
-        """Requests with which the batch or its tokens are full; each of them has one at least."""
-        return min(self._max_requests, self._max_tokens - self._prefill_tokens)
 
     def _has_room(self) -> bool:
         return len(self.requests) < self._full_at
@@ -131,13 +128,12 @@ class BatchBuilder:
         self._stops = False
         if request.status in UNDER_WAY or request in self._preempted:
             return False
-        pending = request.num_pending_tokens
+        kv, start = request.kv, request.num_computed_tokens
+        pending = request.num_tokens - start
         num_tokens = 1 if pending == 1 else self._chunk(request, pending)
         if not num_tokens:
             self._stops = not self._passes_prefills
             return False
-        kv = request.kv
-        start = request.num_computed_tokens
         if start + num_tokens > len(kv.block_table) * self._memory.block_size:
             if not self._has_memory(request, start + num_tokens):
                 return False
@@ -158,12 +154,14 @@ class BatchBuilder:
         new = self._memory.take_unsent(request) if sent != len(kv.block_table) else ()
         self.requests.append(request)
         self.slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, sent, new))
-        self._prefill_tokens += num_tokens - 1
+        if num_tokens > 1:
+            self._prefill_tokens += num_tokens - 1
+            self._full_at = min(self._max_requests, self._max_tokens - self._prefill_tokens)
         return True
 
     def _has_memory(self, request: Request, tokens: int) -> bool:
         """Give a request room for `tokens` tokens; sets `_stops` when admission closes."""
-        if request.place is Place.RESIDENT:
+        if request.status is RequestStatus.READY:
             if self._growth_ended:
                 self._pass_over(request)
                 return False
@@ -246,8 +244,9 @@ def count_decodes(batch: list[Request], elapsed_s: float, now: float) -> tuple[l
         request.num_tokens = computed + 1
         request.num_scheduled_tokens = 0
         request.waiting_since = now
-        request.preemption_credit_s -= elapsed_s
         request.status = ready
+        if request.preemption_credit_s > 0.0:
+            request.preemption_credit_s -= elapsed_s
         context_tokens += computed
     return others, context_tokens
 

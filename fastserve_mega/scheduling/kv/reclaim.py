@@ -137,15 +137,15 @@ class Reclaimer:
 
     def take(self, request: Request, count: int, reserve: int) -> list[int] | None:
         """Allocate `count` blocks and leave `reserve` free; None when that cannot be now."""
-        needed = count + reserve
-        shortage = needed - self._device.free_count
+        device, needed = self._device, count + reserve
+        shortage = needed - device.free_count
         if shortage > 0:
             if self._is_beyond_reach(request, needed):
                 return None
             self._preempt_below(request, shortage)
-            if needed > self._device.free_count:
+            if needed > device.free_count:
                 return None
-        return self._device.allocate(count)
+        return device.allocate(count)
 
     def growth_ended(self, resident: Request) -> bool:
         """Whether neither a resident nor anybody behind it can get a single block in this step."""

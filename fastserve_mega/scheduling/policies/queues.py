@@ -95,7 +95,10 @@ class SortedQueues:
         return (len(self),)
 
     def add(self, request: Request) -> None:
-        key = self._key_of[request] = self._key(request)
+        self._insert(request, self._key(request))
+
+    def _insert(self, request: Request, key: tuple[Any, ...]) -> None:
+        self._key_of[request] = key
         keys = self._keys[request.place]
         index = bisect_left(keys, key)
         keys.insert(index, key)
@@ -112,9 +115,10 @@ class SortedQueues:
         self.add(request)
 
     def update(self, request: Request) -> None:
-        if self._key(request) != self._key_of[request]:
+        key = self._key(request)
+        if key != self._key_of[request]:
             self.remove(request)
-            self.add(request)
+            self._insert(request, key)
 
     def walk(self, place: Place) -> Iterator[Request]:
         return chain.from_iterable(forwards(self._requests[place]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable
 
 from fastserve_mega.scheduling.request import Request
@@ -55,11 +56,13 @@ class StarvationWatch:
         since = now if request.num_scheduled_tokens else request.waiting_since
         return since + self._limit_s(request)
 
-    def next_deadline(self, now: float) -> float | None:
-        """Return when the first of them starves; None for never."""
+    def next_deadline(self, now: float, until: float = math.inf) -> float | None:
+        """Return when the first of them starves; None for never, or not before `until`."""
         heap = self._heap
         while heap:
             deadline, _, request = heap[0]
+            if deadline > until:
+                return None
             corrected = self.deadline(request, now)
             if corrected is None:
                 heapq.heappop(heap)
@@ -77,8 +80,7 @@ class StarvationWatch:
             now: seconds.
             lead_s: those that will have starved so soon are taken out as well.
         """
-        deadline = self.next_deadline(now)
-        if deadline is None or deadline > now + lead_s:
+        if self.next_deadline(now, now + lead_s) is None:
             return None
         request = heapq.heappop(self._heap)[2]
         self._members.discard(request)
