@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastserve_mega.models.fields import Fields
+from fastserve_mega.models.quantization import read_weight_block
 from fastserve_mega.models.weight_names import WeightNames
 
 _FAMILIES = {
@@ -150,6 +151,9 @@ class Architecture:
     """Soft cap of the logits."""
     embedding_scale: float = 1.0
     """Embeddings are multiplied by this, rounded to the model's precision."""
+    weight_block: tuple[int, int] | None = None
+    """Outputs and inputs of a block of a weight that has a scale of its own, in a checkpoint whose
+    weights are quantized so."""
     eos_token_ids: tuple[int, ...] = ()
     """From generation_config.json and config.json together."""
     weights: WeightNames
@@ -197,18 +201,17 @@ def load_architecture(directory: Path) -> Architecture:
             f"{path}: architecture {name!r} is not supported; supported are "
             f"{', '.join(sorted(_FAMILIES))}"
         )
-    if config.get("quantization_config") is not None:
-        raise ValueError(f"{path}: quantized checkpoints (quantization_config) are not supported")
     family = importlib.import_module(f"fastserve_mega.models.{_FAMILIES[name]}")
     try:
         fields = Fields(config, name, _eos_token_ids(directory, config))
         architecture = family.read_architecture(fields)
         _check_layer_types(fields, architecture)
+        block = read_weight_block(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(architecture, Architecture):
         raise TypeError(f"family {name} returned {type(architecture).__name__}")
-    return architecture
+    return architecture if block is None else replace(architecture, weight_block=block)
 
 
 def _check_layer_types(fields: Fields, architecture: Architecture) -> None:

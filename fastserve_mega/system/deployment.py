@@ -16,6 +16,7 @@ from fastserve_mega.system.sizes import (
     free_for_blocks,
     host_blocks,
     parameter_count,
+    weight_bytes,
 )
 
 CONTEXT_BYTES = GIB // 2
@@ -47,7 +48,7 @@ class DeploymentPlan:
     model: str
     architecture: Architecture
     value_bytes: int
-    """Bytes of a parameter, and of a KV element that is not quantized."""
+    """Bytes of a parameter, and of a KV element, that is not quantized."""
     block_size: int
     parameters: int
     """Parameters of the model, each counted once."""
@@ -115,7 +116,7 @@ def plan_deployment(config: Config, architecture: Architecture) -> DeploymentPla
         parameters=parameter_count(
             architecture, partition_model(architecture, ParallelConfig(), 0, 1)
         ),
-        weight_bytes=sum(parameter_count(architecture, each) for each in partitions) * value_bytes,
+        weight_bytes=sum(weight_bytes(architecture, each, config.model) for each in partitions),
         kv_bytes_per_token=kv_bytes // settings.block_size,
         activation_bytes=activations,
         max_context=max_context,
@@ -131,7 +132,7 @@ def _plan_stage(
 ) -> StagePlan:
     parallel, settings = config.parallel, config.kv_cache
     value_bytes = VALUE_BYTES[config.model.dtype]
-    parameters = parameter_count(architecture, partition)
+    weights = weight_bytes(architecture, partition, config.model)
     block = block_bytes(architecture, partition, settings, value_bytes)
     first = partition.stage * parallel.tensor
     return StagePlan(
@@ -143,10 +144,10 @@ def _plan_stage(
         layers=partition.layers,
         query_heads=len(partition.query_heads),
         kv_heads=len(partition.kv_heads),
-        parameters=parameters,
-        weight_bytes=parameters * value_bytes,
+        parameters=parameter_count(architecture, partition),
+        weight_bytes=weights,
         kv_bytes_per_token=block // settings.block_size,
-        device_blocks=_device_blocks(config, parameters * value_bytes, activations, block),
+        device_blocks=_device_blocks(config, weights, activations, block),
         host_blocks=host_blocks(settings, block),
     )
 

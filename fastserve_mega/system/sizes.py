@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from fastserve_mega.models.architecture import Architecture, Experts, LearnedPositions
-from fastserve_mega.system.config import Config, KvCacheConfig
+from collections.abc import Iterator
+
+from fastserve_mega.models.architecture import Architecture, LearnedPositions
+from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig
 from fastserve_mega.system.hardware import GIB
 from fastserve_mega.system.partition import Partition
 
@@ -11,6 +13,8 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 """Bytes of a parameter and a KV element by `model.dtype`; auto is taken for half precision."""
 CPU_POOL_GB = 1.0
 """GiB of a rank's KV pool on a CPU, where it shares the memory with everything else."""
+_WEIGHT_SCALE_BYTES = 4
+"""Of the scale that an output of a quantized weight has."""
 _KV_SCALE_BYTES = 2
 """Of the scale that a head's quantized key or value of a token has."""
 _HIDDEN_COPIES = 8
@@ -26,11 +30,9 @@ def parameter_count(architecture: Architecture, partition: Partition) -> int:
     """Parameters that a rank holds, as Megatron lays them out."""
     hidden = architecture.hidden_size
     vocabulary = len(partition.vocab_rows) * hidden
-    attention = len(partition.layers) * _attention_parameters(architecture, partition)
-    count = attention + sum(
-        _expert_parameters(architecture.experts, architecture.hidden_size, partition)
-        if architecture.experts is not None and architecture.has_experts(layer)
-        else _feed_forward_parameters(architecture, partition)
+    count = sum(
+        _small_parameters(architecture, partition, layer)
+        + sum(outputs * inputs for outputs, inputs in _linears(architecture, partition, layer))
         for layer in partition.layers
     )
     if partition.is_first_stage:
@@ -43,6 +45,18 @@ def parameter_count(architecture: Architecture, partition: Partition) -> int:
         if not (architecture.tied_embeddings and partition.is_first_stage):
             count += vocabulary
     return count
+
+
+def weight_bytes(architecture: Architecture, partition: Partition, model: ModelConfig) -> int:
+    """Memory of a rank's parameters, in the precision that is configured."""
+    value_bytes = VALUE_BYTES[model.dtype]
+    total = parameter_count(architecture, partition) * value_bytes
+    if model.quantization == "none":
+        return total
+    for layer in partition.layers:
+        for outputs, inputs in _linears(architecture, partition, layer):
+            total += outputs * inputs * (1 - value_bytes) + outputs * _WEIGHT_SCALE_BYTES
+    return total
 
 
 def kv_head_bytes(architecture: Architecture, settings: KvCacheConfig, value_bytes: int) -> int:
@@ -96,34 +110,42 @@ def host_blocks(settings: KvCacheConfig, block_bytes: int) -> int:
     return int(settings.host_memory_gb * GIB) // block_bytes
 
 
-def _attention_parameters(architecture: Architecture, partition: Partition) -> int:
-    """Parameters of the attention of a layer, and of all its norms."""
+def _linears(
+    architecture: Architecture, partition: Partition, layer: int
+) -> Iterator[tuple[int, int]]:
+    """Outputs and inputs of a rank's linears in a layer, which are what is quantized."""
     hidden, head_dim = architecture.hidden_size, architecture.head_dim
     query_size = len(partition.query_heads) * head_dim
-    qkv_size = query_size + 2 * len(partition.kv_heads) * head_dim
+    yield query_size + 2 * len(partition.kv_heads) * head_dim, hidden
+    yield hidden, query_size
+    if architecture.experts is None or not architecture.has_experts(layer):
+        wide = len(partition.ffn_columns)
+        yield (2 if architecture.gated else 1) * wide, hidden
+        yield hidden, wide
+        return
+    columns = [len(partition.expert_columns)] * len(partition.experts)
+    if architecture.experts.shared_ffn_hidden_size is not None:
+        columns.append(len(partition.shared_expert_columns))
+    for wide in columns:
+        yield 2 * wide, hidden
+        yield hidden, wide
+
+
+def _small_parameters(architecture: Architecture, partition: Partition, layer: int) -> int:
+    """Parameters of a layer besides its linears: norms, biases and routers."""
+    hidden, head_dim = architecture.hidden_size, architecture.head_dim
     count = (4 if architecture.post_norms else 2) * _norm_parameters(architecture)
-    count += hidden * (qkv_size + query_size)
     if architecture.qkv_bias or architecture.linear_bias:
-        count += qkv_size
+        count += (len(partition.query_heads) + 2 * len(partition.kv_heads)) * head_dim
     if architecture.linear_bias:
         count += hidden
     if architecture.qk_norm:
         count += 2 * head_dim
-    return count
-
-
-def _feed_forward_parameters(architecture: Architecture, partition: Partition) -> int:
-    hidden, wide = architecture.hidden_size, len(partition.ffn_columns)
-    inner = (2 if architecture.gated else 1) * wide
-    biases = inner + hidden if architecture.linear_bias else 0
-    return hidden * (inner + wide) + biases
-
-
-def _expert_parameters(experts: Experts, hidden: int, partition: Partition) -> int:
-    columns = len(partition.experts) * len(partition.expert_columns)
-    count = hidden * experts.count + 3 * hidden * columns  # the router, and the experts
-    if experts.shared_ffn_hidden_size is not None:
-        count += 3 * hidden * len(partition.shared_expert_columns) + hidden
+    experts = architecture.experts
+    if experts is not None and architecture.has_experts(layer):
+        return count + hidden * (experts.count + (experts.shared_ffn_hidden_size is not None))
+    if architecture.linear_bias:
+        count += (2 if architecture.gated else 1) * len(partition.ffn_columns) + hidden
     return count
 
 

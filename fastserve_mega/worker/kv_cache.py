@@ -8,12 +8,10 @@ import mmap
 import torch
 from torch import Tensor
 
+from fastserve_mega.worker.float8 import LARGEST_FLOAT8, LEAST_SCALED
+
 NULL_BLOCK = 0
 """Never written, so always zero; it pads every block table."""
-LARGEST_FLOAT8 = 448.0
-"""Of float8_e4m3fn, which has no infinity: what is larger becomes NaN."""
-_LEAST = 1e-30
-"""Keeps the scale of a vector of zeros from being 0."""
 _HUGE_PAGE = 2 << 20
 """Bytes."""
 
@@ -124,7 +122,7 @@ class KvCache:
         page = torch.div(index, self.block_size, rounding_mode="floor")
         offset = index - page * self.block_size
         wide = rows.float()
-        most = wide.abs().amax(dim=-1).clamp_(min=_LEAST)
+        most = wide.abs().amax(dim=-1).clamp_(min=LEAST_SCALED)
         scales = (most / LARGEST_FLOAT8).bfloat16()
         # Their rounding may have carried the largest beyond the range.
         small = (wide / scales.float()[:, None]).clamp_(-LARGEST_FLOAT8, LARGEST_FLOAT8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -15,9 +17,9 @@ _ROWS, _COLUMNS, _DEPTH = 16, 64, 64
 
 @triton.jit
 def _multiply_groups(
-    x, weights, firsts, order, factors, out, inputs, outputs, chosen,
+    x, weights, scales, firsts, order, factors, out, inputs, outputs, chosen,
     EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    IS_LAST: tl.constexpr,
+    IS_LAST: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Some choices of one expert, some of its outputs.
 
@@ -58,7 +60,10 @@ def _multiply_groups(
             weight + at + depth[:, None],
             mask=inside[:, None] & (column < outputs)[None, :], other=0.0,
         )  # fmt: skip
-        total += tl.dot(left, right, input_precision="ieee")
+        total += tl.dot(left, right.to(left.dtype), input_precision="ieee")
+    if SCALED:
+        at_scale = scales + expert.to(tl.int64) * outputs + column
+        total *= tl.load(at_scale, mask=column < outputs, other=0.0)[None, :]
     target = place
     if IS_LAST:
         # Rounded as between two operations.
@@ -72,9 +77,19 @@ def _multiply_groups(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One linear of all of a rank's experts."""
+
+    values: Tensor
+    """[experts, outputs, inputs]"""
+    scales: Tensor | None = None
+    """[experts, outputs] in float32, of values in 8 bits."""
+
+
 def multiply_groups(
     x: Tensor,
-    weights: Tensor,
+    weights: ExpertWeights,
     firsts: Tensor,
     order: Tensor,
     *,
@@ -85,7 +100,7 @@ def multiply_groups(
 
     Args:
         x: [tokens, inputs]; with factors [choices, inputs], one expert's behind another's.
-        weights: [experts, outputs, inputs] of this rank's experts.
+        weights: of this rank's experts; what is in 8 bits is widened as it is read.
         firsts: [experts + 1] where the choices of each expert begin in `order`, and their end.
         order: [choices] the choices, one expert's behind another's; choice c is of token
             c // chosen.
@@ -96,7 +111,7 @@ def multiply_groups(
         [choices, outputs], one expert's behind another's; with factors in the order of the
         choices, and zero for those of other ranks' experts.
     """
-    experts, outputs, inputs = weights.shape
+    experts, outputs, inputs = weights.values.shape
     shape = (order.shape[0], outputs)
     is_last = factors is not None
     make = torch.zeros if is_last else torch.empty
@@ -104,8 +119,10 @@ def multiply_groups(
     # As many tiles as there can be: each expert may have one that is not full.
     tiles = -(-order.shape[0] // _ROWS) + experts
     launching.launch(
-        _multiply_groups, (tiles, -(-outputs // _COLUMNS)), x, weights, firsts, order,
+        _multiply_groups, (tiles, -(-outputs // _COLUMNS)), x, weights.values,
+        x if weights.scales is None else weights.scales, firsts, order,
         x if factors is None else factors, out, inputs, outputs, chosen,
         EXPERTS=experts, ROWS=_ROWS, COLUMNS=_COLUMNS, DEPTH=_DEPTH, IS_LAST=is_last,
+        SCALED=weights.scales is not None,
     )  # fmt: skip
     return out

@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastserve_mega.worker.float8 import LARGEST_FLOAT8
 from fastserve_mega.worker.kernels import launching
 from fastserve_mega.worker.kernels.launching import padded
-from fastserve_mega.worker.kv_cache import LARGEST_FLOAT8, KvCache
+from fastserve_mega.worker.kv_cache import KvCache
 
 
 @dataclass(frozen=True, slots=True)

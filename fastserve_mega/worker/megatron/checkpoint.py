@@ -22,6 +22,7 @@ from fastserve_mega.worker.megatron.distributed_checkpoint import (
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.pieces import Piece, Weight
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
+from fastserve_mega.worker.megatron.scaled_weights import ScaledWeights
 from fastserve_mega.worker.megatron.weight_files import has_safetensors
 from fastserve_mega.worker.megatron.weights import unused_positions, weights_of
 
@@ -29,6 +30,8 @@ _FUSED_EXPERTS = ".experts.gate_up_proj"
 
 _CONSTANTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names of tensors that follow from config.json: angles and masks."""
+_SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".k_scale", ".v_scale")
+"""Of scales: a weight is read with its own, and what is multiplied or cached is scaled as it is."""
 _log = logging.getLogger(__name__)
 
 Report = Callable[[int], None]
@@ -94,6 +97,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, directory: Path, architecture: Architecture, partition: Partition) -> None:
         self._files = SafetensorsFiles(directory)
+        self._scaled = ScaledWeights(self._files, architecture.weight_block)
         fused = any(name.endswith(_FUSED_EXPERTS) for name in self._files)
         self._weights = list(weights_of(architecture, partition, fused_experts=fused))
         for weight in self._weights:
@@ -138,7 +142,11 @@ class HuggingFaceCheckpoint:
         with self:
             for weight in self._weights:
                 parameter = parameters.pop(weight.name)
-                self.fill(weight, parameter.detach())
+                scales = parameters.pop(f"{weight.name}_scale", None)
+                if scales is None:
+                    self.fill(weight, parameter.detach())
+                else:
+                    self.fill_float8(weight, parameter.detach(), scales.detach())
                 report(parameter.nbytes)
         if parameters:
             raise RuntimeError(f"no weights were loaded for {', '.join(sorted(parameters))}")
@@ -153,15 +161,32 @@ class HuggingFaceCheckpoint:
             if name is None:
                 part.zero_()
             elif piece.columns is not None and piece.transposed:
-                self._files.read(name, part.t(), piece.columns, piece.rows)
+                self._scaled.read(name, part.t(), piece.columns, piece.rows)
             else:
-                self._files.read(name, part, piece.rows, piece.columns)
+                self._scaled.read(name, part, piece.rows, piece.columns)
         target[row:].zero_()
 
+    def fill_float8(self, weight: Weight, values: Tensor, scales: Tensor) -> None:
+        """Read the weight of a linear as values in 8 bits and scales of its rows."""
+        row = 0
+        for piece in weight.pieces:
+            part = slice(row, row + len(piece.rows))
+            row = part.stop
+            assert piece.columns is not None
+            name = self._find(piece) or piece.tensor
+            self._scaled.read_float8(
+                name,
+                (values[part], scales[part]),
+                piece.rows,
+                piece.columns,
+                transposed=piece.transposed,
+            )
+
     def dtype(self, weight: Weight) -> torch.dtype:
-        """The dtype of a parameter in the files."""
+        """The dtype of a parameter in the files; of what is in 8 bits, the one to widen it to."""
         names = (self._find(piece) for piece in weight.pieces)
-        return next((self._files[name].dtype for name in names if name), torch.float32)
+        found = next((self._files[name].dtype for name in names if name), torch.float32)
+        return torch.bfloat16 if found == torch.float8_e4m3fn else found
 
     def _find(self, piece: Piece) -> str | None:
         """The tensor's name in the files, None for an optional one that is not there."""
@@ -176,9 +201,9 @@ class HuggingFaceCheckpoint:
                 f"the checkpoint's {name} has shape {stored.shape}, config.json implies "
                 f"{piece.shape}"
             )
-        _ = stored.dtype  # or ValueError
+        self._scaled.check(name)
         return name
 
 
 def _is_constant(name: str) -> bool:
-    return name.endswith(_CONSTANTS)
+    return name.endswith((*_CONSTANTS, *_SCALES))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from fastserve_mega.models.architecture import Architecture, load_architecture
+from fastserve_mega.models.architecture import Architecture, load_architecture, read_json
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.worker.loading_progress import show_progress
@@ -253,3 +254,6 @@ def _copy_description(source: Path, target: Path) -> None:
     for path in sorted(files, key=lambda path: path.name == "config.json"):
         if path.name not in _NOT_COPIED:
             shutil.copyfile(path, target / path.name)
+    description = read_json(source / "config.json") or {}
+    if description.pop("quantization_config", None) is not None:
+        (target / "config.json").write_text(json.dumps(description, indent=2))

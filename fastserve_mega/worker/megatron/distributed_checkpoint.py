@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
@@ -62,6 +63,11 @@ class DistributedCheckpoint:
         _check_files(directory, self.metadata)
 
     def load(self, stage: Stage, report: Callable[[int], None]) -> None:
+        if any(each.dtype == torch.float8_e4m3fn for each in stage.parameters().values()):
+            raise ValueError(
+                f"model.quantization=fp8 needs Hugging Face's format, and {self._directory} has "
+                "Megatron's; fastserve-mega convert makes one of the other"
+            )
         names = self.metadata.state_dict_metadata
         tensors = [
             tensor

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.system.config import Config, ParallelConfig
+from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig
 from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.engine import StageEngine, TorchEngine
@@ -51,7 +51,7 @@ def open_engine(
         return _open_on_cuda(config, stage, architecture, partition, cache, is_trial=is_trial)
     obstacle: str | None = "parallel.cpu_engine=torch"
     if parallel.cpu_engine != "torch":
-        obstacle = _agreed(_obstacle(architecture, partition, cache))
+        obstacle = _agreed(_obstacle(config.model, architecture, partition, cache))
         if obstacle and parallel.cpu_engine == "native":
             raise ValueError(f"parallel.cpu_engine=native, but {obstacle}")
     is_first = partition.is_first_stage and partition.tensor_rank == 0
@@ -128,7 +128,9 @@ def _no_triton() -> str | None:
     return None
 
 
-def _obstacle(architecture: Architecture, partition: Partition, cache: KvCache) -> str | None:
+def _obstacle(
+    model: ModelConfig, architecture: Architecture, partition: Partition, cache: KvCache
+) -> str | None:
     """Why this rank cannot compute natively, None if it can."""
     try:
         load_library()
@@ -138,6 +140,7 @@ def _obstacle(architecture: Architecture, partition: Partition, cache: KvCache) 
     head_bytes = architecture.head_dim * cache.block_size * dtype.itemsize
     obstacles = {
         "no 8-bit KV cache": cache.is_quantized,
+        "no fp8 weights": model.quantization == "fp8",
         f"no {str(dtype).removeprefix('torch.')}": dtype not in (torch.float32, torch.bfloat16),
         "no mixture of experts": architecture.experts is not None,
         f"no head_dim above {_MAX_HEAD_DIM}": architecture.head_dim > _MAX_HEAD_DIM,

@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastserve_mega.models.architecture import Experts
+from fastserve_mega.worker.float8 import Float8Rows
 from fastserve_mega.worker.megatron.packing import Packable
 
 
 class PartialRowLinear(Packable, RowParallelLinear):  # type: ignore[misc] # megatron is untyped
     """A linear whose input columns are divided, and whose caller sums over the ranks."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Float8Rows) -> Tensor:
         """[tokens, this rank's input columns] → [tokens, output], this rank's addend."""
         return self.multiply(x, None)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastserve_mega.worker.kernels.experts import multiply_groups
+from fastserve_mega.worker.kernels.experts import ExpertWeights, multiply_groups
 from fastserve_mega.worker.kernels.rows import activate
 from fastserve_mega.worker.megatron.experts import ExpertMixture, route
 
@@ -37,7 +37,7 @@ def use_kernels(mixture: ExpertMixture, activation: str) -> None:
         firsts = counts.cumsum(0)[first : first + count + 1]
         order = choices.argsort(stable=True)
         inner = multiply_groups(x, wide, firsts, order, chosen=chosen)
-        inner = activate(inner, activation, gated=True)
+        inner = cast(Tensor, activate(inner, activation, gated=True))
         out = multiply_groups(
             inner, narrow, firsts, order, chosen=chosen, factors=weights.flatten()
         )
@@ -47,9 +47,11 @@ def use_kernels(mixture: ExpertMixture, activation: str) -> None:
     mixture.chosen_experts = compute  # type: ignore[method-assign]
 
 
-def _stacked(linears: list[Any]) -> Tensor:
-    """[experts, outputs, inputs]; the modules keep their parts of it."""
+def _stacked(linears: list[Any]) -> ExpertWeights:
+    """All of them behind each other; the modules keep their parts of it."""
     together = torch.stack([linear.weight.detach() for linear in linears])
     for linear, part in zip(linears, together, strict=True):
         linear.weight.data = part
-    return together
+    if together.dtype != torch.float8_e4m3fn:
+        return ExpertWeights(together)
+    return ExpertWeights(together, torch.stack([each.weight_scale.detach() for each in linears]))

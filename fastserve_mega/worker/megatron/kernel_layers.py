@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from fastserve_mega.worker.kernels.pages import HeadNorm
-from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, norm
+from fastserve_mega.worker.kernels.rows import Norm, Rows, activate, add_and_norm, norm, scale
 from fastserve_mega.worker.megatron.attention import StepAttention
 from fastserve_mega.worker.megatron.kernel_experts import use_kernels
 from fastserve_mega.worker.megatron.layers import InferenceLayer, ZeroCenteredRMSNorm
@@ -24,8 +24,11 @@ class KernelLayer:
 
     def __init__(self, layer: InferenceLayer, activation: str) -> None:
         attention = layer.self_attention
-        self.input_norm = norm_of(layer.input_layernorm)
-        self._feed_forward_norm = norm_of(layer.pre_mlp_layernorm)
+        self._is_float8 = attention.linear_qkv.is_float8
+        self.input_norm = norm_of(layer.input_layernorm, is_scaled=self._is_float8)
+        self._feed_forward_norm = norm_of(
+            layer.pre_mlp_layernorm, is_scaled=self._is_float8 and layer.mixture is None
+        )
         self._post_norms = [
             norm_of(module) if hasattr(module, "weight") else None
             for module in (layer.post_attention_layernorm, layer.post_mlp_layernorm)
@@ -44,8 +47,8 @@ class KernelLayer:
         self._mlp = layer.mlp
 
     def __call__(
-        self, normed: Tensor, residual: Tensor, step: StepAttention, following: Norm | None
-    ) -> tuple[Tensor, Tensor]:
+        self, normed: Rows, residual: Tensor, step: StepAttention, following: Norm | None
+    ) -> tuple[Rows, Tensor]:
         """Compute the layer.
 
         Args:
@@ -59,23 +62,29 @@ class KernelLayer:
         """
         qkv = self._qkv(normed).view(self._qkv_shape)
         options: dict[str, Any] = {} if self._head_norm is None else {"norm": self._head_norm}
-        attended = self._projection(step.attend(self._number, qkv, self._scale, **options))
+        heads = step.attend(self._number, qkv, self._scale, **options)
+        attended = self._projection(scale(heads) if self._is_float8 else heads)
         after_attention, after_feed_forward = self._post_norms
         if after_attention is not None:
-            attended = norm(attended, after_attention)
+            attended = cast(Tensor, norm(attended, after_attention))
         normed, residual = add_and_norm(attended, residual, self._feed_forward_norm)
         fed = self._feed_forward(normed)
         if after_feed_forward is not None:
-            fed = norm(fed, after_feed_forward)
+            fed = cast(Tensor, norm(fed, after_feed_forward))
         if following is None:
             residual = fed.add_(residual)
             return residual, residual
         return add_and_norm(fed, residual, following)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Rows) -> Tensor:
         if self._mixture is not None:
-            return self._mixture(x)
-        wide = activate(self._mlp.linear_fc1(x), self._activation, gated=self._is_gated)
+            return self._mixture(cast(Tensor, x))
+        wide = activate(
+            self._mlp.linear_fc1(x),
+            self._activation,
+            gated=self._is_gated,
+            is_scaled=self._is_float8,
+        )
         fed: Tensor = self._mlp.linear_fc2(wide)
         return fed
 
@@ -97,14 +106,15 @@ def run_kernel_layers(
     Returns:
         [tokens, hidden], normed by `final`.
     """
-    normed, residual = norm(hidden, layers[0].input_norm), hidden
+    normed: Rows = norm(hidden, layers[0].input_norm)
+    residual = hidden
     following = [*(layer.input_norm for layer in layers[1:]), final]
     for layer, step, next_norm in zip(layers, attention, following, strict=True):
         normed, residual = layer(normed, residual, step, next_norm)
-    return normed
+    return cast(Tensor, normed)
 
 
-def norm_of(module: Any) -> Norm:
+def norm_of(module: Any, *, is_scaled: bool = False) -> Norm:
     """The weights of torch's norms, of Apex's, or of our own."""
     bias = getattr(module, "bias", None)
     return Norm(
@@ -113,6 +123,7 @@ def norm_of(module: Any) -> Norm:
         epsilon=module.eps,
         is_centered=bias is not None,
         offset=1.0 if isinstance(module, ZeroCenteredRMSNorm) else 0.0,
+        is_scaled=is_scaled,
     )
 
 

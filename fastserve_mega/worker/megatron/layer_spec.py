@@ -43,18 +43,25 @@ class LayerChoice:
     """The package `apex` is installed and is not NVIDIA's."""
 
 
-def choose_layers(setting: str, architecture: Architecture, device: torch.device) -> LayerChoice:
+def choose_layers(
+    setting: str, architecture: Architecture, device: torch.device, *, float8: bool = False
+) -> LayerChoice:
     """Find out what is installed, and what of it this device can use.
 
     Args:
         setting: model.layer_spec of the configuration.
         architecture: of the model.
         device: of the rank.
+        float8: weights have 8 bits, model.quantization=fp8.
 
     Raises:
         ValueError: Transformer Engine was asked for and cannot be used.
     """
-    obstacle = None if setting == "local" else _transformer_engine_obstacle(device)
+    obstacle = None
+    if setting != "local" and float8:
+        obstacle = "model.quantization=fp8 is for Megatron's own layers"
+    elif setting != "local":
+        obstacle = _transformer_engine_obstacle(device)
     if setting == "transformer_engine" and obstacle is not None:
         raise ValueError(f"model.layer_spec=transformer_engine, but {obstacle}")
     apex_installed, apex_is_nvidias = _find_apex()

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastserve_mega.worker.float8 import Float8Rows
 from fastserve_mega.worker.megatron.attention import StepAttention
 from fastserve_mega.worker.megatron.experts import ExpertMixture
 from fastserve_mega.worker.megatron.packing import Packable
@@ -26,7 +27,7 @@ from fastserve_mega.worker.megatron.packing import Packable
 class ColumnLinear(Packable, ColumnParallelLinear):  # type: ignore[misc] # megatron is untyped
     """A linear whose output columns are divided among the tensor-parallel ranks."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Float8Rows) -> Tensor:
         """[tokens, input] → [tokens, this rank's output columns]."""
         return self.multiply(x, self.bias)
 
@@ -38,7 +39,7 @@ class RowLinear(Packable, RowParallelLinear):  # type: ignore[misc] # megatron i
         super().__init__(*args, **kwargs)
         self._summed_over_ranks = dist.get_world_size(self.tp_group) > 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Float8Rows) -> Tensor:
         """[tokens, this rank's input columns] → [tokens, output], the same on all ranks."""
         if not self._summed_over_ranks:
             return self.multiply(x, self.bias)

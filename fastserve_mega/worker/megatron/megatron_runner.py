@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config
-from fastserve_mega.system.partition import Partition, partition_model
+from fastserve_mega.system.partition import partition_model
 from fastserve_mega.system.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.embeddings import Embeddings
@@ -34,7 +34,7 @@ from fastserve_mega.worker.megatron.initialize import (
     set_up_cpu,
 )
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
-from fastserve_mega.worker.megatron.model import Stage, build_stage
+from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.pool_sizes import (
     device_blocks,
@@ -76,7 +76,8 @@ class MegatronRunner:
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
         set_up_cpu(config.parallel, topology)
-        choice = choose_layers(config.model.layer_spec, architecture, self._device)
+        float8 = config.model.quantization == "fp8"
+        choice = choose_layers(config.model.layer_spec, architecture, self._device, float8=float8)
         if topology.rank == 0:
             log_choice(choice)
         grammars = Grammars(
@@ -100,9 +101,10 @@ class MegatronRunner:
                 choice=choice,
                 dtype=self._dtype,
                 device=self._device,
+                float8=float8,
             )
             check_host_memory(
-                _host_memory(config, architecture, self._partition, self._stage),
+                self._host_memory(config),
                 topology.local_size,
                 available,
                 is_final=self._device.type == "cpu",
@@ -200,6 +202,23 @@ class MegatronRunner:
             activations = measure_activations(self._device, lambda: self._try_largest(config))
         return device_blocks(config, self.architecture, block, self._device, activations)
 
+    def _host_memory(self, config: Config) -> dict[str, int]:
+        """What this rank will take of its host's memory, by purpose.
+
+        Called when the weights are allocated, which takes no memory until they are loaded.
+        """
+        needs = {}
+        block = block_bytes(
+            self.architecture, self._partition, config.kv_cache, self._dtype.itemsize
+        )
+        if self._device.type == "cpu":
+            needs["weights"] = self._stage.num_bytes
+            blocks = device_blocks(config, self.architecture, block, self._device)
+            needs["KV (kv_cache.device_blocks or device_memory_gb)"] = blocks * block
+        in_host = host_blocks(config.kv_cache, block) * block
+        needs["swapped KV (kv_cache.host_blocks or host_memory_gb)"] = in_host
+        return needs
+
     def _try_largest(self, config: Config) -> None:
         """Compute the largest steps, on a pool of two blocks. All ranks do so together."""
         cache = self._build_cache(config, 2)
@@ -260,25 +279,6 @@ def _check_context(config: Config, architecture: Architecture) -> None:
             f"model.max_context={wanted} exceeds the {architecture.max_context} tokens that the "
             f"model can attend to"
         )
-
-
-def _host_memory(
-    config: Config, architecture: Architecture, partition: Partition, stage: Stage
-) -> dict[str, int]:
-    """What this rank will take of its host's memory, by purpose.
-
-    Called when the weights are allocated, which takes no memory until they are loaded.
-    """
-    needs = {}
-    parameter = next(stage.model.parameters())
-    bytes_per_block = block_bytes(architecture, partition, config.kv_cache, parameter.itemsize)
-    if parameter.is_cpu:
-        needs["weights"] = stage.num_bytes
-        blocks = device_blocks(config, architecture, bytes_per_block, parameter.device)
-        needs["KV (kv_cache.device_blocks or device_memory_gb)"] = blocks * bytes_per_block
-    in_host = host_blocks(config.kv_cache, bytes_per_block) * bytes_per_block
-    needs["swapped KV (kv_cache.host_blocks or host_memory_gb)"] = in_host
-    return needs
 
 
 def _unchanged(hidden: Tensor | None) -> Tensor | None:

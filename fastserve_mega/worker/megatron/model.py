@@ -131,15 +131,18 @@ def build_stage(
     choice: LayerChoice,
     dtype: torch.dtype,
     device: torch.device,
+    float8: bool = False,
 ) -> Stage:
-    """Build the stage with uninitialized weights.
+    """Build the stage with uninitialized weights, those of linears in 8 bits if `float8`.
 
     The only place that knows which Megatron class is the model: GPTModel is deprecated from
     Megatron-Core 0.19 on.
     """
     learned = isinstance(architecture.positions, LearnedPositions)
-    # Parameters are allocated where they are used. Megatron warns of its own deprecated defaults.
-    with torch.device(device), warnings.catch_warnings():
+    # Parameters are allocated where they are used, or nowhere until they have 8 bits.
+    place = torch.device("meta") if float8 else device
+    # Megatron warns of its own deprecated defaults.
+    with place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = GPTModel(
             config=_transformer_config(architecture, partition, choice, dtype),
@@ -158,6 +161,11 @@ def build_stage(
         )
     # torch's norms and the position table do not follow params_dtype.
     model = model.requires_grad_(False).to(dtype).eval()
+    if float8:
+        for module in model.modules():
+            if isinstance(module, Packable):
+                module.use_float8()
+        model = model.to_empty(device=device)
     if architecture.experts is not None:
         activation = ACTIVATIONS[architecture.activation]
         for layer in model.decoder.layers:

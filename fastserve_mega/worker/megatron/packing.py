@@ -1,8 +1,9 @@
-"""Weights in the layout that oneDNN computes with, on CPUs that compute in bfloat16.
+"""Weights of linears, in the form in which they are multiplied.
 
-torch's linear hands oneDNN a plain matrix, which it lays out anew in every call: at one token
-that costs as much as the product itself (docs/performance.md). The operators used here are those
-that torch's own compiler emits.
+That is 8 bits where it is configured (`worker.float8`), and on CPUs that compute in bfloat16 the
+layout that oneDNN computes with. torch's linear hands oneDNN a plain matrix, which it lays out anew
+in every call: at one token that costs as much as the product itself (docs/performance.md). The
+operators used for it are those that torch's own compiler emits.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+
+from fastserve_mega.worker.float8 import Float8Rows, multiply
 
 _TYPICAL_TOKENS = 16
 """The layout may depend on how many rows are multiplied; steps of this size count most."""
@@ -39,10 +42,25 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Packable:
-    """A mixin for modules with a `weight`, which `pack_weight` replaces by its packed form."""
+    """A mixin for linears of Megatron's: how their `weight` is kept and multiplied."""
 
     weight: Any
+    weight_scale: Any
+    """[outputs] of a weight in 8 bits."""
     _packed: Tensor | None = None
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the weight has 8 bits."""
+        return bool(self.weight.dtype == torch.float8_e4m3fn)
+
+    def use_float8(self) -> None:
+        """Have a weight in 8 bits, with nothing in it yet."""
+        shape, device = self.weight.shape, self.weight.device
+        values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty(shape[0], dtype=torch.float32, device=device)
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.weight_scale = nn.Parameter(scales, requires_grad=False)
 
     def pack_weight(self) -> None:
         """Pack the weight, and free the plain one; nothing happens where that is not possible."""
@@ -50,8 +68,11 @@ class Packable:
             self._packed = pack(self.weight)
             self.weight.data = self.weight.new_empty(0)
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor | Float8Rows, bias: Tensor | None) -> Tensor:
         """Multiply x [tokens, inputs] by the weight's transpose and add the bias."""
+        if self.is_float8:
+            return multiply(x, self.weight, self.weight_scale, bias)
+        assert isinstance(x, Tensor)
         if self._packed is None:
             return functional.linear(x, self.weight, bias)
         return packed_linear(x, self._packed, bias)

@@ -28,6 +28,7 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 """Weights; by their name in a file's header."""
 KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}

@@ -22,8 +22,9 @@ from triton.compiler import ASTSource
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.kernels import launching
 from fastserve_mega.worker.kernels.attention import attend
+from fastserve_mega.worker.kernels.experts import ExpertWeights, multiply_groups
 from fastserve_mega.worker.kernels.pages import Pages, Turns, rotate_and_write
-from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm
+from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, scale
 from fastserve_mega.worker.kernels.sampling import draw
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -57,7 +58,19 @@ def started() -> dict[str, tuple[Any, Any, Any]]:
     title = ""
     x = torch.empty((4, 4096), dtype=torch.bfloat16, device=META)
     add_and_norm(x, x, Norm(x[0], None, 1e-5, False, 0.0))
-    activate(x.new_empty((4, 2 * 14336)), "silu", gated=True)
+    wide = x.new_empty((4, 2 * 14336))
+    activate(wide, "silu", gated=True)
+    title = "scaled"
+    add_and_norm(x, x, Norm(x[0], None, 1e-5, False, 0.0, is_scaled=True))
+    activate(wide, "silu", gated=True, is_scaled=True)
+    scale(x)
+    experts = ExpertWeights(
+        torch.empty((8, 2048, 4096), dtype=torch.float8_e4m3fn, device=META),
+        torch.empty((8, 2048), device=META),
+    )
+    numbers = torch.empty(9, dtype=torch.int64, device=META)
+    multiply_groups(x, experts, numbers, numbers[:8], chosen=2)
+    title = ""
     logits = x.new_empty((4, 128256), dtype=torch.float32)
     draw(logits, logits.new_empty((5, 4), dtype=torch.float64))
     return calls

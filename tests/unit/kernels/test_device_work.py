@@ -53,14 +53,14 @@ def groups():
 
 @pytest.fixture
 def open_engine(groups, tmp_path):
-    def open_one(layers, **changes):
+    def open_one(layers, float8=False, **changes):
         fields = {**LLAMA, "num_hidden_layers": layers, **changes}
         (tmp_path / "config.json").write_text(json.dumps(fields))
         architecture = load_architecture(tmp_path)
         partition = partition_model(architecture, ParallelConfig(), 0, 1)
         stage = build_stage(
             architecture, partition, groups, choice=choose_layers("local", architecture, META),
-            dtype=torch.bfloat16, device=META,
+            dtype=torch.bfloat16, device=META, float8=float8,
         )  # fmt: skip
         cache = KvCache(
             num_blocks=64, num_layers=layers, num_kv_heads=8, block_size=16, head_dim=128,
@@ -128,15 +128,18 @@ def decodes(count, context=100):
     ]
 
 
-def test_a_layer_is_ten_kernels_and_a_step_one_upload(open_engine, monkeypatch):
+@pytest.mark.parametrize("float8", [False, True])
+def test_a_layer_is_ten_kernels_and_a_step_one_upload(open_engine, monkeypatch, float8):
     names = []
     for layers in (2, 4):
-        engine = open_engine(layers)
+        engine = open_engine(layers, float8)
         with Work(monkeypatch) as work:
             engine.run(decodes(64, 1024), lambda: None)
         names.append(work.names)
     added = (len(names[1]) - len(names[0])) / 2
-    assert added <= MOST_KERNELS, names[1]
+    # What attention gives is scaled by a kernel of its own.
+    assert added <= MOST_KERNELS + float8, names[1]
+    assert names[1].count("aten::_scaled_mm") == (4 * 4 if float8 else 0)
     outside = len(names[0]) - 2 * added
     assert outside <= 6, names[0]
     assert names[1].count(CROSSING) == 1

@@ -11,8 +11,10 @@ from tiny_models import MODELS, make_model, prompts
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.megatron import megatron_runner
+from fastserve_mega.worker.megatron.engine import TorchEngine
 from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
+from fastserve_mega.worker.model_runner import StepOutput
 from fastserve_mega.worker.topology import Topology
 
 BLOCK_SIZE = 4
@@ -27,9 +29,9 @@ def open_runner(monkeypatch):
     opened = []
     monkeypatch.setattr(megatron_runner, "open_engine", lambda _, *parts: KernelEngine(*parts))
 
-    def open_one(directory, **kv_cache):
+    def open_one(directory, quantization="none", **kv_cache):
         config = Config(
-            model=ModelConfig(path=str(directory), dtype="float32"),
+            model=ModelConfig(path=str(directory), dtype="float32", quantization=quantization),
             parallel=ParallelConfig(device=DEVICE.type, threads_per_rank=1),
             kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=40, **kv_cache),
         )
@@ -67,3 +69,31 @@ def test_logits_equal_transformers(family, tmp_path, open_runner):
     for row in expected:
         assert min((row - other).abs().max() for other in got) < 1e-3
     assert output == expected.argmax(dim=-1).tolist()
+
+
+def test_weights_in_8_bits_are_multiplied_as_by_torch(tmp_path, open_runner, monkeypatch):
+    make_model("llama", tmp_path)
+    runner = open_runner(tmp_path, "fp8")
+    logits = []
+    monkeypatch.setattr(runner, "_sampler", Keep(logits))
+    parts = (runner._stage, runner.architecture, runner._partition, runner.cache)
+    for engine in (runner._engine, TorchEngine(*parts)):
+        monkeypatch.setattr(runner, "_engine", engine)
+        params = SamplingParams(max_tokens=1)
+        generate(runner, [prompts()[3]], params, block_size=BLOCK_SIZE)
+    alike = torch.nn.functional.cosine_similarity(*logits)
+    assert alike > 0.75  # the interpreter loses a bit of each sixteenth number
+
+
+class Keep:
+    """In the place of a sampler."""
+
+    def __init__(self, kept):
+        self._kept = kept
+
+    def prepare(self, sequences):
+        pass
+
+    def __call__(self, logits, sequences):
+        self._kept.append(logits.cpu())
+        return StepOutput([0] * len(sequences))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_device import DEVICE
 from torch.nn import functional
 
-from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, norm
+from fastserve_mega.worker.float8 import quantize_rows, widen
+from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, norm, scale
 from fastserve_mega.worker.megatron.layers import ACTIVATIONS
 
 HIDDEN = 40
@@ -30,6 +33,30 @@ def test_the_residual_is_added_and_normed(random, is_centered):
         expected = functional.rms_norm(total, (HIDDEN,), weight + 1, 1e-5)
     torch.testing.assert_close(normed, expected)
     torch.testing.assert_close(norm(total, weights), expected)
+
+
+def assert_scaled(rows, expected):
+    """As torch scales; Triton's interpreter loses a bit when it rounds up to a power of 2."""
+    scaled = quantize_rows(expected)
+    assert (rows.values.dtype, rows.dtype) == (torch.float8_e4m3fn, expected.dtype)
+    torch.testing.assert_close(rows.scales, scaled.scales)
+    error = (widen(rows.values, rows.scales) - expected).abs()
+    is_close = error <= 0.13 * expected.abs() + scaled.scales[:, None] / 256
+    assert is_close.float().mean() > 0.85
+
+
+def test_what_is_multiplied_in_8_bits_is_scaled_by_row(random):
+    x = random(3, HIDDEN) * torch.tensor([[1.0], [1e-3], [0.0]], device=DEVICE)
+    assert_scaled(scale(x), x)
+    numbers = torch.tensor([448.0, -3.25, 0.0, 2.0**-6, 15.0, -0.5, 2.0**-9, 112.0], device=DEVICE)
+    exact = torch.stack((numbers, numbers * 2.0**-5))
+    rows = scale(exact)
+    assert torch.equal(widen(rows.values, rows.scales), exact)
+    weights = Norm(random(HIDDEN), None, 1e-5, is_centered=False, offset=0.0)
+    rows, total = add_and_norm(x, x + 1, replace(weights, is_scaled=True))
+    assert_scaled(rows, norm(total, weights))
+    y = random(2, 2 * 24)
+    assert_scaled(activate(y, "silu", gated=True, is_scaled=True), activate(y, "silu", gated=True))
 
 
 @pytest.mark.parametrize("gated", [True, False])

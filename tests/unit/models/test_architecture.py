@@ -236,13 +236,50 @@ def test_opt_skips_the_unused_positions(load):
         ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number, got -1"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
         ({"eos_token_id": "</s>"}, "eos_token_id must hold token ids, got '</s>'"),
-        ({"quantization_config": {"bits": 4}}, "quantized checkpoints"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; supported"),
+        ({"quantization_config": 8}, "quant_method is None"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt is 'e5m2'"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
+            r"a block must have two sizes, got \[128\]",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}},
+                }
+            },
+            "weights of type 'int' with 4 bits",
+        ),
     ],
 )
 def test_bad_config_gets_one_sentence(load, change, message):
     with pytest.raises(ValueError, match=message) as error:
         load({**LLAMA, **change})
     assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "block"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 64]}, (128, 64)),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, None),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "group_0": {
+                        "weights": {"type": "float", "num_bits": 8, "block_structure": "128x64"}
+                    }
+                },
+            },
+            (128, 64),
+        ),
+    ],
+)
+def test_quantized_checkpoints(load, settings, block):
+    assert load({**LLAMA, "quantization_config": settings}).weight_block == block
 
 
 def test_variants_that_are_not_computed_are_refused(load):

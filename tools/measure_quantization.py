@@ -1,4 +1,6 @@
-"""What an 8-bit KV cache costs in quality: perplexity, and how often the best token is another.
+"""What 8 bits cost in quality: perplexity, and how often the best token is another.
+
+Compares a model with itself under other settings, as kv_cache.dtype=fp8 or model.quantization=fp8.
 
 The text is that of Python's own manual, which comes with every Python. Each window is read token by
 token through the cache, as in decoding.
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
+from fastserve_mega.system.config_file import load_config
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
@@ -45,18 +47,22 @@ class Reader:
         return StepOutput([0] * len(sequences))
 
 
-def read(windows: Tensor, kv_dtype: str, arguments: argparse.Namespace) -> Reader:
+def read(windows: Tensor, settings: Sequence[str], arguments: argparse.Namespace) -> Reader:
     """Read all windows beside each other."""
     count, length = windows.shape
     blocks = -(-length // BLOCK_SIZE)
-    config = Config(
-        model=ModelConfig(path=str(arguments.model), dtype=arguments.dtype),
-        parallel=ParallelConfig(
-            device=arguments.device, threads_per_rank=arguments.threads, cpu_engine="torch"
-        ),
-        kv_cache=KvCacheConfig(
-            block_size=BLOCK_SIZE, device_blocks=1 + count * blocks, dtype=kv_dtype
-        ),
+    config = load_config(
+        None,
+        [
+            f"model.path={arguments.model}",
+            f"model.dtype={arguments.dtype}",
+            f"parallel.device={arguments.device}",
+            f"parallel.threads_per_rank={arguments.threads}",
+            f"parallel.cpu_engine={arguments.cpu_engine}",
+            f"kv_cache.block_size={BLOCK_SIZE}",
+            f"kv_cache.device_blocks={1 + count * blocks}",
+            *settings,
+        ],
     )
     runner = MegatronRunner(config, Topology(), "", 0)
     reader = Reader(windows)
@@ -87,6 +93,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-engine", default="torch", choices=("torch", "native"))
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=["kv_cache.dtype=fp8", "model.quantization=fp8"],
+        help="settings, each beside none of them",
+    )
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     arguments = parser.parse_args()
@@ -95,11 +108,17 @@ def main() -> None:
     count, length = arguments.windows, arguments.length
     starts = [row * (len(tokens) // count) for row in range(count)]
     windows = torch.tensor([tokens[start : start + length] for start in starts])
-    readers = {dtype: read(windows, dtype, arguments) for dtype in ("auto", "fp8")}
-    for dtype, reader in readers.items():
-        print(f"{dtype}: perplexity {torch.stack(reader.losses).mean().exp():.4f}")
-    best = [torch.stack(reader.best) for reader in readers.values()]
-    print(f"best token equal: {(best[0] == best[1]).float().mean():.4f} of {best[0].numel()}")
+    before = None
+    for settings in ([], *([setting] for setting in arguments.compare)):
+        reader = read(windows, settings, arguments)
+        best = torch.stack(reader.best)
+        before = best if before is None else before
+        print(
+            f"{' '.join(settings) or 'neither'}: perplexity "
+            f"{torch.stack(reader.losses).mean().exp():.4f}, best token equal: "
+            f"{(best == before).float().mean():.4f} of {best.numel()}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
