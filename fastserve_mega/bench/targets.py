@@ -6,7 +6,6 @@ import json
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from fastserve_mega.bench.workload import Job
@@ -41,12 +40,7 @@ class Target(Protocol):
     model: str
 
     async def __aenter__(self) -> Target: ...
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
+    async def __aexit__(self, *_: object) -> None: ...
 
     async def send(self, job: Job) -> Reply:
         """Send a request and read its stream to the end.

@@ -9,7 +9,6 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from fastserve_mega.client.async_client import DEFAULT_ENDPOINT, AsyncClient
@@ -67,12 +66,7 @@ class Client:
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

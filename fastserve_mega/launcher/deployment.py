@@ -11,7 +11,6 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
-from types import TracebackType
 from typing import Literal
 
 from fastserve_mega.launcher.probes import CoordinatorProbe, Watch, http_status
@@ -80,12 +79,7 @@ class Deployment:
     def __enter__(self) -> Deployment:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def start(self) -> None:

@@ -50,11 +50,6 @@ class CopyStats:
     exposed_s: float = 0.0
     """Time the first stage stood still, waiting for a copy that its next step needs."""
 
-    @property
-    def hidden_s(self) -> float:
-        """Copy time that no step waited for."""
-        return max(self.busy_s - self.exposed_s, 0.0)
-
     def __add__(self, other: CopyStats) -> CopyStats:
         """The sum of the two, as of two replicas."""
         return CopyStats(

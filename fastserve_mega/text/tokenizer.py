@@ -61,10 +61,6 @@ class Tokenizer:
             raise ValueError(f"the text is not valid Unicode: {error.reason}") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self.chat_template is not None
-
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
