@@ -38,34 +38,58 @@ struct Query {
   float factor;  // of its weights
 };
 
-static void fetch(const Unit* from, size_t bytes) {
-  const char* at = reinterpret_cast<const char*>(from);
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
-}
+// The blocks that an item sees, and what this thread reads after them; null if nothing.
+struct Reading {
+  const LayerBlocks& blocks;
+  const int32_t* table;
+  int first, end, kv_head;
+  const Reading* next;
 
-// Scores of the blocks [first, end) of a table, unscaled: scores[r][tokens from `first` on].
+  // The keys of all blocks are read one after the other, then their values, then the next item's
+  // keys. Fetch what stands `position` blocks behind the first keys: the processor cannot guess it,
+  // since a head's part of a block is short.
+  void fetch(int position) const {
+    const int count = end - first;
+    const Unit* from = nullptr;
+    if (position < count)
+      from = blocks.keys(table[first + position], kv_head);
+    else if (position < 2 * count)
+      from = blocks.values(table[first + position - count], kv_head);
+    else if (next && position - 2 * count < next->end - next->first)
+      return next->fetch(position - 2 * count);
+    const char* at = reinterpret_cast<const char*>(from);
+    for (size_t line = 0; from && line < blocks.head_bytes; line += 64)
+      __builtin_prefetch(at + line, 0, 2);
+  }
+
+  // So many blocks are on their way at a time.
+  int ahead() const {
+    const int count = static_cast<int>(BYTES_AHEAD / blocks.head_bytes);
+    return count < 2 ? 2 : count;
+  }
+
+ private:
+  static constexpr size_t BYTES_AHEAD = 16384;
+};
+
+// Scores of the blocks of an item, unscaled: scores[r][tokens from its first block on].
 template <class T, int ROWS>
-static void score_rows(const Stage& stage, const LayerBlocks& blocks, int kv_head,
-                       const int32_t* table, int first, int end, const Query<T>* queries,
+static void score_rows(const Stage& stage, const Reading& reading, const Query<T>* queries,
                        float* scores) {
   // Few rows are too few sums at a time to keep the processor busy.
   constexpr int AT_ONCE = ROWS > 6 ? 1 : 2;
   const int size = stage.config.block_size, units = stage.config.head_dim / per_unit<T>();
-  const int in_block = (size + LANES - 1) / LANES, total = (end - first) * in_block;
+  const int in_block = (size + LANES - 1) / LANES, ahead = reading.ahead();
+  const int total = (reading.end - reading.first) * in_block;
   for (int vector = 0; vector < total; vector += AT_ONCE) {
     const Unit* keys[AT_ONCE];
     int tokens[AT_ONCE];
     for (int i = 0; i < AT_ONCE; i++) {
       const int at = vector + i < total ? vector + i : vector;
       const int block = at / in_block, token = at % in_block * LANES;
-      keys[i] = blocks.keys(table[first + block], kv_head) + token;
+      keys[i] = reading.blocks.keys(reading.table[reading.first + block], reading.kv_head) + token;
       tokens[i] = block * size + token;
-      if (token == 0) {
-        const bool more = first + block + AT_ONCE < end;
-        fetch(more ? blocks.keys(table[first + block + AT_ONCE], kv_head)
-                   : blocks.values(table[first], kv_head),
-              blocks.head_bytes);
-      }
+      if (token == 0) reading.fetch(block + ahead);
     }
     Vec sums[ROWS][AT_ONCE];
     for (int r = 0; r < ROWS; r++)
@@ -113,49 +137,50 @@ static float soften_row(const StageConfig& config, float* scores, int from, int 
   return sum_of(sum);
 }
 
-// out[r][two vectors of dimensions from `at` on] = weights times the values.
-template <class T, int ROWS>
-static void weigh_values(const Stage& stage, const LayerBlocks& blocks, int kv_head,
-                         const int32_t* table, int first, int end, const float* weights, int at,
+// out[r][some vectors of dimensions from `at` on] = weights times the values.
+template <class T, int ROWS, int VECTORS>
+static void weigh_values(const Stage& stage, const Reading& reading, const float* weights, int at,
                          const Query<T>* queries) {
   const int dims = stage.config.head_dim, units = stage.config.block_size / per_unit<T>();
-  Vec sums[ROWS][2];
-  for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = Vec{};
-  for (int b = first; b < end; b++) {
-    const Unit* values = blocks.values(table[b], kv_head) + at;
-    if (at == 0 && b + 1 < end) fetch(blocks.values(table[b + 1], kv_head), blocks.head_bytes);
+  const int count = reading.end - reading.first, ahead = reading.ahead();
+  Vec sums[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECTORS; v++) sums[r][v] = Vec{};
+  for (int b = 0; b < count; b++) {
+    const Unit* values =
+        reading.blocks.values(reading.table[reading.first + b], reading.kv_head) + at;
+    if (at == 0) reading.fetch(count + b + ahead);
     for (int u = 0; u < units; u++) {
-      const Bits v0 = load_units(values + u * dims), v1 = load_units(values + u * dims + LANES);
+      Bits value[VECTORS];
+      for (int v = 0; v < VECTORS; v++) value[v] = load_units(values + u * dims + v * LANES);
 #pragma GCC unroll 12
       for (int r = 0; r < ROWS; r++) {
         Unit weight;
-        memcpy(&weight, weights + r * stage.score_width + (b - first) * units + u, sizeof weight);
-        sums[r][0] = dot<T>(sums[r][0], v0, broadcast(weight));
-        sums[r][1] = dot<T>(sums[r][1], v1, broadcast(weight));
+        memcpy(&weight, weights + r * stage.score_width + b * units + u, sizeof weight);
+        for (int v = 0; v < VECTORS; v++)
+          sums[r][v] = dot<T>(sums[r][v], value[v], broadcast(weight));
       }
     }
   }
-  for (int r = 0; r < ROWS; r++) {
-    // Adding 0 makes -0 a 0: the blocks that only other rows see must not show.
-    store(queries[r].out + at, fma(sums[r][0], all(queries[r].factor), Vec{}));
-    store(queries[r].out + at + LANES, fma(sums[r][1], all(queries[r].factor), Vec{}));
-  }
+  // Adding 0 makes -0 a 0: the blocks that only other rows see must not show.
+  for (int r = 0; r < ROWS; r++)
+    for (int v = 0; v < VECTORS; v++)
+      store(queries[r].out + at + v * LANES, fma(sums[r][v], all(queries[r].factor), Vec{}));
 }
 
 // The last dimensions, fewer than two vectors of them, for one row.
 template <class T>
-static void weigh_last_values(const Stage& stage, const LayerBlocks& blocks, int kv_head,
-                              const int32_t* table, int first, int end, const float* weights, int at,
-                              float factor, T* out) {
+static void weigh_last_values(const Stage& stage, const Reading& reading, const float* weights,
+                              int at, float factor, T* out) {
   const int dims = stage.config.head_dim, units = stage.config.block_size / per_unit<T>();
   for (; at < dims; at += LANES) {
     const int count = dims - at < LANES ? dims - at : LANES;
     Vec sum{};
-    for (int b = first; b < end; b++) {
-      const Unit* values = blocks.values(table[b], kv_head) + at;
+    for (int b = reading.first; b < reading.end; b++) {
+      const Unit* values = reading.blocks.values(reading.table[b], reading.kv_head) + at;
       for (int u = 0; u < units; u++) {
         Unit weight;
-        memcpy(&weight, weights + (b - first) * units + u, sizeof weight);
+        memcpy(&weight, weights + (b - reading.first) * units + u, sizeof weight);
         sum = dot<T>(sum, load_some_units(values + u * dims, count), broadcast(weight));
       }
     }
@@ -166,46 +191,63 @@ static void weigh_last_values(const Stage& stage, const LayerBlocks& blocks, int
 }
 
 template <class T, int ROWS>
-static void attend_rows(const Stage& stage, const LayerBlocks& blocks, const AttentionItem& item,
-                        Query<T>* queries, float* scores) {
+static void attend_rows(const Stage& stage, Reading reading, Query<T>* queries, float* scores) {
   const StageConfig& config = stage.config;
-  const int32_t* table = stage.step.tables + stage.step.table_at[item.sequence];
-  const int first = queries[0].from / config.block_size;
-  const int end = (queries[ROWS - 1].to + config.block_size - 1) / config.block_size;
+  reading.first = queries[0].from / config.block_size;
+  reading.end = (queries[ROWS - 1].to + config.block_size - 1) / config.block_size;
   // A token has its lane by its place in the sequence, wherever the item begins to look.
-  const int begin = first * config.block_size, base = begin / LANES * LANES, shift = begin - base;
-  const int width = round_up(end * config.block_size - base, LANES);
-  score_rows<T, ROWS>(stage, blocks, item.kv_head, table, first, end, queries, scores + shift);
+  const int begin = reading.first * config.block_size, base = begin / LANES * LANES;
+  const int shift = begin - base, width = round_up(reading.end * config.block_size - base, LANES);
+  score_rows<T, ROWS>(stage, reading, queries, scores + shift);
   for (int r = 0; r < ROWS; r++) {
     float* row = scores + r * stage.score_width;
     queries[r].factor = 1.0f / soften_row<T>(config, row, queries[r].from - base,
                                              queries[r].to - base, width);
   }
   const float* weights = scores + shift / per_unit<T>();
+  constexpr int MANY = ROWS * 4 > 24 ? 2 : 4;
   int at = 0;
+  for (; at + MANY * LANES <= config.head_dim; at += MANY * LANES)
+    weigh_values<T, ROWS, MANY>(stage, reading, weights, at, queries);
   for (; at + 2 * LANES <= config.head_dim; at += 2 * LANES)
-    weigh_values<T, ROWS>(stage, blocks, item.kv_head, table, first, end, weights, at, queries);
+    weigh_values<T, ROWS, 2>(stage, reading, weights, at, queries);
   if (at == config.head_dim) return;
   for (int r = 0; r < ROWS; r++)
-    weigh_last_values<T>(stage, blocks, item.kv_head, table, first, end,
-                         weights + r * stage.score_width, at, queries[r].factor, queries[r].out);
+    weigh_last_values<T>(stage, reading, weights + r * stage.score_width, at, queries[r].factor,
+                         queries[r].out);
 }
 
+// Kernels are compiled for 1, 2, 3, 4, 6, 8 and 12 rows at a time; this is the next smaller one.
+constexpr int fewer(int rows) { return rows > 8 ? 8 : rows > 6 ? 6 : rows > 4 ? 4 : rows - 1; }
+
 template <class T, int ROWS = MAX_ROWS>
-static void attend(int rows, const Stage& stage, const LayerBlocks& blocks,
-                   const AttentionItem& item, Query<T>* queries, float* scores) {
+static void attend(int rows, const Stage& stage, const Reading& reading, Query<T>* queries,
+                   float* scores) {
   if (rows >= ROWS) {
-    attend_rows<T, ROWS>(stage, blocks, item, queries, scores);
+    attend_rows<T, ROWS>(stage, reading, queries, scores);
     rows -= ROWS;
     queries += ROWS;
   }
   if constexpr (ROWS > 1) {
-    if (rows) attend<T, fewer(ROWS)>(rows, stage, blocks, item, queries, scores);
+    if (rows) attend<T, fewer(ROWS)>(rows, stage, reading, queries, scores);
   }
 }
 
+// The oldest token that the token before `to` sees.
+static int oldest_seen(int to, int window) { return window > 0 && to > window ? to - window : 0; }
+
+static Reading reading_of(const Stage& stage, const LayerBlocks& blocks, const AttentionItem& item,
+                          int window, const Reading* next) {
+  const StepInput& step = stage.step;
+  const int size = stage.config.block_size, last = item.first + item.count - 1;
+  const int from = step.start[item.sequence] + item.first / stage.config.group + 1;
+  const int to = step.start[item.sequence] + last / stage.config.group + 1;
+  return Reading{blocks, step.tables + step.table_at[item.sequence], oldest_seen(from, window) / size,
+                 (to + size - 1) / size, item.kv_head, next};
+}
+
 template <class T>
-static void attend_item(const Stage& stage, const LayerBlocks& blocks, const AttentionItem& item,
+static void attend_item(const Stage& stage, const AttentionItem& item, const Reading& reading,
                         int window, float* scores) {
   const StageConfig& config = stage.config;
   const int width = stage.work.heads_width;
@@ -217,55 +259,7 @@ static void attend_item(const Stage& stage, const LayerBlocks& blocks, const Att
     queries[r].row = units_of<T>(rows_of<T>(stage.work.query, row, width) + heads);
     queries[r].out = rows_of<T>(stage.work.attended, row, width) + heads;
     queries[r].to = stage.step.start[item.sequence] + token + 1;
-    const int oldest = queries[r].to - window;
-    queries[r].from = window > 0 && oldest > 0 ? oldest : 0;
+    queries[r].from = oldest_seen(queries[r].to, window);
   }
-  attend<T>(item.count, stage, blocks, item, queries, scores);
-}
-
-// Rotate pairs (i, i + head_dim / 2) of one head.
-static void rotate(float* head, const float* cosines, const float* sines, int half) {
-  for (int i = 0; i < half; i++) {
-    const float a = head[i], b = head[i + half];
-    head[i] = a * cosines[i] - b * sines[i];
-    head[i + half] = b * cosines[i] + a * sines[i];
-  }
-}
-
-template <class T>
-static void write_key(Unit* keys, const T* key, int slot, int size, int dims) {
-  for (int u = 0; u < dims / per_unit<T>(); u++)
-    memcpy(keys + u * size + slot, key + u * per_unit<T>(), sizeof(Unit));
-}
-
-template <class T>
-static void write_value(Unit* values, const T* value, int slot, int dims) {
-  constexpr int N = per_unit<T>();
-  T* target = reinterpret_cast<T*>(values) + static_cast<size_t>(slot / N) * dims * N + slot % N;
-  for (int e = 0; e < dims; e++) target[e * N] = value[e];
-}
-
-// Norm and rotate queries and keys of a token, and put its keys and values into its block.
-template <class T>
-static void place_token(const Stage& stage, const Layer& layer, const LayerBlocks& blocks, int row) {
-  const StageConfig& c = stage.config;
-  const int dims = c.head_dim, block = stage.step.slots[row] / c.block_size;
-  const int slot = stage.step.slots[row] % c.block_size;
-  const size_t rope = layer.rope < 0 ? 0 : layer.rope;
-  const size_t angles = (rope * stage.work.capacity + row) * (dims / 2);
-  float* heads = rows_of<float>(stage.work.qkv, row, stage.work.qkv_width);
-  T* queries = rows_of<T>(stage.work.query, row, stage.work.heads_width);
-  T narrow[MAX_HEAD_DIM];
-  for (int kv_head = 0; kv_head < c.kv_heads; kv_head++) {
-    for (int n = 0; n < c.group + 2; n++) {
-      float* head = heads + (kv_head * (c.group + 2) + n) * dims;
-      const float* const* norm = layer.vectors + (n < c.group ? QUERY_NORM : KEY_NORM);
-      if (n <= c.group && norm[0]) normalize<float>(c, head, norm, dims, head);
-      if (n <= c.group && layer.rope >= 0)
-        rotate(head, stage.work.cosines + angles, stage.work.sines + angles, dims / 2);
-      copy_row(n < c.group ? queries + (kv_head * c.group + n) * dims : narrow, head, dims);
-      if (n == c.group) write_key(blocks.keys(block, kv_head), narrow, slot, c.block_size, dims);
-      if (n == c.group + 1) write_value(blocks.values(block, kv_head), narrow, slot, dims);
-    }
-  }
+  attend<T>(item.count, stage, reading, queries, scores);
 }

@@ -4,5 +4,6 @@
 #include "vectors.inl"
 #include "matrices.inl"
 #include "attention.inl"
+#include "placing.inl"
 #include "run.inl"
 #include "sampling.inl"

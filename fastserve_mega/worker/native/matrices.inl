@@ -1,17 +1,19 @@
 // Products with packed matrices, and norms; included once per instruction set.
 
 // out[r][PANEL] = x[r] * one panel, in the order of the inputs whatever the number of rows is.
-// Meanwhile `lines` cache lines per two units are fetched from `ahead` on.
+// Meanwhile `lines` cache lines per two units are fetched from `ahead` on: for few rows, which wait
+// for the memory, into the nearest cache, and else into the next one, which has room for a panel.
 template <class T, int ROWS>
 static void multiply_rows(const Unit* x, size_t x_stride, const Unit* panel, int units, float* out,
                           const char* ahead, int lines) {
+  constexpr int NEARNESS = ROWS > 4 ? 2 : 3;
   for (int column = 0; column < PANEL; column += 2 * LANES) {
     Vec sums[ROWS][2];
     for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = Vec{};
     const Unit* w = panel + column;
     for (int u = 0; u < units; u++, w += PANEL) {
       if (u % 2 == 0) {
-        for (int line = 0; line < lines; line++) __builtin_prefetch(ahead + 64 * line);
+        for (int line = 0; line < lines; line++) __builtin_prefetch(ahead + 64 * line, 0, NEARNESS);
         ahead += 64 * lines;
       }
       const Bits w0 = load_units(w), w1 = load_units(w + LANES);
@@ -31,20 +33,13 @@ static void multiply_rows(const Unit* x, size_t x_stride, const Unit* panel, int
   }
 }
 
-// The same for any number of rows up to MAX_ROWS, in as few parts as there are kernels for.
+// The same for any number of rows up to MAX_ROWS: each has a kernel of its own, since a second one
+// would read the panel again, and few rows at a time leave the processor waiting for its sums.
 template <class T, int ROWS = MAX_ROWS>
 static void multiply(int rows, const Unit* x, size_t x_stride, const Unit* panel, int units,
                      float* out, const char* ahead, int lines) {
-  if (rows >= ROWS) {
-    multiply_rows<T, ROWS>(x, x_stride, panel, units, out, ahead, lines);
-    rows -= ROWS;
-    x += ROWS * x_stride;
-    out += ROWS * PANEL;
-    lines = 0;
-  }
-  if constexpr (ROWS > 1) {
-    if (rows) multiply<T, fewer(ROWS)>(rows, x, x_stride, panel, units, out, ahead, lines);
-  }
+  if (rows == ROWS) return multiply_rows<T, ROWS>(x, x_stride, panel, units, out, ahead, lines);
+  if constexpr (ROWS > 1) multiply<T, ROWS - 1>(rows, x, x_stride, panel, units, out, ahead, lines);
 }
 
 // How the rows of a step are cut for products: into `count` tiles of at most `rows`.
@@ -67,12 +62,6 @@ struct Tiles {
   int lines(int tile) const { return count == 1 ? 4 : count == 2 ? 2 : tile < 4 ? 1 : 0; }
 };
 
-static int chunk_of(const Stage& stage, int groups, int rows) {
-  if (rows > 4 * MAX_ROWS) return 1;
-  const int chunk = groups / (3 * stage.config.threads);
-  return chunk < 1 ? 1 : chunk > 4 ? 4 : chunk;
-}
-
 // Rows of a step that are computed together: by all threads, who wait for each other, or by one.
 struct Rows {
   int first, count;
@@ -91,34 +80,50 @@ static void add_bias(float* rows, int count, const float* bias) {
     }
 }
 
-// x [rows][x_stride units] times a matrix; `take(panel, first row, rows, results)` gets the results
-// of a panel, bias included. The panels of a group (1 or 2) come one after the other for the same
-// rows and on the same thread.
+// What this thread reads of a matrix first, unless another one is quicker.
+static const Unit* first_panel(const Stage& stage, const Matrix& matrix) {
+  const size_t panel = first_of_own(stage, matrix.groups()) * matrix.group;
+  return matrix.panels + panel * matrix.panel_units();
+}
+
+// x [rows][x_stride units] times some groups of a matrix, of which each is read once for all rows.
 template <class T, class Take>
-static void multiply_matrix(Stage& stage, const Matrix& matrix, const float* bias, int group,
-                            const Unit* x, size_t x_stride, const Rows& rows, Take take) {
+static void multiply_groups(const Stage& stage, const Matrix& matrix, const float* bias,
+                            const Part& groups, const Unit* x, size_t x_stride, const Rows& rows,
+                            Take take) {
   const Tiles tiles(rows.count);
-  const size_t panel_units = static_cast<size_t>(matrix.units) * PANEL;
-  const size_t to_next = panel_units * (tiles.count == 1 ? 1 : group);
-  const int groups = (matrix.outputs + PANEL - 1) / PANEL / group;
-  const int chunk = chunk_of(stage, groups, rows.count);
+  const size_t panel_units = matrix.panel_units();
+  const int end = groups.to * matrix.group, to_next = tiles.count == 1 ? 1 : matrix.group;
+  const Unit* following = groups.is_last ? first_panel(stage, *matrix.next)
+                                         : matrix.panels + end * panel_units;
   alignas(64) float out[MAX_ROWS * PANEL];
-  int from = 0, to = groups;
-  while (!rows.shared || take_chunk(stage, groups, chunk, from, to)) {
-    for (int step = from * tiles.count; step < to * tiles.count; step++) {
-      const int tile = step % tiles.count, first = tile * tiles.rows;
-      const int count = tiles.in_tile(tile), lines = tiles.lines(tile);
-      for (int panel = step / tiles.count * group, end = panel + group; panel < end; panel++) {
-        const Unit* w = matrix.panels + panel * panel_units;
-        const Unit* ahead = w + to_next + static_cast<size_t>(tile) * matrix.units * 8 * lines;
-        multiply<T>(count, x + first * x_stride, x_stride, w, matrix.units, out,
-                    reinterpret_cast<const char*>(ahead), lines);
-        if (bias) add_bias(out, count, bias + panel * PANEL);
-        take(panel, rows.first + first, count, out);
-      }
+  for (int step = groups.from * tiles.count; step < groups.to * tiles.count; step++) {
+    const int tile = step % tiles.count, first = tile * tiles.rows;
+    const int count = tiles.in_tile(tile), lines = tiles.lines(tile);
+    for (int n = 0, panel = step / tiles.count * matrix.group; n < matrix.group; n++, panel++) {
+      const int next = panel + to_next;
+      const Unit* ahead = next < end ? matrix.panels + next * panel_units
+                                     : following + (next - end) * panel_units;
+      ahead += static_cast<size_t>(tile) * matrix.units * 8 * lines;
+      multiply<T>(count, x + first * x_stride, x_stride, matrix.panels + panel * panel_units,
+                  matrix.units, out, reinterpret_cast<const char*>(ahead), lines);
+      if (bias) add_bias(out, count, bias + panel * PANEL);
+      take(panel, rows.first + first, count, out);
     }
-    if (!rows.shared) return;
   }
+}
+
+// x [rows][x_stride units] times a matrix; `take(panel, first row, rows, results)` gets the results
+// of a panel, bias included. The panels of a group come one after the other for the same rows and
+// on the same thread.
+template <class T, class Take>
+static void multiply_matrix(Stage& stage, const Matrix& matrix, const float* bias, const Unit* x,
+                            size_t x_stride, const Rows& rows, Take take) {
+  Part groups{0, matrix.groups(), true};
+  if (!rows.shared)
+    return multiply_groups<T>(stage, matrix, bias, groups, x, x_stride, rows, take);
+  while (take_part(stage, matrix.groups(), 1, groups))
+    multiply_groups<T>(stage, matrix, bias, groups, x, x_stride, rows, take);
 }
 
 // The feed-forward layer's first matrix and its activation. A gated one has panels of gate and of

@@ -138,7 +138,7 @@ static void add_product(Stage& stage, int thread, const Layer& layer, MatrixName
   const float* bias = layer.vectors[BIASES + name];
   const bool divided = stage.config.ranks > 1, at_once = !divided && !norm[0];
   float* target = at_once ? work.hidden : work.added;
-  multiply_matrix<T>(stage, layer.matrices[name], divided ? nullptr : bias, 1,
+  multiply_matrix<T>(stage, layer.matrices[name], divided ? nullptr : bias,
                      units_of<T>(rows_of<T>(x, rows.first, x_width)), x_width / per_unit<T>(), rows,
                      [&](int panel, int first, int count, const float* out) {
                        (at_once ? add_rows : put_rows)(target, work.hidden_width, panel, first,
@@ -168,15 +168,15 @@ static void before_attention(Stage& stage, int thread, int number, const Rows& r
   const Workspace& work = stage.work;
   const LayerBlocks blocks = blocks_of_layer<T>(stage, number);
   const Unit* normed = norm_rows<T>(stage, thread, layer.vectors + INPUT_NORM, rows, nullptr);
-  multiply_matrix<T>(stage, layer.matrices[QKV], layer.vectors[BIASES + QKV], 1, normed,
+  multiply_matrix<T>(stage, layer.matrices[QKV], layer.vectors[BIASES + QKV], normed,
                      work.hidden_width / per_unit<T>(), rows,
                      [&](int panel, int first, int count, const float* out) {
                        put_rows(work.qkv, work.qkv_width, panel, first, count, out);
                      });
   wait_for_others(stage, rows);
-  int from = 0, to = rows.count;
-  while (!rows.shared || take_chunk(stage, rows.count, 1, from, to)) {
-    for (int row = rows.first + from; row < rows.first + to; row++)
+  Part part{0, rows.count, true};
+  while (!rows.shared || take_part(stage, rows.count, 1, part)) {
+    for (int row = rows.first + part.from; row < rows.first + part.to; row++)
       place_token<T>(stage, layer, blocks, row);
     if (!rows.shared) return;
   }
@@ -186,10 +186,14 @@ template <class T>
 static void run_attention(Stage& stage, int thread, int number) {
   const LayerBlocks blocks = blocks_of_layer<T>(stage, number);
   wait_for_team(stage);
-  int from, to;
-  while (take_chunk(stage, stage.item_count, 1, from, to))
-    attend_item<T>(stage, blocks, stage.items[from], stage.layers[number].window,
-                   reinterpret_cast<float*>(stage.scores[thread]));
+  const int window = stage.layers[number].window;
+  Part part;
+  while (take_part(stage, stage.item_count, 1, part)) {
+    const AttentionItem* item = stage.items + part.from;
+    const Reading next = reading_of(stage, blocks, item[!part.is_last], window, nullptr);
+    const Reading reading = reading_of(stage, blocks, *item, window, part.is_last ? nullptr : &next);
+    attend_item<T>(stage, *item, reading, window, reinterpret_cast<float*>(stage.scores[thread]));
+  }
   wait_for_team(stage);
 }
 
@@ -202,8 +206,8 @@ static void after_attention(Stage& stage, int thread, int number, const Rows& ro
                  work.heads_width, rows);
   const Unit* normed = norm_rows<T>(stage, thread, layer.vectors + FEED_FORWARD_NORM, rows, nullptr);
   alignas(64) float gates[MAX_ROWS * PANEL];
-  multiply_matrix<T>(stage, layer.matrices[FC1], layer.vectors[BIASES + FC1],
-                     stage.config.gated ? 2 : 1, normed, work.hidden_width / per_unit<T>(), rows,
+  multiply_matrix<T>(stage, layer.matrices[FC1], layer.vectors[BIASES + FC1], normed,
+                     work.hidden_width / per_unit<T>(), rows,
                      [&](int panel, int first, int count, const float* out) {
                        activate_rows<T>(stage, panel, first, count, out, gates);
                      });
@@ -230,9 +234,9 @@ static void run_apart(Stage& stage, int thread) {
   const int layers = stage.config.layers, tokens = stage.step.tokens;
   for (int layer = -1; layer < layers; layer++) {
     if (layer >= 0) run_attention<T>(stage, thread, layer);
-    int from, to;
-    while (take_chunk(stage, tokens, ROWS_APART, from, to)) {
-      const Rows rows{from, to - from, false};
+    Part part;
+    while (take_part(stage, tokens, ROWS_APART, part)) {
+      const Rows rows{part.from, part.to - part.from, false};
       if (layer >= 0) after_attention<T>(stage, thread, layer, rows);
       if (layer + 1 < layers) before_attention<T>(stage, thread, layer + 1, rows);
     }
@@ -264,7 +268,7 @@ static void leave(Stage& stage, int thread) {
   }
   const Rows rows{0, step.samples, true};
   const Unit* normed = norm_rows<T>(stage, thread, end.vectors + FINAL_NORM, rows, step.sample_rows);
-  multiply_matrix<T>(stage, end.matrices[OUTPUT], nullptr, 1, normed,
+  multiply_matrix<T>(stage, end.matrices[OUTPUT], nullptr, normed,
                      stage.work.hidden_width / per_unit<T>(), rows,
                      [&](int panel, int first, int count, const float* out) {
                        const int left = c.vocabulary - panel * PANEL;

@@ -1,78 +1,19 @@
 // Building a stage and running its steps: the C interface that library.py loads.
 #include "stage.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
+#include "memory.h"
 #include "threads.h"
-
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(at, bytes)
-#define ASAN_UNPOISON_MEMORY_REGION(at, bytes)
-#endif
 
 namespace fastserve {
 namespace {
 
 enum InstructionSet : int32_t { PORTABLE, AVX2, AVX512, AVX512_BF16 };
-
-constexpr size_t HUGE_PAGE = size_t{2} << 20;
-#ifdef __SANITIZE_ADDRESS__
-constexpr size_t GUARD = 64;  // between two buffers, so that an access behind one is found
-constexpr size_t ROOM_FOR_GUARDS = size_t{1} << 20;
-#else
-constexpr size_t GUARD = 0, ROOM_FOR_GUARDS = 0;
-#endif
-
-// Zeroed memory on huge pages where the system has them.
-class Memory {
- public:
-  Memory() = default;
-  Memory(Memory&& other) noexcept : at_(other.at_), bytes_(other.bytes_), used_(other.used_) {
-    other.at_ = nullptr;
-  }
-  Memory& operator=(Memory&& other) noexcept {
-    std::swap(at_, other.at_);
-    std::swap(bytes_, other.bytes_);
-    std::swap(used_, other.used_);
-    return *this;
-  }
-  explicit Memory(size_t bytes)
-      : bytes_((bytes + ROOM_FOR_GUARDS + 2 * HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE) {
-    void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
-    at_ = static_cast<char*>(mapped);
-    madvise(at_, bytes_, MADV_HUGEPAGE);
-    ASAN_POISON_MEMORY_REGION(at_, bytes_);
-  }
-  ~Memory() {
-    if (!at_) return;
-    ASAN_UNPOISON_MEMORY_REGION(at_, bytes_);
-    munmap(at_, bytes_);
-  }
-
-  template <class T>
-  T* take(size_t count) {
-    const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-    if (used_ + bytes > bytes_) throw std::bad_alloc();
-    char* taken = at_ + used_;
-    used_ += bytes + GUARD;
-    ASAN_UNPOISON_MEMORY_REGION(taken, bytes);
-    return reinterpret_cast<T*>(taken);
-  }
-
- private:
-  char* at_ = nullptr;
-  size_t bytes_ = 0, used_ = 0;
-};
 
 int best_instruction_set() {
 #if defined(__x86_64__)
@@ -119,12 +60,14 @@ struct OwnedStage {
     stage.scores = scores.data();
     Workspace& work = stage.work;
     const int heads = config.kv_heads * config.group;
+    link_matrices();
     work.hidden_width = round_up(config.hidden, PANEL);
     work.ffn_width = round_up(config.feed_forward, PANEL);
     work.qkv_width = round_up((heads + 2 * config.kv_heads) * config.head_dim, PANEL);
     work.heads_width = round_up(heads * config.head_dim, PANEL);
   }
 
+  void link_matrices();
   void make_room(int rows, int context);
   void plan_attention(const StepInput& step);
 
@@ -137,6 +80,19 @@ struct OwnedStage {
   std::vector<char*> own_rows, scores;
   std::vector<AttentionItem> items;
 };
+
+// In the order of reading; a step's last matrix is followed by the first of the next step.
+void OwnedStage::link_matrices() {
+  Matrix* before = &layers.back().matrices[OUTPUT];
+  for (Layer& layer : layers) {
+    const int count = &layer != &layers.back() ? MATRICES : stage.config.last ? OUTPUT + 1 : 0;
+    for (int name = 0; name < count; name++) {
+      before->next = &layer.matrices[name];
+      before = &layer.matrices[name];
+    }
+  }
+  before->next = &layers.front().matrices[QKV];
+}
 
 void OwnedStage::make_room(int needed_rows, int context) {
   const StageConfig& config = stage.config;
@@ -236,7 +192,9 @@ EXPORT int fastserve_set_matrix(OwnedStage* owned, int layer, int name, const vo
     for (int part = 0; part < parts; part++)
       pack_panels(to, source + static_cast<size_t>(part) * (rows / parts) * units, rows / parts,
                   units, part, parts);
-    owned->layers[layer].matrices[name] = Matrix{to, units, outputs};
+    Matrix& matrix = owned->layers[layer].matrices[name];
+    matrix.panels = to, matrix.units = units, matrix.panel_count = outputs / PANEL;
+    matrix.group = parts;
   } catch (const std::bad_alloc&) {
     return -1;
   }

@@ -67,7 +67,12 @@ struct StepInput {
 
 struct Matrix {
   const Unit* panels = nullptr;
-  int units = 0, outputs = 0;
+  int units = 0, panel_count = 0;
+  int group = 1;                 // panels that one thread computes one after the other
+  const Matrix* next = nullptr;  // which is read after this one
+
+  size_t panel_units() const { return static_cast<size_t>(units) * PANEL; }
+  int groups() const { return panel_count / group; }
 };
 
 struct Rope {
@@ -135,9 +140,17 @@ Kernels avx2_kernels(DType dtype);
 Kernels avx512_kernels(DType dtype);
 Kernels avx512_bf16_kernels();
 
+// A part of [0, total).
+struct Part {
+  int from = 0, to = 0;
+  bool is_last = false;  // of its thread's share
+};
+
 // Threads of a stage; see threads.cpp. Not inline, so that each has one version for all machines.
 void wait_for_team(Stage& stage);
-bool take_chunk(Stage& stage, int total, int chunk, int& from, int& to);
+bool take_part(Stage& stage, int total, int chunk, Part& part);
+// Where the share of [0, total) begins of which this thread takes single ones first.
+int first_of_own(const Stage& stage, int total);
 // Have `rows` rows of what is added come from all ranks; on one thread, while the others wait.
 void gather_rows(Stage& stage, int rows);
 

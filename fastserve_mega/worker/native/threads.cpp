@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <climits>
 
-#include "stage.h"
-
 namespace fastserve {
 namespace {
 
@@ -29,9 +27,16 @@ void futex(std::atomic<int32_t>& word, int operation, int32_t value) {
   syscall(SYS_futex, reinterpret_cast<int32_t*>(&word), operation, value, nullptr, nullptr, 0);
 }
 
+// Which one of its team this thread is; the caller of `run` is the first of each.
+thread_local int own_number = 0;
+
+int begin_of_share(int number, int size, int chunks) {
+  return static_cast<int>(static_cast<int64_t>(chunks) * number / size);
+}
+
 }  // namespace
 
-Team::Team(int size) : size_(size) {
+Team::Team(int size) : size_(size), shares_(size) {
   for (int thread = 1; thread < size; thread++) threads_.emplace_back(&Team::serve, this, thread);
 }
 
@@ -44,14 +49,19 @@ Team::~Team() {
 void Team::run(Job job, void* argument) {
   job_ = job;
   argument_ = argument;
-  taken_.store(0, std::memory_order_relaxed);
+  begin_shares();
   spins_.store(FIRST_SPINS, std::memory_order_relaxed);
   if (size_ > 1) advance(started_);
   job(argument, 0);
   barrier();
 }
 
+void Team::begin_shares() {
+  for (Counter& share : shares_) share.taken.store(0, std::memory_order_relaxed);
+}
+
 void Team::serve(int thread) {
+  own_number = thread;
   for (int32_t seen = 0;; seen++) {
     wait_while(started_, seen);
     if (stopping_) return;
@@ -61,26 +71,35 @@ void Team::serve(int thread) {
 }
 
 void Team::barrier() {
-  if (size_ == 1) {
-    taken_.store(0, std::memory_order_relaxed);
-    return;
-  }
+  if (size_ == 1) return begin_shares();
   const int32_t passed = passed_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
-    taken_.store(0, std::memory_order_relaxed);
+    begin_shares();
     advance(passed_);
   } else {
     wait_while(passed_, passed);
   }
 }
 
-bool Team::take(int total, int chunk, int& from, int& to) {
-  from = taken_.fetch_add(chunk, std::memory_order_relaxed);
-  if (from >= total) return false;
-  to = from + chunk < total ? from + chunk : total;
-  return true;
+bool Team::take(int total, int chunk, Part& part) {
+  const int chunks = (total + chunk - 1) / chunk;
+  for (int other = 0; other < size_; other++) {
+    const int owner = (own_number + other) % size_, begin = begin_of_share(owner, size_, chunks);
+    const int count = begin_of_share(owner + 1, size_, chunks) - begin;
+    std::atomic<int32_t>& taken = shares_[owner].taken;
+    if (taken.load(std::memory_order_relaxed) >= count) continue;
+    const int number = taken.fetch_add(1, std::memory_order_relaxed);
+    if (number >= count) continue;
+    part.from = (begin + number) * chunk;
+    part.to = std::min(part.from + chunk, total);
+    part.is_last = number + 1 == count;
+    return true;
+  }
+  return false;
 }
+
+int Team::first_of_own(int chunks) const { return begin_of_share(own_number, size_, chunks); }
 
 void Team::wait_while(std::atomic<int32_t>& word, int32_t value) {
   const int32_t limit = spins_.load(std::memory_order_relaxed);
@@ -107,9 +126,11 @@ void Team::advance(std::atomic<int32_t>& word) {
 
 void wait_for_team(Stage& stage) { stage.team->barrier(); }
 
-bool take_chunk(Stage& stage, int total, int chunk, int& from, int& to) {
-  return stage.team->take(total, chunk, from, to);
+bool take_part(Stage& stage, int total, int chunk, Part& part) {
+  return stage.team->take(total, chunk, part);
 }
+
+int first_of_own(const Stage& stage, int total) { return stage.team->first_of_own(total); }
 
 void gather_rows(Stage& stage, int rows) {
   const Workspace& work = stage.work;

@@ -6,6 +6,8 @@
 #include <thread>
 #include <vector>
 
+#include "stage.h"
+
 namespace fastserve {
 
 class Team {
@@ -26,8 +28,12 @@ class Team {
   // Within a job: wait until all threads are here.
   void barrier();
 
-  // Within a job, between two barriers: the next part of [0, total); false when nothing is left.
-  bool take(int total, int chunk, int& from, int& to);
+  // Within a job, between two barriers: the next `chunk` of [0, total), first of this thread's own
+  // share, in order, then of what others have not begun; false when nothing is left.
+  bool take(int total, int chunk, Part& part);
+
+  // Where the own share of `chunks` begins.
+  int first_of_own(int chunks) const;
 
  private:
   void serve(int thread);
@@ -39,11 +45,15 @@ class Team {
   alignas(64) std::atomic<int32_t> started_{0};
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> passed_{0};
-  alignas(64) std::atomic<int32_t> taken_{0};
   alignas(64) std::atomic<int32_t> sleepers_{0};
   alignas(64) std::atomic<int32_t> spins_{0};  // at most, before a thread sleeps
+  struct alignas(64) Counter {
+    std::atomic<int32_t> taken{0};
+  };
+  std::vector<Counter> shares_;  // chunks taken of each thread's
   std::vector<std::thread> threads_;
 
+  void begin_shares();
   void wait_while(std::atomic<int32_t>& word, int32_t value);
   void advance(std::atomic<int32_t>& word);
 };

@@ -180,6 +180,3 @@ static void copy_row(T* to, const float* from, int size) {
   for (int i = 0; i < whole; i += LANES) store(to + i, load(from + i));
   for (int i = whole; i < size; i++) set(to[i], from[i]);
 }
-
-// Kernels are compiled for 1, 2, 3, 4, 6, 8 and 12 rows at a time; this is the next smaller one.
-constexpr int fewer(int rows) { return rows > 8 ? 8 : rows > 6 ? 6 : rows > 4 ? 4 : rows - 1; }
