@@ -40,7 +40,6 @@ class BatchBuilder:
         self.slices: list[SequenceSlice] = []
         self._memory = memory
         self._preempted = memory.swapper.preempted
-        self._policy = policy
         self._queues = policy.queues
         self._fair_share = fair_share
         self._takes_swapped = Place.SWAPPED in memory.runnable_places
@@ -147,9 +146,7 @@ class BatchBuilder:
         if not samples:
             self._prefills_wait = True
         elif request.has_progressed:
-            request.steady_until = min(
-                _steady_until(kv, self._memory.block_size), self._policy.steady_until(request)
-            )
+            request.steady_until = _steady_until(kv, self._memory.block_size)
         sent = kv.num_sent_blocks
         new = self._memory.take_unsent(request) if sent != len(kv.block_table) else ()
         self.requests.append(request)

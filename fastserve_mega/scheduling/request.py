@@ -118,6 +118,9 @@ class QueueState:
     """Counts entries into levels: the order within a level."""
     charged_s: float = 0.0
     """Time of the steps it took part in since it entered its level."""
+    steady_until: int = 0
+    """While `Request.num_tokens` is below this, a token more does not change where it stands. 0 is
+    always right; then the policy takes a closer look."""
 
 
 class Turn(IntEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class Paced(Policy):
         self._readers = Readers(config, cost_model)
         self._triage = Triage(config, self._readers, self.queues, self._set_standing)
         self._pausing = _Pauses(self._readers)
+        self._ran: deque[tuple[float, Sequence[Request]]] = deque()
+        """Batches, and when they had run, of which nobody has paused yet."""
 
     def key(self, request: Request) -> tuple[Any, ...]:
         level, number = request.queue.level, request.arrival_number
@@ -64,8 +67,9 @@ class Paced(Policy):
         readers, now = self._readers, batch[0].waiting_since
         readers.observe_step(now, elapsed_s)
         near_s = now + _LEAD * readers.interval_s
+        self._ran.append((now, batch))
         for request in batch:
-            if request.num_computed_tokens <= request.steady_until:
+            if request.num_tokens < request.queue.steady_until:
                 continue
             reader = readers[request]
             if request.num_pending_tokens > 1:  # its prefill goes on
@@ -81,23 +85,24 @@ class Paced(Policy):
                 self._triage.resized(request)
             if request.queue.level == Standing.URGENT:
                 readers.served(request, now)
-                if readers.due_s(request) > near_s:
+                if readers.next_s(request) > near_s:
                     is_late = reader.is_given_up
                     request.queue.level = Standing.LATE if is_late else Standing.AHEAD
-                    self._watch_pause(request)
+                    self._pausing.add(request, len(self.queues))
+            if request.queue.level != Standing.URGENT:  # the order of the urgent changes each time
+                request.queue.steady_until = readers.ages_at(request)
             self.queues.update(request)
-
-    def steady_until(self, request: Request) -> int:
-        """Return 0 for the urgent, whose order is that of their deadlines: each token moves one."""
-        if request.queue.level == Standing.URGENT:
-            return 0
-        return self._readers.ages_at(request) - 2  # with the token that this step yields
 
     def promote(self, now: float) -> None:
         """Make urgent whose deadline has come near, and choose whom to start."""
+        while self._ran and self._ran[0][0] < now:
+            ran_at, batch = self._ran.popleft()
+            for request in batch:
+                if request.waiting_since == ran_at and not request.num_scheduled_tokens:
+                    self._watch_pause(request)
         lead_s = _LEAD * self._readers.interval_s
-        while request := self._pausing.pop(now, lead_s):
-            self._set_standing(request, Standing.URGENT)
+        while (due := self._pausing.pop(now, lead_s)) is not None:
+            self._set_standing(due, Standing.URGENT)
         self._triage.choose(now)
 
     def next_deadline(self, now: float) -> float | None:
@@ -120,12 +125,12 @@ class Paced(Policy):
         if request.queue.level == standing:
             return
         request.queue.level = standing
-        request.steady_until = 0
         self.queues.update(request)
         self._watch_pause(request)
 
     def _watch_pause(self, request: Request) -> None:
         """Watch an answer that may pause now, or whose KV has just come somewhere or gone."""
+        request.queue.steady_until = 0
         if self._pausing.is_candidate(request):
             self._pausing.add(request, len(self.queues))
 

@@ -12,7 +12,6 @@ simulator. docs/scheduling.md shows a whole one.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -72,14 +71,6 @@ class Policy(ABC):
         if self.key_changes:
             for request in batch:
                 self.queues.update(request)
-
-    def steady_until(self, request: Request) -> int:
-        """Return up to how many computed tokens a decoding request changes nothing in the order.
-
-        Until then (`Request.steady_until`, which a policy sets to 0 when it changes its mind)
-        `charge` may pass it over in its batch.
-        """
-        return sys.maxsize
 
     def promote(self, now: float) -> None:
         """Lift the requests that have waited too long."""

@@ -158,17 +158,16 @@ class Readers:
         return min(next_s, request.waiting_since + gap_s)
 
     def pause_ends_s(self, request: Request, now: float) -> float | None:
-        """Return when an answer is due, one that is in a step after that; None before it began."""
-        reader = self._readers[request]
-        if not reader.has_begun:
+        """Return when an answer is due, one that is in a step after that; None before it began.
+
+        Who is in a step, or was until now, makes no pause that were to be bounded.
+        """
+        if not self._readers[request].has_begun:
             return None
-        if not request.num_scheduled_tokens:
-            return self.due_s(request)
-        gap_s = _GAP_GIVEN_UP_S if reader.is_given_up else _GAP_S
-        next_s = self.next_s(request)
-        if request.num_scheduled_tokens == request.num_pending_tokens:  # it yields a token
-            next_s += self._pace_s
-        return min(next_s, now + gap_s)
+        if request.num_scheduled_tokens:
+            yields = request.num_scheduled_tokens == request.num_pending_tokens
+            return self.next_s(request) + (self._pace_s if yields else 0.0)
+        return self.next_s(request) if request.waiting_since == now else self.due_s(request)
 
     def wanted_s(self, request: Request) -> float:
         """Return when a request would have to yield a token if its KV were on the host."""

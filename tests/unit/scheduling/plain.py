@@ -28,7 +28,7 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
 
     def step(now: float, events: Sequence[Event] = ()) -> Plan | None:
         for request in scheduler._requests.values():
-            request.steady_until = 0
+            request.steady_until = request.queue.steady_until = 0
         return plan_step(now, events)
 
     def at(place: Place) -> list[Request]:
