@@ -5,47 +5,22 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
-from fake_coordinator import start_fake_coordinator
-from http_server import serving
 
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.server.service import MAX_ANSWERS
-from fastserve_mega.text.tokenizer import Tokenizer
 
 VECTOR = pytest.approx([0.6, 0.0, -0.8])
 """What the fake coordinator answers."""
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer_dir):
-    return Tokenizer(tiny_tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
-def shared(tokenizer):
-    coordinator = start_fake_coordinator()
-    with serving(coordinator, tokenizer) as url:
-        yield coordinator, url
-    coordinator.close()
-
-
 @pytest.fixture
-def coordinator(shared):
-    shared[0].reset()
-    return shared[0]
-
-
-@pytest.fixture
-def api(shared):
-    with openai.OpenAI(
-        base_url=f"{shared[1]}/v1", api_key="x", max_retries=0, timeout=WAIT_S
-    ) as api:
-        yield api.embeddings
+def api(api):
+    return api.embeddings
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64", openai.omit])
-def test_texts_become_vectors_in_their_order(api, coordinator, tokenizer, encoding):
+def test_texts_become_vectors_in_their_order(api, fake_coordinator, tokenizer, encoding):
     texts = ["fox", "a longer text"]
     prompts = [tuple(tokenizer.encode(text)) for text in texts]
     told = api.create(model="tiny", input=texts, encoding_format=encoding)
@@ -56,17 +31,17 @@ def test_texts_become_vectors_in_their_order(api, coordinator, tokenizer, encodi
         assert [each.embedding for each in told.data] == [VECTOR, VECTOR]
     assert told.model == "tiny"
     assert told.usage.prompt_tokens == told.usage.total_tokens == sum(map(len, prompts))
-    submits = coordinator.received(Submit)
+    submits = fake_coordinator.received(Submit)
     assert [submit.prompt for submit in submits] == prompts
     assert {submit.params.max_tokens for submit in submits} == {1}
 
 
 @pytest.mark.parametrize("ids", [[5, 6], [[5, 6], [7]]])
-def test_token_ids_become_vectors(api, coordinator, ids):
+def test_token_ids_become_vectors(api, fake_coordinator, ids):
     told = api.create(model="tiny", input=ids, user="me", extra_body={"priority": 3})
     assert all(each.embedding == VECTOR for each in told.data)
     expected = [(5, 6), (7,)][: len(told.data)]
-    submits = coordinator.received(Submit)
+    submits = fake_coordinator.received(Submit)
     assert [submit.prompt for submit in submits] == expected
     assert {(submit.client, submit.priority) for submit in submits} == {("user:me", 3)}
 
@@ -86,14 +61,14 @@ def test_token_ids_become_vectors(api, coordinator, ids):
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_sent(
-    shared, coordinator, body, sentence
+    url, fake_coordinator, body, sentence
 ):
-    response = httpx.post(f"{shared[1]}/v1/embeddings", json=body, timeout=WAIT_S)
+    response = httpx.post(f"{url}/v1/embeddings", json=body, timeout=WAIT_S)
     assert response.status_code == 400
     error = response.json()["error"]
     assert sentence in error["message"]
     assert error["param"] in (None, *body)
-    assert coordinator.received(Submit) == []
+    assert fake_coordinator.received(Submit) == []
 
 
 def test_an_unknown_model_is_refused(api):

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 
-import httpx
-import openai
 import pytest
-from fake_coordinator import start_fake_coordinator
-from http_server import serving
 
-from fastserve_mega.client.testing import WAIT_S, answer
+from fastserve_mega.client.testing import answer
 from fastserve_mega.messaging.messages import Cancel, Submit
 from fastserve_mega.text.detokenizer import MAX_STOPS
-from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import MAX_BIASED_TOKENS, MAX_CHOICES, MAX_STOP_TOKENS
 
 TEXT = "the quick brown fox 日本 🙂 fin"
@@ -21,37 +16,10 @@ HI = [{"role": "user", "content": "hi"}]
 ENDS = 2
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer_dir):
-    return Tokenizer(tiny_tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
-def shared(tokenizer):
-    coordinator = start_fake_coordinator()
-    with serving(coordinator, tokenizer) as url:
-        yield coordinator, url
-    coordinator.close()
-
-
-@pytest.fixture
-def coordinator(shared, tokenizer):
-    shared[0].reset()
-    shared[0].behaviour = answer([*tokenizer.encode(TEXT), ENDS])
-    return shared[0]
-
-
-@pytest.fixture
-def api(shared, coordinator):
-    base = f"{shared[1]}/v1"
-    with openai.OpenAI(base_url=base, api_key="x", max_retries=0, timeout=WAIT_S) as api:
-        yield api
-
-
-@pytest.fixture
-def http(shared, coordinator):
-    with httpx.Client(base_url=shared[1], timeout=WAIT_S) as http:
-        yield http
+@pytest.fixture(autouse=True)
+def coordinator(fake_coordinator, tokenizer):
+    fake_coordinator.behaviour = answer([*tokenizer.encode(TEXT), ENDS])
+    return fake_coordinator
 
 
 def completions(api, **options):

@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import math
 
-import openai
 import pytest
-from fake_coordinator import start_fake_coordinator
-from http_server import serving
 
-from fastserve_mega.client.testing import WAIT_S, answer
+from fastserve_mega.client.testing import answer
 from fastserve_mega.messaging.messages import Finished, PromptLogprobs, Submit, Tokens
-from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, TokenLogprobs, Usage
 
 TEXT = "fox 日本 🙂"
 EOS = 2
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_tokenizer_dir):
-    return Tokenizer(tiny_tokenizer_dir)
-
-
-@pytest.fixture(scope="module")
-def shared(tokenizer):
-    coordinator = start_fake_coordinator()
-    with serving(coordinator, tokenizer) as url:
-        yield coordinator, url
-    coordinator.close()
-
-
-@pytest.fixture
-def coordinator(shared):
-    shared[0].reset()
-    return shared[0]
-
-
-@pytest.fixture
-def api(shared):
-    with openai.OpenAI(
-        base_url=f"{shared[1]}/v1", api_key="x", max_retries=0, timeout=WAIT_S
-    ) as api:
-        yield api
 
 
 def logprobs_of(token, top):
@@ -68,9 +37,9 @@ def saying(tokens):
 
 
 @pytest.fixture
-def ids(coordinator, tokenizer):
+def ids(fake_coordinator, tokenizer):
     ids = tokenizer.encode(TEXT)
-    coordinator.behaviour = saying([*ids, EOS])
+    fake_coordinator.behaviour = saying([*ids, EOS])
     return ids
 
 
@@ -104,10 +73,12 @@ def test_completion_logprobs(api, ids, tokenizer):
     assert told.text_offset == sorted(told.text_offset)
 
 
-def test_offsets_are_those_of_the_text_which_has_no_special_tokens(api, coordinator, tokenizer):
+def test_offsets_are_those_of_the_text_which_has_no_special_tokens(
+    api, fake_coordinator, tokenizer
+):
     special = 0
     fox, dog = tokenizer.encode("fox"), tokenizer.encode("dog")
-    coordinator.behaviour = saying([*fox, special, *dog, EOS])
+    fake_coordinator.behaviour = saying([*fox, special, *dog, EOS])
     (choice,) = api.completions.create(model="tiny", prompt="x", logprobs=0).choices
     assert choice.text == "foxdog"
     told = choice.logprobs
@@ -117,8 +88,8 @@ def test_offsets_are_those_of_the_text_which_has_no_special_tokens(api, coordina
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_without_a_token_has_an_empty_list_of_logprobs(api, coordinator, stream):
-    coordinator.behaviour = saying([EOS])
+def test_an_answer_without_a_token_has_an_empty_list_of_logprobs(api, fake_coordinator, stream):
+    fake_coordinator.behaviour = saying([EOS])
     messages = [{"role": "user", "content": "x"}]
 
     def told(done):
@@ -151,15 +122,15 @@ def test_a_stream_tells_what_the_whole_answer_does(api, ids, kind):
         assert [str(each) for each in streamed] == [str(each) for each in getattr(whole, name)]
 
 
-def test_no_logprobs_unless_asked_for(api, ids, coordinator):
+def test_no_logprobs_unless_asked_for(api, ids, fake_coordinator):
     (choice,) = api.completions.create(model="tiny", prompt="x").choices
     assert choice.logprobs is None
-    (submit,) = coordinator.received(Submit)
+    (submit,) = fake_coordinator.received(Submit)
     assert submit.params.logprobs is None
 
 
-def test_minus_infinity_can_be_written(api, coordinator):
-    coordinator.behaviour = lambda submit: [
+def test_minus_infinity_can_be_written(api, fake_coordinator):
+    fake_coordinator.behaviour = lambda submit: [
         Tokens(submit.request_id, 0, (40,), (TokenLogprobs(-math.inf),)),
         Finished(submit.request_id, FinishReason.LENGTH, Usage(1, 1)),
     ]
@@ -168,8 +139,8 @@ def test_minus_infinity_can_be_written(api, coordinator):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_several_answers_to_several_prompts(api, coordinator, tokenizer, stream):
-    coordinator.behaviour = lambda submit: answer(submit.prompt)(submit)
+def test_several_answers_to_several_prompts(api, fake_coordinator, tokenizer, stream):
+    fake_coordinator.behaviour = lambda submit: answer(submit.prompt)(submit)
     done = api.completions.create(
         model="tiny", prompt=["the fox", "日本語"], max_tokens=50, n=2, seed=5, stream=stream
     )
@@ -178,7 +149,7 @@ def test_several_answers_to_several_prompts(api, coordinator, tokenizer, stream)
         for choice in part.choices:
             texts[choice.index] += choice.text
     assert texts == {0: "the fox", 1: "the fox", 2: "日本語", 3: "日本語"}
-    submits = coordinator.received(Submit)
+    submits = fake_coordinator.received(Submit)
     assert len({submit.params.seed for submit in submits}) == 2
     if not stream:
         lengths = [len(tokenizer.encode(text)) for text in ("the fox", "日本語")]
@@ -188,8 +159,8 @@ def test_several_answers_to_several_prompts(api, coordinator, tokenizer, stream)
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["the fox ", [81, 82]])
-def test_echo(api, coordinator, tokenizer, stream, prompt):
-    coordinator.behaviour = answer(tokenizer.encode(TEXT))
+def test_echo(api, fake_coordinator, tokenizer, stream, prompt):
+    fake_coordinator.behaviour = answer(tokenizer.encode(TEXT))
     done = api.completions.create(
         model="tiny", prompt=prompt, max_tokens=50, echo=True, stream=stream
     )
@@ -202,9 +173,9 @@ def test_echo(api, coordinator, tokenizer, stream, prompt):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_prompt_is_told_before_the_answer(api, coordinator, tokenizer, stream):
+def test_the_prompt_is_told_before_the_answer(api, fake_coordinator, tokenizer, stream):
     prompt = tokenizer.encode("the fox")
-    coordinator.behaviour = saying([EOS])
+    fake_coordinator.behaviour = saying([EOS])
     done = api.completions.create(
         model="tiny", prompt=[prompt, prompt[:2]], echo=True, logprobs=1, max_tokens=1,
         temperature=0, stream=stream,
@@ -224,12 +195,12 @@ def test_the_prompt_is_told_before_the_answer(api, coordinator, tokenizer, strea
     assert scores == {0: [None, *[-1.5] * len(prompt)], 1: [None, -1.5, -1.5]}
     assert (tops[0][0], len(tops[0])) == (None, len(prompt) + 1)
     assert (offsets[0][0], offsets[0][-1]) == (0, len("the fox"))
-    assert all(submit.params.prompt_logprobs for submit in coordinator.received(Submit))
+    assert all(submit.params.prompt_logprobs for submit in fake_coordinator.received(Submit))
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_token_need_be_generated(api, coordinator, tokenizer, stream):
-    coordinator.behaviour = saying([40])
+def test_no_token_need_be_generated(api, fake_coordinator, tokenizer, stream):
+    fake_coordinator.behaviour = saying([40])
     done = api.completions.create(
         model="tiny", prompt="the fox", echo=True, logprobs=0, max_tokens=0, stream=stream
     )
