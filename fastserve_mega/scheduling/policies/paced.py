@@ -38,7 +38,7 @@ class Paced(Policy):
 
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         super().__init__(config, cost_model)
-        self.queues = LevelledQueues(self.key, len(Standing), self._watch_pause)
+        self.queues: LevelledQueues = LevelledQueues(self.key, len(Standing), self._watch_pause)
         self._readers = Readers(config, cost_model)
         self._triage = Triage(config, self._readers, self.queues, self._set_standing)
         self._pausing = _Pauses(self._readers)

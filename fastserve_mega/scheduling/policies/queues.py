@@ -154,6 +154,10 @@ class LevelledQueues(SortedQueues):
         super().put(request, status)
         self._on_placed(request)
 
+    def of_highest(self, place: Place) -> list[Request]:
+        """Return those of a place that are on the highest level, the first first."""
+        return self._requests[place][: bisect_left(self._keys[place], (1,))]
+
     def level_lengths(self) -> tuple[int, ...]:
         def below(level: int) -> int:
             return sum(bisect_left(keys, (level,)) for keys in self._keys)

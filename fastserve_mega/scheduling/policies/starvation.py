@@ -36,14 +36,23 @@ class StarvationWatch:
         return request in self._members
 
     def add(self, request: Request, live: int) -> None:
-        """Watch another request; `live` is about how many there may be to watch."""
+        """Watch another request, or one whose deadline has come nearer.
+
+        Args:
+            request: a candidate.
+            live: about how many there may be to watch.
+        """
         self._members.add(request)
-        deadline = request.waiting_since + self._limit_s(request)  # it may be running
-        heapq.heappush(self._heap, (deadline, request.arrival_number, request))
-        if len(self._heap) > 2 * live + _FEW:  # O(1) for each push
-            self._heap = [entry for entry in self._heap if self.is_candidate(entry[2])]
+        heapq.heappush(self._heap, self._entry(request))
+        if len(self._heap) > 2 * live + _FEW:  # O(1) for each push: no request is left there twice
+            watched = dict.fromkeys(each for _, _, each in self._heap if self.is_candidate(each))
+            self._heap = [self._entry(each) for each in watched]
             heapq.heapify(self._heap)
-            self._members = {request for _, _, request in self._heap}
+            self._members = set(watched)
+
+    def _entry(self, request: Request) -> _Watched:
+        deadline = request.waiting_since + self._limit_s(request)  # at the soonest: it may run
+        return deadline, request.arrival_number, request
 
     def deadline(self, request: Request, now: float) -> float | None:
         """Return when a request starves unless it runs before; None when it is watched no more.

@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from itertools import islice
 
-from fastserve_mega.scheduling.policies.queues import RequestQueues
+from fastserve_mega.scheduling.policies.queues import LevelledQueues
 from fastserve_mega.scheduling.policies.readers import Reader, Readers, Standing
 from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.request import Place, Request
@@ -54,7 +54,7 @@ class Triage:
         self,
         config: SchedulerConfig,
         readers: Readers,
-        queues: RequestQueues,
+        queues: LevelledQueues,
         set_standing: Callable[[Request, Standing], None],
     ) -> None:
         self._readers = readers
@@ -138,10 +138,8 @@ class Triage:
     def _is_behind(self, now: float) -> bool:
         """Whether the reader of an answer waits, though it was not given up."""
         for place in Place:  # one that lost its KV waits again
-            for request in islice(self._queues.walk(place), self._batch_size):
+            for request in self._queues.of_highest(place)[: self._batch_size]:
                 reader = self._readers[request]
-                if request.queue.level != Standing.URGENT:
-                    break
                 if self._readers.next_s(request) > now - _BEHIND_S:
                     break
                 if reader.has_begun and not (reader.is_given_up or request.num_scheduled_tokens):

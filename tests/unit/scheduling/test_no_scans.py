@@ -15,7 +15,10 @@ from fixed_costs import arrived, make_scheduler
 
 from fastserve_mega import scheduling
 from fastserve_mega.scheduling.events import Aborted, Event, StepDone
+from fastserve_mega.scheduling.policies.starvation import StarvationWatch
+from fastserve_mega.scheduling.request import Request
 from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.types import RequestId
 
 PACKAGE = str(Path(scheduling.__file__).parent)
 FEW, MANY = 2_000, 50_000
@@ -155,3 +158,33 @@ def test_no_step_scans_the_clients_or_their_lines(policy, clients):
     few, many = measure(policy, FEW, min(clients, FEW)), measure(policy, MANY, clients)
     assert many.instructions < 1.3 * few.instructions
     assert many.peak_bytes < MANY * POINTER_BYTES / 2
+
+
+def test_to_watch_the_same_requests_again_costs_no_more_each_time():
+    looks = 0
+
+    def is_candidate(_: Request) -> bool:
+        nonlocal looks
+        looks += 1
+        return True
+
+    watch = StarvationWatch(lambda _: 1.0, is_candidate)
+    requests = [Request(RequestId(f"r{i}"), 1, 1, 0, i, 1) for i in range(50)]
+    for _ in range(200):
+        for request in requests:
+            watch.add(request, len(requests))
+    assert looks < 3 * 200 * len(requests)
+
+
+def test_a_decode_that_changes_nothing_is_only_counted():
+    """Of those that go on decoding, paced looks at the few whose order a token can change."""
+    scheduler = make_scheduler(policy="paced", max_batch_size=64, block_size=64, decode_s=0.02)
+    plan = scheduler.step(0.0, [arrived(f"r{i}", 5) for i in range(64)])
+    now, works = 0.0, []
+    for _ in range(10):
+        now += 0.02
+        event, work = StepDone(plan.step_id, 0.02), Work()
+        plan = count(work, lambda now=now, event=event: scheduler.step(now, [event]))
+        works.append(work.instructions)
+    assert len(plan.batch) == 64
+    assert works[-1] < 200 * 64
