@@ -145,8 +145,8 @@ class BatchBuilder:
         samples = num_tokens == pending
         if not samples:
             self._prefills_wait = True
-        elif request.has_progressed:
-            request.steady_until = _steady_until(kv, self._memory.block_size)
+        else:
+            self._prepare_next(request, start + num_tokens)
         sent = kv.num_sent_blocks
         new = self._memory.take_unsent(request) if sent != len(kv.block_table) else ()
         self.requests.append(request)
@@ -155,6 +155,14 @@ class BatchBuilder:
             self._prefill_tokens += num_tokens - 1
             self._full_at = min(self._max_requests, self._max_tokens - self._prefill_tokens)
         return True
+
+    def _prepare_next(self, request: Request, computed: int) -> None:
+        """See to what a request with `computed` tokens needs when it has yielded one more."""
+        memory, kv = self._memory, request.kv
+        if memory.grows_ahead and computed == len(kv.block_table) * memory.block_size:
+            memory.grow_ahead(request)
+        if request.has_progressed:
+            request.steady_until = _steady_until(kv, memory.block_size, memory.grows_ahead)
 
     def _has_memory(self, request: Request, tokens: int) -> bool:
         """Give a request room for `tokens` tokens; sets `_stops` when admission closes."""
@@ -248,12 +256,12 @@ def count_decodes(batch: list[Request], elapsed_s: float, now: float) -> tuple[l
     return others, context_tokens
 
 
-def _steady_until(kv: KvState, block_size: int) -> int:
+def _steady_until(kv: KvState, block_size: int, grows_ahead: bool) -> int:
     """Return the computed tokens at which a decoding resident needs more than to be counted.
 
     That is when it needs another block, or when it fills one that others can find then.
     """
-    room = len(kv.block_table) * block_size
+    room = len(kv.block_table) * block_size - grows_ahead
     if kv.num_published_blocks < len(kv.block_hashes):
         return min(room, (kv.num_published_blocks + 1) * block_size - 1)
     return room

@@ -17,7 +17,7 @@ LONGER_FILES = {
     # One record a section of the YAML, and a sentence a setting.
     "fastserve_mega/system/config.py": 340,
     # One state machine, whose rules read each other's state.
-    "tests/unit/scheduling/test_properties.py": 350,
+    "tests/unit/scheduling/test_properties.py": 355,
 }
 MOST_LINES_OF_A_FUNCTION = 50
 """Without its signature and its docstring."""

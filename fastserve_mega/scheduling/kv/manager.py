@@ -78,6 +78,8 @@ class KvManager:
         """Where the requests are that a batch may take, the waiting first."""
         if strategy == "reactive":  # the others come back before their step, and not at it
             self.runnable_places += (Place.SWAPPED,)
+        self.grows_ahead = sizes.grows_ahead
+        self._many_free = config.max_batch_size
         self._strategy: SwapStrategy = strategy
         self._queues = policy.queues
         self._prefill_s = cost_model.prefill_s
@@ -165,6 +167,12 @@ class KvManager:
             return Admission.NO_MEMORY
         request.kv.block_table.extend(added)
         return Admission.READY
+
+    def grow_ahead(self, request: Request) -> None:
+        """Give a resident whose blocks this step fills the next one, where all could have one."""
+        last = request.num_prompt_tokens + request.max_tokens - 1  # is not computed any more
+        if request.num_tokens < last and self.device.free_count > self._many_free:
+            request.kv.block_table.extend(self.device.allocate(1))
 
     def take_unsent(self, request: Request) -> tuple[int, ...]:
         """Return the device blocks of a request that the workers do not know, for the next plan."""

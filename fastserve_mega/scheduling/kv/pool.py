@@ -19,6 +19,9 @@ class PoolSizes(Record, frozen=True):
     host_blocks: int
     block_size: int
     """Tokens of a block."""
+    grows_ahead: bool = False
+    """Whether a request gets the block of its next token a step early where many are free, so that
+    its rank can go on before the next plan."""
 
 
 class BlockPool:

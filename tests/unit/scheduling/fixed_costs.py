@@ -37,6 +37,7 @@ def make_scheduler(
     block_size=4,
     swap=None,
     window=1,
+    grows_ahead=False,
     levels=6,
     starvation_limit_s=None,
     base_quantum_s=None,
@@ -56,7 +57,7 @@ def make_scheduler(
     return Scheduler(
         SchedulerConfig(policy=policy, mlfq=mlfq, **options),
         FixedCosts(decode_s),
-        PoolSizes(device_blocks, host_blocks, block_size),
+        PoolSizes(device_blocks, host_blocks, block_size, grows_ahead),
         swap=swap or SwapConfig(strategy="recompute"),
         window=window,
     )

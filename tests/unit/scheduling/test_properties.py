@@ -41,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         caches=st.booleans(),
         admission=st.sampled_from(["greedy", "projected"]),
         decode_s=st.sampled_from([1.0, 0.02]),
+        grows_ahead=st.booleans(),
     )
     def start(  # noqa: PLR0917 - drawn by name
         self,
@@ -52,6 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         caches,
         admission,
         decode_s=1.0,
+        grows_ahead=False,
     ):
         self.caches = caches
         self.options = {
@@ -63,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             "device_blocks": BLOCKS,
             "block_size": BLOCK_SIZE,
             "window": window,
+            "grows_ahead": grows_ahead,
             "admission": admission,
             "decode_s": decode_s,
             "max_batch_size": batch,
