@@ -30,7 +30,7 @@ class ModelDistribution:
         if self._wanted:
             # Indexing copies, so these stay what they are.
             rows = to_device(torch.tensor([row for row, _ in self._wanted]), logits.device)
-            self._logprobs = torch.log_softmax(logits.index_select(0, rows), dim=-1)
+            self._logprobs = torch.log_softmax(logits.index_select(0, rows).float(), dim=-1)
 
     def of(self, tokens: Sequence[int]) -> tuple[TokenLogprobs | None, ...]:
         """Log probabilities of one sampled token for each row; None for rows that do not ask.

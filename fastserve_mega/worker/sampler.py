@@ -28,11 +28,14 @@ _MASK = 2**64 - 1
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: they make all but the largest logit impossible."""
+RULES = 5
+"""Numbers that the token of a row is drawn by."""
 _LONGEST_MESSAGE = 300
 _BROKEN_DEVICE = ("CUDA error", "HIP error")
 
 Draw = Callable[[Tensor, Tensor], Tensor]
-"""Logits [rows, vocabulary] and rules [5, rows] to tokens [rows], without a wait of the host."""
+"""Logits [rows, vocabulary] and `rules_of` rows to [rows, 2], the token of each row and its largest
+logit, without a wait of the host."""
 
 _log = logging.getLogger(__name__)
 
@@ -82,13 +85,23 @@ class Sampler:
             if sequence.params.structured is not None and sequence.history is not None:
                 self._grammars.begin(sequence.params.structured, sequence.history)
 
-    def __call__(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
+    def __call__(
+        self, logits: Tensor, sequences: Sequence[SequenceInput], drawn: Tensor | None = None
+    ) -> StepOutput:
         """One token or failure for each row of `logits` [sequences, vocabulary].
 
         A row that cannot be sampled is a failure of its request. The others get the tokens that
         they would have had without it.
+
+        Args:
+            logits: of the model.
+            sequences: one for each row.
+            drawn: what `draw` makes of these logits by the rules of these sequences, if it has
+                been run already; used where no sequence changes the logits.
         """
         try:
+            if self._draw is not None:
+                return self._sample_on_device(self._draw, logits, sequences, drawn)
             return self._sample(logits, sequences)
         except Exception as error:
             if _device_is_broken(error):
@@ -103,10 +116,6 @@ class Sampler:
         logits = logits.to(torch.float32).contiguous()
         distribution = ModelDistribution(logits, sequences)
         changed, failures = self._changed(logits, sequences)
-        if self._draw is not None:
-            drawn = self._draw(changed, to_device(_rules(sequences), logits.device))
-            columns = (logits.amax(dim=-1), changed.amax(dim=-1), drawn)
-            return _told(columns, distribution, failures)
         tokens, largest_of_model = find_largest(logits)
         largest = largest_of_model
         if changed is not logits:
@@ -115,6 +124,23 @@ class Sampler:
         _choose_at_random(tokens, changed, sequences, failures)
         failed = tuple(failures[row] for row in sorted(failures))
         return StepOutput(tokens, distribution.of(tokens), failed)
+
+    def _sample_on_device(
+        self,
+        draw: Draw,
+        logits: Tensor,
+        sequences: Sequence[SequenceInput],
+        drawn: Tensor | None,
+    ) -> StepOutput:
+        distribution = ModelDistribution(logits, sequences)
+        if not any(map(_changes_logits, sequences)):
+            if drawn is None:
+                drawn = draw(logits, to_device(rules_of(sequences), logits.device))
+            return _told(drawn, distribution, {})
+        changed, failures = self._changed(logits.to(torch.float32), sequences)
+        drawn = draw(changed, to_device(rules_of(sequences), logits.device))
+        before = logits.amax(dim=-1, keepdim=True).double()
+        return _told(torch.cat((drawn, before), dim=-1), distribution, failures)
 
     def _changed(
         self, logits: Tensor, sequences: Sequence[SequenceInput]
@@ -172,8 +198,11 @@ def _awaits_min_tokens(sequence: SequenceInput) -> bool:
     return sequence.context - sequence.prompt_tokens < sequence.params.min_tokens
 
 
-def _rules(sequences: Sequence[SequenceInput]) -> Tensor:
-    """For each row temperature (0 is greedy), top_k, top_p, min_p and its random number."""
+def rules_of(sequences: Sequence[SequenceInput]) -> Tensor:
+    """Temperature (0 is greedy), top_k, top_p, min_p and random number of each row.
+
+    [RULES, rows] in float64.
+    """
     params = [sequence.params for sequence in sequences]
     rules = [
         [0.0 if _is_greedy(s) else s.params.temperature for s in sequences],
@@ -186,14 +215,22 @@ def _rules(sequences: Sequence[SequenceInput]) -> Tensor:
 
 
 def _told(
-    columns: Sequence[Tensor],
+    drawn: Tensor,
     distribution: ModelDistribution,
     failures: Mapping[int, SamplingFailure],
 ) -> StepOutput:
-    """Of each row its largest logits, before and after, and its token: all that is read back."""
-    told = torch.stack([column.double() for column in columns], dim=-1).tolist()
-    failures = {**_unusable([(before, after) for before, after, _ in told]), **failures}
-    tokens = [int(token) for _, _, token in told]
+    """What the host waits for, once, and all that it reads back.
+
+    Args:
+        drawn: [rows, 2 or 3]: of each row its token, its largest logit, and that of the model
+            where the logits were changed.
+        distribution: of the model.
+        failures: of rows, by their numbers.
+    """
+    told = drawn.tolist()
+    failures = {**_unusable([(numbers[-1], numbers[1]) for numbers in told]), **failures}
+    # Of logits that are not finite nothing is a token.
+    tokens = [0 if row in failures else int(numbers[0]) for row, numbers in enumerate(told)]
     failed = tuple(failures[row] for row in sorted(failures))
     return StepOutput(tokens, distribution.of(tokens), failed)
 

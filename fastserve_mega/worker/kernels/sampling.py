@@ -23,14 +23,14 @@ _COLUMNS = 4096
 @triton.jit
 def _weight(logits, token, real, largest, temperature, floor):
     """Of tokens that have passed the filters so far: those whose weight is not below the floor."""
-    value = tl.load(logits + token, mask=real, other=float("-inf"))
+    value = tl.load(logits + token, mask=real, other=float("-inf")).to(tl.float32)
     weight = tl.exp((value - largest) / temperature)
     return tl.where(real & (weight >= floor), weight, 0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _draw(
-    logits, numbers, tokens, rows, vocabulary, stride,
+    logits, numbers, drawn, rows, vocabulary, stride,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One row. `numbers` are temperature, top_k, top_p, min_p and the random number of each."""
@@ -45,17 +45,21 @@ def _draw(
 
     largest = row * 0.0 - float("inf")
     best = vocabulary * 0
+    undefined = vocabulary * 0
     for first in range(0, vocabulary, COLUMNS):
         value = tl.load(
             logits + first + columns, mask=first + columns < vocabulary, other=float("-inf")
-        )
+        ).to(tl.float32)
+        undefined += tl.sum((value != value).to(tl.int32), 0)  # noqa: PLR0124
         highest = tl.max(value, 0)
         if highest > largest:
             # The first of equals.
             best = first + tl.min(tl.where(value == highest, columns, COLUMNS), 0)
             largest = highest
+    told = tl.where(undefined > 0, float("nan"), largest)
+    tl.store(drawn + 2 * row + 1, told.to(tl.float64))
     if temperature <= 0.0:
-        tl.store(tokens + row, best.to(tl.int64))
+        tl.store(drawn + 2 * row, best.to(tl.float64))
         return
 
     # Weights are in [0, 1]: bit patterns from 0 to that of 1.0.
@@ -131,24 +135,24 @@ def _draw(
         before += tl.sum(weight.to(tl.float64), 0)
         last = tl.maximum(last, tl.max(tl.where(weight > 0.0, first + columns, 0), 0))
     # Rounding must not reach beyond the last token that has a weight.
-    tl.store(tokens + row, tl.minimum(chosen, last).to(tl.int64))
+    tl.store(drawn + 2 * row, tl.minimum(chosen, last).to(tl.float64))
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:
     """Draw a token for each row; the host waits for nothing.
 
     Args:
-        logits: [rows, vocabulary] in float32, contiguous.
+        logits: [rows, vocabulary], whose rows are contiguous.
         numbers: [5, rows] in float64: temperature (0 is greedy), top_k (0 keeps all), top_p,
             min_p, and the random number in [0, 1).
 
     Returns:
-        [rows] token ids.
+        [rows, 2] in float64: of each row its token, and its largest logit, or NaN if one is.
     """
     rows, vocabulary = logits.shape
-    tokens = torch.empty(rows, dtype=torch.long, device=logits.device)
+    drawn = torch.empty((rows, 2), dtype=torch.float64, device=logits.device)
     launching.launch(
-        _draw, (rows,), logits, numbers, tokens, rows, vocabulary, logits.stride(0),
+        _draw, (rows,), logits, numbers, drawn, rows, vocabulary, logits.stride(0),
         COLUMNS=min(_COLUMNS, padded(vocabulary)), num_warps=8,
     )  # fmt: skip
-    return tokens
+    return drawn

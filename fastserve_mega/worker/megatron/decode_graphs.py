@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastserve_mega.worker.megatron.engine import Receive
 from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.sampler import RULES, Draw, rules_of
 from fastserve_mega.worker.step_batch import PackedStep, StepBatch, StepShape
 from fastserve_mega.worker.transfer import copy_to_device
 
@@ -22,13 +23,15 @@ _FINE, _COARSE = 8, 16
 
 Compute = Callable[[StepBatch, Tensor | None], Tensor]
 """Of a step and what the stage before hands over: the work on the device."""
+Results = tuple[Tensor, Tensor | None]
+"""What a step computes, and what was drawn of it where that is logits."""
 
 
 class Recorder(Protocol):
     """Makes what computes from fixed buffers into something that can be computed again."""
 
-    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Returns what does the same on the same memory, and gives the same tensor."""
+    def record(self, compute: Callable[[], Results]) -> Callable[[], Results]:
+        """Returns what does the same on the same memory, and gives the same tensors."""
 
 
 class CudaRecorder:
@@ -37,7 +40,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def record(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def record(self, compute: Callable[[], Results]) -> Callable[[], Results]:
         current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
@@ -48,7 +51,7 @@ class CudaRecorder:
             result = compute()
         self._pool = graph.pool()
 
-        def replay() -> Tensor:
+        def replay() -> Results:
             graph.replay()
             return result
 
@@ -59,9 +62,9 @@ class CudaRecorder:
 class _Recorded:
     shape: StepShape
     numbers: Tensor
-    """The step's array on the device (`PackedStep`)."""
+    """On the device: the step's array (`PackedStep`), and behind it the bits of `rules_of`."""
     hidden: Tensor | None
-    replay: Callable[[], Tensor]
+    replay: Callable[[], Results]
 
 
 class DecodeGraphs:
@@ -74,6 +77,7 @@ class DecodeGraphs:
         device: of the tensors.
         hidden: size and type of what the stage before hands over; None on the first stage.
         recorder: of this kind of device.
+        draw: chooses tokens, where what is computed is logits and they are chosen on this rank.
     """
 
     def __init__(
@@ -84,12 +88,14 @@ class DecodeGraphs:
         device: torch.device,
         hidden: tuple[int, torch.dtype] | None,
         recorder: Recorder,
+        draw: Draw | None = None,
     ) -> None:
         self._compute = compute
         self._block_size = block_size
         self._device = device
         self._hidden = hidden
         self._recorder = recorder
+        self._draw = draw
         self._recorded: list[_Recorded] = []
 
     def record(self, max_sequences: int, max_context: int) -> int:
@@ -101,9 +107,9 @@ class DecodeGraphs:
         self._recorded.reverse()
         return len(self._recorded)
 
-    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Tensor | None:
+    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Results | None:
         """Run a step; None, without having done anything, where none that fits is recorded."""
-        # A recorded step hands out nothing but logits.
+        # A recorded step hands out nothing but logits and tokens.
         if not all(len(s.token_ids) == 1 and s.samples and not s.embeds for s in batch):
             return None
         recorded = next((r for r in self._recorded if r.shape.sequences >= len(batch)), None)
@@ -111,22 +117,40 @@ class DecodeGraphs:
         if recorded is None or longest > recorded.shape.blocks * self._block_size:
             return None
         packed = PackedStep(batch, self._block_size, recorded.shape)
-        copy_to_device(torch.from_numpy(packed.numbers), recorded.numbers)
+        numbers = torch.from_numpy(packed.numbers)
+        if self._draw is not None:
+            rules = torch.zeros((RULES, recorded.shape.samples), dtype=torch.float64)
+            rules[:, : len(batch)] = rules_of(batch)
+            numbers = torch.cat((numbers, rules.view(torch.int64).flatten()))
+        copy_to_device(numbers, recorded.numbers)
         if recorded.hidden is not None:
             received = receive()
             assert received is not None
             recorded.hidden[: len(batch)].copy_(received)
-        return recorded.replay()[: len(batch)]
+        result, drawn = recorded.replay()
+        return result[: len(batch)], None if drawn is None else drawn[: len(batch)]
 
     def _record(self, shape: StepShape) -> _Recorded:
         packed = PackedStep([], self._block_size, shape)
-        numbers = torch.from_numpy(packed.numbers).to(self._device)
-        step = packed.on(numbers)
+        size = len(packed.numbers)
+        room = torch.zeros(size + RULES * shape.samples, dtype=torch.int64)
+        room[:size] = torch.from_numpy(packed.numbers)
+        if self._draw is None:
+            room = room[:size]
+        numbers = room.to(self._device)
+        step = packed.on(numbers[:size])
         hidden = None
         if self._hidden is not None:
             size, dtype = self._hidden
             hidden = torch.zeros((shape.rows, size), dtype=dtype, device=self._device)
-        replay = self._recorder.record(lambda: self._compute(step, hidden))
+
+        def compute() -> Results:
+            result = self._compute(step, hidden)
+            if self._draw is None:
+                return result, None
+            return result, self._draw(result, numbers[size:].view(torch.float64).view(RULES, -1))
+
+        replay = self._recorder.record(compute)
         return _Recorded(shape, numbers, hidden, replay)
 
 

@@ -44,11 +44,13 @@ class StageEngine(Protocol):
         receive: Receive,
         score: TakeRows = ignore,
         embed: TakeRows = ignore,
+        drawn: TakeRows = ignore,
     ) -> Tensor:
         """Run a step of at least one sequence.
 
         On the last stage `score` is given the logits of each sequence's `scored` rows; `embed` what
-        the returned logits are made of, [samples, hidden], when a sequence `embeds`.
+        the returned logits are made of, [samples, hidden], when a sequence `embeds`; `drawn` what
+        `worker.sampler.Draw` makes of the logits, where the engine has done that as well.
 
         Returns:
             [tokens, hidden] for the next stage; on the last one, the logits [samples, vocabulary]
@@ -97,6 +99,7 @@ class TorchEngine:
         receive: Receive,
         score: TakeRows = ignore,
         embed: TakeRows = ignore,
+        drawn: TakeRows = ignore,
     ) -> Tensor:
         packed = PackedStep(batch, self._cache.block_size)
         step = packed.to(self._device)

@@ -105,7 +105,8 @@ def _open_on_cuda(
     if has_graphs and not is_trial:
         begin = time.monotonic()
         context = config.model.max_context or architecture.max_context
-        count = engine.record_graphs(config.scheduler.max_batch_size, context, CudaRecorder())
+        draw = choose_draw(config.parallel, cache.pool.device)
+        count = engine.record_graphs(config.scheduler.max_batch_size, context, CudaRecorder(), draw)
         if is_first:
             _log.info("recorded %d graphs in %.1f s", count, time.monotonic() - begin)
     return engine

@@ -17,6 +17,7 @@ from fastserve_mega.worker.megatron.engine import Receive, TakeRows, TorchEngine
 from fastserve_mega.worker.megatron.kernel_layers import KernelLayer, norm_of, run_kernel_layers
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.sampler import Draw
 from fastserve_mega.worker.step_batch import PackedStep, StepBatch
 
 
@@ -88,8 +89,18 @@ class KernelEngine(TorchEngine):
             for rope, rotation in self._rotations.items()
         }
 
-    def record_graphs(self, max_sequences: int, max_context: int, recorder: Recorder) -> int:
-        """Record steps that only decode; returns how many. All ranks call it alike."""
+    def record_graphs(
+        self, max_sequences: int, max_context: int, recorder: Recorder, draw: Draw | None = None
+    ) -> int:
+        """Record steps that only decode; returns how many. All ranks call it alike.
+
+        Args:
+            max_sequences: of a step.
+            max_context: tokens of a sequence.
+            recorder: of this kind of device.
+            draw: chooses tokens, which is recorded as well on the rank that samples.
+        """
+        samples = self._partition.is_last_stage and self._partition.tensor_rank == 0
         is_first = self._partition.is_first_stage
         self._graphs = DecodeGraphs(
             self._compute,
@@ -97,6 +108,7 @@ class KernelEngine(TorchEngine):
             device=self._device,
             hidden=None if is_first else (self._architecture.hidden_size, self.hidden_dtype),
             recorder=recorder,
+            draw=draw if samples else None,
         )
         return self._graphs.record(max_sequences, max_context)
 
@@ -106,10 +118,14 @@ class KernelEngine(TorchEngine):
         receive: Receive,
         score: TakeRows = ignore,
         embed: TakeRows = ignore,
+        drawn: TakeRows = ignore,
     ) -> Tensor:
         # In a recorded step each token is sampled, so there is none to score.
         if self._graphs is not None and (done := self._graphs.run(batch, receive)) is not None:
-            return done
+            result, tokens = done
+            if tokens is not None:
+                drawn(tokens)
+            return result
         # No block is cleared: the kernels do not look at what has not been written.
         step = PackedStep(batch, self._cache.block_size).to(self._device)
         return self._compute(step, receive(), score, embed)

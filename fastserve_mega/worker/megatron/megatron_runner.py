@@ -23,7 +23,7 @@ from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.logprobs import PromptScores
 from fastserve_mega.worker.megatron.checkpoint import architecture_as_stored, open_checkpoint
-from fastserve_mega.worker.megatron.engine import ignore
+from fastserve_mega.worker.megatron.engine import TakeRows
 from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
@@ -175,7 +175,10 @@ class MegatronRunner:
             self._sampler.prepare(batch)
         sampled = [sequence for sequence in batch if sequence.samples]
         scores, embeddings = PromptScores(batch), Embeddings(batch)
-        wanted = (scores, embeddings) if self.is_sampling_rank else (ignore, ignore)
+        drawn: list[Tensor] = []
+        wanted: list[TakeRows] = []
+        if self.is_sampling_rank:
+            wanted = [scores, embeddings, drawn.append]
         result = self._engine.run(batch, lambda: self._receive(batch), *wanted)
         if not self._partition.is_last_stage:
             self._send(result)
@@ -185,7 +188,7 @@ class MegatronRunner:
         if not sampled:
             # The coordinator charges the time until the result comes.
             wait_for(self._device)
-        output = self._sampler(result, sampled) if sampled else StepOutput()
+        output = self._sampler(result, sampled, *drawn) if sampled else StepOutput()
         return replace(output, scored=scores.result(), embeddings=embeddings.result())
 
     @torch.inference_mode()

@@ -105,6 +105,7 @@ class NativeEngine:
         receive: Receive,
         score: TakeRows = ignore,
         embed: TakeRows = ignore,
+        drawn: TakeRows = ignore,
     ) -> Tensor:
         step = self._lay_out(batch)
         normed = None

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 
-import kernel_device  # noqa: F401  (skips where Triton is missing)
 import pytest
 import torch
 import torch.distributed as dist
+from kernel_device import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastserve_mega.models.architecture import load_architecture
@@ -18,6 +18,7 @@ from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig, Sc
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.kernels import launching
+from fastserve_mega.worker.kernels.sampling import draw
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron import decode_graphs, engine_choice
 from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, recorded_sizes
@@ -27,6 +28,7 @@ from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
 from fastserve_mega.worker.megatron.layer_spec import choose_layers
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.step_batch import PackedStep, StepShape
 from fastserve_mega.worker.topology import Topology
 
@@ -43,6 +45,9 @@ MIXTRAL = {
 CROSSING = "copy between host and device"
 MOST_KERNELS = 10
 """Of a layer: four products, rotation and cache, attention and its merge, two norms, activation."""
+
+OUTSIDE_LAYERS = 6
+"""Of a step: its upload, embedding, first norm, rows to sample, logits; one to spare."""
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +93,8 @@ class Work(TorchDispatchMode):
         result = function(*arguments, **(options or {}))
         name = function._schema.name
         tensors = [a for a in (*arguments, result) if isinstance(a, torch.Tensor)]
+        if all(tensor.is_cpu for tensor in tensors):
+            return result
         if name in ("aten::_to_copy", "aten::copy_") and len({t.device for t in tensors}) > 1:
             name = CROSSING
         makes_room = name in ("aten::empty", "aten::empty_like", "aten::new_empty")
@@ -141,10 +148,36 @@ def test_a_layer_is_ten_kernels_and_a_step_one_upload(open_engine, monkeypatch, 
     assert added <= MOST_KERNELS + float8, names[1]
     assert names[1].count("aten::_scaled_mm") == (4 * 4 if float8 else 0)
     outside = len(names[0]) - 2 * added
-    assert outside <= 6, names[0]
+    assert outside <= OUTSIDE_LAYERS, names[0]
     assert names[1].count(CROSSING) == 1
     # Decoding few sequences, their contexts are split among programs.
     assert {"_attend", "_rotate_and_write", "_norm", "_activate"} <= set(names[1])
+
+
+def test_a_decoding_step_is_one_upload_one_graph_and_one_wait(open_engine, monkeypatch):
+    """From the batch to its tokens, whatever the sampling rules."""
+    engine = open_engine(2)
+    monkeypatch.setattr(launching, "launch", lambda *arguments, **constants: None)
+    count = engine.record_graphs(16, 1024, Again(), draw)
+    assert count == len(recorded_sizes(16))
+    waits = []
+
+    def read(tensor):
+        waits.append(tensor.shape)
+        return [[1.0, 0.0]] * len(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    batch, drawn = decodes(12, 900), []
+    object.__setattr__(batch[3], "params", SamplingParams(temperature=0.7, top_p=0.9, top_k=5))
+    with Work(monkeypatch) as work:
+        logits = engine.run(batch, lambda: None, drawn=drawn.append)
+        output = Sampler((2,), draw=draw)(logits, batch, *drawn)
+    assert output.token_ids == [1] * 12
+    assert waits == [(12, 2)]
+    assert work.names.count(CROSSING) == 1
+    # The stand-in of a graph copies its two results, which a graph does not.
+    assert len(work.names) - 2 <= 2 * MOST_KERNELS + OUTSIDE_LAYERS + 1, work.names
+    assert work.names.count("_draw") == 1
 
 
 @pytest.mark.parametrize("changes", [{}, MIXTRAL])
@@ -204,11 +237,18 @@ def test_an_engine_that_cannot_be_is_refused_with_the_reason(open_engine, monkey
 
 
 class Again:
-    """Records by computing again, into the tensor that the first computation gave."""
+    """Records by computing again, into the tensors that the first computation gave."""
 
     def record(self, compute):
-        result = compute()
-        return lambda: result.copy_(compute())
+        results = compute()
+
+        def replay():
+            for result, again in zip(results, compute(), strict=True):
+                if result is not None:
+                    result.copy_(again)
+            return results
+
+        return replay
 
 
 def test_a_step_takes_the_next_larger_graph_or_none():
@@ -223,8 +263,8 @@ def test_a_step_takes_the_next_larger_graph_or_none():
     )
     assert graphs.record(max_sequences=4, max_context=160) == 3
     assert computed == [4, 2, 1]
-    result = graphs.run([*decodes(1, 90), *decodes(2, 160)], lambda: None)
-    assert result is not None
+    result, drawn = graphs.run([*decodes(1, 90), *decodes(2, 160)], lambda: None)
+    assert drawn is None
     assert result.flatten().tolist() == [160, 160, 90]
     assert computed[3:] == [4]
     prefill = decodes(1)[0]
@@ -245,8 +285,39 @@ def test_what_an_earlier_stage_hands_over_is_copied_to_where_the_graph_reads_it(
     graphs.record(max_sequences=2, max_context=160)
     for value in (1.0, 5.0):
         received = torch.full((2, 3), value)
-        result = graphs.run(decodes(2), lambda received=received: received)
+        result, _ = graphs.run(decodes(2), lambda received=received: received)
         assert torch.equal(result, 2 * received)
+
+
+def test_tokens_are_drawn_in_the_graph_by_the_rules_of_each_step():
+    """And are those that the sampler draws of the same logits, one kernel after the other."""
+    logits = torch.randn((4, 150), generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    graphs = DecodeGraphs(
+        lambda step, hidden: logits[step.token_ids[step.sample_rows]],
+        block_size=16, device=DEVICE, hidden=None, recorder=Again(), draw=draw,
+    )  # fmt: skip
+    graphs.record(max_sequences=4, max_context=160)
+    rules_of_rows = ({"temperature": 0.0}, {"temperature": 2.0}, {"temperature": 1.5, "top_k": 9})
+    sampler, seen = Sampler((3,), draw=draw), set()
+    for position in (20, 21):
+        batch = decodes(3, position)
+        for row, (each, rules) in enumerate(zip(batch, rules_of_rows, strict=True)):
+            object.__setattr__(each, "token_ids", [row])
+            object.__setattr__(each, "params", SamplingParams(**rules))
+        result, drawn = graphs.run(batch, lambda: None)
+        output = sampler(result, batch, drawn)
+        assert output.token_ids == Sampler((3,))(logits[:3], batch).token_ids
+        seen.add(tuple(output.token_ids))
+    assert len(seen) == 2
+
+
+def test_what_is_drawn_in_the_graph_does_not_count_where_requests_change_the_logits():
+    logits = torch.zeros((1, 8), device=DEVICE)
+    batch = decodes(1)
+    greedy = SamplingParams(temperature=0.0, logit_bias={5: 2.0})
+    object.__setattr__(batch[0], "params", greedy)
+    drawn = torch.tensor([[3.0, 0.0]], dtype=torch.float64, device=DEVICE)
+    assert Sampler((), draw=draw)(logits, batch, drawn).token_ids == [5]
 
 
 def test_few_graphs_for_any_number_of_sequences():

@@ -66,7 +66,7 @@ def test_the_host_waits_once(logits, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, read)
     rules = {"temperature": 1.0, "top_p": 0.9, "top_k": 7, "logit_bias": {4: 1.0}}
-    sampler = Sampler((3,), draw=lambda logits, rules: logits.argmax(dim=-1))
+    sampler = Sampler((3,), draw=lambda logits, rules: torch.ones((1, 2), dtype=torch.float64))
     sampler(logits[:1], [sequence({**rules, "min_tokens": 9}, 5)])
     assert waits == ["tolist"]
 
