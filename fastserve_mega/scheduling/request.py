@@ -156,6 +156,10 @@ class ClientShare:
     """Of its share of that step."""
     tokens: int = 0
     """Of its share of that step."""
+    most_places: int = 0
+    """Its share of that step."""
+    most_tokens: float = 0.0
+    """Its share of that step."""
 
 
 @dataclass(slots=True, eq=False)

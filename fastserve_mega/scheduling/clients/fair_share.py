@@ -104,24 +104,18 @@ class FairShare:
         self, candidates: Iterable[Request], preempted: Container[Request]
     ) -> Iterator[Request]:
         self._walks += 1
-        counters = self.counters
-        tokens_by_weight = self._tokens / counters.weights
-        limit = counters.floor + counters.slack
+        step, limit = self._step, self.counters.floor + self.counters.slack
         rest = []
         for request in candidates:
             if request.status in UNDER_WAY or request in preempted:
                 continue
             share = request.share
-            if share.step != self._step:
-                share.step = self._step
-                share.places = share.tokens = 0
+            if share.step != step:
+                self._begin(share)
             tokens = request.num_tokens - request.num_computed_tokens
             if share.counter > limit or (
                 share.places
-                and (
-                    share.places >= counters.places_of(share)
-                    or share.tokens + tokens > tokens_by_weight * share.weight
-                )
+                and (share.places >= share.most_places or share.tokens + tokens > share.most_tokens)
             ):
                 rest.append(request)
                 continue
@@ -132,6 +126,13 @@ class FairShare:
         left = iter(rest)
         self._rests.append(left)
         yield from left
+
+    def _begin(self, share: ClientShare) -> None:
+        """Begin a step for a client."""
+        share.step = self._step
+        share.places = share.tokens = 0
+        share.most_places = self.counters.places_of(share)
+        share.most_tokens = self._tokens / self.counters.weights * share.weight
 
     def leaves_room(self, request: Request) -> bool:
         """Whether a request is to leave memory on the host to those who come before it.

@@ -196,7 +196,8 @@ def runs(
     """
     start = 0
     for request in few:
-        yield from forwards(residents, start, index(request))
+        if (end := index(request)) > start:
+            yield from forwards(residents, start, end)
         yield (request,)
         start = index(request)
     yield from forwards(residents, start)
