@@ -166,6 +166,7 @@ def _scheduler_setup(
             device_blocks=group.device_blocks,
             host_blocks=group.host_blocks,
             block_size=config.kv_cache.block_size,
+            grows_ahead=config.parallel.looks_ahead,
         ),
         profile=profile,
         window=config.parallel.pipeline,

@@ -265,6 +265,8 @@ class StepResult(_Message, frozen=True):
     scored: tuple[ScoredPrompt, ...] = ()
     embeddings: tuple[bytes, ...] = ()
     """One for each of the tokens whose request asks for it, as in `Tokens`."""
+    ahead_s: Seconds = 0.0
+    """How long that rank had computed the step when its command came."""
 
 
 class CopyResult(_Message, frozen=True):

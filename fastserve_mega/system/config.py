@@ -74,6 +74,10 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     """What computes on GPUs: kernels are our own, in Triton, between torch's matrix products;
     graphs are the same with steps that only decode recorded as CUDA graphs at start; torch computes
     every model. auto takes graphs if it can, else kernels, else torch."""
+    look_ahead: bool = True
+    """A rank that has a copy of the model for itself goes on with the requests of a step while the
+    coordinator plans the next one, and stops when the plan says anything else. With the native
+    step only, which can be stopped."""
     timeout_s: PositiveFloat = 120.0
     """Longest wait of a rank for another one before it gives up."""
 
@@ -87,6 +91,11 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
             f"parallel.layers_per_stage must name {self.pipeline} stages (parallel.pipeline), "
             f"got {self.layers_per_stage}",
         )
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether ranks compute ahead of their plans, where they can."""
+        return self.look_ahead and self.replica_size == 1
 
     @property
     def replica_size(self) -> int:

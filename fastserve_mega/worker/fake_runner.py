@@ -10,7 +10,7 @@ from fastserve_mega.messaging.messages import ScoredPrompt
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.types import TokenLogprobs
 from fastserve_mega.worker.copy_engine import CopyEngine
-from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
+from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput, Verdict
 
 _COPY_TIMEOUT_S = 60.0
 _TOKEN_BYTES = 4
@@ -31,14 +31,17 @@ class FakeModelRunner:
         vocab_size: int,
         host_blocks: int = 0,
         is_sampling_rank: bool = True,
+        looks_ahead: bool = False,
     ) -> None:
         self._pool = [[-1] * block_size for _ in range(device_blocks)]
         self._host_pool = [[-1] * block_size for _ in range(host_blocks)]
         self._copies = CopyEngine(self.move, timeout_s=_COPY_TIMEOUT_S)
         self._is_sampling_rank = is_sampling_rank
-        self._block_size = block_size
+        self.block_size = block_size
+        self.looks_ahead = looks_ahead
         self._vocab_size = vocab_size
         self.steps = 0
+        self.abandoned_steps = 0
 
     @property
     def device_blocks(self) -> int:
@@ -50,7 +53,7 @@ class FakeModelRunner:
 
     @property
     def block_bytes(self) -> int:
-        return self._block_size * _TOKEN_BYTES
+        return self.block_size * _TOKEN_BYTES
 
     @property
     def copies(self) -> CopyEngine:
@@ -64,8 +67,8 @@ class FakeModelRunner:
         self.steps += 1
         for sequence in batch:
             for position, token in enumerate(sequence.token_ids, sequence.start):
-                block = sequence.block_table[position // self._block_size]
-                self._pool[block][position % self._block_size] = token
+                block = sequence.block_table[position // self.block_size]
+                self._pool[block][position % self.block_size] = token
         return StepOutput(
             [
                 fake_token(self._read(sequence), self._vocab_size)
@@ -82,6 +85,14 @@ class FakeModelRunner:
             ),
         )
 
+    def execute_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> StepOutput | None:
+        verdict = ask()
+        output = None if verdict is Verdict.ABANDON else self.execute(batch)
+        if verdict is Verdict.UNKNOWN and ask() is Verdict.ABANDON:
+            output = None
+        self.abandoned_steps += output is None
+        return output
+
     def move(self, copy: BlockCopy) -> None:
         """Execute a copy, in the thread of the copy engine; tests override its moment."""
         source, target = self._pool, self._host_pool
@@ -94,7 +105,7 @@ class FakeModelRunner:
         self._copies.close()
 
     def _read(self, sequence: SequenceInput) -> list[int]:
-        size = self._block_size
+        size = self.block_size
         return [
             self._pool[sequence.block_table[position // size]][position % size]
             for position in range(sequence.context)

@@ -6,6 +6,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import zmq
 
@@ -31,7 +32,8 @@ from fastserve_mega.messaging.messages import (
 )
 from fastserve_mega.types import RequestId
 from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput, StepOutput
+from fastserve_mega.worker.look_ahead import LookAhead
+from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput, StepOutput, Verdict
 
 _LOOK_AROUND_MS = 500
 _LAST_WORDS_MS = 1000
@@ -95,6 +97,12 @@ class WorkerLoop:
         self._send_frame = faults.at("rank.send", self._put)
         self._receive_frame = faults.at("rank.receive", socket.recv)
         self._compute = faults.at("rank.before_step", runner.execute)
+        compute_ahead = faults.at("rank.before_step", runner.execute_ahead)
+        ahead = LookAhead(compute_ahead, runner.block_size)
+        self._look_ahead = ahead if runner.looks_ahead else None
+        self._came: Message | None = None
+        """Received while a step was computed ahead."""
+        self._came_at = 0.0
         self._report_step = faults.at("rank.after_step", self._send_result)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -136,6 +144,7 @@ class WorkerLoop:
 
     def _execute(self, command: StepCommand) -> None:
         plan = command.plan
+        ahead = self._look_ahead.take(command, self._came_at) if self._look_ahead else None
         batch = self._sequences.apply(command)
         self._copies.start(plan.copies)
         self._copies.wait(
@@ -143,9 +152,23 @@ class WorkerLoop:
         )
         if not batch:
             return
-        self._report_step(plan.step_id, self._compute(batch))
+        output = ahead.output if ahead else self._compute(batch)
+        self._report_step(plan.step_id, output, ahead.ahead_s if ahead else 0.0)
+        if self._look_ahead:
+            self._look_ahead.go_on(batch, output, partial(self._look_around, self._look_ahead))
 
-    def _send_result(self, step_id: int, output: StepOutput) -> None:
+    def _look_around(self, look_ahead: LookAhead) -> Verdict:
+        """Within a step that is computed ahead: see what has come meanwhile."""
+        while self._socket.poll(0):
+            message = self._take_message()
+            if isinstance(message, KeepAlive):
+                continue
+            self._came = message
+            fits = isinstance(message, StepCommand) and look_ahead.fits(message)
+            return Verdict.GO_ON if fits else Verdict.ABANDON
+        return Verdict.UNKNOWN
+
+    def _send_result(self, step_id: int, output: StepOutput, ahead_s: float) -> None:
         # Copies first: the blocks they free can then be given away in the next plan.
         self._report_copies()
         if self._runner.is_sampling_rank:
@@ -159,6 +182,7 @@ class WorkerLoop:
                     output.failures,
                     output.scored,
                     output.embeddings,
+                    ahead_s,
                 )
             )
 
@@ -167,13 +191,16 @@ class WorkerLoop:
             self._send(CopyResult(copy_id, self._rank, copy_s))
 
     def _receive(self) -> Message:
+        if came := self._came:
+            self._came = None
+            return came
         give_up_at = time.monotonic() + self._patience_s
         while True:
             ready = dict(self._poller.poll(_LOOK_AROUND_MS))
             if self._copies.fileno() in ready:
                 self._report_copies()
             if self._socket in ready:
-                return decode(self._receive_frame())
+                return self._take_message()
             if not ready and not self._coordinator_alive():
                 raise CoordinatorLostError("the coordinator has ended without a word")
             if time.monotonic() > give_up_at:
@@ -181,6 +208,11 @@ class WorkerLoop:
                     f"nothing heard from the coordinator for {self._patience_s:g} s "
                     "(parallel.timeout_s)"
                 )
+
+    def _take_message(self) -> Message:
+        message = decode(self._receive_frame())
+        self._came_at = time.monotonic()
+        return message
 
     def _send(self, message: Message) -> None:
         self._send_frame(encode(message))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 from fastserve_mega.messaging.messages import SamplingFailure, ScoredPrompt
@@ -70,6 +71,18 @@ class StepOutput:
     """One for each sequence with `embeds`, in order, as in `Tokens`."""
 
 
+class Verdict(IntEnum):
+    """What becomes of a step that is computed ahead of its command; see `LookAhead`."""
+
+    UNKNOWN = 0
+    """Nothing has come yet: ask again."""
+    GO_ON = 1
+    ABANDON = 2
+
+
+Ask = Callable[[], Verdict]
+
+
 class ModelRunner(Protocol):
     """Executes batches on one rank. All ranks execute the same batches in the same order."""
 
@@ -86,6 +99,10 @@ class ModelRunner(Protocol):
         """Memory of this rank's share of a block."""
 
     @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+
+    @property
     def copies(self) -> CopyEngine:
         """What moves blocks between the two pools, beside `execute`."""
 
@@ -95,6 +112,16 @@ class ModelRunner(Protocol):
 
     def execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         """Run one step, on what `copies.wait` was called for before."""
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether it can `execute_ahead`: it is the only rank of its replica."""
+
+    def execute_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> StepOutput | None:
+        """Run a step whose command may not come, and which `ask` may end halfway: then None.
+
+        All it leaves behind is KV at the positions of its tokens.
+        """
 
     def close(self) -> None:
         """End the copies, release process groups and memory."""

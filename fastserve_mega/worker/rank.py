@@ -242,6 +242,7 @@ class _Rank:
                 vocab_size=load_architecture(config.model.directory).vocab_size,
                 host_blocks=host_blocks if settings.swap.uses_host else 0,
                 is_sampling_rank=topology.rank == topology.world_size - 1,
+                looks_ahead=config.parallel.looks_ahead,
             )
         # Imported late: torch takes seconds, and fake ranks need none.
         from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner

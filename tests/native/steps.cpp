@@ -134,8 +134,8 @@ struct Model {
   }
 
   // Logits behind the last of `count` tokens of prompt 0 from `start` on, in blocks 1, 2, …;
-  // beside them, if wanted, a token of a prompt in other blocks.
-  std::vector<float> run(int start, int count, bool beside) {
+  // beside them, if wanted, a token of a prompt in other blocks. None if `ask` says so.
+  std::vector<float> run(int start, int count, bool beside, int32_t (*ask)() = nullptr) {
     const int size = config.block_size;
     std::vector<int32_t> tokens, positions, slots, tables;
     for (int p = start; p < start + count; p++) tokens.push_back(p * 7 % VOCABULARY);
@@ -148,12 +148,16 @@ struct Model {
     std::vector<float> logits(VOCABULARY * (1 + beside));
     const StepInput step{count + beside, 1 + beside, 1 + beside, start + count, tokens.data(),
                          positions.data(), slots.data(), first_row, rows, starts, table_at,
-                         tables.data(), sample_rows, nullptr, nullptr, logits.data()};
-    check(!fastserve_step(stage, &step), "step");
-    logits.resize(VOCABULARY);
+                         tables.data(), sample_rows, nullptr, nullptr, logits.data(),
+                         nullptr, ask};
+    const int status = fastserve_step(stage, &step);
+    check(!status || (ask && status == 1), "step");
+    logits.resize(status ? 0 : VOCABULARY);
     return logits;
   }
 };
+
+int asked;
 
 }  // namespace
 
@@ -174,6 +178,10 @@ int main() {
           check(whole[token] == largest, "where it is");
           model.run(0, 30, true);
           model.run(30, 211, false);
+          asked = 0;
+          check(model.run(241, 1, true, [] { return int32_t{asked++ ? ABANDON : UNKNOWN}; }).empty(),
+                "abandoned in the second layer");
+          check(asked == 2, "asked no more");
           check(!memcmp(model.run(241, 1, true).data(), whole.data(), whole.size() * sizeof(float)),
                 "the same bits in chunks");
           models++;

@@ -144,6 +144,7 @@ def fake_server(
             block_size=block_size,
             vocab_size=VOCAB,
             is_sampling_rank=(rank + 1) % (ranks // replicas) == 0,
+            looks_ahead=config.parallel.looks_ahead,
         )
         for rank in range(ranks)
     ]

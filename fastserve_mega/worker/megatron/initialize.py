@@ -224,3 +224,17 @@ def _expert_groups(
     others = range(first + rank % sharing, first + parallel.tensor, sharing)
     sharing_group = _new_group(list(neighbours), timeout)
     return _new_group(list(others), timeout), sharing_group
+
+
+def lost_connection(error: RuntimeError) -> str | None:
+    """What gloo or NCCL says of a rank that is lost; None when the error is another one.
+
+    That is the line of its message that says what happened, without its place in a file.
+    """
+    text = str(error)
+    names = ("gloo", "NCCL", "ncclRemoteError")
+    if not isinstance(error, dist.DistError) and not any(name in text for name in names):
+        return None
+    lines = text.splitlines() or [type(error).__name__]
+    named = (line for line in lines if line.startswith("nccl") and ": " in line)
+    return next(named, lines[0]).rpartition("] ")[2]

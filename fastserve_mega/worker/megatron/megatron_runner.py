@@ -29,13 +29,15 @@ from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
     keep_freed_memory,
+    lost_connection,
     select_device,
     select_dtype,
     set_up_cpu,
 )
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import build_stage
-from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
+from fastserve_mega.worker.megatron.native_engine import NativeEngine
+from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput
 from fastserve_mega.worker.pool_sizes import (
     device_blocks,
     is_sized_by_memory,
@@ -116,6 +118,9 @@ class MegatronRunner:
             self._engine = open_engine(
                 config, self._stage, architecture, self._partition, self.cache
             )
+            self.block_size = self.cache.block_size
+            is_native = isinstance(self._engine, NativeEngine)
+            self.looks_ahead = is_native and config.parallel.looks_ahead
             keep_freed_memory()
             self._host = HostPool(host_blocks(config.kv_cache, self.block_bytes), self.cache.pool)
             self._copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
@@ -161,9 +166,9 @@ class MegatronRunner:
         try:
             return self._execute(batch)
         except RuntimeError as error:
-            if not _is_lost_connection(error):
+            if (reason := lost_connection(error)) is None:
                 raise
-            raise ConnectionError(f"another rank is out of reach: {_reason(error)}") from None
+            raise ConnectionError(f"another rank is out of reach: {reason}") from None
 
     def _execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         if self.is_sampling_rank:
@@ -182,6 +187,14 @@ class MegatronRunner:
             wait_for(self._device)
         output = self._sampler(result, sampled) if sampled else StepOutput()
         return replace(output, scored=scores.result(), embeddings=embeddings.result())
+
+    @torch.inference_mode()
+    def execute_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> StepOutput | None:
+        """Run a step of decodes whose command may not come; None when `ask` ended it."""
+        assert isinstance(self._engine, NativeEngine), "it does not look ahead"
+        self._sampler.prepare(batch)
+        logits = self._engine.run_ahead(batch, ask)
+        return None if logits is None else self._sampler(logits, batch)
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""
@@ -283,16 +296,3 @@ def _check_context(config: Config, architecture: Architecture) -> None:
 
 def _unchanged(hidden: Tensor | None) -> Tensor | None:
     return hidden
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(
-        name in str(error) for name in ("gloo", "NCCL", "ncclRemoteError")
-    )
-
-
-def _reason(error: RuntimeError) -> str:
-    """The line of gloo's or NCCL's message that says what happened, without its place in a file."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    named = (line for line in lines if line.startswith("nccl") and ": " in line)
-    return next(named, lines[0]).rpartition("] ")[2]

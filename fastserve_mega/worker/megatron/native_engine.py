@@ -15,7 +15,7 @@ from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.engine import Receive, TakeRows, ignore
 from fastserve_mega.worker.megatron.model import Stage, cap_logits
 from fastserve_mega.worker.megatron.rotation import Rotation
-from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.model_runner import Ask, SequenceInput
 from fastserve_mega.worker.native.library import (
     InstructionSet,
     Library,
@@ -106,14 +106,7 @@ class NativeEngine:
         score: TakeRows = ignore,
         embed: TakeRows = ignore,
     ) -> Tensor:
-        step = StepArrays(
-            batch,
-            block_size=self._cache.block_size,
-            vocab_size=self._architecture.vocab_size,
-            num_blocks=self._cache.num_blocks,
-        )
-        if fresh := fresh_blocks(batch, self._cache.block_size):
-            self._cache.clear(torch.tensor(fresh))
+        step = self._lay_out(batch)
         normed = None
         if self._partition.is_last_stage and any(each.embeds for each in batch):
             normed = torch.empty((step.samples, self._architecture.hidden_size))
@@ -126,6 +119,23 @@ class NativeEngine:
         if step.scored:
             score(logits[: step.scored])
         return logits[step.scored :]
+
+    def run_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> Tensor | None:
+        """Run a step of decodes as the only rank; None when `ask` ended it."""
+        logits = self._native.run_ahead(self._lay_out(batch), ask)
+        return None if logits is None else cap_logits(logits, self._architecture.logit_softcap)
+
+    def _lay_out(self, batch: Sequence[SequenceInput]) -> StepArrays:
+        """A step's numbers, for blocks that hold nothing of their last owners."""
+        step = StepArrays(
+            batch,
+            block_size=self._cache.block_size,
+            vocab_size=self._architecture.vocab_size,
+            num_blocks=self._cache.num_blocks,
+        )
+        if fresh := fresh_blocks(batch, self._cache.block_size):
+            self._cache.clear(torch.tensor(fresh))
+        return step
 
     def close(self) -> None:
         self._native.close()

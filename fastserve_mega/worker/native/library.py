@@ -69,6 +69,10 @@ GatherFunction = ctypes.CFUNCTYPE(ctypes.c_int, _P, _P, ctypes.c_int64)
 """Gathers that many floats from one address of each rank to another one; not 0 on failure."""
 
 
+AskFunction = ctypes.CFUNCTYPE(ctypes.c_int32)
+"""Gives a Verdict on the step that is being computed."""
+
+
 class StageConfig(ctypes.Structure):
     """What a stage looks like; all sizes are those of this rank."""
 
@@ -130,6 +134,7 @@ class StepInput(ctypes.Structure):
                 "normed",
             )
         ),
+        ("ask", AskFunction),
     )
 
 

@@ -221,7 +221,10 @@ template <class T>
 static void run_together(Stage& stage, int thread) {
   const Rows rows{0, stage.step.tokens, true};
   for (int layer = 0; layer < stage.config.layers; layer++) {
+    // All threads meet within the next line, and again before the next layer asks.
+    if (thread == 0 && stage.verdict == UNKNOWN) stage.verdict = stage.step.ask();
     before_attention<T>(stage, thread, layer, rows);
+    if (stage.verdict == ABANDON) return;
     run_attention<T>(stage, thread, layer);
     after_attention<T>(stage, thread, layer, rows);
   }
@@ -284,8 +287,8 @@ template <class T>
 static void run_stage(Stage& stage, int thread) {
   enter<T>(stage, thread);
   const int threads = stage.config.threads;
-  const bool apart =
-      threads > 1 && stage.config.ranks == 1 && stage.step.tokens >= 2 * ROWS_APART * threads;
+  const bool apart = threads > 1 && stage.config.ranks == 1 && !stage.step.ask &&
+                     stage.step.tokens >= 2 * ROWS_APART * threads;
   (apart ? run_apart<T> : run_together<T>)(stage, thread);
-  leave<T>(stage, thread);
+  if (stage.verdict != ABANDON) leave<T>(stage, thread);
 }

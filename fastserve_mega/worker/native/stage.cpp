@@ -235,7 +235,7 @@ EXPORT void fastserve_set_tables(OwnedStage* owned, const void* tokens, const vo
   owned->stage.position_table = positions;
 }
 
-// 0; -1 without memory; -2 when what other ranks have could not be gathered.
+// 0; -1 without memory; -2 when what other ranks have could not be gathered; 1 when it was abandoned.
 EXPORT int fastserve_step(OwnedStage* owned, const StepInput* step) {
   try {
     owned->make_room(step->tokens, step->max_context);
@@ -244,12 +244,14 @@ EXPORT int fastserve_step(OwnedStage* owned, const StepInput* step) {
     return -1;
   }
   owned->stage.step = *step;
+  owned->stage.verdict = step->ask ? UNKNOWN : GO_ON;
   owned->team.run(
       [](void* argument, int thread) {
         auto* self = static_cast<OwnedStage*>(argument);
         self->kernels.run(self->stage, thread);
       },
       owned);
+  if (owned->stage.verdict == ABANDON) return 1;
   return owned->stage.has_lost_rank ? -2 : 0;
 }
 

@@ -26,6 +26,7 @@ constexpr int per_unit() {
 enum DType : int32_t { FLOAT32, BFLOAT16 };
 enum NormKind : int32_t { RMS_NORM, LAYER_NORM };
 enum Activation : int32_t { SILU, GELU, GELU_TANH, RELU };
+enum Verdict : int32_t { UNKNOWN, GO_ON, ABANDON };  // on a step that is computed ahead
 enum MatrixName : int32_t { QKV, PROJECTION, FC1, FC2, MATRICES, OUTPUT = QKV };
 enum VectorName : int32_t {
   INPUT_NORM,
@@ -62,6 +63,7 @@ struct StepInput {
   const float* hidden_in;                               // [tokens, hidden]; not on the first stage
   float *hidden_out, *logits;                           // on all but the last stage; on the last
   float* normed;                                        // [samples, hidden] there, or null
+  int32_t (*ask)();  // a Verdict, asked in each layer while it is UNKNOWN; null: nobody is asked
 };
 }
 
@@ -116,6 +118,7 @@ struct Stage {
   const AttentionItem* items = nullptr;
   int item_count = 0;
   bool has_lost_rank = false;
+  int32_t verdict = GO_ON;
 };
 
 // Steps of at most this many rows are normed by each thread for itself, which saves a barrier.

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastserve_mega.worker.model_runner import Ask, Verdict
 from fastserve_mega.worker.native.library import (
+    AskFunction,
     GatherFunction,
     Library,
     MatrixName,
@@ -20,6 +22,7 @@ from fastserve_mega.worker.native.step import StepArrays
 
 _PANEL = 32
 """Rows of a matrix that are laid out together; the last ones are filled up with zeros."""
+_ABANDONED = 1
 
 
 def packed_bytes(rows: int, columns: int, itemsize: int) -> int:
@@ -43,8 +46,11 @@ class NativeStage:
         self._library = library
         self._config = config
         self._group = group
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         config.gather = GatherFunction(self._gather)
+        self._ask: Ask | None = None
+        self._was_abandoned = False
+        self._ask_function = AskFunction(self._asked)
         self._kept: list[Tensor] = []
         self._handle = library.create(ctypes.byref(config))
         if not self._handle:
@@ -115,16 +121,28 @@ class NativeStage:
             step.input.hidden_out = result.data_ptr()
         step.input.normed = None if normed is None else normed.data_ptr()
         step.input.hidden_in = None if hidden is None else hidden.data_ptr()
-        status = self._library.step(self._handle, ctypes.byref(step.input))
-        if self._failure is not None:
-            raise self._failure
-        self._check(status)
+        self._step(step)
         return result
+
+    def run_ahead(self, step: StepArrays, ask: Ask) -> Tensor | None:
+        """Run a step of the only stage that `ask`, called once a layer, may end: then None."""
+        self._ask = ask
+        step.input.ask = self._ask_function
+        logits = self.run(step, None)
+        return None if self._was_abandoned else logits
 
     def close(self) -> None:
         """End the threads and free all memory. Call once."""
         self._library.destroy(self._handle)
         self._handle = None
+
+    def _step(self, step: StepArrays) -> None:
+        status = self._library.step(self._handle, ctypes.byref(step.input))
+        if self._failure is not None:
+            raise self._failure
+        self._was_abandoned = status == _ABANDONED
+        if not self._was_abandoned:
+            self._check(status)
 
     def _gather(self, own: int, everywhere: int, count: int) -> int:
         """Called within a step, on its thread; an exception cannot pass through C++."""
@@ -135,6 +153,14 @@ class NativeStage:
             self._failure = error
             return 1
         return 0
+
+    def _asked(self) -> int:
+        """Called within a step, on its thread, as `_gather` is."""
+        try:
+            return self._ask() if self._ask else Verdict.GO_ON
+        except BaseException as error:
+            self._failure = error
+            return Verdict.ABANDON
 
     def _keep(self, tensor: Tensor) -> int:
         kept = tensor.detach().contiguous()
