@@ -28,9 +28,12 @@ def answer(client, prompt, count=8, **options):
 
 
 class CountingRunner(GatedRunner):
-    """Counts the tokens that are computed."""
+    """Counts the tokens that are computed, of which none are in vain."""
 
     computed = 0
+
+    def __init__(self, **options) -> None:
+        super().__init__(**{**options, "looks_ahead": False})
 
     def execute(self, batch):
         self.computed += sum(len(sequence.token_ids) for sequence in batch)
