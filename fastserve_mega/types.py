@@ -17,6 +17,8 @@ RequestId = NewType("RequestId", str)
 BlockHash = NewType("BlockHash", str)
 """Names the content of a full KV block: its tokens, all tokens before them, and a salt."""
 
+BACKGROUND_PRIORITY = 1000
+"""The lowest there is: of work that nobody waits for. All other work goes before it."""
 MIN_SEED = -(2**63)
 MAX_SEED = 2**63 - 1
 MAX_TOP_LOGPROBS = 20

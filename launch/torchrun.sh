@@ -22,6 +22,9 @@ else
   options+=(--standalone)  # a free port, so that two deployments do not meet
 fi
 
+# Ranks set their own threads (parallel.threads_per_rank); unset, torchrun says so in a banner.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 # shellcheck source=keep_up.sh
 source "$(dirname "$0")/keep_up.sh"
 ask_ranks_to_stop() { # torchrun itself would end by this signal

@@ -284,5 +284,7 @@ def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Co
 
 def fail(options: argparse.Namespace, error: object) -> int:
     """Say on stderr what is wrong with the input; returns exit status 2."""
+    if isinstance(error, OSError) and error.filename is not None:
+        error = f"{error.filename}: {error.strerror}"
     print(f"fastserve-mega {options.command}: {error}", file=sys.stderr)
     return 2

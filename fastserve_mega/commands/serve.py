@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import argparse
 
-from fastserve_mega.commands.command import Command, add_runner, load_deployment, pass_on
+from fastserve_mega.commands.command import (
+    Command,
+    add_runner,
+    fail,
+    load_deployment,
+    pass_on,
+)
 
 
 def _serve(options: argparse.Namespace) -> int:
     config = load_deployment(options, weights=options.runner == "megatron")
     from fastserve_mega.launcher import serve
+    from fastserve_mega.system.locate import has_tokenizer
 
+    directory = config.model.directory
+    if directory.is_dir() and not has_tokenizer(directory):
+        # Else the HTTP server would find out when the ranks have loaded the model.
+        return fail(
+            options, f"{directory} has no tokenizer (tokenizer.json or another file of one)"
+        )
     return serve(config, pass_on(options), runner=options.runner)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.messaging.frames import MAX_FRAME_BYTES
 from fastserve_mega.messaging.messages import Submit
-from fastserve_mega.types import SamplingParams
+from fastserve_mega.types import BACKGROUND_PRIORITY, SamplingParams
 
 MAX_FAILED_ATTEMPTS = 2
 """A request is given up after so many losses in a row."""
@@ -18,7 +18,7 @@ _PROBATION_S = 60.0
 """Clients submit again what ranks were lost with within this time of the start. Later, nobody can
 make others wait by saying so."""
 _MAX_ID_LENGTH = 256
-_MAX_PRIORITY = 1_000
+_MAX_PRIORITY = BACKGROUND_PRIORITY
 _LEAST_WEIGHT, _MOST_WEIGHT = 0.001, 1000.0
 _MAX_FINGERPRINT_LENGTH = 128
 _MAX_NAME_LENGTH = 256

@@ -193,7 +193,8 @@ def load_architecture(directory: Path) -> Architecture:
     path = directory / "config.json"
     config = read_json(path)
     if config is None:
-        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+        why = "it has no config.json" if directory.is_dir() else "it does not exist"
+        raise ValueError(f"{directory} is not a model directory: {why}")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if not isinstance(name, str) or name not in _FAMILIES:

@@ -19,11 +19,11 @@ from fastserve_mega.offline.batch_files import (
     count_requests,
     read_requests,
 )
+from fastserve_mega.types import BACKGROUND_PRIORITY
 
 if TYPE_CHECKING:
     import httpx
 
-LOWEST_PRIORITY = 1000
 _ANSWER_S = 24 * 3600.0
 """Longest wait for an answer: a busy server may leave a request of lowest priority waiting."""
 _CONNECT_S = 10.0
@@ -59,7 +59,7 @@ class _Sender:
         Raises:
             BatchError: the server has answered nothing for too long.
         """
-        body = {"priority": LOWEST_PRIORITY, **request.body}
+        body = {"priority": BACKGROUND_PRIORITY, **request.body}
         tries = failures = 0
         while True:
             said = ""

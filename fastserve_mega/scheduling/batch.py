@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.clients.fair_share import FairShare
@@ -11,6 +11,10 @@ from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import UNDER_WAY, KvState, Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
+
+_BACKGROUND_PART = 16
+"""Beside other work, the prefills of the background take this part of a step's tokens: a newcomer
+waits for the step that is under way."""
 
 
 class BatchBuilder:
@@ -90,12 +94,25 @@ class BatchBuilder:
             first = self._queues.merged(self._memory.runnable_places, enough)
             if self._starting:
                 first = self._fair_share.with_oldest(first)
-            self._take(self._fair_share.order(first, self._preempted))
+            self._take(self._order(first))
         else:
             self._take_residents()
 
     def _take_residents(self) -> None:
-        self._take(self._fair_share.order(self._queues.walk(Place.RESIDENT), self._preempted))
+        self._take(self._order(self._queues.walk(Place.RESIDENT)))
+
+    def _order(self, candidates: Iterable[Request]) -> Iterable[Request]:
+        ordered = self._fair_share.order(candidates, self._preempted)
+        return ordered if self._fair_share.keeps_order else self._spare_prefills(ordered)
+
+    def _spare_prefills(self, candidates: Iterable[Request]) -> Iterator[Request]:
+        """Leave out the background, which comes last, in a step that computes a prefill.
+
+        So it makes nobody's first token later, and of its own prefills there is one in a step.
+        """
+        for request in candidates:
+            if not (self._prefill_tokens and request.is_background):
+                yield request
 
     def _take(self, candidates: Iterable[Request]) -> None:
         # One of two loops that look at each running request in each step (`Scheduler._step_done`
@@ -201,6 +218,8 @@ class BatchBuilder:
         left = self._max_tokens - self._prefill_tokens - len(self.requests)
         if self._reserves_tokens:
             left -= self._decodes_behind(request)
+        if request.is_background and not self._fair_share.keeps_order:
+            left = min(left, self._max_tokens // _BACKGROUND_PART + 1)
         self._prefills_wait = left <= 0
         return max(min(pending, left), 0)
 

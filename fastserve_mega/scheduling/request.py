@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final
 
-from fastserve_mega.types import BlockHash, RequestId
+from fastserve_mega.types import BACKGROUND_PRIORITY, BlockHash, RequestId
 
 
 class RequestStatus(IntEnum):
@@ -215,6 +215,11 @@ class Request:
     def num_pending_tokens(self) -> int:
         """Tokens to compute before the next token can be sampled; 1 means decode."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_background(self) -> bool:
+        """Whether nobody waits for it, and all other work goes before it."""
+        return self.priority >= BACKGROUND_PRIORITY
 
     @property
     def is_finished(self) -> bool:

@@ -83,14 +83,17 @@ def find_architecture(config: Config, config_file: Path) -> tuple[Architecture, 
         raise ValueError(f"{error}, and there is no {beside / 'config.json'}") from None
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model's directory has files of a tokenizer, of whatever kind."""
+    return any(path.name.startswith(_TOKENIZER_FILES) for path in directory.iterdir())
+
+
 def _cached(name: str, download: Download, *, weights: bool) -> Path | None:
     try:
         directory = Path(download(name, local_files_only=True))
     except Exception:
         return None  # it has many ways to say that there is none
-    described = (directory / "config.json").is_file() and any(
-        path.name.startswith(_TOKENIZER_FILES) for path in directory.iterdir()
-    )
+    described = (directory / "config.json").is_file() and has_tokenizer(directory)
     return directory if described and (not weights or _has_all_weights(directory)) else None
 
 

@@ -132,7 +132,7 @@ def test_lengths_are_read(tmp_path):
         (["--burst", "--concurrency", "1.5"], "must be a positive number, got '1.5'"),
         (["--burst", "--mix", "0.8-64"], "not of the form SHARE:PROMPT/OUTPUT: '0.8-64'"),
         (["--burst", "--mix", "1:64/0"], "must be positive: 1:64/0"),
-        (["--burst", "--lengths", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
+        (["--burst", "--lengths", "nowhere.csv"], "nowhere.csv: No such file or directory"),
         (["--burst", "--token-ids", "7:7"], "not of the form LOW:HIGH: '7:7'"),
         (["--burst", "--slo", "1"], "not of the form TTFT,TPOT in seconds: '1'"),
         (["--burst", "--rate", "1"], "not allowed with argument"),

@@ -234,3 +234,23 @@ def test_a_line_of_json_names_the_rank_and_the_exception(monkeypatch):
     line = json.loads(text)
     assert (line["rank"], line["message"], line["logger"]) == (3, "it broke", "a.b")
     assert "ValueError: no\nroom" in line["exception"]
+
+
+def test_what_is_not_there_is_named_before_anything_is_started(capsys, tmp_path):
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "intermediate_size": 16, "vocab_size": 9,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    missing = str(tmp_path / "missing")
+    mistakes = {
+        (missing,): f"{missing} is not a model directory: it does not exist",
+        ("--config", missing): f"{missing}: No such file or directory",
+        (str(tmp_path),): f"{tmp_path} has no tokenizer",
+    }
+    for words, sentence in mistakes.items():
+        with pytest.raises(SystemExit) as end:
+            sys.exit(cli.main(["serve", *words]))
+        assert end.value.code == 2
+        assert capsys.readouterr().err.startswith(f"fastserve-mega serve: {sentence}")

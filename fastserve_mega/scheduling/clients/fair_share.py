@@ -18,7 +18,12 @@ from fastserve_mega.scheduling.clients.lines import ClientLines
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import UNDER_WAY, ClientShare, Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
+from fastserve_mega.types import BACKGROUND_PRIORITY
 
+_BACKGROUND = "\0background"
+"""Not a name that a client can have."""
+_BACKGROUND_WEIGHT = 0.001
+"""A thousandth of the service, so that what others do not want is not all that it gets."""
 _MOST_PATIENT = 10
 """Priorities beyond this one leave room for as long as this one does."""
 
@@ -51,8 +56,13 @@ class FairShare:
         """Whether a step takes requests in the order of the policy."""
         return not self.counters.is_shared
 
-    def join(self, client: str, weight: float) -> ClientShare:
-        """Count one more request of a client, which is then to be added."""
+    def join(self, client: str, weight: float, priority: int) -> ClientShare:
+        """Count one more request of a client, which is then to be added.
+
+        What is in the background has no share of its own, whoever sent it.
+        """
+        if priority >= BACKGROUND_PRIORITY:
+            client, weight = _BACKGROUND, _BACKGROUND_WEIGHT
         return self.counters.join(client, weight)
 
     def end(self, request: Request) -> None:

@@ -55,7 +55,8 @@ class Paced(Policy):
         self._readers.add(request, now)
         request.queue.level = Standing.LATE
         self.queues.add(request)
-        self._triage.add(request)
+        if not request.is_background:  # nobody reads that
+            self._triage.add(request)
 
     def remove(self, request: Request) -> None:
         self.queues.remove(request)
@@ -69,7 +70,7 @@ class Paced(Policy):
         near_s = now + _LEAD * readers.interval_s
         self._ran.append((now, batch))
         for request in batch:
-            if request.num_tokens < request.queue.steady_until:
+            if request.num_tokens < request.queue.steady_until or request.is_background:
                 continue
             reader = readers[request]
             if request.num_pending_tokens > 1:  # its prefill goes on

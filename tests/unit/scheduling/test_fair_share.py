@@ -203,3 +203,24 @@ def test_clients_come_and_go_in_bounded_memory():
     kept = (shares._left, lines._fronts, lines._full, lines._lines._heap, lines._not_full._heap)
     assert max(map(len, kept)) < 10_000
     assert lines.num_held == 0
+
+
+@pytest.mark.parametrize("policy", ["paced", "skip_join_mlfq", "fcfs"])
+def test_the_background_has_no_share_and_stays_out_of_a_step_with_a_prefill(policy):
+    scheduler = make_scheduler(policy=policy, max_batch_size=4, max_batch_tokens=TOKENS)
+    driver = Driver(scheduler, {f"later{n}": 30 for n in range(4)} | {"soon": 3, "next": 3})
+    driver.step([arrived(f"later{n}", 3, client="batch", priority=1000) for n in range(4)])
+    assert len(names(driver.step())) == 4  # all of a machine that nobody else wants
+    plan = driver.step([arrived("soon", 9, client="batch")])  # the same key, or another one
+    assert names(plan) == ["soon"]
+    assert len(names(driver.step())) == 4
+    plan = driver.step([arrived("next", 9, client="people")])
+    assert set(names(plan)) == {"soon", "next"}
+
+
+def test_beside_others_prefills_of_the_background_are_cut_small():
+    scheduler = make_scheduler(policy="paced", max_batch_size=4, max_batch_tokens=64)
+    driver = Driver(scheduler, {"soon": 9, "later": 9})
+    driver.step([arrived("soon", 2)])
+    plan = driver.step([arrived("later", 40, priority=1000)])
+    assert {piece.request_id: piece.num_tokens for piece in plan.batch} == {"soon": 1, "later": 5}
