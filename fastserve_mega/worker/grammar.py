@@ -31,6 +31,9 @@ units, and not all of it is counted."""
 MASK_LIMIT_S = 0.25
 """CPU time for the allowed tokens of one step, in which all others wait. A request that has taken
 more ends, so that it does so once."""
+_STACK_BYTES = 256 * 2**20
+"""Of a thread that compiles. 65,536 characters of definitions that refer to each other need up to
+30 MiB; who compiles them on a usual stack of 8 MiB takes the rank down."""
 _FOLLOW_LIMIT_S = 0.001
 """More for each token that is followed, of which there are many after a restart."""
 _MOST_OVERDUE = 4
@@ -123,7 +126,12 @@ class Compilation:
                 future.set_exception(error)
 
         # A daemon: the process can end though a compilation does not.
-        threading.Thread(target=run, name="grammar", daemon=True).start()
+        thread = threading.Thread(target=run, name="grammar", daemon=True)
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
         return cls(future, time.monotonic() + limit_s)
 
     @classmethod

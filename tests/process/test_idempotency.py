@@ -72,13 +72,14 @@ def test_a_key_with_another_body_is_refused_and_is_not_another_users(start_serve
             return (
                 await post("/v1/completions", json=other, headers=key("a")),
                 await post("/v1/completions", json=other, headers=key("a", "somebody")),
+                await post("/v1/completions", json=other, headers=key("a") | {"X-Api-Key": "she"}),
                 await post("/v1/chat/completions", json=chat, headers=key("a")),
                 await post("/v1/completions", json=other, headers=key("a" * 256)),
             )
 
     with start_server() as server:
-        refused, others, chat, too_long = with_api(server, tokenizer, scenario)
-    assert others.status_code == 200
+        refused, others, hers, chat, too_long = with_api(server, tokenizer, scenario)
+    assert others.status_code == hers.status_code == 200
     for answer in (refused, chat):
         assert answer.status_code == 422
         assert "used for another request" in answer.json()["error"]["message"]
