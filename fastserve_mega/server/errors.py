@@ -17,6 +17,7 @@ from fastserve_mega.client import (
     ClientError,
     InvalidRequestError,
     RequestIdInUseError,
+    SentAgainError,
     ServerBusyError,
     ServerUnavailableError,
 )
@@ -95,6 +96,8 @@ def from_client_error(error: ClientError) -> ApiError:
             "the Idempotency-Key was used for another request before",
             code="idempotency_key_reused",
         )
+    if isinstance(error, SentAgainError):
+        return ApiError(409, message, code="idempotency_key_in_use")
     if isinstance(error, InvalidRequestError):
         return invalid_value(message)
     if isinstance(error, ServerBusyError):

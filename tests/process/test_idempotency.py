@@ -9,9 +9,10 @@ import httpx
 import pytest
 from fake_server import WAIT_MS, expected_tokens
 
-from fastserve_mega.client import AsyncClient, Client, RequestIdInUseError, ServerError
+from fastserve_mega.client import AsyncClient, Client, RequestIdInUseError, SentAgainError
 from fastserve_mega.messaging.messages import Cancel, Finished, Submit, Tokens
 from fastserve_mega.server.app import create_app
+from fastserve_mega.server.errors import from_client_error
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams
 
@@ -143,8 +144,9 @@ def test_the_same_request_of_the_same_client_takes_the_place_of_the_first(start_
         next(iter(first))
         server.runner.open_gate.clear()
         second = client.submit([1, 2], PARAMS, **KEYED)
-        with pytest.raises(ServerError, match="sent again"):
+        with pytest.raises(SentAgainError) as caught:
             first.wait()
+        assert from_client_error(caught.value).status == 409
         with pytest.raises(RequestIdInUseError):
             client.submit([1, 3], PARAMS, **KEYED)
         server.runner.open_gate.set()

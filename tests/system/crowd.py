@@ -181,7 +181,7 @@ async def crowds(served: Served, _: argparse.Namespace) -> bool:
         f"silent and slow: {beside / alone:.3f} of the time per token alone; stalled: "
         f"{stalled / reading:.3f} of that beside readers (asked: at most 1.05)"
     )
-    return beside <= 1.05 * alone and stalled <= 1.05 * reading
+    return bool(beside <= 1.05 * alone and stalled <= 1.05 * reading)
 
 
 async def queue(served: Served, options: argparse.Namespace) -> bool:
@@ -191,7 +191,7 @@ async def queue(served: Served, options: argparse.Namespace) -> bool:
     door.setsockopt(zmq.LINGER, 0)
     frames.connect(door, served.endpoint)
     before, most, ends = resident_mb(served), 0.0, Counter[str]()
-    last = asyncio.get_running_loop().time()
+    last = time.monotonic()
 
     async def send() -> None:
         params = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -200,19 +200,19 @@ async def queue(served: Served, options: argparse.Namespace) -> bool:
             await door.send(frames.encode(messages.Submit(RequestId(f"q{number}"), prompt, params)))
 
     sending = asyncio.create_task(send())
-    while not sending.done() or time.monotonic() < last + 2:
+    while not sending.done() or time.monotonic() < last + 10:
         try:
             message = frames.decode(await asyncio.wait_for(door.recv(), 1))
         except TimeoutError:
             continue
-        last = time.monotonic()
         if isinstance(message, messages.Finished):
+            last = time.monotonic()
+            # Those that were taken go on, and are not waited for.
             by_tokens = "max_queued_tokens" in message.message
             ends["refused by tokens" if by_tokens else message.reason.value] += 1
         if sum(ends.values()) % 1000 == 0:
             most = max(most, resident_mb(served)["coordinator"])
-        if sending.done() and isinstance(message, messages.Tokens):
-            break  # only those that were taken go on
+    sending.cancel()
     during = resident_mb(served)["coordinator"]
     context.destroy(linger=0)
     async with AsyncClient(served.endpoint) as client:
@@ -223,7 +223,7 @@ async def queue(served: Served, options: argparse.Namespace) -> bool:
         f"{before['coordinator']:.0f} MB before, {max(most, during):.0f} at most, "
         f"{resident_mb(served)['coordinator']:.0f} after they went away"
     )
-    return ends["refused by tokens"] > 0.9 * options.queued
+    return bool(ends["refused by tokens"] > 0.9 * options.queued)
 
 
 async def load(served: Served, options: argparse.Namespace) -> bool:
