@@ -94,6 +94,22 @@ def end_descendants(*, keep: Iterable[int] = (), grace_s: float = 0.0) -> None:
                 os.waitpid(process_id, os.WNOHANG)
 
 
+def await_any_end(process_ids: Iterable[int], limit_s: float) -> None:
+    """Wait until one of some children has ended, whether or not it was waited for; or so long."""
+    if sys.platform != "linux":
+        time.sleep(limit_s)
+        return
+    handles = []
+    try:
+        for process_id in process_ids:
+            with contextlib.suppress(ProcessLookupError):
+                handles.append(os.pidfd_open(process_id))
+        select.select(handles, [], [], limit_s)
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
 def _await_end(process_ids: Collection[int], limit_s: float | None) -> None:
     """Wait until all have ended, or for so long."""
     deadline = None if limit_s is None else time.monotonic() + limit_s

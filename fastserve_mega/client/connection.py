@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_TIMEOUT_MS = 15_000
 _RECONNECT_MS = 100
-_LONGEST_RECONNECT_MS = 2_000
+_LONGEST_RECONNECT_MS = 500
 
 
 class Connection:

@@ -27,5 +27,9 @@ class ServerError(ClientError):
     """The server failed; nothing was wrong with the request."""
 
 
+class SentAgainError(ServerError):
+    """The same request was sent again, and goes on there."""
+
+
 class ServerUnavailableError(ClientError, ConnectionError):
     """The coordinator does not answer, or the client was closed."""

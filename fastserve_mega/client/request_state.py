@@ -11,6 +11,7 @@ import msgspec
 from fastserve_mega.client.errors import (
     ClientError,
     InvalidRequestError,
+    SentAgainError,
     ServerBusyError,
     ServerError,
 )
@@ -128,7 +129,7 @@ class RequestState:
         own, others = (msgspec.structs.replace(each._submit, **same) for each in (self, other))
         if not own.fingerprint or own != others:
             return False
-        other.fail(ServerError("the same request was sent again, and goes on there"))
+        other.fail(SentAgainError("the same request was sent again, and goes on there"))
         logprobs = tuple(other.logprobs)
         self.prompt_logprobs = other.prompt_logprobs
         self.on_tokens(Tokens(self.request_id, 0, tuple(other.received), logprobs, other.embedding))

@@ -26,7 +26,7 @@ from fastserve_mega.launcher.processes import (
     spawn,
 )
 from fastserve_mega.messaging.messages import Snapshot
-from fastserve_mega.process_tree import end_descendants, stopped
+from fastserve_mega.process_tree import await_any_end, end_descendants, stopped
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.key_file import client_address
 
@@ -121,6 +121,10 @@ class Deployment:
             self._start_ranks()
         if HTTP_SERVER in names:
             self._start_http_server()
+
+    def await_end(self, limit_s: float) -> None:
+        """Wait until a process ends, or for so long."""
+        await_any_end([each.pid for each in self._processes.values()], limit_s)
 
     def check(self) -> None:
         """Raise LaunchError when a process has ended."""

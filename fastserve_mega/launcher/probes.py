@@ -23,7 +23,7 @@ class CoordinatorProbe:
         self._epoch = epoch
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up while nobody listens
         frames.connect(self._socket, endpoint)
 

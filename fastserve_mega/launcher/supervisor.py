@@ -45,7 +45,8 @@ def serve(
             deployment.start()
             print(_how_to_use(config, arguments, deployment.snapshot()), flush=True)
             stats = StatsLine(deployment.snapshot, time.monotonic())
-            supervise(deployment, config.supervisor, stats=stats)
+            await_end = deployment.await_end
+            supervise(deployment, config.supervisor, stats=stats, await_end=await_end)
         except KeyboardInterrupt:
             _log.warning("stopping; once more kills")
             return 0
@@ -59,6 +60,7 @@ def supervise(
     options: SupervisorConfig,
     sleep: Callable[[float], None] = time.sleep,
     stats: StatsLine | None = None,
+    await_end: Callable[[float], None] | None = None,
 ) -> NoReturn:
     """Start again whatever ends or hangs.
 
@@ -66,6 +68,7 @@ def supervise(
         deployment: has started.
         options: how often.
         sleep: lets time pass.
+        await_end: the same, but no longer than until a process ends; None: as `sleep` does.
         stats: says on stdout how much there is to do.
 
     Raises:
@@ -73,7 +76,7 @@ def supervise(
     """
     policy = RestartPolicy(options.max_restarts, options.restart_window_s)
     while True:
-        sleep(PROBE_S)
+        (await_end or sleep)(PROBE_S)
         if stats and (line := stats.due(time.monotonic())):
             print(line, flush=True)
         if not (lost := deployment.lost()):

@@ -77,10 +77,11 @@ def create_app(
         try:
             yield
         finally:
-            await client.aclose()
+            await service.aclose()
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
+    service = Service(client, tokenizer, sampling_defaults)
     app = FastAPI(
         title="fastserve_mega",
         version=__version__,
@@ -101,7 +102,6 @@ def create_app(
     if tracing is not None:
         app.add_middleware(tracing.layer)  # the last one is the outermost
     add_error_handlers(app)
-    service = Service(client, tokenizer, sampling_defaults)
     _add_generation_routes(app, service, dialect_of(tokenizer, tool_parser, reasoning_parser))
     _add_model_routes(app, service)
     _add_operator_routes(app, service, health_timeout_s, api_keys)

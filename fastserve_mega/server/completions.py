@@ -15,7 +15,7 @@ from fastserve_mega.server.logprobs import CompletionLogprobs
 from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.protocol import CompletionRequest
 from fastserve_mega.server.schemas import Completion
-from fastserve_mega.server.service import Service
+from fastserve_mega.server.service import Service, one_by_one
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this endpoint."""
@@ -69,7 +69,7 @@ async def encode_prompts(
         raise ApiError(400, "the prompt is empty", param="prompt")
     service.check_answers(len(body.prompts), body.answers_per_prompt)
     prompts: list[tuple[Sequence[int], int]] = []
-    for prompt in body.prompts:
+    async for _, prompt in one_by_one(body.prompts):
         tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
         prompts.append((tokens, await _max_tokens(service, body, tokens)))
     return prompts
@@ -89,7 +89,10 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", responses=answers_with(Completion))
     async def create_completion(http: Request, body: CompletionRequest) -> Response:
         prompts = await encode_prompts(service, body)
-        echoes = [service.text_of(prompt) if body.echo else "" for prompt in body.prompts]
+        echoes = [
+            service.text_of(prompt) if body.echo else ""
+            async for _, prompt in one_by_one(body.prompts)
+        ]
         ends = await service.end_token_ids(body)
         answer_id, model = ENDPOINT.new_id(), await service.check_model(body.model)
 

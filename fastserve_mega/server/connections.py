@@ -18,6 +18,9 @@ LIMITS_S = {"head": 10.0, "body": 60.0}
 """Within which a request has to arrive, by its part."""
 ACCEPTED_AT_ONCE = 64
 """Connections that the event loop accepts in one turn, before it looks at the first of them."""
+_FREE_PIECES = 2048
+_PIECE_BYTES = 256
+"""For so many bytes of a body there may be one piece more; TCP's own pieces are larger."""
 _OTHER_FILES = 100
 """Files that the server has open besides its connections, at most."""
 _RESERVED_FILES = _OTHER_FILES + 4 * ACCEPTED_AT_ONCE
@@ -65,12 +68,35 @@ def allow_connections(wanted: int | None) -> int:
     return wanted
 
 
+class _BoundedPieces(h11.Connection):
+    """Refuses a body in ever so small chunks: each of them costs as much as a large one."""
+
+    complaint = ""
+    _pieces = 0
+    _bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._pieces += 1
+            self._bytes += len(event.data)
+            if self._pieces > (most := _FREE_PIECES + self._bytes // _PIECE_BYTES):
+                self.complaint = (
+                    f"a body of {self._bytes} bytes may come in {most} pieces, got one more"
+                )
+                raise h11.RemoteProtocolError(self.complaint)
+        return event
+
+
 class BoundedConnection(H11Protocol):
     """uvicorn's connection, which ends when its client takes too long to say what it wants.
 
     When there are too many, the one that has been without a request for longest makes room.
     """
 
+    conn: _BoundedPieces
     limit = _MOST_CONNECTIONS
     _awaited: str | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -78,6 +104,7 @@ class BoundedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
+        self.conn = _BoundedPieces(h11.SERVER)
         self._idle_since = self.loop.time()
         self._await("head")
         if len(self.connections) > self.limit:
@@ -91,6 +118,13 @@ class BoundedConnection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._idle_since = self.loop.time()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say what is wrong, if there was no answer yet; and close."""
+        try:
+            super().send_400_response(self.conn.complaint or msg)
+        except h11.LocalProtocolError:
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._await(None)

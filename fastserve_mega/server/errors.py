@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastserve_mega.client import (
     ClientError,
     InvalidRequestError,
     RequestIdInUseError,
+    SentAgainError,
     ServerBusyError,
     ServerUnavailableError,
 )
@@ -35,6 +37,9 @@ _ANTHROPIC_KINDS = {
     503: "overloaded_error",
 }
 _FIRST_WORD = re.compile("[a-z_]+")
+_LONGEST_MESSAGE = 2_000
+_LONGEST_PARAM = 200
+"""Both may name what was sent, which may be a megabyte."""
 _MOST_FORMS = 3
 """Sentences of one field that are told; a field of many forms has one for each."""
 
@@ -55,6 +60,10 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[:_LONGEST_MESSAGE]}…"
+        if param is not None and len(param) > _LONGEST_PARAM:
+            param = f"{param[:_LONGEST_PARAM]}…"
         super().__init__(message)
         self.status = status
         self.headers = headers
@@ -87,6 +96,8 @@ def from_client_error(error: ClientError) -> ApiError:
             "the Idempotency-Key was used for another request before",
             code="idempotency_key_reused",
         )
+    if isinstance(error, SentAgainError):
+        return ApiError(409, message, code="idempotency_key_in_use")
     if isinstance(error, InvalidRequestError):
         return invalid_value(message)
     if isinstance(error, ServerBusyError):
@@ -137,6 +148,8 @@ def _of_unreadable_body(error: HTTPException) -> str | None:
         return f"the body is not valid {error.__cause__.encoding.upper()}: {error.__cause__.reason}"
     if isinstance(error.__cause__, RecursionError):
         return "the body is nested too deeply"
+    if isinstance(error.__cause__, ValueError):
+        return f"a number of the body has more than {sys.get_int_max_str_digits()} digits"
     return None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastapi import Request
 
 from fastserve_mega.server.errors import ApiError
+from fastserve_mega.server.middleware import KEY_HEADERS
 
 HEADER = "Idempotency-Key"
 _MAX_LENGTH = 255
@@ -37,7 +38,7 @@ async def repeatable(http: Request) -> Repeatable | None:
             f"{HEADER} must have 1 to {_MAX_LENGTH} printable ASCII characters, got {len(key)}",
         )
     return Repeatable(
-        _digest(http.headers.get("Authorization", ""), key),
+        _digest(*(http.headers.get(name, "") for name in KEY_HEADERS), key),
         _digest(http.url.path, (await http.body()).decode("latin-1")),
     )
 

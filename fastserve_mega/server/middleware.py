@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
+from collections import deque
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -16,6 +18,8 @@ _BODY_BYTES_PER_TOKEN = 64
 """Enough for text of any script with each character escaped, and for token ids."""
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 """What computes or tells about texts. Health, metrics and the live view stay open."""
+KEY_HEADERS = _BEARER, _PLAIN = ("Authorization", "X-Api-Key")
+"""Where the key of a user is; the second is that of Anthropic's clients."""
 _REQUEST_ID = "X-Request-Id"
 _MAX_ID_LENGTH = 128
 
@@ -49,8 +53,8 @@ class RequireKey:
         await error.response(scope["path"])(scope, receive, send)
 
     def _holder(self, headers: Headers) -> KeyHolder | None:
-        kind, _, given = headers.get("Authorization", "").partition(" ")
-        if key := headers.get("X-Api-Key"):  # as Anthropic's clients send it
+        kind, _, given = headers.get(_BEARER, "").partition(" ")
+        if key := headers.get(_PLAIN):
             kind, given = "bearer", key
         return self._keys.find(given.strip()) if kind.lower() == "bearer" else None
 
@@ -82,15 +86,39 @@ def body_limit(max_context: int) -> int:
     return _BODY_BYTES + _BODY_BYTES_PER_TOKEN * max_context
 
 
+class Turns:
+    """Lets one waiter pass in each turn of the event loop, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._line: deque[asyncio.Future[None]] = deque()
+
+    async def take(self) -> None:
+        """Wait for one's own."""
+        loop = asyncio.get_running_loop()
+        self._line.append(turn := loop.create_future())
+        if len(self._line) == 1:
+            loop.call_soon(self._next)
+        await turn
+
+    def _next(self) -> None:
+        turn = self._line.popleft()
+        if not turn.done():  # who waited may have gone
+            turn.set_result(None)
+        if self._line:
+            turn.get_loop().call_soon(self._next)
+
+
 class LimitBody:
     """Refuses a body as soon as it has become too long, whatever its headers promise.
 
-    A compressed one at once: what it would become is not known.
+    A compressed one at once: what it would become is not known. When many have become complete at
+    once, one is looked at in each turn of the event loop: running streams come in between.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
         self._app = app
         self._limit = limit
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         size = 0
@@ -109,6 +137,8 @@ class LimitBody:
                 raise HTTPException(
                     413, f"the body is longer than {self._limit} bytes (server.max_body_bytes)"
                 )
+            if not message.get("more_body") and size:
+                await self._turns.take()
             return message
 
         await self._app(scope, limited if scope["type"] == "http" else receive, send)

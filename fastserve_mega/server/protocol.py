@@ -29,6 +29,8 @@ from fastserve_mega.types import (
     seed_of,
 )
 
+MAX_ANSWERS = 1024
+"""Answers of one HTTP request: prompts times n."""
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Number = TypeVar("Number", int, float)
 Neutral = dict[str, tuple[Any, ...]]
@@ -241,6 +243,14 @@ class CompletionRequest(GenerationRequest):
     """Begin each answer with its prompt."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _few_prompts(cls, prompt: object) -> object:
+        # Before each of them is looked at; of one prompt it is said elsewhere how long it may be.
+        if isinstance(prompt, list) and len(prompt) > MAX_ANSWERS and type(prompt[0]) is not int:
+            raise ValueError(f"a request has at most {MAX_ANSWERS} prompts, got {len(prompt)}")
+        return prompt
 
     @model_validator(mode="after")
     def _possible(self) -> CompletionRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,19 +16,25 @@ from fastserve_mega.server.answers import Answer, AnswerShape, respond
 from fastserve_mega.server.api_keys import Identity, KeyHolder, identify
 from fastserve_mega.server.errors import ApiError, invalid_value
 from fastserve_mega.server.idempotency import Repeatable, repeatable
-from fastserve_mega.server.protocol import GenerationRequest
+from fastserve_mega.server.protocol import MAX_ANSWERS, GenerationRequest
+from fastserve_mega.server.structure_check import StructureChecker
 from fastserve_mega.text.detokenizer import TokenDecoder
-from fastserve_mega.text.structured import GrammarUnavailableError, check_structured
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import SamplingParams
 
 T = TypeVar("T")
-MAX_ANSWERS = 1024
-"""Answers of one HTTP request: prompts times n."""
 _MESSAGE_LENGTH = 200
 """Characters that cost as much as a message does, besides its text."""
 _LONG_TEXT = 2_000
 """Characters from which tokenizing goes to a thread; below, the switch costs more than the work."""
+
+
+async def one_by_one(items: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
+    """Number the items; between two of them others have their turn."""
+    for index, item in enumerate(items):
+        if index:
+            await asyncio.sleep(0)
+        yield index, item
 
 
 class RenderedChat(NamedTuple):
@@ -56,6 +62,12 @@ class Service:
         self.client = client
         self.tokenizer = tokenizer
         self._defaults = defaults
+        self._structures = StructureChecker()
+
+    async def aclose(self) -> None:
+        """Close the client, and end what was started for this one."""
+        self._structures.close()
+        await self.client.aclose()
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, without holding up other requests."""
@@ -250,7 +262,7 @@ class Service:
                 weight=identity.weight,
                 priority=identity.priority,
             )
-            for index, (prompt, params) in enumerate(submissions)
+            async for index, (prompt, params) in one_by_one(submissions)
         ]
 
     async def _submissions(
@@ -263,14 +275,14 @@ class Service:
         try:
             submissions = [
                 (prompt, body.sampling_params(max_tokens, number, self._defaults))
-                for prompt, max_tokens in prompts
-                for number in range(body.answers_per_prompt)
+                async for _, (prompt, max_tokens) in one_by_one(prompts)
+                async for number, _ in one_by_one(range(body.answers_per_prompt))
             ]
             if (structured := submissions[0][1].structured) is not None:
-                await asyncio.to_thread(check_structured, structured)
+                await self._structures.check(structured)
         except RecursionError:
             raise ApiError(400, "the JSON schema is nested too deeply") from None
-        except (ValueError, GrammarUnavailableError) as error:
+        except ValueError as error:
             raise invalid_value(str(error)) from None
         if structured is None or structure_after is None:
             return submissions

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +24,17 @@ from fastserve_mega.types import StructuredOutput
 from fastserve_mega.worker.history import TokenHistory
 from fastserve_mega.worker.transfer import to_device
 
+T = TypeVar("T")
 _LONGEST_MESSAGE = 300
-COMPILE_LIMIT_S = 1.0
-"""Of a grammar, from the beginning of its first step. What llguidance limits is counted in other
-units, and not all of it is counted."""
+COMPILE_LIMIT_S = 0.75
+"""Of a grammar, from the beginning of its first step; all others of the step wait for it. What
+llguidance limits is counted in other units, and not all of it is counted."""
 MASK_LIMIT_S = 0.25
 """CPU time for the allowed tokens of one step, in which all others wait. A request that has taken
 more ends, so that it does so once."""
+_STACK_BYTES = 256 * 2**20
+"""Of a thread that compiles. 65,536 characters of definitions that refer to each other need up to
+30 MiB; who compiles them on a usual stack of 8 MiB takes the rank down."""
 _FOLLOW_LIMIT_S = 0.001
 """More for each token that is followed, of which there are many after a restart."""
 _MOST_OVERDUE = 4
@@ -99,8 +103,30 @@ class GrammarMatcher:
             )
 
 
+def _on_a_thread(make: Callable[[], T]) -> Future[T]:
+    """Begin to make something that nobody has to wait for: the process can end though it does not.
+
+    The stack is as deep as the deepest grammar.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(make())
+        except Exception as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="grammar", daemon=True)
+    usual = threading.stack_size(_STACK_BYTES)
+    try:
+        thread.start()
+    finally:
+        threading.stack_size(usual)
+    return future
+
+
 class Compilation:
-    """A grammar that is being compiled, on a thread that nobody has to wait for.
+    """A grammar that is being compiled, on a thread of its own.
 
     Args:
         matcher: comes in time, or not.
@@ -114,17 +140,7 @@ class Compilation:
     @classmethod
     def start(cls, compile_grammar: Callable[[], GrammarMatcher], limit_s: float) -> Compilation:
         """Begin."""
-        future: Future[GrammarMatcher] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(compile_grammar())
-            except Exception as error:
-                future.set_exception(error)
-
-        # A daemon: the process can end though a compilation does not.
-        threading.Thread(target=run, name="grammar", daemon=True).start()
-        return cls(future, time.monotonic() + limit_s)
+        return cls(_on_a_thread(compile_grammar), time.monotonic() + limit_s)
 
     @classmethod
     def failed(cls, error: GrammarError) -> Compilation:
@@ -148,7 +164,10 @@ class Compilation:
 
 
 class Grammars:
-    """Grammars over the vocabulary of a model; the tokenizer is loaded for the first one.
+    """Grammars over the vocabulary of a model.
+
+    Its tokenizer is loaded at once, and meanwhile the rank goes on: no request finds all others
+    waiting for that, which may take seconds.
 
     Args:
         directory: of the model; its tokenizer.json is read.
@@ -169,10 +188,10 @@ class Grammars:
         self._directory = directory
         self._vocab_size = vocab_size
         self._eos_token_ids = list(eos_token_ids)
-        self._tokenizer: Any = None
         self._limit_s = limit_s
         self._mask_limit_s = mask_limit_s
         self._overdue: list[Compilation] = []
+        self._tokenizer: Future[Any] = _on_a_thread(self._load_tokenizer)
 
     def begin(self, structured: StructuredOutput, history: TokenHistory) -> None:
         """Compile the grammar of a sequence, on a thread of its own, if that was not begun yet."""
@@ -219,8 +238,7 @@ class Grammars:
             message = f"{len(self._overdue)} other structures take too long; try again later"
             return Compilation.failed(GrammarError(message))
         try:
-            if self._tokenizer is None:
-                self._tokenizer = self._load_tokenizer()
+            tokenizer = self._tokenizer.result()
             grammar = grammar_of(structured)
         except GrammarError as error:
             return Compilation.failed(error)
@@ -228,7 +246,7 @@ class Grammars:
             return Compilation.failed(GrammarError(str(error)))
         except (ValueError, RecursionError) as error:
             return Compilation.failed(GrammarError(str(error), is_invalid=True))
-        return Compilation.start(partial(GrammarMatcher, self._tokenizer, grammar), self._limit_s)
+        return Compilation.start(partial(GrammarMatcher, tokenizer, grammar), self._limit_s)
 
     def _result(self, compilation: Compilation) -> GrammarMatcher:
         try:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 _LOG_INTERVAL_S = 5.0
 
@@ -41,8 +37,11 @@ def show_progress(
         yield _ignore
         return
     begin = time.monotonic()
-    console = console or Console(stderr=True)
-    if console.is_terminal:
+    if console is None and sys.stderr.isatty():
+        from rich.console import Console  # every start waits for it, also where nobody looks
+
+        console = Console(stderr=True)
+    if console is not None and console.is_terminal:
         with _bar(action, console) as progress:
             task = progress.add_task("", total=total_bytes)
             yield lambda num_bytes: progress.advance(task, num_bytes)
@@ -58,6 +57,15 @@ def _ignore(num_bytes: int) -> None:
 
 
 def _bar(action: str, console: Console) -> Progress:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     columns = (
         TextColumn(action, markup=False),
         BarColumn(),

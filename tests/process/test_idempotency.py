@@ -9,9 +9,10 @@ import httpx
 import pytest
 from fake_server import WAIT_MS, expected_tokens
 
-from fastserve_mega.client import AsyncClient, Client, RequestIdInUseError, ServerError
+from fastserve_mega.client import AsyncClient, Client, RequestIdInUseError, SentAgainError
 from fastserve_mega.messaging.messages import Cancel, Finished, Submit, Tokens
 from fastserve_mega.server.app import create_app
+from fastserve_mega.server.errors import from_client_error
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, SamplingParams
 
@@ -72,13 +73,14 @@ def test_a_key_with_another_body_is_refused_and_is_not_another_users(start_serve
             return (
                 await post("/v1/completions", json=other, headers=key("a")),
                 await post("/v1/completions", json=other, headers=key("a", "somebody")),
+                await post("/v1/completions", json=other, headers=key("a") | {"X-Api-Key": "she"}),
                 await post("/v1/chat/completions", json=chat, headers=key("a")),
                 await post("/v1/completions", json=other, headers=key("a" * 256)),
             )
 
     with start_server() as server:
-        refused, others, chat, too_long = with_api(server, tokenizer, scenario)
-    assert others.status_code == 200
+        refused, others, hers, chat, too_long = with_api(server, tokenizer, scenario)
+    assert others.status_code == hers.status_code == 200
     for answer in (refused, chat):
         assert answer.status_code == 422
         assert "used for another request" in answer.json()["error"]["message"]
@@ -142,8 +144,9 @@ def test_the_same_request_of_the_same_client_takes_the_place_of_the_first(start_
         next(iter(first))
         server.runner.open_gate.clear()
         second = client.submit([1, 2], PARAMS, **KEYED)
-        with pytest.raises(ServerError, match="sent again"):
+        with pytest.raises(SentAgainError) as caught:
             first.wait()
+        assert from_client_error(caught.value).status == 409
         with pytest.raises(RequestIdInUseError):
             client.submit([1, 3], PARAMS, **KEYED)
         server.runner.open_gate.set()

@@ -167,21 +167,28 @@ class Honest:
 
     def __init__(self) -> None:
         self.gaps: list[float] = []
+        """Between two tokens of a stream."""
+        self.firsts: list[float] = []
+        """From a request to its first token."""
         self.tokens: collections.Counter[tuple[int, ...]] = collections.Counter()
 
     async def run(self, client: AsyncClient) -> None:
         while True:
             last = time.monotonic()
             generation = await client.submit(HONEST_PROMPT, HONEST)
+            waits = self.firsts
             async for _ in generation:
                 now = time.monotonic()
-                self.gaps.append(now - last)
-                last = now
+                waits.append(now - last)
+                last, waits = now, self.gaps
             self.tokens[generation.token_ids] += 1
 
-    def largest_gap_s(self) -> float:
-        largest, self.gaps = max(self.gaps, default=float("nan")), []
-        return largest
+    def noticed(self) -> str:
+        """The longest waits since this was last asked."""
+        figures = [max(waits, default=float("nan")) * 1000 for waits in (self.gaps, self.firsts)]
+        self.gaps.clear()
+        self.firsts.clear()
+        return "largest gap {:.0f} ms, first token {:.0f} ms".format(*figures)
 
 
 async def send_bodies(url: str, nonsense: Nonsense, count: int) -> collections.Counter[str]:
@@ -244,9 +251,9 @@ async def fuzz(url: str, endpoint: str, bodies: int, num_frames: int, seed: int)
         running = asyncio.create_task(honest.run(client))
         while not honest.tokens:  # the first one loads the tokenizer
             await asyncio.sleep(0.1)
-        honest.gaps.clear()
+        honest.noticed()
         await asyncio.sleep(5)
-        print(f"undisturbed: largest gap {honest.largest_gap_s() * 1000:.0f} ms", flush=True)
+        print(f"undisturbed: {honest.noticed()}", flush=True)
         ok = True
         for what, sending in (
             ("bodies", send_bodies(url, nonsense, bodies)),
@@ -256,8 +263,7 @@ async def fuzz(url: str, endpoint: str, bodies: int, num_frames: int, seed: int)
             outcomes = await sending
             took_s = time.monotonic() - begin
             print(
-                f"{what}: {dict(sorted(outcomes.items()))} in {took_s:.0f} s; "
-                f"largest gap {honest.largest_gap_s() * 1000:.0f} ms",
+                f"{what}: {dict(sorted(outcomes.items()))} in {took_s:.0f} s; {honest.noticed()}",
                 flush=True,
             )
             ok &= all(key.isdigit() and key != "500" for key in outcomes if what == "bodies")

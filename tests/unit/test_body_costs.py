@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import httpx
@@ -14,9 +15,10 @@ from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.server.chat_protocol import MAX_MESSAGES, ChatRequest
 from fastserve_mega.server.messages.protocol import MessagesRequest
-from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.middleware import Turns
+from fastserve_mega.server.protocol import MAX_ANSWERS, CompletionRequest
 from fastserve_mega.server.responses.protocol import ResponsesRequest
-from fastserve_mega.server.service import MAX_ANSWERS
+from fastserve_mega.server.service import one_by_one
 from fastserve_mega.server.tokens import DetokenizeRequest
 from fastserve_mega.text.tokenizer import Tokenizer
 
@@ -86,7 +88,8 @@ def server(tiny_tokenizer_dir):
 @pytest.mark.parametrize(
     ("path", "body", "sentence"),
     [
-        ("completions", {"prompt": ["x"] * (MAX_ANSWERS + 1)}, "1025 prompts with n=1"),
+        ("completions", {"prompt": ["x"] * (MAX_ANSWERS + 1)}, "at most 1024 prompts, got 1025"),
+        ("completions", {"prompt": [[1]] * 40_000}, "at most 1024 prompts, got 40000"),
         ("completions", {"prompt": "x" * 200_000}, "the prompt has 200000 characters"),
         ("completions", {"prompt": [1] * 1000}, "the prompt has 1000 and max_tokens"),
         ("chat/completions", {"messages": [HI | {"content": "x" * 200_000}]}, "200000 characters"),
@@ -131,3 +134,59 @@ def test_a_body_beyond_the_limit_is_refused_unread(server):
     response = server[2].post("/v1/completions", content=b" " * (2**20 + 1))
     assert response.status_code == 413
     assert "1048576 bytes (server.max_body_bytes)" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [{"prompt": "x", "k" * 100_000: 1}, {"model": "m" * 100_000}])
+def test_an_error_does_not_say_again_all_that_was_sent(server, body):
+    response = server[2].post("/v1/completions", json={"prompt": "x", **body})
+    assert response.status_code in (400, 404)
+    assert len(response.content) < 5_000
+
+
+def test_a_number_too_long_is_told_in_its_own_words(server):
+    body = b'{"prompt": "x", "max_tokens": ' + b"9" * 5_000 + b"}"
+    response = server[2].post(
+        "/v1/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400
+    assert "more than 4300 digits" in response.json()["error"]["message"]
+
+
+def turns_taken_during(work):
+    """How often something else had its turn on the event loop while work was done."""
+
+    async def count():
+        turns, done = 0, asyncio.create_task(work())
+        while not done.done():
+            turns += 1
+            await asyncio.sleep(0)
+        await done
+        return turns
+
+    return asyncio.run(count())
+
+
+def test_between_the_answers_of_a_request_others_have_their_turn():
+    async def go():
+        assert [pair async for pair in one_by_one("abc")] == [(0, "a"), (1, "b"), (2, "c")]
+
+    assert turns_taken_during(go) >= 3
+
+
+def test_of_many_bodies_that_are_complete_at_once_one_is_looked_at_in_a_turn():
+    order = []
+
+    async def go():
+        turns = Turns()
+
+        async def one(number):
+            await turns.take()
+            order.append(number)
+
+        waiting = [asyncio.create_task(one(number)) for number in range(50)]
+        await asyncio.sleep(0)
+        waiting[7].cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    assert turns_taken_during(go) >= 49
+    assert order == [number for number in range(50) if number != 7]

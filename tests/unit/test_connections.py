@@ -202,3 +202,25 @@ def test_what_cannot_be_accepted_is_told_once_and_other_errors_each_time():
     accept = "socket.accept() out of system resource\nsocket: <fd=%d>"
     assert [passes(accept % number) for number in range(3)] == [True, False, False]
     assert [passes("Fatal error") for _ in range(2)] == [True, True]
+
+
+CHUNKED = HEAD.replace(b"Content-Length: 5", b"Transfer-Encoding: chunked")
+
+
+def test_a_body_of_very_many_tiny_chunks_is_refused_before_all_are_looked_at(connect):
+    made, transport = connect()
+    made.data_received(CHUNKED + b"1\r\n \r\n" * 50_000)
+    assert transport.written.startswith(b"HTTP/1.1 400 ")
+    assert b"bytes may come in 2056 pieces, got one more" in transport.written
+    assert transport.closed
+    assert made.cycle.body.count(b" ") <= 2056
+
+
+def test_chunks_of_a_usual_size_are_as_many_as_they_like(connect):
+    made, transport = connect()
+    made.flow.pause_reading = lambda: None  # nobody reads here
+    made.data_received(CHUNKED)
+    for _ in range(3000):
+        made.data_received(b"400\r\n" + b" " * 1024 + b"\r\n")
+    assert len(made.cycle.body) == 3000 * 1024
+    assert not transport.closed

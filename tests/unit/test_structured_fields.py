@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import json
 import sys
 
@@ -10,10 +12,12 @@ import pytest
 from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
+from fastserve_mega.client import ServerBusyError
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.structure_check import StructureChecker, verdict
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import StructuredOutput
 
@@ -97,9 +101,47 @@ def test_what_cannot_be_followed_is_refused_with_one_sentence(shared, fields, se
     assert coordinator.received(Submit) == []
 
 
-def test_without_the_library_it_is_refused_with_what_to_install(shared, monkeypatch):
-    _, http = shared
+def test_without_the_library_it_is_refused_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    response = http.post("/v1/completions", json={"prompt": "x", "guided_regex": "a"})
-    assert response.status_code == 400
-    assert "pip install 'fastserve_mega[structured]'" in response.json()["error"]["message"]
+    assert "pip install 'fastserve_mega[structured]'" in verdict(b'{"regex": "a"}')
+
+
+def chained_definitions(length):
+    """A schema whose compilation goes as deep as it is long."""
+    chain = {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(length)}
+    return {"$defs": {**chain, str(length): {}}, "$ref": "#/$defs/0"}
+
+
+def test_a_structure_that_crashes_or_hangs_its_check_is_refused_and_the_next_one_is_checked():
+    deep = StructuredOutput(json_schema=json.dumps(chained_definitions(1480)))
+    endless = {"allOf": [{"type": "string", "pattern": f".*a{i}.*"} for i in range(100)]}
+    good = StructuredOutput(json_schema=json.dumps(SCHEMA))
+
+    async def check():
+        checker = StructureChecker(limit_s=0.5)
+        with pytest.raises(ValueError, match="takes too much memory"):
+            await checker.check(deep)
+        with pytest.raises(ValueError, match=r"takes more than 0\.5 s to compile"):
+            await checker.check(StructuredOutput(json_schema=json.dumps(endless)))
+        await checker.check(good)
+        checker.close()
+
+    asyncio.run(check())
+
+
+def test_a_structure_is_checked_once_and_not_behind_many_others():
+    lines = (
+        "import sys; print('ready', flush=True); [print('\"no\"', flush=True) for _ in sys.stdin]"
+    )
+
+    async def check():
+        checker = StructureChecker(command=(sys.executable, "-c", lines))
+        asked = [StructuredOutput(regex=f"a{i}") for i in range(40)]
+        answers = await asyncio.gather(*map(checker.check, asked), return_exceptions=True)
+        kinds = collections.Counter(type(answer) for answer in answers)
+        assert kinds == {ValueError: 32, ServerBusyError: 8}
+        checker.close()  # what is known already needs no process
+        with pytest.raises(ValueError, match="no"):
+            await checker.check(asked[0])
+
+    asyncio.run(check())

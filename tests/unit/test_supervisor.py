@@ -1,7 +1,9 @@
 """When the launcher tries again, and who is taken for hanging."""
 
 import socket
+import subprocess
 import threading
+import time
 
 import pytest
 import zmq
@@ -13,6 +15,7 @@ from fastserve_mega.launcher.restart_policy import RestartPolicy
 from fastserve_mega.launcher.supervisor import supervise
 from fastserve_mega.messaging.frames import encode
 from fastserve_mega.messaging.messages import Pong
+from fastserve_mega.process_tree import await_any_end
 from fastserve_mega.system.config import SupervisorConfig
 
 WAIT_S = 60.0
@@ -49,6 +52,14 @@ def test_a_restart_in_vain_is_followed_by_the_next_after_a_pause(options):
     assert deployment.restarted == [{"ranks"}] * 3
     assert [pause for pause in slept if pause != PROBE_S] == [0.0, 2.0]
     assert slept.count(PROBE_S) == 5  # one look each, and the pause before the second attempt
+
+
+def test_a_process_that_ends_is_not_noticed_a_look_later_only():
+    with subprocess.Popen(["sleep", "60"]) as lives, subprocess.Popen(["true"]) as ends:
+        begin = time.monotonic()
+        await_any_end([lives.pid, ends.pid], WAIT_S)
+        assert time.monotonic() - begin < WAIT_S / 2
+        lives.kill()
 
 
 def test_what_cannot_start_is_not_tried_again(options):

@@ -239,3 +239,18 @@ def test_output_that_left_the_grammar_is_an_error(grammars):
     history = TokenHistory(3, (), [150, 150])
     with pytest.raises(GrammarError, match="cannot be followed"):
         grammars.hold(torch.zeros(VOCABULARY), StructuredOutput(choice=("fox",)), history)
+
+
+def test_definitions_in_a_long_chain_do_not_take_the_rank_down(tiny_tokenizer_dir):
+    chain = {str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1480)}
+    schema = json.dumps({"$defs": {**chain, "1480": {}}, "$ref": "#/$defs/0"})
+    patient = Grammars(tiny_tokenizer_dir, VOCABULARY, (EOS,), limit_s=60.0, mask_limit_s=60.0)
+    patient.hold(torch.zeros(VOCABULARY), StructuredOutput(json_schema=schema), TokenHistory(3))
+
+
+def test_the_tokenizer_of_grammars_is_loaded_before_anybody_asks(tiny_tokenizer_dir, monkeypatch):
+    loads = threading.Event()
+    load = Grammars._load_tokenizer
+    monkeypatch.setattr(Grammars, "_load_tokenizer", lambda self: loads.set() or load(self))
+    Grammars(tiny_tokenizer_dir, VOCABULARY, (EOS,))
+    assert loads.wait(60)

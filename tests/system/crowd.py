@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""What a crowd costs the others: silent, slow and stalled connections, a full queue, too much load.
+
+    python tests/system/crowd.py --config configs/smollm2-135m-cpu.yaml
+
+Serves with ranks that compute nothing (20 ms a step), so that all else is the server's. Beside each
+crowd four streams run over HTTP and four over ZeroMQ, and tell what they notice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import socket
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+import httpx
+import zmq
+import zmq.asyncio
+
+from fastserve_mega.client import AsyncClient, ServerBusyError
+from fastserve_mega.drill.drill import serving
+from fastserve_mega.drill.processes import named_processes
+from fastserve_mega.drill.rounds import Served
+from fastserve_mega.drill.streams import Stream, over_http, over_zeromq
+from fastserve_mega.messaging import frames, messages
+from fastserve_mega.system.config_file import load_config
+from fastserve_mega.types import FinishReason, RequestId, SamplingParams
+
+PAGE_BYTES = 4096
+HONEST, HONEST_TOKENS = 8, 100
+CROWD, IDLE = 100, 1000
+CANCELLED_SHARE = 0.1
+LONG_PROMPT = 4000
+LOAD_TOKENS = 32
+_SMALL_BUFFER = 4096
+_BODY = {"prompt": [5, 6, 7], "max_tokens": 250, "ignore_eos": True, "stream": True, "logprobs": 20}
+_ROOM = ("scheduler.max_batch_size=128",)
+"""For `crowds`: all run at once, so that what differs is the connections."""
+
+
+def resident_mb(served: Served) -> dict[str, float]:
+    """Memory of the two processes that clients reach."""
+    numbers = named_processes(served.process_id)
+    return {
+        name: int(Path(f"/proc/{numbers[name]}/statm").read_text().split()[1]) * PAGE_BYTES / 1e6
+        for name in ("api-server", "coordinator")
+    }
+
+
+async def honest(served: Served) -> tuple[float, float]:
+    """Run the streams; return the mean time per token and the largest gap, seconds."""
+    async with (
+        AsyncClient(served.endpoint) as client,
+        httpx.AsyncClient(base_url=served.url, timeout=300, trust_env=False) as http,
+    ):
+        vocab_size = (await client.info()).vocab_size
+        streams = [
+            Stream(number, "HTTP" if number % 2 else "ZeroMQ", HONEST_TOKENS, vocab_size)
+            for number in range(HONEST)
+        ]
+        await asyncio.gather(
+            *(
+                over_http(http, each) if each.kind == "HTTP" else over_zeromq(client, each)
+                for each in streams
+            )
+        )
+    if errors := [each.error for each in streams if each.error]:
+        raise RuntimeError(f"a stream has failed: {errors[0]}")
+    gaps = [b - a for each in streams for a, b in itertools.pairwise(each.times)]
+    return statistics.mean(gaps), max(gaps)
+
+
+def connect(served: Served, buffer: int | None = None) -> socket.socket:
+    """A connection to the HTTP server."""
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    made = socket.socket()
+    if buffer:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    made.connect((host, int(port)))
+    made.setblocking(False)
+    return made
+
+
+@contextlib.asynccontextmanager
+async def idle_and_slow(served: Served) -> AsyncIterator[None]:
+    """Connections that say nothing, and ones that say a byte a second; closed ones come again."""
+
+    async def stay(words: bytes) -> None:
+        while True:
+            reader, writer = await asyncio.open_connection(sock=connect(served))
+            with contextlib.suppress(OSError):
+                for byte in itertools.chain(words, itertools.repeat(ord(" "))):
+                    if words:
+                        writer.write(bytes((byte,)))
+                        await writer.drain()
+                    await asyncio.sleep(1)
+                    if reader.at_eof():
+                        break
+            writer.close()
+
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{"
+    crowd = [asyncio.create_task(stay(b"")) for _ in range(IDLE)]
+    crowd += [asyncio.create_task(stay(head)) for _ in range(CROWD)]
+    await asyncio.sleep(3)
+    try:
+        yield
+    finally:
+        await _end(crowd)
+
+
+@contextlib.asynccontextmanager
+async def readers(served: Served, *, stalled: bool) -> AsyncIterator[None]:
+    """Long answers over HTTP, whose clients read them or do not."""
+
+    async def read() -> None:
+        while True:
+            made = connect(served, _SMALL_BUFFER)
+            reader, writer = await asyncio.open_connection(sock=made, limit=_SMALL_BUFFER)
+            body = json.dumps(_BODY).encode()
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            with contextlib.suppress(OSError):
+                while not stalled and await reader.read(65536):
+                    pass
+                await asyncio.sleep(3600 if stalled else 0)
+            writer.close()
+
+    crowd = [asyncio.create_task(read()) for _ in range(CROWD)]
+    await asyncio.sleep(2)
+    try:
+        yield
+    finally:
+        await _end(crowd)
+
+
+async def _end(crowd: list[asyncio.Task[None]]) -> None:
+    for task in crowd:
+        task.cancel()
+    await asyncio.gather(*crowd, return_exceptions=True)
+
+
+async def compare(
+    served: Served, name: str, crowd: Callable[[], contextlib.AbstractAsyncContextManager[None]]
+) -> float:
+    """Print what the streams notice beside a crowd; return their mean time per token."""
+    before = resident_mb(served)
+    async with crowd():
+        mean, gap = await honest(served)
+        during = resident_mb(served)
+    await asyncio.sleep(5)
+    after = resident_mb(served)
+    memory = ", ".join(f"{k} {before[k]:.0f}, {during[k]:.0f}, {after[k]:.0f} MB" for k in before)
+    print(f"{name}: {mean * 1000:.1f} ms a token, largest gap {gap:.2f} s; {memory}", flush=True)
+    return mean
+
+
+async def crowds(served: Served, _: argparse.Namespace) -> bool:
+    """Silent, slow and stalled connections."""
+    kinds: dict[str, Callable[[], contextlib.AbstractAsyncContextManager[None]]] = {
+        "nobody else": contextlib.nullcontext,
+        f"{IDLE} silent, {CROWD} slow": lambda: idle_and_slow(served),
+        f"{CROWD} readers": lambda: readers(served, stalled=False),
+        f"{CROWD} stalled": lambda: readers(served, stalled=True),
+    }
+    # In turn, and the best of each: other work on the machine makes times longer, never shorter.
+    rounds = [
+        [await compare(served, name, crowd) for name, crowd in kinds.items()] for _ in range(3)
+    ]
+    alone, beside, reading, stalled = map(min, zip(*rounds, strict=True))
+    print(
+        f"silent and slow: {beside / alone:.3f} of the time per token alone; stalled: "
+        f"{stalled / reading:.3f} of that beside readers (asked: at most 1.05)"
+    )
+    return bool(beside <= 1.05 * alone and stalled <= 1.05 * reading)
+
+
+async def queue(served: Served, options: argparse.Namespace) -> bool:
+    """So many requests with long prompts; most have to be refused, by their tokens."""
+    context = zmq.asyncio.Context()
+    door = context.socket(zmq.DEALER)
+    door.setsockopt(zmq.LINGER, 0)
+    frames.connect(door, served.endpoint)
+    before, most, ends = resident_mb(served), 0.0, Counter[str]()
+    last = time.monotonic()
+
+    async def send() -> None:
+        params = SamplingParams(max_tokens=16, ignore_eos=True)
+        for number in range(options.queued):
+            prompt = (number % 40_000, *range(1, LONG_PROMPT))
+            await door.send(frames.encode(messages.Submit(RequestId(f"q{number}"), prompt, params)))
+
+    sending = asyncio.create_task(send())
+    while not sending.done() or time.monotonic() < last + 10:
+        try:
+            message = frames.decode(await asyncio.wait_for(door.recv(), 1))
+        except TimeoutError:
+            continue
+        if isinstance(message, messages.Finished):
+            last = time.monotonic()
+            # Those that were taken go on, and are not waited for.
+            by_tokens = "max_queued_tokens" in message.message
+            ends["refused by tokens" if by_tokens else message.reason.value] += 1
+        if sum(ends.values()) % 1000 == 0:
+            most = max(most, resident_mb(served)["coordinator"])
+    sending.cancel()
+    during = resident_mb(served)["coordinator"]
+    context.destroy(linger=0)
+    async with AsyncClient(served.endpoint) as client:
+        generation = await client.submit([1, 2], SamplingParams(max_tokens=4, ignore_eos=True))
+        await asyncio.wait_for(generation.wait(), 120)
+    print(
+        f"{options.queued} requests of {LONG_PROMPT} tokens: {dict(ends)}; coordinator "
+        f"{before['coordinator']:.0f} MB before, {max(most, during):.0f} at most, "
+        f"{resident_mb(served)['coordinator']:.0f} after they went away"
+    )
+    return bool(ends["refused by tokens"] > 0.9 * options.queued)
+
+
+async def load(served: Served, options: argparse.Namespace) -> bool:
+    """Poisson arrivals below and above the capacity, a tenth cancelled: when first tokens come."""
+    numbers = random.Random(0)
+    async with AsyncClient(served.endpoint) as client:
+
+        async def one(firsts: list[float], outcomes: Counter[str]) -> None:
+            begin, number = time.monotonic(), numbers.randrange(1, 40_000)
+            params = SamplingParams(max_tokens=LOAD_TOKENS, ignore_eos=True, seed=number)
+            leaves_after = LOAD_TOKENS // 2 if numbers.random() < CANCELLED_SHARE else None
+            try:
+                generation = await client.submit([number, *range(1, 32)], params)
+                count = 0
+                async for chunk in generation:
+                    if not count:
+                        firsts.append(time.monotonic() - begin)
+                    count += len(chunk.token_ids)
+                    if leaves_after is not None and count >= leaves_after:
+                        generation.cancel()
+                        break
+                outcomes["cancelled" if leaves_after else FinishReason.LENGTH.value] += 1
+            except ServerBusyError:
+                outcomes["refused"] += 1
+
+        begin, done = time.monotonic(), Counter[str]()
+        await asyncio.gather(*(one([], done) for _ in range(200)))
+        rate = sum(done.values()) / (time.monotonic() - begin)
+        p95 = {}
+        for share, minutes in ((0.8, options.minutes), (3.0, options.minutes / 2)):
+            firsts: list[float] = []
+            outcomes: Counter[str] = Counter()
+            tasks, end = [], time.monotonic() + 60 * minutes
+            while time.monotonic() < end:
+                await asyncio.sleep(numbers.expovariate(rate * share))
+                tasks.append(asyncio.create_task(one(firsts, outcomes)))
+            await asyncio.gather(*tasks)
+            p95[share] = statistics.quantiles(firsts, n=20)[-1]
+            print(
+                f"load {share}: {len(tasks)} requests, {dict(outcomes)}; TTFT of those taken: "
+                f"median {statistics.median(firsts):.3f} s, P95 {p95[share]:.3f} s; "
+                f"memory {resident_mb(served)}",
+                flush=True,
+            )
+    print(f"P95 at 3 times the capacity is {p95[3.0] / p95[0.8]:.2f} of that at 0.8 (asked: 2)")
+    return p95[3.0] <= 2 * p95[0.8]
+
+
+PARTS: dict[str, Callable[[Served, argparse.Namespace], Coroutine[None, None, bool]]] = {
+    "crowds": crowds, "queue": queue, "load": load,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--queued", type=int, default=100_000, help="requests of `queue`")
+    parser.add_argument("--minutes", type=float, default=2, help="of `load` below the capacity")
+    options = parser.parse_args()
+    holds = True
+    for part in options.parts:
+        sets = [*(_ROOM if part == "crowds" else ()), *options.set]
+        words = [word for value in sets for word in ("--set", value)]
+        config = load_config(options.config, sets)
+        with serving(config, ["--config", options.config, *words], "fake") as served:
+            holds &= asyncio.run(PARTS[part](served, options))
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
