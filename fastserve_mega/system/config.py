@@ -74,10 +74,11 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     """What computes on GPUs: kernels are our own, in Triton, between torch's matrix products;
     graphs are the same with steps that only decode recorded as CUDA graphs at start; torch computes
     every model. auto takes graphs if it can, else kernels, else torch."""
-    look_ahead: bool = True
+    look_ahead: bool = False
     """A rank that has a copy of the model for itself goes on with the requests of a step while the
     coordinator plans the next one, and stops when the plan says anything else. With the native
-    step only, which can be stopped."""
+    step only, which can be stopped; where coordinator and clients share its cores it brings nothing
+    (docs/performance.md)."""
     timeout_s: PositiveFloat = 120.0
     """Longest wait of a rank for another one before it gives up."""
 

@@ -102,7 +102,7 @@ def _configuration(model_directory: Path, ranks: int, replicas: int, **options) 
     options.setdefault("policy", "skip_join_mlfq")  # and look at its levels
     return Config(
         model=ModelConfig(path=str(model_directory)),
-        parallel=ParallelConfig(pipeline=ranks // replicas, data=replicas),
+        parallel=ParallelConfig(pipeline=ranks // replicas, data=replicas, look_ahead=True),
         kv_cache=KvCacheConfig(
             block_size=options.pop("block_size"),
             prefix_cache=options.pop("prefix_cache", True),

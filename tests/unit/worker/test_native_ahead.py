@@ -33,7 +33,9 @@ def test_it_has_the_same_bits_or_leaves_nothing_that_counts(tmp_path, dtype, thr
     make_model("llama", tmp_path)
     config = Config(
         model=ModelConfig(path=str(tmp_path), dtype=dtype),
-        parallel=ParallelConfig(device="cpu", threads_per_rank=threads, cpu_engine="native"),
+        parallel=ParallelConfig(
+            device="cpu", threads_per_rank=threads, cpu_engine="native", look_ahead=True
+        ),
         kv_cache=KvCacheConfig(block_size=4, device_blocks=8),
     )
     with contextlib.closing(MegatronRunner(config, Topology(), "", 0)) as runner:
