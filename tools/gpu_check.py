@@ -116,19 +116,18 @@ class Check:
         add("start with these weights", f"{time.monotonic() - begin:.1f} s")
 
     def decode(self, engine: str) -> None:
-        """Decoding steps of several sizes."""
+        """Decoding steps of several sizes; fp8 is graphs with weights in 8 bits."""
         longest = max(self.batches)
         runner = self.open(engine, blocks=1 + longest * (self.context // BLOCK_SIZE + 1))
         heads = 2 * self.shape["num_key_value_heads"] * self.shape["num_hidden_layers"]
         head_dim = self.shape["hidden_size"] // self.shape["num_attention_heads"]
-        parameters = sum(
-            p.numel() for name, p in runner._stage.parameters().items() if "embedding" not in name
-        )
+        weights = [p for n, p in runner._stage.parameters().items() if "embedding" not in n]
+        parameters, weight_bytes = (sum(p.numel() for p in weights), sum(p.nbytes for p in weights))
         for batch in self.batches:
             sequences = self.sequences(batch, self.context)
             step_s = self.seconds(lambda steps=sequences: runner.execute(steps))
             kv_bytes = 2 * batch * self.context * heads * head_dim
-            floor_s = (2 * parameters + kv_bytes) / BYTES_PER_S
+            floor_s = (weight_bytes + kv_bytes) / BYTES_PER_S
             floor_s = max(floor_s, 2 * parameters * batch / FLOPS)
             add(
                 f"decode, {engine}, batch {batch}, context {self.context}",
@@ -181,8 +180,15 @@ class Check:
 
     def open(self, engine: str, *, blocks: int, host_blocks: int = 0) -> MegatronRunner:
         """A runner of the model."""
+        quantization = "fp8" if engine == "fp8" else "none"
+        engine = "graphs" if engine == "fp8" else engine
         config = Config(
-            model=ModelConfig(path=str(self.model), dtype="bfloat16", layer_spec="local"),
+            model=ModelConfig(
+                path=str(self.model),
+                dtype="bfloat16",
+                layer_spec="local",
+                quantization=quantization,
+            ),
             parallel=ParallelConfig(
                 device=self.device.type, cuda_engine=engine, cpu_engine="torch"
             ),

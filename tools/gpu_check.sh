@@ -45,7 +45,7 @@ tests device -m "$marked" tests/unit/worker/test_host_pool.py tests/unit/worker/
     ${rehearsal:+-k "no_pool or empty_batch"}
 check accuracy 60
 check weights 90
-for engine in torch kernels graphs; do
+for engine in torch kernels graphs fp8; do
     check "decode-$engine" 60
 done
 check swap 60
