@@ -107,6 +107,7 @@ def test_a_model_by_its_name_stands_for_a_configuration(monkeypatch, tmp_path):
     monkeypatch.setattr("fastserve_mega.launcher.serve", serve)
     directory = tmp_path / "odd name: 'x'"
     shutil.copytree("fastserve_mega/experiments/configs/architectures/opt-13b", directory)
+    (directory / "tokenizer.json").touch()
     name = str(directory)
     assert (
         cli.main(["serve", name, "--tensor", "2", "--port", "8080", "--set", "server.port=9"]) == 0
