@@ -74,14 +74,15 @@ class Paced(Policy):
                 continue
             reader = readers[request]
             if request.num_pending_tokens > 1:  # its prefill goes on
+                work_s, reader.work_s = reader.work_s, readers.work_s(request)
+                self._triage.read_on(request, work_s - reader.work_s, now)
                 if request.queue.level == Standing.LATE:
-                    reader.work_s = readers.work_s(request)
                     self.queues.update(request)
                 continue
             if not reader.has_begun:
                 readers.began(request, now)
                 request.queue.level = Standing.URGENT
-                self._triage.began(request)
+                self._triage.began(request, now)
             if readers.aged(request):
                 self._triage.resized(request)
             if request.queue.level == Standing.URGENT:

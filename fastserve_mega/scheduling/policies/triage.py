@@ -22,8 +22,7 @@ _USED_WITH_HOST = 0.7
 _BEHIND_S = 0.05
 """While an answer that has begun is later than this, nobody is started."""
 _STARVED_SHARE = 0.1
-"""Starved requests started for each other one."""
-_MOST_CREDIT = 4.0
+"""Share of the time that is for the starved."""
 _LARGER = 2.0
 """An answer is given up for a request that makes less work by this factor."""
 _CRUMB = 0.1
@@ -41,7 +40,9 @@ class Triage:
     - Without a place left, an answer whose rest is much more work is given up: its reader waits,
       and others are served in time with what it would have taken.
     - Nobody waits for ever: who has waited for `patience` times its own service is *starved*, and
-      of all that are started a share is for the starved, in the order of starving.
+      a share of the time is for the starved, one after the other in the order of starving. It is
+      a share of the time and not of the requests, since who starves makes the most work; and it
+      is given chunk by chunk, since the others would be late behind the whole of a long prompt.
 
     Args:
         config: of the scheduler.
@@ -68,27 +69,37 @@ class Triage:
         )
         self._in_time: dict[Request, None] = {}
         """Those who wait and may still have their first token in time, by arrival."""
-        self._lifted: set[Request] = set()
-        """Starved requests that are started and have no token yet."""
+        self._lifted: Request | None = None
+        """The starved request that is being started, and has no token yet."""
         self._streams: list[tuple[int, float, int, Request]] = []
         """Answers with a place: priority, work, arrival number; the last is given up first."""
         self._stream_of: dict[Request, tuple[int, float, int, Request]] = {}
         self._num_given_up = 0
-        self._credit = 0.0
+        self._next_starved_s = 0.0
+        """From when on the starved have had less than their share."""
 
     def add(self, request: Request) -> None:
         """Take in a request that arrived."""
         self._in_time[request] = None
         self._starving.add(request, len(self._queues))
 
-    def began(self, request: Request) -> None:
+    def began(self, request: Request, now: float) -> None:
         """Take in that a request has its first token."""
         self._in_time.pop(request, None)
-        if request in self._lifted:
-            self._lifted.remove(request)
-        else:
-            self._credit = min(self._credit + _STARVED_SHARE, _MOST_CREDIT)
+        if request is self._lifted:
+            self._lifted = None
+            self._spend(self._readers[request].work_s, now)
         self._give_place(request)
+
+    def read_on(self, request: Request, spent_s: float, now: float) -> None:
+        """Take in that so much of a prefill was done, which goes on."""
+        if request is self._lifted:
+            self._spend(spent_s, now)
+            self._set_standing(request, Standing.LATE)
+
+    def _spend(self, work_s: float, now: float) -> None:
+        """Count what a starved request took: nothing more is for them until it is their share."""
+        self._next_starved_s = max(self._next_starved_s, now) + work_s / _STARVED_SHARE
 
     def resized(self, request: Request) -> None:
         """Take in that the work of an answer was estimated anew."""
@@ -99,7 +110,8 @@ class Triage:
     def remove(self, request: Request, reader: Reader) -> None:
         """Forget a request that ends."""
         self._in_time.pop(request, None)
-        self._lifted.discard(request)
+        if request is self._lifted:
+            self._lifted = None
         if request in self._stream_of:
             self._take_place(request)
         self._num_given_up -= reader.is_given_up
@@ -111,12 +123,13 @@ class Triage:
     def choose(self, now: float) -> None:
         """Start whom there are places for, the starved first; let go who would be late."""
         places = self._places(now)
-        while places >= 1.0 and self._credit >= 1.0 and (starved := self._starving.pop(now)):
-            places -= 1.0
-            self._credit -= 1.0
-            self._in_time.pop(starved, None)
-            self._lifted.add(starved)
-            self._set_standing(starved, Standing.URGENT)
+        if now >= self._next_starved_s:
+            if not self._lifted and places >= 1.0 and (starved := self._starving.pop(now)):
+                places -= 1.0
+                self._in_time.pop(starved, None)
+                self._lifted = starved
+            if self._lifted:
+                self._set_standing(self._lifted, Standing.URGENT)
         if self._in_time:
             self._start(self._keep(now), places)
 
@@ -132,7 +145,7 @@ class Triage:
         # Where a step takes longer than that, nobody can be served faster than once a step.
         token_s = max(self._tpot_s, self._readers.interval_s)
         places = max(_USED * served * token_s / self._readers.interval_s, 1.0)
-        taken = len(self._streams) + _CRUMB * self._num_given_up + len(self._lifted)
+        taken = len(self._streams) + _CRUMB * self._num_given_up + (self._lifted is not None)
         return places - taken
 
     def _is_behind(self, now: float) -> bool:

@@ -176,6 +176,29 @@ def test_nobody_waits_for_ever_behind_those_with_less_work(step_s):
     assert readers.now >= starves_s
 
 
+@settings(max_examples=5)
+@given(st.lists(st.integers(400, 800), min_size=1, max_size=2), st.integers(1, 2))
+def test_the_starved_have_a_tenth_of_the_time_chunk_by_chunk(prompts, every):
+    readers = Readers(batch=2, patience=0.1)
+    huge = {f"huge{index}": prompt / 1000 for index, prompt in enumerate(sorted(prompts))}
+    readers.step(*[(name, round(1000 * work_s), 2) for name, work_s in huge.items()])
+    sent: dict[str, float] = {}
+    for number in range(1000):
+        if huge.keys() <= readers.token_times.keys():
+            break
+        short = f"s{number:04}"
+        sent[short] = readers.now
+        readers.step((short, 180, 1))  # of 200 tokens that a step has
+        readers.run(every - 1)
+    latest_s = 1.0 + 0.1 * (max(huge.values()) + 128 * STEP_S) + 1.0
+    for name, work_s in huge.items():  # in the order of starving
+        latest_s += 10 * work_s
+        assert readers.token_times[name][0] <= latest_s
+        latest_s += 10 * 128 * STEP_S / 2  # of its answer, as far as is known
+    if every > 1:  # and not too many even without the starved
+        assert all(readers.token_times[each][0] <= at + 1 for each, at in sent.items() if at > 1)
+
+
 @settings(max_examples=15)
 @given(
     st.lists(st.tuples(st.integers(1, 400), st.integers(1, 60), st.integers(0, 6)), max_size=15),
