@@ -189,6 +189,8 @@ class AsyncClient:
         timeout_s: float | None = None,
         client: str = "",
         weight: float = 1.0,
+        expected_output_tokens: int | None = None,
+        session: str = "",
         request_id: str | None = None,
         fingerprint: str = "",
         decoder: TokenDecoder | None = None,
@@ -218,6 +220,8 @@ class AsyncClient:
             fingerprint=fingerprint,
             client=client,
             weight=weight,
+            expected_output_tokens=expected_output_tokens,
+            session=session,
         )
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -226,9 +230,9 @@ class AsyncClient:
         if detokenizer is not None and continues_text:
             detokenizer.follow(submit.prompt)
         state = RequestState(submit, detokenizer, end_ids, submitted_at=time.monotonic())
-        session = self._started()
-        session.start(state, submit)
-        return AsyncGeneration(state, session.cancel)
+        connection = self._started()
+        connection.start(state, submit)
+        return AsyncGeneration(state, connection.cancel)
 
     def _started(self) -> Session:
         """The session, made at first use since it belongs to the running event loop."""

@@ -25,6 +25,12 @@ class RequestOptions(TypedDict, total=False):
     which is this connection."""
     weight: float
     """The client's share is in proportion to this; 1 by default."""
+    expected_output_tokens: int | None
+    """How long the answer will be, as far as is known; None by default. The scheduler learns how
+    good such hints are, and a wrong one costs nobody much."""
+    session: str
+    """Requests with the same one, of an agent for example, share the service they attained: a long
+    session comes after a short one where not all can be served at once. Empty by default: none."""
     request_id: str | None
     """Unique among the server's unfinished requests; None draws one."""
     fingerprint: str

@@ -87,6 +87,7 @@ class Admission:
         names = (
             ("cache_salt", submit.cache_salt, _MAX_NAME_LENGTH),
             ("client", submit.client, _MAX_NAME_LENGTH),
+            ("session", submit.session, _MAX_NAME_LENGTH),
             ("fingerprint", submit.fingerprint, _MAX_FINGERPRINT_LENGTH),
         )
         for name, text, most in names:

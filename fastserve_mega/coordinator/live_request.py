@@ -147,6 +147,8 @@ class LiveRequest:
             block_hashes=chain.extend((*self.prompt, *self.output)) if chain else (),
             client=self.submit.client or self.client.hex(),
             weight=self.submit.weight,
+            expected_output_tokens=self.submit.expected_output_tokens,
+            session=self.submit.session,
         )
 
     @property

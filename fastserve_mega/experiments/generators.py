@@ -140,6 +140,23 @@ def rag_and_chat(random: np.random.Generator, count: int) -> list[RequestSpec]:
     return _specs(_poisson(random, count), prompts, outputs)
 
 
+def with_hints(
+    requests: Sequence[RequestSpec], error: float, random: np.random.Generator
+) -> list[RequestSpec]:
+    """Return the same requests from clients that say how long each answer will be.
+
+    Args:
+        requests: whose answers have lengths.
+        error: standard deviation of the logarithm of what they say over the length.
+        random: draws the errors.
+    """
+    factors = np.exp(random.normal(0.0, error, len(requests)))
+    return [
+        each._replace(expected_output_tokens=max(round(each.output_tokens * factor), 1))
+        for each, factor in zip(requests, factors.tolist(), strict=True)
+    ]
+
+
 def _conversation_lengths(
     random: np.random.Generator, count: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

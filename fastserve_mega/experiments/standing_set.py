@@ -36,6 +36,9 @@ class StandingWorkload:
     """Measured in a run."""
     quick_requests: int
     """Measured in a run of a quick comparison."""
+    hint_error: float | None = None
+    """Clients say how long their answers will be, wrong by a factor whose logarithm has this
+    standard deviation; None: they do not say."""
 
     def load(self) -> SimulationConfig:
         """Return the system with its settings."""
@@ -50,6 +53,12 @@ class StandingWorkload:
             count: how many.
             data: directory of length files of the user's own.
         """
+        requests = self._draw(seed, count, data)
+        if self.hint_error is None:
+            return requests
+        return generators.with_hints(requests, self.hint_error, np.random.default_rng(seed))
+
+    def _draw(self, seed: int, count: int, data: Path | None) -> list[RequestSpec]:
         if not isinstance(self.source, str):
             return self.source(np.random.default_rng(seed), count)
         workload = replace(
@@ -75,6 +84,10 @@ STANDING_SET = (
     StandingWorkload(
         name="sharegpt", about="first turns of ShareGPT", source="paper-sharegpt",
         requests=2000, quick_requests=400,
+    ),
+    StandingWorkload(
+        name="sharegpt-hints", about="the same; clients guess lengths of answers (error 0.5)",
+        source="paper-sharegpt", requests=2000, quick_requests=400, hint_error=0.5,
     ),
     StandingWorkload(
         name="alpaca", about="instructions like Alpaca's", source="paper-alpaca",

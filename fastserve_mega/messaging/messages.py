@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastserve_mega.plan import Plan
-from fastserve_mega.records import Count, OpenRecord, PositiveFloat, Record, Seconds
+from fastserve_mega.records import Count, OpenRecord, PositiveFloat, PositiveInt, Record, Seconds
 from fastserve_mega.snapshot import Percentiles, ReplicaView
 from fastserve_mega.types import (
     FinishReason,
@@ -58,6 +58,10 @@ class Submit(_Message, frozen=True):
     that it comes by."""
     weight: PositiveFloat = 1.0
     """The client's share is in proportion to this."""
+    expected_output_tokens: PositiveInt | None = None
+    """How long the answer will be, as far as the client knows; None: it does not say."""
+    session: str = ""
+    """Requests of a client with the same one share what they were served; empty is none."""
 
 
 class Cancel(_Message, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastserve_mega.records import Count, PositiveFloat, Record, Seconds
+from fastserve_mega.records import Count, PositiveFloat, PositiveInt, Record, Seconds
 from fastserve_mega.types import BlockHash, RequestId
 
 
@@ -28,6 +28,10 @@ class Arrived(_Event, frozen=True):
     """Who asks: clients share the server by what they were served."""
     weight: PositiveFloat = 1.0
     """The client's share is in proportion to this."""
+    expected_output_tokens: PositiveInt | None = None
+    """What the client expects; it may be wrong. None when it does not say."""
+    session: str = ""
+    """Requests of a client with the same one share the service they attained; empty is none."""
 
 
 class Aborted(_Event, frozen=True):

@@ -179,6 +179,10 @@ class Request:
     num_tokens: int
     """Prompt and output tokens that exist; the KV of all of them is needed for the next one."""
     oracle_output_tokens: int | None = None
+    expected_output_tokens: int | None = None
+    """What the client expects; None when it does not say."""
+    session: str = ""
+    """Requests of its client with the same one share the service they attained; empty is none."""
     share: ClientShare = field(default_factory=ClientShare)
     """Its client's."""
     turn: Turn = Turn.OFFERED

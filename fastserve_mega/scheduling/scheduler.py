@@ -197,6 +197,8 @@ class Scheduler:
             arrival_number=self._arrivals,
             num_tokens=event.num_prompt_tokens + event.num_received_tokens,
             oracle_output_tokens=event.oracle_output_tokens,
+            expected_output_tokens=event.expected_output_tokens,
+            session=event.session,
             share=self._fair_share.join(event.client, event.weight, event.priority),
             offered_at=now,
             waiting_since=now,

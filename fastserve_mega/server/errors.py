@@ -44,7 +44,7 @@ _MOST_FORMS = 3
 """Sentences of one field that are told; a field of many forms has one for each."""
 
 
-_FIELDS = {*SamplingParams.__struct_fields__, "priority", "cache_salt"} - {"structured"}
+_FIELDS = {*SamplingParams.__struct_fields__, "priority", "cache_salt", "session"} - {"structured"}
 
 
 class ApiError(Exception):

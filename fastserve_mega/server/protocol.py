@@ -98,6 +98,9 @@ class Common(Strict):
     priority: int | None = None
     cache_salt: str | None = None
     """KV is shared among requests with the same salt only."""
+    expected_output_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    session: str | None = None
+    """Requests with the same one share the service they attained."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after which the answer ends with finish reason `timeout`."""
 

@@ -261,6 +261,8 @@ class Service:
                 client=identity.client,
                 weight=identity.weight,
                 priority=identity.priority,
+                expected_output_tokens=body.expected_output_tokens,
+                session=body.session or "",
             )
             async for index, (prompt, params) in one_by_one(submissions)
         ]

@@ -207,6 +207,8 @@ class Simulation:
             block_hashes=hashes,
             oracle_output_tokens=spec.output_tokens if self._oracle else None,
             client=spec.client,
+            expected_output_tokens=spec.expected_output_tokens,
+            session=spec.session,
         )
         request.replica = self._placement.choose(arrived)
         events[request.replica].append(arrived)

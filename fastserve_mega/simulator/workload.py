@@ -36,6 +36,8 @@ class RequestSpec(NamedTuple):
     preamble: str = ""
     """All requests with this preamble begin with the same `preamble_tokens` tokens."""
     preamble_tokens: int = 0
+    expected_output_tokens: int | None = None
+    """What the client says of the length of the answer; None for nothing."""
 
     @property
     def shares_tokens(self) -> bool:

@@ -43,7 +43,10 @@ SAMPLING = {
     "stop_token_ids": [4], "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,
     "repetition_penalty": 1.2,
 }  # fmt: skip
-SCHEDULING = {"priority": -1, "timeout": 2.5, "cache_salt": "mine"}
+SCHEDULING = {
+    "priority": -1, "timeout": 2.5, "cache_salt": "mine", "expected_output_tokens": 7,
+    "session": "agent",
+}  # fmt: skip
 
 
 def offered(module) -> set[str]:

@@ -135,12 +135,14 @@ def test_a_program_that_forgets_to_close_still_ends(fake_coordinator):
 
 def test_options_can_be_kept_and_used_for_several_requests(fake_coordinator, client):
     options: RequestOptions = {"priority": 2, "cache_salt": "tenant", "timeout_s": 5.0}
+    options |= {"expected_output_tokens": 7, "session": "agent"}
     client.generate("hello", **options).wait()
     client.chat([{"role": "user", "content": "hi"}], **options).wait()
     client.submit([1], **options).wait()
     submits = fake_coordinator.received(Submit)
     assert len(submits) == 3
     assert {(s.priority, s.cache_salt, s.timeout_s) for s in submits} == {(2, "tenant", 5.0)}
+    assert {(s.expected_output_tokens, s.session) for s in submits} == {(7, "agent")}
 
 
 @pytest.mark.parametrize("name", ["generate", "chat", "submit"])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections import OrderedDict
 from itertools import pairwise
+
+from fastserve_mega.scheduling.request import Request
 
 EDGES = (0.0, *(16.0 * 1.25**step for step in range(42)))
 """Ages, in tokens, at which the buckets begin; the last of them has no end."""
@@ -17,7 +20,13 @@ _FIRST_GUESS_TOKENS = 128.0
 _DOUBT = 2.0
 """Ends in a bucket below which the mean of all buckets outweighs what was seen there."""
 _DOUBT_OF_PART = 8.0
-"""The same for a part of the answers, which goes by all answers."""
+"""The same for a part of the answers, which goes by the answers that it is a part of."""
+_PROMPT_KINDS = 20
+"""Prompts are told apart by powers of two."""
+_HINT_KINDS = 40
+"""Hints are told apart by powers of the square root of two."""
+_MOST_OF_CLIENTS = 512
+"""Kinds of answers of single clients that are remembered."""
 
 
 class Lifetimes:
@@ -28,7 +37,8 @@ class Lifetimes:
     is bounded and old evidence fades.
 
     Args:
-        whole: what all answers do; it stands in where this part of them has shown little.
+        whole: the answers that these are a part of. It learns all that they do, and stands in where
+            they have shown little.
     """
 
     def __init__(self, whole: Lifetimes | None = None) -> None:
@@ -42,6 +52,8 @@ class Lifetimes:
         """Learn that an answer came to the end of a bucket."""
         self._tokens[bucket] += EDGES[bucket + 1] - EDGES[bucket]
         self._news += 1
+        if self._whole is not None:
+            self._whole.survived(bucket)
 
     def ended(self, tokens: int) -> None:
         """Learn that an answer ended with so many tokens."""
@@ -49,6 +61,8 @@ class Lifetimes:
         self._tokens[bucket] += max(tokens - EDGES[bucket], 1.0)
         self._ends[bucket] += 1.0
         self._news += 1
+        if self._whole is not None:
+            self._whole.ended(tokens)
 
     def effort_tokens(self, tokens: int) -> float:
         """Return the tokens it takes for an end, at best, from answers of this age (1 / Gittins).
@@ -57,6 +71,8 @@ class Lifetimes:
         on; at most the expected rest of the answer. Serving the least first gives the least mean
         completion time that is possible without knowing the lengths.
         """
+        if not self._effort and not self._news and self._whole is not None:
+            return self._whole.effort_tokens(tokens)
         if not self._effort or self._news >= _REFRESHED:
             self._refresh()
         return self._effort[bucket_of(tokens)]
@@ -83,6 +99,44 @@ class Lifetimes:
                 self._ends, self._tokens, expected_tokens, strict=True
             )
         ]
+
+
+class KindsOfAnswers:
+    """The lifetimes of answers, by what is known of a request when it comes.
+
+    That is the hint of its length (`expected_output_tokens`), or else the length of its prompt; and
+    who asks, since programs repeat themselves. A hint is no promise: what is learned is how long
+    answers with such a hint are, and how long those of a client with such a hint. So hints that are
+    wrong by a factor serve as well as others, those that mean nothing are found out after some ten
+    answers, and whoever says 1 each time tells nothing but that.
+    """
+
+    def __init__(self) -> None:
+        self._all = Lifetimes()
+        self._by_prompt = tuple(Lifetimes(self._all) for _ in range(_PROMPT_KINDS))
+        self._by_hint = tuple(Lifetimes(self._all) for _ in range(_HINT_KINDS))
+        self._of_clients: OrderedDict[tuple[str, int, bool], Lifetimes] = OrderedDict()
+        """By client, kind, and whether that is a kind of hint; those that came last are last."""
+
+    def of(self, request: Request) -> Lifetimes:
+        """Return the lifetimes of the answers that are most like a request's."""
+        hint = request.expected_output_tokens
+        if hint is None:
+            kind = min(request.num_prompt_tokens.bit_length(), _PROMPT_KINDS - 1)
+            whole = self._by_prompt[kind]
+        else:
+            kind = min(round(2 * math.log2(max(hint, 1))), _HINT_KINDS - 1)
+            whole = self._by_hint[kind]
+        if not request.share.name:  # nobody says who asks
+            return whole
+        key = request.share.name, kind, hint is not None
+        if (found := self._of_clients.get(key)) is not None:
+            self._of_clients.move_to_end(key)
+            return found
+        if len(self._of_clients) == _MOST_OF_CLIENTS:
+            self._of_clients.popitem(last=False)
+        self._of_clients[key] = part = Lifetimes(whole)
+        return part
 
 
 def bucket_of(tokens: int) -> int:

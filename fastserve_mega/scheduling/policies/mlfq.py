@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import ClassVar
 
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.policies.level_queues import LevelQueues
 from fastserve_mega.scheduling.policies.policy import Policy
+from fastserve_mega.scheduling.policies.sessions import Sessions
 from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig
@@ -27,6 +28,7 @@ class Mlfq(Policy):
     the quantum of its level. One that waited for `starvation_limit_s` since it last ran, or since
     it arrived, returns to Q1, up to a batch of them at a time. Each step of `priority` below
     normal makes a request join one level lower, and wait `quantum_ratio` times as long for that.
+    A request of a session joins and comes down as one would that was served as much as the session.
 
     All join at Q1 and are demoted one level at a time: the naive MLFQ of the paper's comparison.
     """
@@ -41,6 +43,9 @@ class Mlfq(Policy):
             base_s * mlfq.quantum_ratio**level for level in range(mlfq.levels)
         )
         self._lowest = mlfq.levels - 1
+        self._served_s = tuple(accumulate(self.level_quanta_s))
+        """The service after which a request has left each level."""
+        self._sessions = Sessions()
         self._max_batch_size = config.max_batch_size
         self._starvation_limit_s = mlfq.starvation_limit_s
         self.queues: LevelQueues = LevelQueues(mlfq.levels, self._watch_placed)
@@ -62,9 +67,14 @@ class Mlfq(Policy):
 
     def add(self, request: Request, now: float) -> None:
         level = self._level_that_holds(self._next_iteration_s(request)) if self.skip_join else 0
+        level = max(level, self._level_of_session(request, now))
         level = min(max(level + request.priority, 0), self._lowest)
         self.queues.add(request, level)
         self._watch_starvation(request)
+
+    def remove(self, request: Request) -> None:
+        self._count_for_session(request)
+        super().remove(request)
 
     def charge(self, batch: Sequence[Request], elapsed_s: float) -> None:
         quanta_s = self.level_quanta_s
@@ -93,6 +103,7 @@ class Mlfq(Policy):
         """
         for watch in self._open_watches():
             while watch in self._open_watches() and (request := watch.pop(now)):
+                self._count_for_session(request)
                 self.queues.lift(request)
 
     def next_deadline(self, now: float) -> float | None:
@@ -221,11 +232,24 @@ class Mlfq(Policy):
 
     def _demote(self, request: Request, decode_s: float) -> None:
         """Move one that decodes down; `decode_s` is at least the time of its next iteration."""
-        level = min(max(request.queue.level + 1, request.priority), self._lowest)
+        self._count_for_session(request)
+        level = max(request.queue.level + 1, request.priority)
+        level = min(
+            max(level, self._level_of_session(request, request.waiting_since)), self._lowest
+        )
         if self.skip_join and decode_s > self.level_quanta_s[level]:
             level = max(level, self._level_that_holds(self._next_iteration_s(request)))
         self.queues.move(request, level)
         self._watch_starvation(request)
+
+    def _count_for_session(self, request: Request) -> None:
+        """Count what a request was charged since it came to its level, which it leaves now."""
+        self._sessions.serve(request, request.queue.charged_s, request.waiting_since)
+
+    def _level_of_session(self, request: Request, now: float) -> int:
+        """Return the level of a request that was served as much as the session of this one."""
+        attained_s = self._sessions.attained_s(request, now)
+        return bisect_right(self._served_s, attained_s) if attained_s else 0
 
     def _level_that_holds(self, seconds: float) -> int:
         """The highest level whose quantum is at least this long, else the lowest level."""

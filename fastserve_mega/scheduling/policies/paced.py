@@ -49,7 +49,7 @@ class Paced(Policy):
         level, number = request.queue.level, request.arrival_number
         if level == Standing.URGENT:
             return level, self._readers.due_s(request), number
-        return level, request.priority, self._readers[request].work_s, number
+        return level, request.priority, self._readers[request].cost_s, number
 
     def add(self, request: Request, now: float) -> None:
         self._readers.add(request, now)

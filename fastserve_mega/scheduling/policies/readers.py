@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from fastserve_mega.scheduling.cost_model import CostModel
-from fastserve_mega.scheduling.policies.lifetimes import EDGES, Lifetimes, bucket_of
+from fastserve_mega.scheduling.policies.lifetimes import (
+    EDGES,
+    KindsOfAnswers,
+    Lifetimes,
+    bucket_of,
+)
+from fastserve_mega.scheduling.policies.sessions import Sessions
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig
 
@@ -19,8 +25,6 @@ _GAP_AWAY_S = 1.25
 _GAP_GIVEN_UP_S = 5.0
 """The same for an answer that was given up."""
 _TYPICAL_CONTEXT = 256
-_PROMPT_BUCKETS = 20
-"""Prompts are told apart by powers of two."""
 _SMOOTHING = 0.05
 
 
@@ -45,11 +49,20 @@ class Reader:
     """Of prompt and answer."""
     bucket: int
     """Of the tokens so far, in `EDGES`."""
+    lifetimes: Lifetimes
+    """Of answers like this one."""
     work_s: float = 0.0
     """Expected rest of its service when that was last looked at, seconds of the whole batch."""
+    attained_s: float = 0.0
+    """What the other requests of its session were served, and itself, likewise."""
     has_begun: bool = False
     """The first token is there."""
     is_given_up: bool = False
+
+    @property
+    def cost_s(self) -> float:
+        """What requests are ordered by: the work that is left, and that of the session so far."""
+        return self.work_s + self.attained_s
 
 
 class Readers:
@@ -63,8 +76,8 @@ class Readers:
         self._cost_model = cost_model
         self._batch_size = config.max_batch_size
         self._batch_tokens = config.max_batch_tokens
-        self._all = Lifetimes()
-        self._by_prompt = tuple(Lifetimes(self._all) for _ in range(_PROMPT_BUCKETS))
+        self._kinds = KindsOfAnswers()
+        self._sessions = Sessions()
         self._readers: dict[Request, Reader] = {}
         self._last_step_s = 0.0
         self._observe_costs()
@@ -78,18 +91,21 @@ class Readers:
     def add(self, request: Request, now: float) -> Reader:
         """Take in who waits for a request that arrived."""
         answered = request.num_tokens - request.num_prompt_tokens
-        reader = Reader(now + self._ttft_s, request.num_tokens, bucket_of(answered))
+        kind = self._kinds.of(request)
+        reader = Reader(now + self._ttft_s, request.num_tokens, bucket_of(answered), kind)
         self._readers[request] = reader
         reader.work_s = self.work_s(request)
+        reader.attained_s = self._sessions.attained_s(request, now)
         return reader
 
     def remove(self, request: Request) -> Reader:
         """Forget a request that ends, and learn from it."""
-        reader = self._readers.pop(request)
+        reader = self._readers[request]
         if reader.has_begun:
             tokens = request.num_tokens - request.num_prompt_tokens
-            self._all.ended(tokens)
-            self._lifetimes(request).ended(tokens)
+            reader.lifetimes.ended(tokens)
+            self._serve(request, (tokens - EDGES[reader.bucket]) * self._answer_token_s)
+        del self._readers[request]
         return reader
 
     def observe_step(self, now: float, elapsed_s: float) -> None:
@@ -111,6 +127,8 @@ class Readers:
         reader.has_begun = True
         reader.due_s, reader.num_tokens = now + self._pace_s, request.num_tokens
         reader.work_s = self.work_s(request)
+        read = request.num_tokens - request.kv.num_cached_tokens
+        self._serve(request, read * self._prompt_token_s)
 
     def served(self, request: Request, now: float) -> None:
         """Take in that a reader was given what it waited for: it reads on from now."""
@@ -126,8 +144,10 @@ class Readers:
         tokens = request.num_tokens - request.num_prompt_tokens
         if reader.bucket + 1 == len(EDGES) or tokens < EDGES[reader.bucket + 1]:
             return False
-        self._all.survived(reader.bucket)
-        self._lifetimes(request).survived(reader.bucket)
+        reader.lifetimes.survived(reader.bucket)
+        self._serve(
+            request, (EDGES[reader.bucket + 1] - EDGES[reader.bucket]) * self._answer_token_s
+        )
         reader.bucket += 1
         reader.work_s = self.work_s(request)
         return True
@@ -180,17 +200,17 @@ class Readers:
         pending = request.num_pending_tokens
         if not request.num_computed_tokens:
             pending -= request.kv.num_cached_tokens
-        if pending <= 1:
-            return 0.0
-        return pending * self._prompt_token_s
+        return pending * self._prompt_token_s if pending > 1 else 0.0
 
     def work_s(self, request: Request) -> float:
         """Return the expected rest of a request's service, in seconds of the whole batch."""
         answered = request.num_tokens - request.num_prompt_tokens
-        tokens = min(
-            self._lifetimes(request).effort_tokens(answered), max(request.max_tokens - answered, 1)
-        )
+        effort_tokens = self._readers[request].lifetimes.effort_tokens(answered)
+        tokens = min(effort_tokens, max(request.max_tokens - answered, 1))
         return self.prefill_s(request) + tokens * self._answer_token_s
 
-    def _lifetimes(self, request: Request) -> Lifetimes:
-        return self._by_prompt[min(request.num_prompt_tokens.bit_length(), _PROMPT_BUCKETS - 1)]
+    def _serve(self, request: Request, seconds: float) -> None:
+        if request.session:
+            now = request.waiting_since
+            self._sessions.serve(request, seconds, now)
+            self._readers[request].attained_s = self._sessions.attained_s(request, now)

@@ -72,7 +72,7 @@ class Triage:
         self._lifted: Request | None = None
         """The starved request that is being started, and has no token yet."""
         self._streams: list[tuple[int, float, int, Request]] = []
-        """Answers with a place: priority, work, arrival number; the last is given up first."""
+        """Answers with a place: priority, cost, arrival number; the last is given up first."""
         self._stream_of: dict[Request, tuple[int, float, int, Request]] = {}
         self._num_given_up = 0
         self._next_starved_s = 0.0
@@ -160,8 +160,8 @@ class Triage:
         return False
 
     def _give_place(self, request: Request) -> None:
-        work_s = self._readers[request].work_s
-        stream = (request.priority, work_s, request.arrival_number, request)
+        cost_s = self._readers[request].cost_s
+        stream = (request.priority, cost_s, request.arrival_number, request)
         self._stream_of[request] = stream
         insort(self._streams, stream)
 
@@ -194,7 +194,7 @@ class Triage:
         readers = self._readers
         for request in kept:
             readers[request].work_s = readers.work_s(request)
-        kept.sort(key=lambda each: (each.priority, readers[each].work_s, each.arrival_number))
+        kept.sort(key=lambda each: (each.priority, readers[each].cost_s, each.arrival_number))
         for request in kept:
             if places < 1.0:
                 places += self._give_up_for(request)
@@ -206,8 +206,8 @@ class Triage:
         """Give up the answer with the most work if that is much more; return the places won."""
         if not self._streams:
             return 0.0
-        priority, work_s, _, largest = self._streams[-1]
-        if priority < request.priority or work_s < _LARGER * self._readers[request].work_s:
+        priority, cost_s, _, largest = self._streams[-1]
+        if priority < request.priority or cost_s < _LARGER * self._readers[request].cost_s:
             return 0.0
         self._take_place(largest)
         self._num_given_up += 1

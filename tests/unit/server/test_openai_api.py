@@ -94,12 +94,14 @@ def test_parameters_reach_the_coordinator(api, fake_coordinator):
         model="tiny", prompt=[7, 8, 9], max_tokens=12, temperature=0.5, top_p=0.9, seed=42,
         extra_body={
             "top_k": 5, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [77],
-            "priority": -3, "timeout": 9.5, "cache_salt": "mine",
+            "priority": -3, "timeout": 9.5, "cache_salt": "mine", "expected_output_tokens": 7,
+            "session": "agent",
         },
     )  # fmt: skip
     (submit,) = fake_coordinator.received(Submit)
     assert submit.prompt == (7, 8, 9)
     assert (submit.priority, submit.timeout_s, submit.cache_salt) == (-3, 9.5, "mine")
+    assert (submit.expected_output_tokens, submit.session) == (7, "agent")
     params = submit.params
     assert (params.max_tokens, params.temperature, params.top_p, params.seed) == (12, 0.5, 0.9, 42)
     assert (params.top_k, params.min_tokens) == (5, 2)
