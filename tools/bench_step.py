@@ -61,7 +61,9 @@ def seconds(runner: MegatronRunner, batch: Sequence[SequenceInput], times: int) 
 def open_runner(engine: str, arguments: argparse.Namespace) -> MegatronRunner:
     """One rank with the whole model."""
     config = Config(
-        model=ModelConfig(path=str(arguments.model), dtype=arguments.dtype),
+        model=ModelConfig(
+            path=str(arguments.model), dtype=arguments.dtype, quantization=arguments.quantization
+        ),
         parallel=ParallelConfig(
             device="cpu", threads_per_rank=arguments.threads, cpu_engine=engine
         ),
@@ -88,6 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument(
+        "--quantization", default="none", choices=("none", "int8"), help="not of torch"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each case and round")

@@ -28,11 +28,13 @@ class ModelConfig(Record, frozen=True, kw_only=True):
     """Name in the API; None takes the directory's name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the hardware computes in it, else float32."""
-    quantization: Literal["none", "fp8"] = "none"
+    quantization: Literal["none", "fp8", "int8"] = "none"
     """Of the weights of linear layers (not of embeddings, norms, routers and the output layer):
     fp8 is 8 bits (e4m3) with a scale for each output, read from a checkpoint in fp8 or made while
     others are loaded, and products in 8 bits on GPUs that have them; none is dtype, which a
-    checkpoint in fp8 becomes as well (docs/checkpoints.md)."""
+    checkpoint in fp8 becomes as well (docs/checkpoints.md). int8 is for the native step on CPUs,
+    and faster there: 8 bits of all matrices, with a scale for every 64 inputs of an output, made
+    when they are loaded (docs/models.md)."""
     max_context: Annotated[int, Meta(ge=2)] | None = None
     """Tokens of prompt and answer together; None takes the model's own limit."""
     layer_spec: Literal["auto", "local", "transformer_engine"] = "auto"

@@ -15,6 +15,8 @@ CPU_POOL_GB = 1.0
 """GiB of a rank's KV pool on a CPU, where it shares the memory with everything else."""
 _WEIGHT_SCALE_BYTES = 4
 """Of the scale that an output of a quantized weight has."""
+_BYTE_WEIGHT_BYTES = 1 + 4 / 64
+"""Of an int8 weight, of which 64 share a scale."""
 _KV_SCALE_BYTES = 2
 """Of the scale that a head's quantized key or value of a token has."""
 _HIDDEN_COPIES = 8
@@ -50,9 +52,17 @@ def parameter_count(architecture: Architecture, partition: Partition) -> int:
 def weight_bytes(architecture: Architecture, partition: Partition, model: ModelConfig) -> int:
     """Memory of a rank's parameters, in the precision that is configured."""
     value_bytes = VALUE_BYTES[model.dtype]
-    total = parameter_count(architecture, partition) * value_bytes
+    count = parameter_count(architecture, partition)
+    total = count * value_bytes
     if model.quantization == "none":
         return total
+    if model.quantization == "int8":
+        # A table that is not the output matrix as well keeps its precision.
+        is_table = partition.is_first_stage and not (
+            architecture.tied_embeddings and partition.is_last_stage
+        )
+        table = len(partition.vocab_rows) * architecture.hidden_size if is_table else 0
+        return table * value_bytes + round((count - table) * _BYTE_WEIGHT_BYTES)
     for layer in partition.layers:
         for outputs, inputs in _linears(architecture, partition, layer):
             total += outputs * inputs * (1 - value_bytes) + outputs * _WEIGHT_SCALE_BYTES

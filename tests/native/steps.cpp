@@ -1,5 +1,5 @@
 // Steps of small random models through the C interface, for the sanitizers: all instruction sets
-// that this machine has, both precisions, odd sizes. The logits of a prompt must be the same bits
+// that this machine has, both precisions, 8-bit weights, odd sizes. The logits of a prompt must be the same bits
 // alone and in chunks beside another one.
 #include <cstdio>
 #include <cstdlib>
@@ -70,10 +70,12 @@ struct Model {
   std::vector<float> frequencies;
   OwnedStage* stage;
 
-  Model(int instruction_set, int dtype, int head_dim, int group, bool gated, int norm) {
+  Model(int instruction_set, int dtype, bool byte_weights, int head_dim, int group, bool gated,
+        int norm) {
     config.instruction_set = instruction_set;
     config.threads = 3;
     config.dtype = dtype;
+    config.has_byte_weights = byte_weights;
     config.layers = LAYERS;
     config.hidden = HIDDEN;
     config.feed_forward = FEED_FORWARD;
@@ -164,10 +166,11 @@ int asked;
 int main() {
   int models = 0;
   for (int set = 0; set <= fastserve_best_instruction_set(); set++)
-    for (int dtype : {FLOAT32, BFLOAT16})
+    for (int kind : {0, 1, 2, 3})
       for (int head_dim : {8, 20, 64})
         for (int group : {1, 3}) {
-          Model model(set, dtype, head_dim, group, group == 3, group == 3 ? RMS_NORM : LAYER_NORM);
+          Model model(set, kind % 2, kind / 2, head_dim, group, group == 3,
+                      group == 3 ? RMS_NORM : LAYER_NORM);
           // Long enough for the threads to go through the layers apart.
           const auto whole = model.run(0, 242, false);
           for (float value : whole) check(value - value == 0.0f, "finite logits");

@@ -43,25 +43,33 @@ def open_engine(
     is opened in silence, and records no graphs.
 
     Raises:
-        ValueError: parallel.cpu_engine=native, or parallel.cuda_engine names kernels, but they
-            cannot be used.
+        ValueError: parallel.cpu_engine=native, model.quantization=int8 or parallel.cuda_engine ask
+            for what cannot be used.
     """
-    parallel = config.parallel
+    parallel, has_byte_weights = config.parallel, config.model.quantization == "int8"
     if cache.pool.device.type == "cuda":
+        if has_byte_weights:
+            raise ValueError("model.quantization=int8 is for CPUs, but the device is cuda")
         return _open_on_cuda(config, stage, architecture, partition, cache, is_trial=is_trial)
-    obstacle: str | None = "parallel.cpu_engine=torch"
+    obstacle: str | None = "torch was asked for (parallel.cpu_engine)"
     if parallel.cpu_engine != "torch":
         obstacle = _agreed(_obstacle(config.model, architecture, partition, cache))
         if obstacle and parallel.cpu_engine == "native":
             raise ValueError(f"parallel.cpu_engine=native, but {obstacle}")
+    if obstacle and has_byte_weights:
+        raise ValueError(f"model.quantization=int8 needs the native step, but {obstacle}")
     is_first = partition.is_first_stage and partition.tensor_rank == 0
     if obstacle:
         if is_first:
             _log.info("steps on the CPU: torch (%s)", obstacle)
         return TorchEngine(stage, architecture, partition, cache)
-    engine = NativeEngine(load_library(), stage, architecture, partition, cache)
+    engine = NativeEngine(
+        load_library(), stage, architecture, partition, cache, has_byte_weights=has_byte_weights
+    )
     if is_first:
-        _log.info("steps on the CPU: native (%s, %d threads a rank)", engine.title, engine.threads)
+        weights = "8-bit weights, " if has_byte_weights else ""
+        told = f"{engine.title}, {weights}{engine.threads} threads a rank"
+        _log.info("steps on the CPU: native (%s)", told)
     return engine
 
 

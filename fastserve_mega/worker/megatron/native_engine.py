@@ -59,6 +59,7 @@ class NativeEngine:
         architecture: of the model, one that the library can compute.
         partition: of this rank.
         cache: its pool.
+        has_byte_weights: the matrices are laid out in 8 bits.
         instruction_set: None takes the best that the machine has.
     """
 
@@ -72,6 +73,7 @@ class NativeEngine:
         partition: Partition,
         cache: KvCache,
         *,
+        has_byte_weights: bool = False,
         instruction_set: InstructionSet | None = None,
     ) -> None:
         if instruction_set is None:
@@ -88,7 +90,8 @@ class NativeEngine:
         config = _config(architecture, partition, cache)
         config.instruction_set, config.threads = instruction_set, self.threads
         config.ropes = len(ropes)
-        config.weight_bytes = _weight_bytes(parameters)
+        config.has_byte_weights = has_byte_weights
+        config.weight_bytes = _weight_bytes(parameters, has_byte_weights)
         self._native = NativeStage(library, config, stage.groups.tensor)
         for number, rope in enumerate(ropes):
             rotation = Rotation(rope, architecture.head_dim, cache.pool.device)
@@ -225,11 +228,14 @@ def _vocabulary(architecture: Architecture, partition: Partition) -> int:
     return architecture.vocab_size if ranks == 1 else len(partition.vocab_rows)
 
 
-def _weight_bytes(parameters: Mapping[str, nn.Parameter]) -> int:
+def _weight_bytes(parameters: Mapping[str, nn.Parameter], has_byte_weights: bool) -> int:
     """Room for all of them once they are laid out; memory that is not used is not taken."""
     needed = 0
     for parameter in parameters.values():
         rows, columns = (*parameter.shape, 1)[:2]
-        itemsize = parameter.itemsize if parameter.dim() > 1 else torch.float32.itemsize
-        needed += packed_bytes(rows, columns, itemsize)
+        is_vector = parameter.dim() == 1
+        itemsize = torch.float32.itemsize if is_vector else parameter.itemsize
+        needed += packed_bytes(
+            rows, columns, itemsize, has_byte_weights=has_byte_weights and not is_vector
+        )
     return needed

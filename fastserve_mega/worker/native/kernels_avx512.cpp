@@ -21,7 +21,7 @@ constexpr int LANES = 16, MAX_ROWS = 12;
 }  // namespace
 
 Kernels avx512_kernels(DType dtype) {
-  return Kernels{dtype == BFLOAT16 ? run_stage<Bfloat16> : run_stage<float>, find_largest, MAX_ROWS};
+  return dtype == BFLOAT16 ? kernels_of<Bfloat16>() : kernels_of<float>();
 }
 
 }  // namespace fastserve

@@ -99,6 +99,7 @@ class StageConfig(ctypes.Structure):
                 "last",
                 "ranks",
                 "first_token",
+                "has_byte_weights",
             )
         ),
         ("norm_epsilon", _F),

@@ -62,16 +62,6 @@ struct Tiles {
   int lines(int tile) const { return count == 1 ? 4 : count == 2 ? 2 : tile < 4 ? 1 : 0; }
 };
 
-// Rows of a step that are computed together: by all threads, who wait for each other, or by one.
-struct Rows {
-  int first, count;
-  bool shared;
-};
-
-static void wait_for_others(Stage& stage, const Rows& rows) {
-  if (rows.shared) wait_for_team(stage);
-}
-
 static void add_bias(float* rows, int count, const float* bias) {
   for (int r = 0; r < count; r++)
     for (int c = 0; c < PANEL; c += LANES) {
@@ -81,49 +71,64 @@ static void add_bias(float* rows, int count, const float* bias) {
 }
 
 // What this thread reads of a matrix first, unless another one is quicker.
-static const Unit* first_panel(const Stage& stage, const Matrix& matrix) {
-  const size_t panel = first_of_own(stage, matrix.groups()) * matrix.group;
-  return matrix.panels + panel * matrix.panel_units();
+static const char* first_panel(const Stage& stage, const Matrix& matrix) {
+  return matrix.panel(first_of_own(stage, matrix.groups()) * matrix.group);
 }
 
-// x [rows][x_stride units] times some groups of a matrix, of which each is read once for all rows.
+// The input of a product: rows of T, or of bytes.
+struct Input {
+  const char* first;
+  size_t row_bytes;
+
+  const Unit* units(int row) const { return reinterpret_cast<const Unit*>(bytes(row)); }
+  const char* bytes(int row) const { return first + row * row_bytes; }
+};
+
+// `input` times some groups of a matrix, of which each is read once for all rows.
 template <class T, class Take>
 static void multiply_groups(const Stage& stage, const Matrix& matrix, const float* bias,
-                            const Part& groups, const Unit* x, size_t x_stride, const Rows& rows,
-                            Take take) {
+                            const Part& groups, const Input& input, const Rows& rows, Take take) {
   const Tiles tiles(rows.count);
-  const size_t panel_units = matrix.panel_units();
   const int end = groups.to * matrix.group, to_next = tiles.count == 1 ? 1 : matrix.group;
-  const Unit* following = groups.is_last ? first_panel(stage, *matrix.next)
-                                         : matrix.panels + end * panel_units;
+  const char* following = groups.is_last ? first_panel(stage, *matrix.next) : matrix.panel(end);
   alignas(64) float out[MAX_ROWS * PANEL];
   for (int step = groups.from * tiles.count; step < groups.to * tiles.count; step++) {
     const int tile = step % tiles.count, first = tile * tiles.rows;
     const int count = tiles.in_tile(tile), lines = tiles.lines(tile);
     for (int n = 0, panel = step / tiles.count * matrix.group; n < matrix.group; n++, panel++) {
       const int next = panel + to_next;
-      const Unit* ahead = next < end ? matrix.panels + next * panel_units
-                                     : following + (next - end) * panel_units;
-      ahead += static_cast<size_t>(tile) * matrix.units * 8 * lines;
-      multiply<T>(count, x + first * x_stride, x_stride, matrix.panels + panel * panel_units,
-                  matrix.units, out, reinterpret_cast<const char*>(ahead), lines);
+      const char* ahead =
+          next < end ? matrix.panel(next) : following + (next - end) * matrix.panel_bytes;
+      if (matrix.byte_groups) {
+        ahead += static_cast<size_t>(tile) * matrix.byte_groups * 64 * lines_of_group(lines);
+        multiply_bytes(count, input.bytes(first), input.row_bytes, matrix.panel(panel),
+                       matrix.byte_groups, out, ahead, lines);
+      } else {
+        ahead += static_cast<size_t>(tile) * matrix.units * 32 * lines;
+        multiply<T>(count, input.units(first), input.row_bytes / sizeof(Unit), matrix.units_at(panel),
+                    matrix.units, out, ahead, lines);
+      }
       if (bias) add_bias(out, count, bias + panel * PANEL);
       take(panel, rows.first + first, count, out);
     }
   }
 }
 
-// x [rows][x_stride units] times a matrix; `take(panel, first row, rows, results)` gets the results
-// of a panel, bias included. The panels of a group come one after the other for the same rows and
-// on the same thread.
+// x [rows][width] times a matrix; `take(panel, first row, rows, results)` gets the results of a
+// panel, bias included. The panels of a group come one after the other for the same rows and on the
+// same thread.
 template <class T, class Take>
-static void multiply_matrix(Stage& stage, const Matrix& matrix, const float* bias, const Unit* x,
-                            size_t x_stride, const Rows& rows, Take take) {
+static void multiply_matrix(Stage& stage, int thread, const Matrix& matrix, const float* bias,
+                            const T* x, int width, const Rows& rows, Take take) {
+  Input input{reinterpret_cast<const char*>(x), width * sizeof(T)};
+  if (matrix.byte_groups)
+    input = {quantize_rows(stage, thread, x, width, matrix.inputs, rows),
+             byte_row_bytes(matrix.inputs)};
   Part groups{0, matrix.groups(), true};
   if (!rows.shared)
-    return multiply_groups<T>(stage, matrix, bias, groups, x, x_stride, rows, take);
+    return multiply_groups<T>(stage, matrix, bias, groups, input, rows, take);
   while (take_part(stage, matrix.groups(), 1, groups))
-    multiply_groups<T>(stage, matrix, bias, groups, x, x_stride, rows, take);
+    multiply_groups<T>(stage, matrix, bias, groups, input, rows, take);
 }
 
 // The feed-forward layer's first matrix and its activation. A gated one has panels of gate and of

@@ -3,13 +3,6 @@
 // Rows that a thread takes through a layer by itself in a long step.
 constexpr int ROWS_APART = 3 * MAX_ROWS;
 
-// The part of [0, rows) that belongs to a thread.
-static void share(const Stage& stage, int thread, int rows, int& from, int& to) {
-  const int64_t threads = stage.config.threads;
-  from = static_cast<int>(rows * static_cast<int64_t>(thread) / threads);
-  to = static_cast<int>(rows * static_cast<int64_t>(thread + 1) / threads);
-}
-
 // Sum what is added over the ranks that share the layers, in their order: a row's sum does not
 // depend on its step. Afterwards each thread has its share of the rows.
 static void sum_over_ranks(Stage& stage, int thread, int rows) {
@@ -41,8 +34,8 @@ static void embed_row(const Stage& stage, int token, float* out) {
     for (int k = 0; k < size; k++) out[k] = to_float(table[k]);
   } else {
     const Matrix& matrix = stage.layers[c.layers].matrices[OUTPUT];
-    const Unit* at = matrix.panels + static_cast<size_t>(row / PANEL) * matrix.units * PANEL +
-                     row % PANEL;
+    if (matrix.byte_groups) return unpack_bytes(matrix, row, out);
+    const Unit* at = matrix.units_at(row / PANEL) + row % PANEL;
     for (int u = 0; u < matrix.units; u++) {
       T values[per_unit<T>()];
       memcpy(values, at + static_cast<size_t>(u) * PANEL, sizeof(Unit));
@@ -100,8 +93,8 @@ static void enter(Stage& stage, int thread) {
 // Norm rows of the residual, or those in `chosen`. Returns where they are: in a small step each
 // thread has its own, so that none has to wait.
 template <class T>
-static const Unit* norm_rows(Stage& stage, int thread, const float* const* norm, const Rows& rows,
-                             const int32_t* chosen) {
+static const T* norm_rows(Stage& stage, int thread, const float* const* norm, const Rows& rows,
+                          const int32_t* chosen) {
   const int width = stage.work.hidden_width;
   const bool own = rows.shared && rows.count <= OWN_ROWS;
   void* target = own ? stage.own_rows[thread] : stage.work.normed;
@@ -112,7 +105,7 @@ static const Unit* norm_rows(Stage& stage, int thread, const float* const* norm,
     normalize<T>(stage.config, hidden, norm, stage.config.hidden, rows_of<T>(target, i, width));
   }
   if (!own) wait_for_others(stage, rows);
-  return units_of<T>(rows_of<T>(target, rows.first, width));
+  return rows_of<T>(target, rows.first, width);
 }
 
 static void add_rows(float* rows, int width, int panel, int first, int count, const float* added) {
@@ -138,8 +131,8 @@ static void add_product(Stage& stage, int thread, const Layer& layer, MatrixName
   const float* bias = layer.vectors[BIASES + name];
   const bool divided = stage.config.ranks > 1, at_once = !divided && !norm[0];
   float* target = at_once ? work.hidden : work.added;
-  multiply_matrix<T>(stage, layer.matrices[name], divided ? nullptr : bias,
-                     units_of<T>(rows_of<T>(x, rows.first, x_width)), x_width / per_unit<T>(), rows,
+  multiply_matrix<T>(stage, thread, layer.matrices[name], divided ? nullptr : bias,
+                     rows_of<T>(x, rows.first, x_width), x_width, rows,
                      [&](int panel, int first, int count, const float* out) {
                        (at_once ? add_rows : put_rows)(target, work.hidden_width, panel, first,
                                                        count, out);
@@ -167,9 +160,9 @@ static void before_attention(Stage& stage, int thread, int number, const Rows& r
   const Layer& layer = stage.layers[number];
   const Workspace& work = stage.work;
   const LayerBlocks blocks = blocks_of_layer<T>(stage, number);
-  const Unit* normed = norm_rows<T>(stage, thread, layer.vectors + INPUT_NORM, rows, nullptr);
-  multiply_matrix<T>(stage, layer.matrices[QKV], layer.vectors[BIASES + QKV], normed,
-                     work.hidden_width / per_unit<T>(), rows,
+  const T* normed = norm_rows<T>(stage, thread, layer.vectors + INPUT_NORM, rows, nullptr);
+  multiply_matrix<T>(stage, thread, layer.matrices[QKV], layer.vectors[BIASES + QKV], normed,
+                     work.hidden_width, rows,
                      [&](int panel, int first, int count, const float* out) {
                        put_rows(work.qkv, work.qkv_width, panel, first, count, out);
                      });
@@ -204,10 +197,10 @@ static void after_attention(Stage& stage, int thread, int number, const Rows& ro
   const Workspace& work = stage.work;
   add_product<T>(stage, thread, layer, PROJECTION, POST_ATTENTION_NORM, work.attended,
                  work.heads_width, rows);
-  const Unit* normed = norm_rows<T>(stage, thread, layer.vectors + FEED_FORWARD_NORM, rows, nullptr);
+  const T* normed = norm_rows<T>(stage, thread, layer.vectors + FEED_FORWARD_NORM, rows, nullptr);
   alignas(64) float gates[MAX_ROWS * PANEL];
-  multiply_matrix<T>(stage, layer.matrices[FC1], layer.vectors[BIASES + FC1], normed,
-                     work.hidden_width / per_unit<T>(), rows,
+  multiply_matrix<T>(stage, thread, layer.matrices[FC1], layer.vectors[BIASES + FC1], normed,
+                     work.hidden_width, rows,
                      [&](int panel, int first, int count, const float* out) {
                        activate_rows<T>(stage, panel, first, count, out, gates);
                      });
@@ -270,9 +263,9 @@ static void leave(Stage& stage, int thread) {
                        end.vectors + FINAL_NORM, c.hidden, step.normed + static_cast<size_t>(row) * c.hidden);
   }
   const Rows rows{0, step.samples, true};
-  const Unit* normed = norm_rows<T>(stage, thread, end.vectors + FINAL_NORM, rows, step.sample_rows);
-  multiply_matrix<T>(stage, end.matrices[OUTPUT], nullptr, normed,
-                     stage.work.hidden_width / per_unit<T>(), rows,
+  const T* normed = norm_rows<T>(stage, thread, end.vectors + FINAL_NORM, rows, step.sample_rows);
+  multiply_matrix<T>(stage, thread, end.matrices[OUTPUT], nullptr, normed, stage.work.hidden_width,
+                     rows,
                      [&](int panel, int first, int count, const float* out) {
                        const int left = c.vocabulary - panel * PANEL;
                        const int columns = left < PANEL ? left : PANEL;

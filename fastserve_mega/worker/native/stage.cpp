@@ -51,12 +51,14 @@ struct OwnedStage {
         weights(config.weight_bytes),
         team(config.threads),
         own_rows(config.threads),
+        own_bytes(config.threads),
         scores(config.threads) {
     stage.config = config;
     stage.layers = layers.data();
     stage.ropes = ropes.data();
     stage.team = &team;
     stage.own_rows = own_rows.data();
+    stage.own_bytes = own_bytes.data();
     stage.scores = scores.data();
     Workspace& work = stage.work;
     const int heads = config.kv_heads * config.group;
@@ -77,7 +79,7 @@ struct OwnedStage {
   std::vector<Rope> ropes;
   Memory weights, rows, score_memory;
   Team team;
-  std::vector<char*> own_rows, scores;
+  std::vector<char*> own_rows, own_bytes, scores;
   std::vector<AttentionItem> items;
 };
 
@@ -105,8 +107,12 @@ void OwnedStage::make_room(int needed_rows, int context) {
     const size_t angles = count * config.ropes * (config.head_dim / 2);
     const size_t own = threads * OWN_ROWS * work.hidden_width * element;
     const size_t gathered = config.ranks > 1 ? config.ranks * hidden : 0;
+    const int widest = std::max({work.hidden_width, work.heads_width, work.ffn_width});
+    const size_t byte_row = config.has_byte_weights ? byte_row_bytes(widest) : 0;
+    const size_t bytes = byte_row * (count + threads * OWN_ROWS);
     const size_t floats = sizeof(float) * (2 * hidden + gathered + qkv + 2 * angles);
-    rows = Memory(floats + element * (hidden + 2 * heads + ffn) + own + (16 + threads) * 64);
+    rows = Memory(floats + element * (hidden + 2 * heads + ffn) + own + bytes +
+                  (16 + 2 * threads) * 64);
     work.capacity = static_cast<int>(count);
     work.hidden = rows.take<float>(hidden);
     work.added = rows.take<float>(hidden);
@@ -118,7 +124,10 @@ void OwnedStage::make_room(int needed_rows, int context) {
     work.query = rows.take<char>(heads * element);
     work.attended = rows.take<char>(heads * element);
     work.activated = rows.take<char>(ffn * element);
+    work.byte_row = byte_row;
+    work.bytes = rows.take<char>(byte_row * count);
     for (char*& own_row : own_rows) own_row = rows.take<char>(own / threads);
+    for (char*& own_row : own_bytes) own_row = rows.take<char>(byte_row * OWN_ROWS);
   }
   // A row's scores end with the vector that reads over the end of its last block.
   const int width = round_up(context, config.block_size) + 64;
@@ -184,17 +193,27 @@ EXPORT int fastserve_set_matrix(OwnedStage* owned, int layer, int name, const vo
                                 int columns) {
   const StageConfig& config = owned->stage.config;
   const int units = columns * static_cast<int>(element_bytes(config)) / 4;
-  const int parts = is_interleaved(config, layer, name) ? 2 : 1;
-  const int outputs = round_up(rows / parts, PANEL) * parts;
+  const int parts = is_interleaved(config, layer, name) ? 2 : 1, part_rows = rows / parts;
+  Matrix& matrix = owned->layers[layer].matrices[name];
+  matrix.group = parts;
+  matrix.panel_count = round_up(part_rows, PANEL) / PANEL * parts;
+  matrix.inputs = columns;
+  matrix.units = units;
+  matrix.byte_groups = config.has_byte_weights ? groups_of(columns) : 0;
+  matrix.panel_bytes = matrix.byte_groups
+                           ? static_cast<size_t>(matrix.byte_groups) * BYTE_GROUP_BYTES
+                           : sizeof(Unit) * units * PANEL;
   try {
-    Unit* to = owned->weights.take<Unit>(static_cast<size_t>(outputs) * units);
-    const Unit* source = static_cast<const Unit*>(from);
-    for (int part = 0; part < parts; part++)
-      pack_panels(to, source + static_cast<size_t>(part) * (rows / parts) * units, rows / parts,
-                  units, part, parts);
-    Matrix& matrix = owned->layers[layer].matrices[name];
-    matrix.panels = to, matrix.units = units, matrix.panel_count = outputs / PANEL;
-    matrix.group = parts;
+    char* to = owned->weights.take<char>(matrix.panel_count * matrix.panel_bytes);
+    const char* source = static_cast<const char*>(from);
+    for (int part = 0; part < parts; part++, source += sizeof(Unit) * part_rows * units) {
+      if (matrix.byte_groups)
+        owned->kernels.pack_bytes(to, source, part_rows, columns, part, parts);
+      else
+        pack_panels(reinterpret_cast<Unit*>(to), reinterpret_cast<const Unit*>(source), part_rows,
+                    units, part, parts);
+    }
+    matrix.panels = to;
   } catch (const std::bad_alloc&) {
     return -1;
   }

@@ -10,6 +10,15 @@ namespace fastserve {
 constexpr int PANEL = 32;
 constexpr int MAX_HEAD_DIM = 512;
 
+// 8-bit weights have a scale for so many inputs of an output.
+constexpr int BYTE_GROUP = 64;
+constexpr int BYTE_GROUP_BYTES = PANEL * (4 + BYTE_GROUP);
+constexpr int groups_of(int inputs) { return (inputs + BYTE_GROUP - 1) / BYTE_GROUP; }
+// A row of a product's input as bytes, with a scale and an offset for each group.
+constexpr size_t byte_row_bytes(int inputs) {
+  return static_cast<size_t>(groups_of(inputs)) * (BYTE_GROUP + 8);
+}
+
 // A unit is 32 bits along the reduced dimension: one float32, or two neighbouring bfloat16.
 using Unit = uint32_t;
 
@@ -47,6 +56,7 @@ struct StageConfig {
   int32_t instruction_set, threads, dtype, layers, hidden, feed_forward, kv_heads, group, head_dim;
   int32_t block_size, vocabulary, norm, activation, gated, ropes, first, last;
   int32_t ranks, first_token;  // that share the layers; of the embedding's rows on this one
+  int32_t has_byte_weights;
   float norm_epsilon, attention_scale, attention_softcap, embedding_scale;
   int64_t weight_bytes;
   void* pool;
@@ -67,14 +77,18 @@ struct StepInput {
 };
 }
 
+// Panels of 32-bit units [units][PANEL], or of groups of bytes (bytes.inl).
 struct Matrix {
-  const Unit* panels = nullptr;
-  int units = 0, panel_count = 0;
+  const char* panels = nullptr;
+  size_t panel_bytes = 0;
+  int inputs = 0, units = 0, panel_count = 0;
+  int byte_groups = 0;           // of an output's 8-bit weights, 0 where they have more bits
   int group = 1;                 // panels that one thread computes one after the other
   const Matrix* next = nullptr;  // which is read after this one
 
-  size_t panel_units() const { return static_cast<size_t>(units) * PANEL; }
   int groups() const { return panel_count / group; }
+  const char* panel(int number) const { return panels + number * panel_bytes; }
+  const Unit* units_at(int number) const { return reinterpret_cast<const Unit*>(panel(number)); }
 };
 
 struct Rope {
@@ -100,6 +114,8 @@ struct Workspace {
   float *hidden = nullptr, *qkv = nullptr, *added = nullptr, *cosines = nullptr, *sines = nullptr;
   float* gathered = nullptr;  // what is added, of each rank
   void *normed = nullptr, *query = nullptr, *attended = nullptr, *activated = nullptr;
+  char* bytes = nullptr;  // of the input of a product with 8-bit weights
+  size_t byte_row = 0;    // bytes of the longest such row
 };
 
 class Team;
@@ -112,7 +128,8 @@ struct Stage {
   Team* team = nullptr;
   Workspace work;
   char** own_rows = nullptr;  // of each thread: normed rows of a small step
-  char** scores = nullptr;    // of each thread
+  char** own_bytes = nullptr;  // the same as bytes
+  char** scores = nullptr;     // of each thread
   int score_width = 0;        // floats
   StepInput step;
   const AttentionItem* items = nullptr;
@@ -132,8 +149,12 @@ using StageFunction = void (*)(Stage&, int thread);
 // Of each row of logits [rows][columns]: the first of its largest values, and which it is.
 using LargestFunction = void (*)(const float*, int rows, int columns, int32_t* tokens, float* values);
 
+// Lays out rows [outputs][inputs] in 8 bits, as every `step`-th panel from `first` on.
+using PackFunction = void (*)(char* to, const void* from, int outputs, int inputs, int first, int step);
+
 struct Kernels {
   StageFunction run;
+  PackFunction pack_bytes;
   LargestFunction find_largest;
   int attention_rows;  // of an item, at most
 };

@@ -25,9 +25,16 @@ _PANEL = 32
 _ABANDONED = 1
 
 
-def packed_bytes(rows: int, columns: int, itemsize: int) -> int:
+_BYTE_GROUP = 64
+"""Inputs of an output with 8-bit weights that share a scale in float32."""
+
+
+def packed_bytes(rows: int, columns: int, itemsize: int, *, has_byte_weights: bool) -> int:
     """Memory of a packed matrix, or at most that."""
-    return (-(-rows // _PANEL) + 1) * _PANEL * columns * itemsize
+    row_bytes = columns * itemsize
+    if has_byte_weights:
+        row_bytes = -(-columns // _BYTE_GROUP) * (_BYTE_GROUP + 4)
+    return (-(-rows // _PANEL) + 1) * _PANEL * row_bytes
 
 
 class NativeStage:

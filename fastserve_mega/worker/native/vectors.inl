@@ -163,20 +163,3 @@ INLINE Vec activate(Activation activation, Vec x) {
       return sigmoid_times(x, x);
   }
 }
-
-template <class T>
-static T* rows_of(void* buffer, size_t row, int width) {
-  return static_cast<T*>(buffer) + row * width;
-}
-
-template <class T>
-static const Unit* units_of(const void* buffer) {
-  return static_cast<const Unit*>(buffer);
-}
-
-template <class T>
-static void copy_row(T* to, const float* from, int size) {
-  const int whole = size / LANES * LANES;
-  for (int i = 0; i < whole; i += LANES) store(to + i, load(from + i));
-  for (int i = whole; i < size; i++) set(to[i], from[i]);
-}

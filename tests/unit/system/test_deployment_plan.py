@@ -39,6 +39,13 @@ def test_every_parameter_of_a_real_model_is_counted(family, tmp_path):
     assert parameter_count(architecture, one) == real - missing
 
 
+def test_8_bit_weights_take_half_of_16_bits_and_their_scales():
+    plain = plan_of("opt-13b-a100")
+    plan = plan_of("opt-13b-a100", "model.quantization=int8")
+    assert plan.weight_bytes == pytest.approx(plain.weight_bytes * (1 + 4 / 64) / 2, rel=1e-6)
+    assert plan.stages[0].weight_bytes == plan.weight_bytes
+
+
 def test_opt_175b_is_the_system_of_the_paper():
     """Section 6.1 has sixteen A100-40G; 350 GB of weights, 4.72 MB of KV per token."""
     plan = plan_of("opt-175b-16xa100")

@@ -79,9 +79,9 @@ def instruction_set(request, monkeypatch):
 
 
 @contextlib.contextmanager
-def open_runner(directory, engine="native", dtype="float32", threads=2):
+def open_runner(directory, engine="native", dtype="float32", threads=2, quantization="none"):
     config = Config(
-        model=ModelConfig(path=str(directory), dtype=dtype),
+        model=ModelConfig(path=str(directory), dtype=dtype, quantization=quantization),
         parallel=ParallelConfig(device="cpu", threads_per_rank=threads, cpu_engine=engine),
         kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=80),
     )
@@ -143,11 +143,26 @@ def test_bfloat16_is_as_near_to_float32_as_torchs(directory, torchs, family, ins
     assert error(found) <= 1.2 * error(torchs(family, "bfloat16")[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2"])
+def test_8_bit_weights_are_nearly_the_same_model(directory, torchs, family, instruction_set):
+    """A wrong scale, group or offset would move logits by as much as they differ."""
+    _, exact = torchs(family, "float32")
+    with open_runner(directory(family), quantization="int8") as runner:
+        _, found = logits_of(runner, prompts(), max_tokens=1)
+    for key, row in found.items():
+        assert (row - exact[key]).std() < 0.2 * exact[key].std(), key
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8")],
+)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "opt"])
-def test_a_row_does_not_depend_on_its_step(directory, family, dtype, instruction_set):
+def test_a_row_does_not_depend_on_its_step(directory, family, dtype, quantization, instruction_set):
     """Alone, among others, in chunks, in other blocks, and recomputed: the same bits."""
-    with open_runner(directory(family), dtype=dtype, threads=3) as runner:
+    with open_runner(
+        directory(family), dtype=dtype, threads=3, quantization=quantization
+    ) as runner:
         outputs, crowd = logits_of(runner, prompts(), chunk=512)
         assert_same_bits(logits_of(runner, prompts(), chunk=7)[1], crowd)
         assert_same_bits(logits_of(runner, prompts(), chunk=3)[1], crowd)
@@ -268,6 +283,20 @@ def test_what_it_cannot_compute_torch_computes_and_one_line_says_so(directory, c
     with (
         pytest.raises(ValueError, match="cpu_engine=native, but the native step has no mixture"),
         open_runner(directory("mixtral"), "native"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("family", "engine", "reason"),
+    [("mixtral", "auto", "the native step has no mixture"), ("llama", "torch", "torch was asked")],
+)
+def test_8_bit_weights_are_refused_where_torch_computes(directory, family, engine, reason):
+    with (
+        pytest.raises(
+            ValueError, match=f"model.quantization=int8 needs the native step, but {reason}"
+        ),
+        open_runner(directory(family), engine, quantization="int8"),
     ):
         pass
 
