@@ -11,6 +11,7 @@ from http_server import serving
 from fastserve_mega.offline import batch
 from fastserve_mega.offline.batch import BatchOptions, run_batch
 from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.types import BACKGROUND_PRIORITY
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_a_server_that_is_full_or_restarts_is_asked_again(unreliable, files):
     assert run_batch(options("", files, concurrency=1)) == 0
     assert len(bodies) == 46
     assert {each["status_code"] for each in read(files[1]).values()} == {200}
-    assert {body["priority"] for body in bodies} == {batch.LOWEST_PRIORITY}
+    assert {body["priority"] for body in bodies} == {BACKGROUND_PRIORITY}
 
 
 def test_what_fails_every_time_is_its_answer(unreliable, files):

@@ -110,7 +110,8 @@ EFFECTS = {
 
 
 def test_every_sampling_option_is_tested_here():
-    assert set(EFFECTS) == set(SamplingParams.__struct_fields__)
+    # An embedding is no token: tests/process/test_embeddings.py.
+    assert {*EFFECTS, "embeds"} == set(SamplingParams.__struct_fields__)
 
 
 @pytest.mark.parametrize("option", EFFECTS)

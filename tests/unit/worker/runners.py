@@ -15,11 +15,13 @@ GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
 
 
 @contextlib.contextmanager
-def open_runner(directory, *, device_blocks=80, dtype="float32", device="cpu", **options):
+def open_runner(
+    directory, *, device_blocks=80, dtype="float32", device="cpu", quantization="none", **options
+):
     sizes = {name: options.pop(name) for name in list(options) if name.endswith("_memory_gb")}
     sizes["dtype"] = options.pop("kv_dtype", "auto")
     config = Config(
-        model=ModelConfig(path=str(directory), dtype=dtype),
+        model=ModelConfig(path=str(directory), dtype=dtype, quantization=quantization),
         parallel=ParallelConfig(device=device, threads_per_rank=1, **options),
         kv_cache=KvCacheConfig(block_size=BLOCK_SIZE, device_blocks=device_blocks, **sizes),
     )

@@ -11,9 +11,9 @@ from fastserve_mega.worker.megatron import initialize
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
+    lost_connection,
     select_device,
 )
-from fastserve_mega.worker.megatron.megatron_runner import _is_lost_connection, _reason
 from fastserve_mega.worker.topology import Topology
 
 LAST_OF_TWO = Topology(rank=1, world_size=2, local_rank=1, local_size=2)
@@ -99,7 +99,5 @@ def test_stages_meet_before_the_first_step(monkeypatch):
     ],
 )
 def test_a_lost_rank_is_named_in_a_sentence(message, reason):
-    error = RuntimeError(message)
-    assert _is_lost_connection(error)
-    assert _reason(error) == reason
-    assert not _is_lost_connection(RuntimeError("CUDA error: out of memory"))
+    assert lost_connection(RuntimeError(message)) == reason
+    assert lost_connection(RuntimeError("CUDA error: out of memory")) is None

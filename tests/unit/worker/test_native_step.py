@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, Par
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.kv_cache import KvCache
-from fastserve_mega.worker.megatron import engine_choice
 from fastserve_mega.worker.megatron.checkpoint import open_checkpoint
 from fastserve_mega.worker.megatron.initialize import join_process_groups
 from fastserve_mega.worker.megatron.layer_spec import LayerChoice
@@ -25,7 +23,6 @@ from fastserve_mega.worker.megatron.native_engine import NativeEngine
 from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.native.library import (
     InstructionSet,
-    NativeError,
     library_path,
     load_library,
 )
@@ -273,42 +270,6 @@ def test_numbers_out_of_range_are_refused(directory):
             runner.execute([sequence([5], table=[80])])
         with pytest.raises(ValueError, match="its 1 blocks hold 4"):
             runner.execute([sequence([5] * 5, table=[1])])
-
-
-def test_what_it_cannot_compute_torch_computes_and_one_line_says_so(directory, caplog):
-    with caplog.at_level(logging.INFO), open_runner(directory("mixtral"), "auto"):
-        pass
-    said = [each.getMessage() for each in caplog.records if "steps on the CPU" in each.message]
-    assert said == ["steps on the CPU: torch (the native step has no mixture of experts)"]
-    with (
-        pytest.raises(ValueError, match="cpu_engine=native, but the native step has no mixture"),
-        open_runner(directory("mixtral"), "native"),
-    ):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("family", "engine", "reason"),
-    [("mixtral", "auto", "the native step has no mixture"), ("llama", "torch", "torch was asked")],
-)
-def test_8_bit_weights_are_refused_where_torch_computes(directory, family, engine, reason):
-    with (
-        pytest.raises(
-            ValueError, match=f"model.quantization=int8 needs the native step, but {reason}"
-        ),
-        open_runner(directory(family), engine, quantization="int8"),
-    ):
-        pass
-
-
-def test_without_the_library_torch_computes(directory, caplog, monkeypatch):
-    def missing():
-        raise NativeError("it was not built")
-
-    monkeypatch.setattr(engine_choice, "load_library", missing)
-    with caplog.at_level(logging.INFO), open_runner(directory("llama"), "auto") as runner:
-        assert generate(runner, prompts()[:1], SamplingParams(max_tokens=1), block_size=BLOCK_SIZE)
-    assert "steps on the CPU: torch (native step: it was not built)" in caplog.text
 
 
 def test_weights_are_held_once(directory):
