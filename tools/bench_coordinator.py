@@ -22,13 +22,8 @@ from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import decode, encode
-from fastserve_mega.messaging.messages import (
-    Finished,
-    StepCommand,
-    StepResult,
-    Submit,
-    Welcome,
-)
+from fastserve_mega.messaging.messages import Finished, Submit, Welcome
+from fastserve_mega.messaging.rank_messages import StepCommand, StepResult
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.scheduling.cost_model import (

@@ -33,7 +33,8 @@ import zmq
 import fastserve_mega
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.coordinator.main import CoordinatorProcess
-from fastserve_mega.messaging.messages import Hello, KeepAlive, Ping, Pong
+from fastserve_mega.messaging.messages import Hello, Ping, Pong
+from fastserve_mega.messaging.rank_messages import KeepAlive
 from fastserve_mega.server.app import create_app
 from fastserve_mega.system.config import (
     Config,

@@ -14,7 +14,6 @@ from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import (
     Cancel,
-    CopyResult,
     Finished,
     GetMetrics,
     GetSnapshot,
@@ -26,10 +25,10 @@ from fastserve_mega.messaging.messages import (
     Refused,
     Restarting,
     Snapshot,
-    StepResult,
     Submit,
     Welcome,
 )
+from fastserve_mega.messaging.rank_messages import CopyResult, StepResult
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.events import Aborted, StepDone
 from fastserve_mega.scheduling.placement import Placement

@@ -13,7 +13,8 @@ from hashlib import blake2b
 import msgspec
 
 from fastserve_mega.messaging.frames import Identity
-from fastserve_mega.messaging.messages import PromptLogprobs, SequenceStart, Submit, Tokens
+from fastserve_mega.messaging.messages import PromptLogprobs, Submit, Tokens
+from fastserve_mega.messaging.rank_messages import SequenceStart
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.events import Arrived
 from fastserve_mega.types import (

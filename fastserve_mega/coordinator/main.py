@@ -21,7 +21,8 @@ from fastserve_mega.coordinator.profile_file import load_profile, save_profile
 from fastserve_mega.coordinator.profiler import measure
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.messaging.frames import client_frame_limit
-from fastserve_mega.messaging.messages import STOP_WORD, Welcome
+from fastserve_mega.messaging.messages import Welcome
+from fastserve_mega.messaging.rank_messages import STOP_WORD
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.process_tree import is_running
 from fastserve_mega.scheduling.cost_model import Profile

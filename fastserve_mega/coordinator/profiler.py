@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastserve_mega.coordinator.profile_grid import ProfileLimits
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
-from fastserve_mega.messaging.messages import SequenceStart, StepCommand, StepResult
+from fastserve_mega.messaging.rank_messages import SequenceStart, StepCommand, StepResult
 from fastserve_mega.plan import Plan, SequenceSlice
 from fastserve_mega.scheduling.cost_model import (
     ChunkPoint,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
-from fastserve_mega.messaging.messages import CopyResult, StepCommand, StepResult
+from fastserve_mega.messaging.rank_messages import CopyResult, StepCommand, StepResult
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.plan import BlockCopy, Plan
 from fastserve_mega.scheduling.events import CopyDone, Event

@@ -24,10 +24,10 @@ from fastserve_mega.messaging.frames import (
     with_key,
     worker_identity,
 )
-from fastserve_mega.messaging.messages import (
+from fastserve_mega.messaging.messages import Message
+from fastserve_mega.messaging.rank_messages import (
     CopyResult,
     KeepAlive,
-    Message,
     SequencesStarted,
     Shutdown,
     StepCommand,

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from fastserve_mega.messaging.messages import STOP_WORD
+from fastserve_mega.messaging.rank_messages import STOP_WORD
 from fastserve_mega.worker.loop import CoordinatorLostError
 from fastserve_mega.worker.rank_group import SaidError
 

@@ -6,7 +6,7 @@ import zlib
 from array import array
 from collections.abc import Sequence
 
-from fastserve_mega.messaging.messages import ScoredPrompt
+from fastserve_mega.messaging.rank_messages import ScoredPrompt
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.types import TokenLogprobs
 from fastserve_mega.worker.copy_engine import CopyEngine

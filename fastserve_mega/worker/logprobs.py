@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastserve_mega.messaging.messages import ScoredPrompt
+from fastserve_mega.messaging.rank_messages import ScoredPrompt
 from fastserve_mega.types import TokenLogprobs
 from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.transfer import to_device

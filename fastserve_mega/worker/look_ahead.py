@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from fastserve_mega.messaging.messages import StepCommand
+from fastserve_mega.messaging.rank_messages import StepCommand
 from fastserve_mega.types import RequestId
 from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput
 

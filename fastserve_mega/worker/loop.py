@@ -18,10 +18,10 @@ from fastserve_mega.messaging.frames import (
     encode,
     worker_identity,
 )
-from fastserve_mega.messaging.messages import (
+from fastserve_mega.messaging.messages import Message
+from fastserve_mega.messaging.rank_messages import (
     CopyResult,
     KeepAlive,
-    Message,
     SequencesStarted,
     SequenceStart,
     Shutdown,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
-from fastserve_mega.messaging.messages import SamplingFailure, ScoredPrompt
+from fastserve_mega.messaging.rank_messages import SamplingFailure, ScoredPrompt
 from fastserve_mega.types import RequestId, SamplingParams, TokenLogprobs
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.history import TokenHistory

@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from fastserve_mega.messaging.messages import SamplingFailure
+from fastserve_mega.messaging.rank_messages import SamplingFailure
 from fastserve_mega.worker.filters import keep_min_p, keep_top_k, keep_top_p
 from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.largest import find_largest

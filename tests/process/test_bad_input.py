@@ -8,17 +8,8 @@ from hypothesis import strategies as st
 
 from fastserve_mega.client import Client
 from fastserve_mega.messaging.frames import PROTOCOL_VERSION
-from fastserve_mega.messaging.messages import (
-    Cancel,
-    Finished,
-    Ping,
-    Pong,
-    Refused,
-    Shutdown,
-    StepResult,
-    Submit,
-    Tokens,
-)
+from fastserve_mega.messaging.messages import Cancel, Finished, Ping, Pong, Refused, Submit, Tokens
+from fastserve_mega.messaging.rank_messages import Shutdown, StepResult
 from fastserve_mega.types import FinishReason, SamplingParams
 
 

@@ -4,13 +4,7 @@ import pytest
 from fake_server import VOCAB, WAIT_MS, expected_tokens
 
 from fastserve_mega.client import Client, InvalidRequestError, ServerBusyError, ServerError
-from fastserve_mega.messaging.messages import (
-    Cancel,
-    Finished,
-    Refused,
-    Submit,
-    Tokens,
-)
+from fastserve_mega.messaging.messages import Cancel, Finished, Refused, Submit, Tokens
 from fastserve_mega.types import FinishReason, SamplingParams, Usage
 
 GREEDY = {"temperature": 0.0, "seed": 1}

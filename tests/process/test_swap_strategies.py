@@ -12,7 +12,7 @@ from fake_server import VOCAB, WAIT_MS, GatedRunner, expected_tokens
 from fastserve_mega.client import Client, ServerError
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import decode, encode
-from fastserve_mega.messaging.messages import (
+from fastserve_mega.messaging.rank_messages import (
     CopyResult,
     SequenceStart,
     Shutdown,

@@ -7,7 +7,7 @@ import zmq
 
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.messaging.frames import encode
-from fastserve_mega.messaging.messages import WorkerReady
+from fastserve_mega.messaging.rank_messages import WorkerReady
 from fastserve_mega.worker.loop import connect_to_coordinator
 
 WAIT_S = 20.0

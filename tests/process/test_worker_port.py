@@ -15,7 +15,7 @@ from fastserve_mega.client import Client
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.logs import LogLimiter
 from fastserve_mega.messaging.frames import encode, without_key, worker_identity
-from fastserve_mega.messaging.messages import StepResult, WorkerReady
+from fastserve_mega.messaging.rank_messages import StepResult, WorkerReady
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.loop import connect_to_coordinator
 

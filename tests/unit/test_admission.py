@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from fastserve_mega.coordinator.admission import Admission, bytes_to_tell
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, encode
-from fastserve_mega.messaging.messages import SequencesStarted, Submit
+from fastserve_mega.messaging.messages import Submit
+from fastserve_mega.messaging.rank_messages import SequencesStarted
 from fastserve_mega.types import MAX_SEED, SamplingParams, StructuredOutput
 
 tokens = st.lists(st.sampled_from((0, 127, 65_536, 2**32 - 1)), max_size=300).map(tuple)

@@ -15,12 +15,11 @@ from fastserve_mega.messaging.messages import (
     Ping,
     Pong,
     Refused,
-    SamplingFailure,
-    StepResult,
     Submit,
     Tokens,
     Welcome,
 )
+from fastserve_mega.messaging.rank_messages import SamplingFailure, StepResult
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.cost_model import (
     DecodePoint,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve_mega.messaging import messages
+from fastserve_mega.messaging import messages, rank_messages
 from fastserve_mega.messaging.frames import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -64,16 +64,16 @@ plans = st.builds(
     st.lists(names, max_size=2).map(tuple),
 )
 starts = st.builds(
-    messages.SequenceStart, names, params, st.integers(-(2**63), 2**63 - 1), counts, ids, ids
+    rank_messages.SequenceStart, names, params, st.integers(-(2**63), 2**63 - 1), counts, ids, ids
 )
 failures = st.lists(
-    st.builds(messages.SamplingFailure, counts, names, st.booleans()), max_size=2
+    st.builds(rank_messages.SamplingFailure, counts, names, st.booleans()), max_size=2
 ).map(tuple)
 all_messages = st.one_of(
     st.just(messages.Hello()),
     st.just(messages.Ping()),
-    st.builds(messages.Shutdown, st.booleans()),
-    st.just(messages.KeepAlive()),
+    st.builds(rank_messages.Shutdown, st.booleans()),
+    st.just(rank_messages.KeepAlive()),
     st.just(messages.GetMetrics()),
     st.builds(
         messages.Submit, names, ids, params, ids, st.integers(-9, 9), st.none() | st.floats(0, 99)
@@ -92,11 +92,13 @@ all_messages = st.one_of(
     st.builds(messages.Refused, names, st.none() | names),
     st.builds(messages.Pong, names),
     st.builds(messages.Metrics, names),
-    st.builds(messages.WorkerReady, counts, counts, counts, counts),
-    st.builds(messages.StepCommand, plans, st.lists(ids, max_size=3).map(tuple), st.tuples(starts)),
-    st.builds(messages.StepResult, counts, ids, st.floats(0, 99), logprobs, failures),
-    st.builds(messages.CopyResult, counts, counts, st.floats(0, 99)),
-    st.builds(messages.WorkerFailed, counts, names),
+    st.builds(rank_messages.WorkerReady, counts, counts, counts, counts),
+    st.builds(
+        rank_messages.StepCommand, plans, st.lists(ids, max_size=3).map(tuple), st.tuples(starts)
+    ),
+    st.builds(rank_messages.StepResult, counts, ids, st.floats(0, 99), logprobs, failures),
+    st.builds(rank_messages.CopyResult, counts, counts, st.floats(0, 99)),
+    st.builds(rank_messages.WorkerFailed, counts, names),
 )
 
 

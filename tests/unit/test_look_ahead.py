@@ -15,17 +15,13 @@ from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.event_log import SchedulerSetup
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import decode, encode
-from fastserve_mega.messaging.messages import (
-    Cancel,
+from fastserve_mega.messaging.messages import Cancel, Finished, Submit, Tokens, Welcome
+from fastserve_mega.messaging.rank_messages import (
     CopyResult,
-    Finished,
     KeepAlive,
     Shutdown,
     StepCommand,
     StepResult,
-    Submit,
-    Tokens,
-    Welcome,
 )
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.plan import Plan, SequenceSlice

@@ -9,7 +9,7 @@ from fastserve_mega.coordinator import profiler as module
 from fastserve_mega.coordinator.profile_grid import ProfileLimits
 from fastserve_mega.coordinator.profiler import Profiler
 from fastserve_mega.coordinator.worker_group import WorkersLostError
-from fastserve_mega.messaging.messages import StepResult
+from fastserve_mega.messaging.rank_messages import StepResult
 
 
 class Ranks:

@@ -1,6 +1,6 @@
 import pytest
 
-from fastserve_mega.messaging.messages import SequenceStart, StepCommand
+from fastserve_mega.messaging.rank_messages import SequenceStart, StepCommand
 from fastserve_mega.plan import Plan, SequenceSlice
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.loop import PlanError, SequenceTable
