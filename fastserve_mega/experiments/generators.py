@@ -7,6 +7,7 @@ per second on average.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -102,26 +103,23 @@ def priorities(random: np.random.Generator, count: int) -> list[RequestSpec]:
     )
 
 
-def of_lengths(
-    prompt: Lognormal, output: Lognormal, *, longest: int = LONGEST_PROMPT, burstiness: float = 1.0
-) -> Generator:
-    """Make a generator of requests with these lengths, in tokens.
+@dataclass(frozen=True, slots=True)
+class OfLengths:
+    """Requests with these lengths, in tokens; a `Generator`."""
 
-    Args:
-        prompt: drawn anew for each request.
-        output: likewise for each answer.
-        longest: of a prompt, and of an answer.
-        burstiness: coefficient of variation of the times between arrivals (gamma); 1 is Poisson's.
-    """
+    prompt: Lognormal
+    output: Lognormal
+    longest: int = LONGEST_PROMPT
+    """Of a prompt, and of an answer."""
+    burstiness: float = 1.0
+    """Coefficient of variation of the times between arrivals (gamma); 1 is Poisson's."""
 
-    def generate(random: np.random.Generator, count: int) -> list[RequestSpec]:
-        shape = 1 / burstiness**2
+    def __call__(self, random: np.random.Generator, count: int) -> list[RequestSpec]:
+        shape = 1 / self.burstiness**2
         gaps = random.gamma(shape, 1 / shape, count)
-        prompts, outputs = prompt.draw(random, count), output.draw(random, count)
+        prompts, outputs = self.prompt.draw(random, count), self.output.draw(random, count)
         times = np.cumsum(gaps * count / gaps.sum())
-        return _specs(times, np.minimum(prompts, longest), np.minimum(outputs, longest))
-
-    return generate
+        return _specs(times, *(np.minimum(each, self.longest) for each in (prompts, outputs)))
 
 
 def rag_and_chat(random: np.random.Generator, count: int) -> list[RequestSpec]:

@@ -10,7 +10,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from fastserve_mega.experiments import generators
-from fastserve_mega.experiments.generators import Generator, of_lengths
+from fastserve_mega.experiments.generators import Generator, OfLengths
 from fastserve_mega.experiments.systems import load_system
 from fastserve_mega.simulator.config import SimulationConfig
 from fastserve_mega.simulator.lengths import Lognormal
@@ -171,16 +171,16 @@ STANDING_SET = (
     StandingWorkload(
         name="agents", about="3,000 in, 60 out", system="llama-3-8b-h200",
         overrides=(_CONTEXT_131K,), quick_requests=500,
-        source=of_lengths(Lognormal(mean=3000, cv=0.8), Lognormal(mean=60, cv=1.2)),
+        source=OfLengths(Lognormal(mean=3000, cv=0.8), Lognormal(mean=60, cv=1.2)),
     ),
     StandingWorkload(
         name="reasoning", about="300 in, 1,500 out with a long tail", system="llama-3-8b-h200",
         overrides=(_CONTEXT_131K,), quick_requests=500,
-        source=of_lengths(Lognormal(mean=300, cv=1.0), Lognormal(mean=1500, cv=1.5)),
+        source=OfLengths(Lognormal(mean=300, cv=1.0), Lognormal(mean=1500, cv=1.5)),
     ),
     StandingWorkload(
         name="bursty-chat", about="137 in, 470 out, in bursts (cv 3)", quick_requests=400,
-        source=of_lengths(
+        source=OfLengths(
             Lognormal(mean=137, cv=1.2), Lognormal(mean=470, cv=0.6), longest=1000, burstiness=3.0
         ),
     ),
@@ -191,13 +191,13 @@ STANDING_SET = (
     ),
     StandingWorkload(
         name="code", about="1,500 in, 12 out", system="llama-3-8b-h200",
-        source=of_lengths(Lognormal(mean=1500, cv=0.5), Lognormal(mean=12, cv=0.8)),
+        source=OfLengths(Lognormal(mean=1500, cv=0.5), Lognormal(mean=12, cv=0.8)),
         quick_requests=1000,
     ),
     StandingWorkload(
         name="chats-small-pool", about="400 in, 400 out, pools for a few of them",
         overrides=("kv_cache.device_blocks=400", "kv_cache.host_blocks=250"),
-        source=of_lengths(
+        source=OfLengths(
             Lognormal(mean=400, cv=0.7), Lognormal(mean=400, cv=0.7), longest=1000
         ),
         requests=500, quick_requests=300,

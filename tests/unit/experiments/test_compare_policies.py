@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -57,6 +58,10 @@ def test_requests_come_once_a_second_by_seed_and_fit(workload):
     room = (pools.device_blocks - 1) * pools.block_size
     answer = max(each.output_tokens for each in first)
     assert max(each.prompt_tokens for each in first) + answer <= min(longest, room)
+
+
+def test_each_can_be_handed_to_another_process():
+    assert pickle.loads(pickle.dumps(STANDING_SET)) == STANDING_SET
 
 
 def test_names_are_unique_and_known():
