@@ -52,6 +52,8 @@ class BatchBuilder:
         self._max_tokens = config.max_batch_tokens
         self._prefill_tokens = 0
         """Tokens beyond the first of each request."""
+        self._reads_background = False
+        """There is a prefill of the background in the step."""
         self._full_at = min(max_requests, config.max_batch_tokens)
         """Requests with which the batch or its tokens are full; each of them has one at least."""
         self._lookahead = config.backfill_lookahead
@@ -108,11 +110,17 @@ class BatchBuilder:
     def _spare_prefills(self, candidates: Iterable[Request]) -> Iterator[Request]:
         """Leave out the background, which comes last, in a step that computes a prefill.
 
-        So it makes nobody's first token later, and of its own prefills there is one in a step.
+        So it makes nobody's first token later, until it has stood still for too long. Of its own
+        prefills there is one in a step.
         """
+        stands_back = self._fair_share.background_stands_back
         for request in candidates:
-            if not (self._prefill_tokens and request.is_background):
-                yield request
+            if request.is_background and (
+                (self._prefill_tokens and stands_back)
+                or (self._reads_background and request.num_pending_tokens > 1)
+            ):
+                continue
+            yield request
 
     def _take(self, candidates: Iterable[Request]) -> None:
         # One of two loops that look at each running request in each step (`Scheduler._step_done`
@@ -170,6 +178,7 @@ class BatchBuilder:
         self.slices.append(SequenceSlice(request.request_id, start, num_tokens, samples, sent, new))
         if num_tokens > 1:
             self._prefill_tokens += num_tokens - 1
+            self._reads_background |= request.is_background
             self._full_at = min(self._max_requests, self._max_tokens - self._prefill_tokens)
         return True
 

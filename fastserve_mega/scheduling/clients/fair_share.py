@@ -24,7 +24,10 @@ _BACKGROUND = "\0background"
 """Not a name that a client can have."""
 _BACKGROUND_WEIGHT = 0.001
 """A thousandth of the service, so that what others do not want is not all that it gets."""
-_MOST_PATIENT = 10
+_MOST_LEFT_OUT = 8
+"""Steps in a row from which the background is left out for the prefills of others. With short
+prompts that come steadily there is one in each step, and most of each step is left."""
+_MOST_PATIENT = 4
 """Priorities beyond this one leave room for as long as this one does."""
 
 
@@ -44,6 +47,9 @@ class FairShare:
         self._max_passed_over = config.max_passed_over
         self._looked_at = config.max_batch_size + config.backfill_lookahead + 1
         """Requests without KV of which a step sees no more."""
+        self._left_out = 0
+        """Steps that the background had no part in, since it was in one without a prefill of
+        others."""
         self._step = 0
         self._rests: list[Iterator[Request]] = []
         """Of the walks of this step: those over their client's share that were not reached."""
@@ -55,6 +61,15 @@ class FairShare:
     def keeps_order(self) -> bool:
         """Whether a step takes requests in the order of the policy."""
         return not self.counters.is_shared
+
+    @property
+    def background_stands_back(self) -> bool:
+        """Whether the background is to be left out of a step that computes a prefill of others.
+
+        Not when it had no part in `_MOST_LEFT_OUT` steps: from then on it takes part in each,
+        until there is one without such a prefill again.
+        """
+        return self._left_out < _MOST_LEFT_OUT
 
     def join(self, client: str, weight: float, priority: int) -> ClientShare:
         """Count one more request of a client, which is then to be added.
@@ -164,14 +179,24 @@ class FairShare:
     def charge(self, batch: Sequence[Request]) -> None:
         """Count the tokens of a step that is about to be dispatched; a recomputation is free."""
         if not self.counters.is_shared:
+            self._left_out = 0
             return
         floor = self.counters.floor
+        has_background = reads_others = False
         for request in batch:
             tokens = request.num_scheduled_tokens
+            if request.is_background:
+                has_background = True
+            elif tokens > 1:
+                reads_others = True
             if tokens > 1:
                 tokens = min(tokens, request.num_unread_tokens)
             share = request.share
             share.counter = max(share.counter, floor) + tokens / share.weight
+        if not has_background and _BACKGROUND in self.counters.active:
+            self._left_out += 1
+        elif not reads_others:
+            self._left_out = 0
         self._raise_floor(batch)
 
     def _raise_floor(self, batch: Sequence[Request]) -> None:

@@ -49,7 +49,9 @@ class Paced(Policy):
         level, number = request.queue.level, request.arrival_number
         if level == Standing.URGENT:
             return level, self._readers.due_s(request), number
-        return level, request.priority, self._readers[request].cost_s, number
+        # The background goes by arrival: it never starves, so nobody in it may be passed for ever.
+        cost_s = 0.0 if request.is_background else self._readers[request].cost_s
+        return level, request.priority, cost_s, number
 
     def add(self, request: Request, now: float) -> None:
         self._readers.add(request, now)

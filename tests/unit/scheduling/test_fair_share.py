@@ -224,3 +224,64 @@ def test_beside_others_prefills_of_the_background_are_cut_small():
     driver.step([arrived("soon", 2)])
     plan = driver.step([arrived("later", 40, priority=1000)])
     assert {piece.request_id: piece.num_tokens for piece in plan.batch} == {"soon": 1, "later": 5}
+
+
+@pytest.mark.parametrize("policy", ["paced", "skip_join_mlfq", "fcfs"])
+@pytest.mark.parametrize("tokens", [8, 24, 512])
+def test_prefills_of_others_in_every_step_do_not_stop_the_background(policy, tokens):
+    """A prompt of 2 tokens in each step leaves most of it, and the batch gets on."""
+    scheduler = make_scheduler(policy=policy, max_batch_size=4, max_batch_tokens=tokens)
+    driver = Driver(scheduler, {"later": 3, **{f"soon{n}": 1 for n in range(200)}})
+    driver.step([arrived("soon0", 2), arrived("later", 30, client="batch", priority=1000)])
+    for n in range(1, 200):
+        assert f"soon{n}" in names(driver.step([arrived(f"soon{n}", 2)]))
+    assert "later" in driver.finished_at
+
+
+@quickly
+@given(
+    policy=st.sampled_from(["paced", "skip_join_mlfq", "fcfs"]),
+    batch=st.integers(2, 8),
+    tokens=st.sampled_from([8, 15, 24, 64, 512]),
+    arrivals=st.lists(
+        st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), max_size=2), min_size=1,
+        max_size=8,
+    ),
+)  # fmt: skip
+def test_of_nine_steps_with_room_the_background_is_in_one(policy, batch, tokens, arrivals):
+    """However the requests of others come: there is a place and a token, and it has waited."""
+    scheduler = make_scheduler(
+        policy=policy, max_batch_size=batch, max_batch_tokens=tokens, device_blocks=20_000
+    )
+    outputs = {f"later{n}": 1000 for n in range(batch)}
+    driver = Driver(scheduler, outputs)
+    driver.step(
+        [arrived(name, 60, 1000, client="batch", priority=1000) for name in outputs]
+        + [arrived("first", 3)]
+    )
+    driver._left["first"] = 1
+    with_room = 0
+    for number in range(150):
+        events = []
+        for prompt, output in arrivals[number % len(arrivals)]:
+            name = f"soon{number}.{len(events)}"
+            driver._left[name] = output
+            events.append(arrived(name, prompt))
+        plan = driver.step(events)
+        if any(name.startswith("later") for name in names(plan)):
+            with_room = 0
+            continue
+        used = sum(piece.num_tokens for piece in plan.batch)
+        with_room += len(plan.batch) < batch and used < tokens
+        assert with_room <= 8
+
+
+@pytest.mark.parametrize("policy", ["paced", "skip_join_mlfq", "fcfs"])
+def test_in_the_background_shorter_requests_that_come_steadily_do_not_pass_for_ever(policy):
+    scheduler = make_scheduler(policy=policy, max_batch_size=8, max_batch_tokens=64)
+    outputs = {"soon": 90, "long": 60, **{f"short{n}": 1 for n in range(100)}}
+    driver = Driver(scheduler, outputs)
+    driver.step([arrived("soon", 2), arrived("long", 2, 1000, priority=1000)])
+    for n in range(80):
+        driver.step([arrived(f"short{n}", 10, 1, priority=1000)])
+    assert "long" in driver.finished_at
