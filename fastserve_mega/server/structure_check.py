@@ -85,16 +85,23 @@ class StructureChecker:
         self._thread.shutdown()
 
     def _ask(self, line: bytes) -> str:
-        """What is wrong with a structure; empty when nothing is."""
+        """What is wrong with a structure; empty when nothing is.
+
+        Raises:
+            ValueError: it takes too long. On a machine less busy it may not, so that is not kept.
+            ServerBusyError: the process cannot be started, which says nothing of the structure.
+        """
+        process = self._started()
+        assert process.stdin is not None
         try:
-            process = self._started()
-            assert process.stdin is not None
             process.stdin.write(line + b"\n")
             process.stdin.flush()
             return str(msgspec.json.decode(self._answer(process, self._limit_s)))
         except TimeoutError:
             self._end()
-            return f"the structure of the output takes more than {self._limit_s:g} s to compile"
+            raise ValueError(
+                f"the structure of the output takes more than {self._limit_s:g} s to compile"
+            ) from None
         except (OSError, EOFError):
             self._end()
             return "the structure of the output is too complex: compiling it takes too much memory"
@@ -103,13 +110,20 @@ class StructureChecker:
         if self._process is not None and self._process.poll() is not None:
             self._end()  # somebody else has ended it
         if self._process is None:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock
-            )
-            self._answer(self._process, _START_S)
+            try:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock
+                )
+                self._answer(self._process, _START_S)
+            except (OSError, EOFError) as error:  # a TimeoutError is an OSError
+                self._end()
+                raise ServerBusyError(
+                    "structures of outputs cannot be checked now: the process for that does not "
+                    f"start ({str(error) or type(error).__name__}); try again later"
+                ) from error
         return self._process
 
     @staticmethod

@@ -132,7 +132,7 @@ def _run_all(
                 config,
                 requests,
                 timeline_interval_s=span_s / _TIMELINE_POINTS if with_timeline else None,
-                on_finished=lambda task=task: progress.advance(task),  # type: ignore[misc]
+                on_finished=lambda task=task: progress.advance(task),  # type: ignore[misc] # bound now
                 slo=slo,
             )
             runs.append((summarize(result, policy, rate), result))

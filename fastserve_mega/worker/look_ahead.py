@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -112,17 +112,7 @@ class LookAhead:
                 return {}  # the plan has to bring a block
             if sequence.history is not None:
                 sequence.history.follow(start, (token,))
-            following[sequence.request_id] = SequenceInput(
-                request_id=sequence.request_id,
-                token_ids=(token,),
-                start=start,
-                block_table=sequence.block_table,
-                samples=True,
-                params=sequence.params,
-                seed=sequence.seed,
-                prompt_tokens=sequence.prompt_tokens,
-                history=sequence.history,
-            )
+            following[sequence.request_id] = replace(sequence, token_ids=(token,), start=start)
         return following
 
 

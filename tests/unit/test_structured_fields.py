@@ -129,6 +129,20 @@ def test_a_structure_that_crashes_or_hangs_its_check_is_refused_and_the_next_one
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("command", [("/is/not/there",), (sys.executable, "-c", "")])
+def test_a_check_that_cannot_be_made_is_not_held_against_the_structure(command):
+    async def check():
+        checker = StructureChecker(command=command)
+        structure = StructuredOutput(regex="a")
+        with pytest.raises(ServerBusyError, match=r"cannot be checked now: .* does not start"):
+            await checker.check(structure)
+        checker._command = StructureChecker()._command
+        await checker.check(structure)
+        checker.close()
+
+    asyncio.run(check())
+
+
 def test_a_structure_is_checked_once_and_not_behind_many_others():
     lines = (
         "import sys; print('ready', flush=True); [print('\"no\"', flush=True) for _ in sys.stdin]"

@@ -50,7 +50,7 @@ def _draw(
         value = tl.load(
             logits + first + columns, mask=first + columns < vocabulary, other=float("-inf")
         ).to(tl.float32)
-        undefined += tl.sum((value != value).to(tl.int32), 0)  # noqa: PLR0124
+        undefined += tl.sum((value != value).to(tl.int32), 0)  # noqa: PLR0124 - NaN
         highest = tl.max(value, 0)
         if highest > largest:
             # The first of equals.

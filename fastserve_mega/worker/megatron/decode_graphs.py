@@ -41,7 +41,7 @@ class CudaRecorder:
         self._pool: Any = None
 
     def record(self, compute: Callable[[], Results]) -> Callable[[], Results]:
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call] # torch
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             compute()  # kernels are compiled and workspaces taken, which cannot be recorded
