@@ -16,16 +16,13 @@ import torch
 from torch import Tensor
 
 from fastserve_mega.messaging.rank_messages import SamplingFailure
-from fastserve_mega.worker.filters import keep_min_p, keep_top_k, keep_top_p
+from fastserve_mega.worker.drawing import draw_at_random, find_largest, uniform
 from fastserve_mega.worker.grammar import GrammarError, Grammars
-from fastserve_mega.worker.largest import find_largest
 from fastserve_mega.worker.logprobs import ModelDistribution
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
 from fastserve_mega.worker.transfer import to_device
 
-_MASK = 2**64 - 1
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: they make all but the largest logit impossible."""
 RULES = 5
@@ -38,23 +35,6 @@ Draw = Callable[[Tensor, Tensor], Tensor]
 logit, without a wait of the host."""
 
 _log = logging.getLogger(__name__)
-
-
-def _mix(value: int) -> int:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit matters."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def uniform(seed: int, position: int) -> float:
-    """The random number of the token at `position`, in [0, 1).
-
-    The seed is mixed before the position is added, so that the streams of neighbouring seeds are
-    not shifted copies of each other.
-    """
-    state = (_mix((seed + _GOLDEN_GAMMA) & _MASK) + position * _GOLDEN_GAMMA) & _MASK
-    return (_mix(state) >> 11) * 2.0**-53
 
 
 class Sampler:
@@ -262,7 +242,7 @@ def _choose_at_random(
         if row not in failures and not _is_greedy(sequence)
     ]
     if random_rows:
-        chosen = _sample(logits[random_rows], [sequences[row] for row in random_rows])
+        chosen = draw_at_random(logits[random_rows], [sequences[row] for row in random_rows])
         for row, token in zip(random_rows, chosen, strict=True):
             tokens[row] = token
 
@@ -295,31 +275,3 @@ def _sentence(error: Exception) -> str:
 def _is_greedy(sequence: SequenceInput) -> bool:
     params = sequence.params
     return params.temperature < _GREEDY_BELOW or params.top_k == 1 or params.top_p == 0
-
-
-def _sample(logits: Tensor, sequences: Sequence[SequenceInput]) -> list[int]:
-    """Inverse-CDF sampling, in the order of the vocabulary, of the tokens that pass the filters.
-
-    The filters are thresholds on the value, so tokens of equal probability are kept or dropped
-    together, and nothing depends on how a sort breaks ties.
-    """
-
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
-
-    params = [sequence.params for sequence in sequences]
-    # A small temperature must not overflow: the largest logit becomes 0.
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    logits = logits / column([p.temperature for p in params]).float()
-    vocabulary = logits.shape[-1]
-    keep_top_k(logits, [p.top_k if 0 < p.top_k < vocabulary else 0 for p in params])
-    weights = logits.exp_()
-    keep_min_p(weights, [p.min_p for p in params])
-    keep_top_p(weights, [p.top_p for p in params])
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    uniforms = column([uniform(s.seed, s.context) for s in sequences])
-    total = cumulative[:, -1:]
-    # Rounding must not reach the total, which lies behind the last token.
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    chosen = torch.searchsorted(cumulative, target, right=True)
-    return [int(token) for token in chosen.clamp_(max=vocabulary - 1).flatten().tolist()]

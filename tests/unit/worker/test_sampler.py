@@ -7,8 +7,8 @@ import torch
 from sampled import SAID, VOCABULARY, sequence
 
 from fastserve_mega.types import SamplingParams
-from fastserve_mega.worker.largest import find_largest
-from fastserve_mega.worker.sampler import Sampler, uniform
+from fastserve_mega.worker.drawing import find_largest, uniform
+from fastserve_mega.worker.sampler import Sampler
 
 
 def sample_many(logits, params, count=4000):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.types import RequestId, SamplingParams, StructuredOutput
-from fastserve_mega.worker import filters
+from fastserve_mega.worker import drawing
 from fastserve_mega.worker.grammar import GrammarError
 from fastserve_mega.worker.history import TokenHistory
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -194,7 +194,7 @@ def test_a_grammar_that_fails_in_any_way_ends_its_request_only(grammars, sentenc
 
 
 def test_an_exception_of_any_part_ends_the_requests_that_cause_it_only(monkeypatch):
-    threshold = filters._top_p_threshold
+    threshold = drawing._top_p_threshold
 
     def broken(weights, top_p):
         if top_p == 0.25:
@@ -206,7 +206,7 @@ def test_an_exception_of_any_part_ends_the_requests_that_cause_it_only(monkeypat
     ]
     logits = random_logits(4).to(torch.bfloat16)
     expected = Sampler(())(logits, sequences).token_ids
-    monkeypatch.setattr(filters, "_top_p_threshold", broken)
+    monkeypatch.setattr(drawing, "_top_p_threshold", broken)
     output = Sampler(())(logits, sequences)
     assert [failure.index for failure in output.failures] == [1, 3]
     assert "IndexError: index -1 is out of bounds" in output.failures[0].message
@@ -217,7 +217,7 @@ def test_a_broken_device_is_a_lost_rank_and_no_failure_of_requests(monkeypatch):
     def broken(weights, top_p):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(filters, "_top_p_threshold", broken)
+    monkeypatch.setattr(drawing, "_top_p_threshold", broken)
     with pytest.raises(RuntimeError, match="CUDA error"):
         Sampler(())(random_logits(2), [sequence(SamplingParams(top_p=0.5))] * 2)
 
