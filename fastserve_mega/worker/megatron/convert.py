@@ -108,7 +108,7 @@ def _whole_model(
         device = torch.device("meta")
         choice = choose_layers("local", architecture, device)
         stage = build_stage(
-            architecture, partition, groups, choice=choice, dtype=torch.float32, device=device
+            architecture, partition, groups, choice, dtype=torch.float32, device=device
         )
         parts: dict[str, list[Any]] = {}
         for name, tensor in sharded_tensors(stage, architecture, partition, stored_names):

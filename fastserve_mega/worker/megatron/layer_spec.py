@@ -41,6 +41,8 @@ class LayerChoice:
     """LayerNorm is NVIDIA Apex's."""
     unrelated_apex: bool = False
     """The package `apex` is installed and is not NVIDIA's."""
+    float8: bool = False
+    """Weights of linears have 8 bits."""
 
 
 def choose_layers(
@@ -74,6 +76,7 @@ def choose_layers(
         # Apex's RMSNorm is not among Megatron's norms.
         fused_norm=apex_is_nvidias and _is_gpu(device) and architecture.norm == "layer",
         unrelated_apex=unrelated_apex,
+        float8=float8,
     )
 
 

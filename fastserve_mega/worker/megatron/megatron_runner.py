@@ -14,10 +14,8 @@ from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.system.sizes import block_bytes, host_blocks
-from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.embeddings import Embeddings
 from fastserve_mega.worker.grammar import Grammars
-from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
 from fastserve_mega.worker.host_pool import HostPool, open_copy_engine
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
@@ -37,13 +35,16 @@ from fastserve_mega.worker.megatron.initialize import (
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.megatron.native_engine import NativeEngine
-from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput
-from fastserve_mega.worker.pool_sizes import (
+from fastserve_mega.worker.memory import (
+    available_bytes,
+    check_host_memory,
     device_blocks,
+    host_memory_needs,
     is_sized_by_memory,
     largest_steps,
     measure_activations,
 )
+from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
 from fastserve_mega.worker.transfer import wait_for
@@ -66,14 +67,14 @@ class MegatronRunner:
     def __init__(
         self, config: Config, topology: Topology, master_address: str, master_port: int
     ) -> None:
-        architecture = load_architecture(config.model.directory)
+        directory = config.model.directory
+        architecture = load_architecture(directory)
         _check_context(config, architecture)
-        architecture = architecture_as_stored(config.model.directory, architecture)
-        self.architecture = architecture
-        self._partition = partition_model(
+        self.architecture = architecture = architecture_as_stored(directory, architecture)
+        self._partition = partition = partition_model(
             architecture, config.parallel, topology.rank, topology.world_size
         )
-        checkpoint = open_checkpoint(config.model.directory, architecture, self._partition)
+        checkpoint = open_checkpoint(directory, architecture, partition)
         self._rank = topology.rank
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
@@ -82,11 +83,9 @@ class MegatronRunner:
         choice = choose_layers(config.model.layer_spec, architecture, self._device, float8=float8)
         if topology.rank == 0:
             log_choice(choice)
-        grammars = Grammars(
-            config.model.directory, architecture.vocab_size, architecture.eos_token_ids
-        )
-        draw = choose_draw(config.parallel, self._device)
-        self._sampler = Sampler(architecture.eos_token_ids, grammars, draw)
+        eos = architecture.eos_token_ids
+        grammars = Grammars(directory, architecture.vocab_size, eos)
+        self._sampler = Sampler(eos, grammars, choose_draw(config.parallel, self._device))
         self._sending: tuple[dist.Work, Tensor] | None = None
         # Before any rank of this host allocates: they leave the next line together.
         available = available_bytes()
@@ -97,33 +96,21 @@ class MegatronRunner:
             if self._device.type == "cuda":
                 connect_stages(topology, config.parallel.tensor, self._device)
             self._stage = build_stage(
-                architecture,
-                self._partition,
-                groups,
-                choice=choice,
-                dtype=self._dtype,
-                device=self._device,
-                float8=float8,
+                architecture, partition, groups, choice, dtype=self._dtype, device=self._device
             )
-            check_host_memory(
-                self._host_memory(config),
-                topology.local_size,
-                available,
-                is_final=self._device.type == "cpu",
-            )
+            block = block_bytes(architecture, partition, config.kv_cache, self._dtype.itemsize)
+            self._check_host_memory(config, block, topology.local_size, available)
             action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
             with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
                 checkpoint.load(self._stage, report)
-            self.cache = self._build_cache(config, self._blocks(config))
-            self._engine = open_engine(
-                config, self._stage, architecture, self._partition, self.cache
-            )
+            self.cache = self._build_cache(config, self._device_blocks(config, block))
+            self._engine = open_engine(config, self._stage, architecture, partition, self.cache)
             self.block_size = self.cache.block_size
             is_native = isinstance(self._engine, NativeEngine)
             self.looks_ahead = is_native and config.parallel.looks_ahead
             keep_freed_memory()
             self._host = HostPool(host_blocks(config.kv_cache, self.block_bytes), self.cache.pool)
-            self._copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
+            self.copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
         except BaseException:
             dist.destroy_process_group()  # else this process could not try again
             raise
@@ -142,11 +129,6 @@ class MegatronRunner:
     def block_bytes(self) -> int:
         """Memory of this rank's share of a block."""
         return self.cache.pool[0].nbytes
-
-    @property
-    def copies(self) -> CopyEngine:
-        """What moves blocks between the device and the host pool."""
-        return self._copies
 
     @property
     def is_sampling_rank(self) -> bool:
@@ -201,39 +183,28 @@ class MegatronRunner:
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""
-        self._copies.close()
+        self.copies.close()
         self._host.close()
         self._finish_sending()
         self._engine.close()
         dist.destroy_process_group()
-        del self._stage, self._engine, self.cache, self._host, self._copies
+        del self._stage, self._engine, self.cache, self._host, self.copies
 
-    def _blocks(self, config: Config) -> int:
-        """Blocks of the device pool; where its memory decides, the largest steps run first."""
-        block = block_bytes(
-            self.architecture, self._partition, config.kv_cache, self._dtype.itemsize
+    def _check_host_memory(
+        self, config: Config, block: int, ranks: int, available: int | None
+    ) -> None:
+        """Refuse what this host has no memory for, before it is taken."""
+        needs = host_memory_needs(
+            config, self.architecture, block, self._device, self._stage.num_bytes
         )
+        check_host_memory(needs, ranks, available, is_final=self._device.type == "cpu")
+
+    def _device_blocks(self, config: Config, block: int) -> int:
+        """Blocks of the device pool; where its memory decides, the largest steps run first."""
         activations = None
         if is_sized_by_memory(config.kv_cache, self._device):
             activations = measure_activations(self._device, lambda: self._try_largest(config))
         return device_blocks(config, self.architecture, block, self._device, activations)
-
-    def _host_memory(self, config: Config) -> dict[str, int]:
-        """What this rank will take of its host's memory, by purpose.
-
-        Called when the weights are allocated, which takes no memory until they are loaded.
-        """
-        needs = {}
-        block = block_bytes(
-            self.architecture, self._partition, config.kv_cache, self._dtype.itemsize
-        )
-        if self._device.type == "cpu":
-            needs["weights"] = self._stage.num_bytes
-            blocks = device_blocks(config, self.architecture, block, self._device)
-            needs["KV (kv_cache.device_blocks or device_memory_gb)"] = blocks * block
-        in_host = host_blocks(config.kv_cache, block) * block
-        needs["swapped KV (kv_cache.host_blocks or host_memory_gb)"] = in_host
-        return needs
 
     def _try_largest(self, config: Config) -> None:
         """Compute the largest steps, on a pool of two blocks. All ranks do so together."""

@@ -127,20 +127,19 @@ def build_stage(
     architecture: Architecture,
     partition: Partition,
     groups: ProcessGroups,
-    *,
     choice: LayerChoice,
+    *,
     dtype: torch.dtype,
     device: torch.device,
-    float8: bool = False,
 ) -> Stage:
-    """Build the stage with uninitialized weights, those of linears in 8 bits if `float8`.
+    """Build the stage with uninitialized weights.
 
     The only place that knows which Megatron class is the model: GPTModel is deprecated from
     Megatron-Core 0.19 on.
     """
     learned = isinstance(architecture.positions, LearnedPositions)
     # Parameters are allocated where they are used, or nowhere until they have 8 bits.
-    place = torch.device("meta") if float8 else device
+    place = torch.device("meta") if choice.float8 else device
     # Megatron warns of its own deprecated defaults.
     with place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -161,7 +160,7 @@ def build_stage(
         )
     # torch's norms and the position table do not follow params_dtype.
     model = model.requires_grad_(False).to(dtype).eval()
-    if float8:
+    if choice.float8:
         for module in model.modules():
             if isinstance(module, Packable):
                 module.use_float8()

@@ -63,10 +63,10 @@ def open_engine(groups, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(fields))
         architecture = load_architecture(tmp_path)
         partition = partition_model(architecture, ParallelConfig(), 0, 1)
+        choice = choose_layers("local", architecture, META, float8=float8)
         stage = build_stage(
-            architecture, partition, groups, choice=choose_layers("local", architecture, META),
-            dtype=torch.bfloat16, device=META, float8=float8,
-        )  # fmt: skip
+            architecture, partition, groups, choice, dtype=torch.bfloat16, device=META
+        )
         cache = KvCache(
             num_blocks=64, num_layers=layers, num_kv_heads=8, block_size=16, head_dim=128,
             dtype=torch.bfloat16, device=META,

@@ -1,7 +1,7 @@
 import pytest
 
-from fastserve_mega.worker import host_memory
-from fastserve_mega.worker.host_memory import available_bytes, check_host_memory
+from fastserve_mega.worker import memory
+from fastserve_mega.worker.memory import available_bytes, check_host_memory
 
 GB = 2**30
 
@@ -33,8 +33,8 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
         (groups / group / "memory.max").write_text(limit)
         (groups / group / "memory.current").write_text(str(2 * GB))
         (groups / group / "memory.stat").write_text(f"anon 5\ninactive_file {GB}\n")
-    monkeypatch.setattr(host_memory, "_PROC", proc)
-    monkeypatch.setattr(host_memory, "_CGROUPS", groups)
+    monkeypatch.setattr(memory, "_PROC", proc)
+    monkeypatch.setattr(memory, "_CGROUPS", groups)
     assert available_bytes() == 3 * GB
     (groups / "job/memory.max").write_text("max")
     assert available_bytes() == 8 * GB

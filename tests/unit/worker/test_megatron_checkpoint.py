@@ -82,9 +82,7 @@ def save_as_megatron_does(source, directory, metadata):
     groups = join_process_groups(ParallelConfig(device="cpu"), Topology(), cpu, "", 0)
     try:
         choice = choose_layers("local", architecture, cpu)
-        stage = build_stage(
-            architecture, padded, groups, choice=choice, dtype=torch.float32, device=cpu
-        )
+        stage = build_stage(architecture, padded, groups, choice, dtype=torch.float32, device=cpu)
         HuggingFaceCheckpoint(source, architecture, padded).load(stage, lambda num_bytes: None)
         state = stage.model.sharded_state_dict(metadata={"dp_cp_group": groups.tensor, **metadata})
         state["optimizer"] = ShardedTensor.from_rank_offsets("optimizer.state", torch.ones(3))

@@ -9,7 +9,7 @@ import torch
 from fastserve_mega.models.architecture import Experts, load_architecture
 from fastserve_mega.system import sizes
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, SwapConfig
-from fastserve_mega.worker import pool_sizes
+from fastserve_mega.worker import memory
 
 GB = 2**30
 BLOCK_BYTES = 2**20
@@ -42,7 +42,7 @@ def test_cuda_takes_its_share_of_what_the_weights_left(monkeypatch, architecture
     wanted = config(device_memory_utilization=0.75)
     activations = sizes.activation_bytes(wanted, architecture)
     assert 0 < activations < GB
-    blocks = pool_sizes.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA)
+    blocks = memory.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA)
     assert blocks == (40 * GB - activations) // BLOCK_BYTES
 
 
@@ -51,7 +51,7 @@ def test_what_the_largest_step_was_seen_to_take_counts_more_than_an_estimate(
 ):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GB, 80 * GB))
     wanted = config(device_memory_utilization=0.75)
-    blocks = pool_sizes.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA, 5 * GB)
+    blocks = memory.device_blocks(wanted, architecture, BLOCK_BYTES, CUDA, 5 * GB)
     assert blocks == 35 * GB // BLOCK_BYTES
 
 
@@ -64,24 +64,24 @@ def test_the_peak_of_a_computation_is_measured(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: reserved["peak"])
-    monkeypatch.setattr(pool_sizes, "wait_for", lambda device: calls.append("wait"))
+    monkeypatch.setattr(memory, "wait_for", lambda device: calls.append("wait"))
 
     def compute():
         calls.append("compute")
         reserved["peak"] = 7 * GB
 
-    assert pool_sizes.measure_activations(CUDA, compute) == 4 * GB
+    assert memory.measure_activations(CUDA, compute) == 4 * GB
     assert calls == ["empty", "compute", "wait", "empty"]
 
 
 def test_the_largest_steps_fill_a_step_and_the_longest_context():
     wanted = config()
-    (chunk,), decodes = pool_sizes.largest_steps(wanted, 4096)
+    (chunk,), decodes = memory.largest_steps(wanted, 4096)
     assert (chunk.context, len(chunk.token_ids)) == (4096, wanted.scheduler.max_batch_tokens)
     assert len(decodes) == wanted.scheduler.max_batch_size
     assert {len(each.token_ids) for each in decodes} == {1}
     assert {each.context for each in decodes} == {4096}
-    ((short,), _) = pool_sizes.largest_steps(wanted, 100)
+    ((short,), _) = memory.largest_steps(wanted, 100)
     assert (short.context, short.start) == (100, 0)
 
 
@@ -101,7 +101,7 @@ def test_a_device_full_of_weights_is_refused_with_numbers(monkeypatch, architect
         "device_memory_utilization=0.9 leaves 0.00 GB of 80.00 beside the weights: two blocks"
     )
     with pytest.raises(ValueError, match=expected):
-        pool_sizes.device_blocks(config(), architecture, BLOCK_BYTES, CUDA)
+        memory.device_blocks(config(), architecture, BLOCK_BYTES, CUDA)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_device_full_of_weights_is_refused_with_numbers(monkeypatch, architect
 )
 def test_given_sizes(architecture, settings, device, expected):
     device = torch.device(device)
-    blocks = pool_sizes.device_blocks(config(**settings), architecture, BLOCK_BYTES, device)
+    blocks = memory.device_blocks(config(**settings), architecture, BLOCK_BYTES, device)
     assert blocks == expected
 
 

@@ -189,14 +189,8 @@ def open_stages(directory, num_stages, dtype):
     engines = []
     for rank in range(num_stages):
         partition = partition_model(architecture, parallel, rank, num_stages)
-        stage = build_stage(
-            architecture,
-            partition,
-            groups,
-            choice=LayerChoice("local", "a test"),
-            dtype=dtype,
-            device=CPU,
-        )
+        choice = LayerChoice("local", "a test")
+        stage = build_stage(architecture, partition, groups, choice, dtype=dtype, device=CPU)
         open_checkpoint(directory, architecture, partition).load(stage, lambda num_bytes: None)
         cache = KvCache(
             num_blocks=120,

@@ -1,0 +1,205 @@
+"""What a rank takes of the memory of its device and of its host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.system.config import Config, KvCacheConfig
+from fastserve_mega.system.sizes import CPU_POOL_GB, activation_bytes, free_for_blocks, host_blocks
+from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.model_runner import SequenceInput
+from fastserve_mega.worker.transfer import wait_for
+
+_DECODED_TOKENS = 65_536
+"""Context of all decoding sequences of the largest step together; a pool may hold more, but what a
+step takes for that is small where kernels attend."""
+_ANY_BLOCK = 1
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+
+_log = logging.getLogger(__name__)
+
+
+def is_sized_by_memory(settings: KvCacheConfig, device: torch.device) -> bool:
+    """Whether the device pool takes what the rest leaves."""
+    is_given = settings.device_blocks is not None or settings.device_memory_gb is not None
+    return device.type == "cuda" and not is_given
+
+
+def largest_steps(config: Config, max_context: int) -> tuple[list[SequenceInput], ...]:
+    """Steps that take the most memory: a chunk at the end of the longest context, and decodes.
+
+    Their KV is all in one block, whatever it holds.
+    """
+    tokens = min(config.scheduler.max_batch_tokens, max_context)
+    count = config.scheduler.max_batch_size
+    context = max(min(max_context, _DECODED_TOKENS // count), 1)
+    chunk = _sequence(config, tokens, max_context)
+    return [chunk], [_sequence(config, 1, context) for _ in range(count)]
+
+
+def measure_activations(device: torch.device, run: Callable[[], None]) -> int:
+    """Bytes that a computation takes of a CUDA device besides what it leaves there."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    run()
+    wait_for(device)
+    taken = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return taken
+
+
+def device_blocks(
+    config: Config,
+    architecture: Architecture,
+    block_bytes: int,
+    device: torch.device,
+    activations: int | None = None,
+) -> int:
+    """Blocks of the device pool of this rank, the null block included.
+
+    Called when the weights are loaded: what they left is what there is.
+
+    Args:
+        config: the deployment.
+        architecture: of the model.
+        block_bytes: memory of a block.
+        device: of the pool.
+        activations: bytes that the largest step was measured to take; None: estimated.
+
+    Raises:
+        ValueError: there is no memory for two blocks.
+    """
+    settings = config.kv_cache
+    if settings.device_blocks is not None:
+        return settings.device_blocks
+    if is_sized_by_memory(settings, device):
+        free, total = torch.cuda.mem_get_info(device)
+        if activations is None:
+            activations = activation_bytes(config, architecture)
+        memory = free_for_blocks(settings, free, total, activations)
+        how = (
+            f"kv_cache.device_memory_utilization={settings.device_memory_utilization} leaves "
+            f"{memory / 2**30:.2f} GB of {total / 2**30:.2f} beside the weights"
+        )
+    else:
+        memory_gb = settings.device_memory_gb or CPU_POOL_GB
+        memory = int(memory_gb * 2**30)
+        how = f"kv_cache.device_memory_gb={memory_gb} is too little"
+    if memory < 2 * block_bytes:
+        raise ValueError(f"{how}: two blocks need {2 * block_bytes / 2**30:.6f}")
+    return memory // block_bytes
+
+
+def host_memory_needs(
+    config: Config,
+    architecture: Architecture,
+    block_bytes: int,
+    device: torch.device,
+    weight_bytes: int,
+) -> dict[str, int]:
+    """Bytes that a rank will take of its host's memory, by purpose.
+
+    Called when the weights are allocated, which takes no memory until they are loaded.
+    """
+    needs = {}
+    if device.type == "cpu":
+        needs["weights"] = weight_bytes
+        blocks = device_blocks(config, architecture, block_bytes, device)
+        needs["KV (kv_cache.device_blocks or device_memory_gb)"] = blocks * block_bytes
+    in_host = host_blocks(config.kv_cache, block_bytes) * block_bytes
+    needs["swapped KV (kv_cache.host_blocks or host_memory_gb)"] = in_host
+    return needs
+
+
+def available_bytes() -> int | None:
+    """Memory that new pages can take, within the limits of the process' control group.
+
+    None where the system does not tell.
+    """
+    try:
+        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    return min([available, *_left_in_groups()])
+
+
+def check_host_memory(
+    needs: Mapping[str, int], ranks: int, available: int | None, *, is_final: bool = True
+) -> None:
+    """Refuse to allocate what the host does not have.
+
+    Args:
+        needs: bytes of one rank by what they are for.
+        ranks: of this host, which need as much each.
+        available: when none of them had allocated anything; None: not known.
+        is_final: False warns only, for memory that is page-locked as it is allocated: the system
+            knows better, since a virtual machine may get more while it takes it.
+
+    Raises:
+        ValueError: it is too little.
+    """
+    total = ranks * sum(needs.values())
+    if available is None or total <= available:
+        return
+    parts = ", ".join(f"{size / 2**30:.2f} for {what}" for what, size in needs.items() if size)
+    each = "the rank" if ranks == 1 else f"each of its {ranks} ranks"
+    message = (
+        f"the host has {available / 2**30:.2f} GB of memory left, but {total / 2**30:.2f} GB are "
+        f"needed: {each} takes {parts}"
+    )
+    if is_final:
+        raise ValueError(message)
+    _log.warning("%s", message)
+
+
+def _sequence(config: Config, tokens: int, context: int) -> SequenceInput:
+    return SequenceInput(
+        request_id=RequestId("largest"),
+        token_ids=[0] * tokens,
+        start=context - tokens,
+        block_table=[_ANY_BLOCK] * -(-context // config.kv_cache.block_size),
+        samples=True,
+        params=SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9),
+        seed=0,
+        prompt_tokens=context,
+    )
+
+
+def _left_in_groups() -> list[int]:
+    """What the limits of this process' group and of those above it leave (cgroup version 2)."""
+    try:
+        lines = (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    own = next((line[3:] for line in lines if line.startswith("0::")), None)
+    if own is None:
+        return []
+    group, found = Path(own), []
+    for level in (group, *group.parents):
+        left = _left_in_group(_CGROUPS / level.relative_to("/"))
+        if left is not None:
+            found.append(left)
+    return found
+
+
+def _left_in_group(directory: Path) -> int | None:
+    try:
+        limit = (directory / "memory.max").read_text(encoding="ascii").strip()
+        used = int((directory / "memory.current").read_text(encoding="ascii"))
+        statistics = (directory / "memory.stat").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    # Pages of files that were read, which the kernel gives up first.
+    reclaimable = int(statistics[statistics.index("inactive_file") + 1])
+    return max(int(limit) - used + reclaimable, 0)
