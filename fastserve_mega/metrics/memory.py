@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fastserve_mega.plan import CopyDirection
 
@@ -52,52 +53,13 @@ class ObservedMemory(Protocol):
 
 
 class MemoryMetrics:
-    """Gauges and counters of the pools of all replicas."""
+    """The pools of all replicas, read when the metrics are asked for; and the time of copies."""
 
     def __init__(self, registry: CollectorRegistry, block_bytes: int) -> None:
         """Start at zero; `block_bytes` is the memory of a KV block, on all ranks together."""
         self._block_bytes = block_bytes
-        self._usage = Gauge(
-            "fastserve_kv_cache_usage_perc",
-            "Share of the device's KV blocks that unfinished requests hold, 0 to 1",
-            registry=registry,
-        )
-        self._device = Gauge(
-            "fastserve_device_blocks", "KV blocks on the device", ["state"], registry=registry
-        )
-        self._host = Gauge(
-            "fastserve_host_blocks", "KV blocks in host memory", ["state"], registry=registry
-        )
-        self._preemptions = Counter(
-            "fastserve_preemptions", "Times a request lost its device blocks", registry=registry
-        )
-        self._recomputed = Counter(
-            "fastserve_recomputed_tokens",
-            "Tokens whose KV was lost after it was computed",
-            registry=registry,
-        )
-        self._queried = Counter(
-            "fastserve_prefix_cache_queried_tokens",
-            "Tokens of requests that were given memory",
-            registry=registry,
-        )
-        self._hit = Counter(
-            "fastserve_prefix_cache_hit_tokens",
-            "Those of them whose KV existed",
-            registry=registry,
-        )
-        self._swapped_blocks = Counter(
-            "fastserve_swap_blocks",
-            "KV blocks copied between device and host, write-through included",
-            ["direction"],
-            registry=registry,
-        )
-        self._swapped_bytes = Counter(
-            "fastserve_swap_bytes",
-            "Bytes of these blocks, all ranks together",
-            ["direction"],
-            registry=registry,
-        )
+        self.memories: Sequence[ObservedMemory] = ()
+        """Of the replicas."""
         self.copy = Histogram(
             "fastserve_copy_seconds",
             "Time of a copy of blocks, on the slowest rank",
@@ -116,29 +78,66 @@ class MemoryMetrics:
             self.copy.labels(direction)
         for kind in ("step", "idle"):
             self.wait.labels(kind)
-        self._read_before: dict[Counter, int] = {}
+        registry.register(self)
 
-    def read(self, memories: Sequence[ObservedMemory]) -> None:
-        """Take over the sums of all replicas."""
-        device, host = [each.device for each in memories], [each.host for each in memories]
-        for gauge, pools in ((self._device, device), (self._host, host)):
-            gauge.labels("free").set(sum(pool.free_count - pool.kept_count for pool in pools))
-            gauge.labels("cached").set(sum(pool.kept_count for pool in pools))
-            gauge.labels("owned").set(sum(pool.capacity - pool.free_count for pool in pools))
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        device, host = (
+            [each.device for each in self.memories],
+            [each.host for each in self.memories],
+        )
         capacity = sum(pool.capacity for pool in device)
         free = sum(pool.free_count for pool in device)
-        self._usage.set(1 - free / capacity if capacity else 0.0)
-        self._advance(self._preemptions, sum(each.preemptions for each in memories))
-        self._advance(self._recomputed, sum(each.recomputed_tokens for each in memories))
-        self._advance(self._queried, sum(each.prefix_cache.queried_tokens for each in memories))
-        self._advance(self._hit, sum(each.prefix_cache.hit_tokens for each in memories))
-        for direction, blocks in (
-            ("out", sum(each.copies.swapped_out_blocks for each in memories)),
-            ("in", sum(each.copies.swapped_in_blocks for each in memories)),
-        ):
-            self._advance(self._swapped_blocks.labels(direction), blocks)
-            self._advance(self._swapped_bytes.labels(direction), blocks * self._block_bytes)
+        yield GaugeMetricFamily(
+            "fastserve_kv_cache_usage_perc",
+            "Share of the device's KV blocks that unfinished requests hold, 0 to 1",
+            1 - free / capacity if capacity else 0.0,
+        )
+        yield _blocks("fastserve_device_blocks", "KV blocks on the device", device)
+        yield _blocks("fastserve_host_blocks", "KV blocks in host memory", host)
+        yield CounterMetricFamily(
+            "fastserve_preemptions",
+            "Times a request lost its device blocks",
+            sum(each.preemptions for each in self.memories),
+        )
+        yield CounterMetricFamily(
+            "fastserve_recomputed_tokens",
+            "Tokens whose KV was lost after it was computed",
+            sum(each.recomputed_tokens for each in self.memories),
+        )
+        yield CounterMetricFamily(
+            "fastserve_prefix_cache_queried_tokens",
+            "Tokens of requests that were given memory",
+            sum(each.prefix_cache.queried_tokens for each in self.memories),
+        )
+        yield CounterMetricFamily(
+            "fastserve_prefix_cache_hit_tokens",
+            "Those of them whose KV existed",
+            sum(each.prefix_cache.hit_tokens for each in self.memories),
+        )
+        yield self._swapped(
+            "fastserve_swap_blocks",
+            "KV blocks copied between device and host, write-through included",
+            1,
+        )
+        yield self._swapped(
+            "fastserve_swap_bytes",
+            "Bytes of these blocks, all ranks together",
+            self._block_bytes,
+        )
 
-    def _advance(self, counter: Counter, total: int) -> None:
-        counter.inc(total - self._read_before.get(counter, 0))
-        self._read_before[counter] = total
+    def _swapped(self, name: str, text: str, size: int) -> CounterMetricFamily:
+        """The blocks that were copied, times `size`."""
+        family = CounterMetricFamily(name, text, labels=["direction"])
+        copies = [each.copies for each in self.memories]
+        family.add_metric(["out"], size * sum(each.swapped_out_blocks for each in copies))
+        family.add_metric(["in"], size * sum(each.swapped_in_blocks for each in copies))
+        return family
+
+
+def _blocks(name: str, text: str, pools: Sequence[_Pool]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, text, labels=["state"])
+    family.add_metric(["free"], sum(pool.free_count - pool.kept_count for pool in pools))
+    family.add_metric(["cached"], sum(pool.kept_count for pool in pools))
+    family.add_metric(["owned"], sum(pool.capacity - pool.free_count for pool in pools))
+    return family

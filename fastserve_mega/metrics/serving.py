@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from fastserve_mega.metrics.memory import COPY_DIRECTIONS, MemoryMetrics, ObservedMemory
 from fastserve_mega.metrics.requests import SECONDS, TOKENS, RequestMetrics
 from fastserve_mega.plan import CopyDirection, Plan
 
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_PLACES = (
+    ("waiting", "Requests without KV: not begun, or to be computed again"),
+    ("running", "Requests with their KV on the device"),
+    ("swapped", "Requests with their KV in host memory only"),
+)
 
 
 class ObservedScheduler(Protocol):
@@ -54,26 +60,9 @@ class ServingMetrics:
             "fastserve_iteration_tokens_total", "Tokens in a step", buckets=TOKENS,
             registry=registry,
         )  # fmt: skip
-        self._queue = Gauge(
-            "fastserve_level_requests", "Unfinished requests by level", ["level"], registry=registry
-        )
-        self._replica = Gauge(
-            "fastserve_replica_requests",
-            "Unfinished requests by replica",
-            ["replica"],
-            registry=registry,
-        )
-        self._places = tuple(
-            Gauge(f"fastserve_num_requests_{name}", text, registry=registry)
-            for name, text in (
-                ("waiting", "Requests without KV: not begun, or to be computed again"),
-                ("running", "Requests with their KV on the device"),
-                ("swapped", "Requests with their KV in host memory only"),
-            )
-        )
-        self._in_flight = Gauge("fastserve_steps_in_flight", "Steps in flight", registry=registry)
         self._memory = MemoryMetrics(registry, block_bytes)
         self._schedulers: Sequence[ObservedScheduler] = ()
+        registry.register(self)
 
     def observe_step(self, plan: Plan, elapsed_s: float, copy_wait_s: float) -> None:
         """A step has returned, and all its tokens have been observed."""
@@ -94,21 +83,30 @@ class ServingMetrics:
     def watch_schedulers(self, schedulers: Sequence[ObservedScheduler]) -> None:
         """Read the queues and pools of all replicas whenever the metrics are asked for."""
         self._schedulers = schedulers
+        self._memory.memories = [scheduler.memory for scheduler in schedulers]
 
     def render(self) -> str:
         """Prometheus exposition text."""
-        if self._schedulers:
-            self._read()
         return generate_latest(self._registry).decode()
 
-    def _read(self) -> None:
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
         levels = [scheduler.level_lengths() for scheduler in self._schedulers]
+        by_level = GaugeMetricFamily(
+            "fastserve_level_requests", "Unfinished requests by level", labels=["level"]
+        )
         for level, requests in enumerate(zip(*levels, strict=True)):
-            self._queue.labels(str(level)).set(sum(requests))
+            by_level.add_metric([str(level)], sum(requests))
+        yield by_level
+        by_replica = GaugeMetricFamily(
+            "fastserve_replica_requests", "Unfinished requests by replica", labels=["replica"]
+        )
         for replica, lengths in enumerate(levels):
-            self._replica.labels(str(replica)).set(sum(lengths))
+            by_replica.add_metric([str(replica)], sum(lengths))
+        yield by_replica
         places = [scheduler.place_lengths() for scheduler in self._schedulers]
-        for gauge, counts in zip(self._places, zip(*places, strict=True), strict=True):
-            gauge.set(sum(counts))
-        self._in_flight.set(sum(each.steps_in_flight for each in self._schedulers))
-        self._memory.read([scheduler.memory for scheduler in self._schedulers])
+        for place, (name, text) in enumerate(_PLACES):
+            count = sum(lengths[place] for lengths in places)
+            yield GaugeMetricFamily(f"fastserve_num_requests_{name}", text, count)
+        in_flight = sum(each.steps_in_flight for each in self._schedulers)
+        yield GaugeMetricFamily("fastserve_steps_in_flight", "Steps in flight", in_flight)
