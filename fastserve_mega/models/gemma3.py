@@ -44,6 +44,8 @@ def _ropes(fields: Fields) -> tuple[Rope, Rope]:
     if by_layer is None:
         local = Rope(theta=fields.number("rope_local_base_freq", 10_000.0))
         return read_rope(fields, default_theta=1_000_000.0), local
+    if fields.raw("rope_scaling"):
+        raise ValueError("rope_scaling must stand in rope_parameters, where config.json has those")
     sections = [by_layer.section(f"{kind}_attention") for kind in ("full", "sliding")]
     ropes = [
         Rope(theta=theta) if section is None else rope_of(section, fields, theta)

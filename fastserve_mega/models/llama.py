@@ -47,9 +47,16 @@ def read_activation(fields: Fields, name: str, default: str) -> Activation:
 
 
 def read_rope(fields: Fields, default_theta: float) -> Rope:
-    """Rotary settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`."""
-    section = fields.section("rope_parameters") or fields.section("rope_scaling")
+    """Rotary settings: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
+
+    A `rope_scaling` that was added to a file of transformers 5, as model cards say, comes before
+    what that file had, as in transformers, but for the base of the rotation.
+    """
     theta = fields.number("rope_theta", default_theta)
+    section = fields.section("rope_parameters")
+    if fields.raw("rope_scaling"):
+        theta = theta if section is None else section.number("rope_theta", theta)
+        section = fields.section("rope_scaling")
     return Rope(theta=theta) if section is None else rope_of(section, fields, theta)
 
 
