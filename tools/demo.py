@@ -30,6 +30,7 @@ POLICIES = ("skip_join_mlfq", "fcfs")
 SCARCE = (
     "scheduler.max_batch_size=2",  # two pipeline stages keep two steps in flight: four places
     "kv_cache.device_blocks=49",  # 768 tokens: enough for four long answers, not for six
+    "model.max_context=768",
 )
 LONG_TOKENS, SHORT_TOKENS = 128, 16
 LONG = (

@@ -19,10 +19,11 @@ COMMAND = Command(
     summary="print a script that completes commands, options and files",
     description="Prints a script with which the shell completes commands, options and files. "
     "For bash: `source <(fastserve-mega completion bash)` in ~/.bashrc; for zsh, save it as "
-    "_fastserve-mega in a directory of fpath.",
-    examples=("bash", "zsh"),
+    "_fastserve-mega in a directory of fpath; for fish, as "
+    "~/.config/fish/completions/fastserve-mega.fish.",
+    examples=("bash", "zsh", "fish"),
     run=_complete,
     extra="completion",
-    add_arguments=lambda parser: parser.add_argument("shell", choices=("bash", "zsh")),
+    add_arguments=lambda parser: parser.add_argument("shell", choices=("bash", "zsh", "fish")),
     config="none",
 )

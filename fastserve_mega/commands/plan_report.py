@@ -134,7 +134,7 @@ def _request_table(plan: DeploymentPlan) -> FittedTable:
     )  # fmt: skip
     for name, blocks in (("device", plan.device_blocks), ("host", plan.host_blocks)):
         if blocks is None:
-            table.add_row(name, "unknown: give hardware.device")
+            table.add_row(name, "unknown: give hardware.device, or parallel.device=cpu")
             continue
         counts = [f"{plan.requests_of(length, blocks):,}" for length in lengths]
         tokens = max(blocks - 1, 0) * plan.block_size

@@ -43,15 +43,20 @@ class _Sender:
     Args:
         http: to the server.
         patience_s: longest time without any answer.
+        say: tells the user that nobody answers, once until somebody does.
     """
 
-    def __init__(self, http: httpx.AsyncClient, patience_s: float) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, patience_s: float, say: Callable[[str], object]
+    ) -> None:
         import httpx
 
         self._http = http
         self._lost = httpx.TransportError
         self._patience_s = patience_s
         self._last_answer = time.monotonic()
+        self._say = say
+        self._has_said = False
 
     async def send(self, request: BatchRequest) -> tuple[int, str, Any]:
         """Status, request id and body of the answer.
@@ -68,11 +73,15 @@ class _Sender:
                 failures += response.status_code == 500
                 if response.status_code not in _TRY_AGAIN or failures >= _MOST_FAILURES:
                     self._last_answer = time.monotonic()
+                    self._has_said = False
                     request_id = response.headers.get("x-request-id", "")
                     return response.status_code, request_id, _body_of(response)
                 said = f"status {response.status_code}"
             except self._lost as error:
                 said = f"{type(error).__name__}: {error}"
+                if not self._has_said:
+                    self._has_said = True
+                    self._say(f"nobody answers ({said}); trying for {self._patience_s:g} s")
             if time.monotonic() - self._last_answer > self._patience_s:
                 raise BatchError(f"no answer for {self._patience_s:g} s ({said})")
             await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
@@ -109,25 +118,31 @@ def run_batch(options: BatchOptions) -> int:
         total = count_requests(options.requests)
         with AnswerFile(options.answers) as file, _progress() as progress:
             bar = progress.add_task(options.requests.name, total=total, completed=len(file.done))
-            refused = asyncio.run(_answer_all(options, file, lambda: progress.advance(bar)))
+            refused = asyncio.run(
+                _answer_all(options, file, lambda: progress.advance(bar), progress.console.print)
+            )
     except (BatchError, ValueError, OSError) as error:
         print(f"fastserve-mega batch: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fastserve-mega batch: interrupted; the same command goes on", file=sys.stderr)
         return 130
-    print(f"{total:,} answers in {options.answers}" + (f", {refused:,} refused" if refused else ""))
+    answers = f"{total:,} answer{'s' if total != 1 else ''} in {options.answers}"
+    print(answers + (f", {refused:,} refused" if refused else ""))
     return 0
 
 
 async def _answer_all(
-    options: BatchOptions, file: AnswerFile, advance: Callable[[], object]
+    options: BatchOptions,
+    file: AnswerFile,
+    advance: Callable[[], object],
+    say: Callable[[str], object],
 ) -> int:
     """Send what has no answer yet; returns how many were refused."""
     waiting = (each for each in read_requests(options.requests) if each.custom_id not in file.done)
     refused = 0
     async with _connect(options) as http:
-        sender = _Sender(http, options.patience_s)
+        sender = _Sender(http, options.patience_s, say)
 
         async def work() -> None:
             nonlocal refused

@@ -5,6 +5,7 @@ The file of answers is the record of what is done: a batch that was cut off goes
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import uuid
@@ -79,14 +80,19 @@ class AnswerFile:
             was cut off in is removed.
 
     Raises:
-        ValueError: the file is there and is not one of answers.
+        ValueError: the file is there and is not one of answers, or another batch writes to it.
         OSError: it cannot be read or written.
     """
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            # Two would answer each line twice. The lock goes with the process, however it ends.
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.done = self._read_done(path)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise ValueError(f"{path}: another batch is writing to it") from None
         except BaseException:
             os.close(self._descriptor)
             raise

@@ -70,7 +70,8 @@ def run_chat(
         console.print(f"[red]{error}[/red]")
         return 1
     with contextlib.closing(server), _line_editing():
-        console.print(f"[dim]{server.model}; /help lists what can be typed[/dim]")
+        if _is_typed():
+            console.print(f"[dim]{server.model}; /help lists what can be typed[/dim]")
         return _converse(server, Conversation(system), params, console)
 
 
@@ -112,7 +113,7 @@ def _answer(
     except KeyboardInterrupt:
         pieces.close()
     console.print()
-    if num_tokens:
+    if num_tokens and _is_typed():
         seconds = time.perf_counter() - began
         console.print(
             f"[dim]{num_tokens} tokens, {num_tokens / max(seconds, 1e-9):.1f} tokens/s[/dim]"
@@ -144,7 +145,8 @@ def _questions(console: Console) -> Iterator[str]:
         try:
             question = _read_question().strip()
         except EOFError:
-            console.print()
+            if _is_typed():
+                console.print()
             return
         except KeyboardInterrupt:
             console.print()
@@ -154,23 +156,32 @@ def _questions(console: Console) -> Iterator[str]:
 
 
 def _read_question() -> str:
-    line = input("you: ")
+    line = input(_prompt("you: "))
     if line.startswith(_MANY_LINES):
         lines = [line.removeprefix(_MANY_LINES)]
         while not lines[-1].rstrip().endswith(_MANY_LINES):
-            lines.append(input("...  "))
+            lines.append(input(_prompt("...  ")))
         return "\n".join(lines).rstrip().removesuffix(_MANY_LINES)
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1].removesuffix("\\")
-        lines.append(input("...  "))
+        lines.append(input(_prompt("...  ")))
     return "\n".join(lines)
+
+
+def _prompt(text: str) -> str:
+    return text if _is_typed() else ""
+
+
+def _is_typed() -> bool:
+    """Whether somebody is there; to a program only the answers are written."""
+    return sys.stdin.isatty()
 
 
 @contextlib.contextmanager
 def _line_editing() -> Iterator[None]:
     """Arrow keys edit and recall lines, those of earlier conversations as well."""
-    if not sys.stdin.isatty():
+    if not _is_typed():
         yield
         return
     import readline

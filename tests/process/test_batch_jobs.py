@@ -92,7 +92,9 @@ def test_a_server_that_is_gone_ends_it_and_the_rest_is_done_later(unreliable, fi
     troubles, _ = unreliable
     troubles += [200] * 10 + [httpx.ConnectError("refused")] * 10
     assert run_batch(options("", files, patience_s=-1.0, concurrency=1)) == 1
-    assert "no answer for -1 s (ConnectError: refused)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.count("nobody answers (ConnectError: refused); trying for -1 s") == 1
+    assert "no answer for -1 s (ConnectError: refused)" in error
     assert len(read(files[1])) == 10
     troubles.clear()
     assert run_batch(options("", files)) == 0

@@ -1,6 +1,8 @@
 """A conversation in the terminal, with a server that has no model."""
 
 import io
+import os
+from types import SimpleNamespace
 
 import pytest
 from http_server import serving
@@ -11,13 +13,13 @@ from fastserve_mega.terminal.chat_server import connect
 from fastserve_mega.text.tokenizer import Tokenizer
 
 
-def converse(url, monkeypatch, *lines, max_tokens=20):
-    """The exit status, and what the terminal shows when these lines are typed; then Ctrl-D."""
-    typed = iter(lines)
+def converse(url, monkeypatch, *lines, max_tokens=20, typed=True):
+    """The exit status, and what is shown for these lines, typed or from a pipe; then their end."""
+    lines = iter(lines)
 
     def read(prompt):
         shown.write(prompt)
-        for line in typed:
+        for line in lines:
             if line is KeyboardInterrupt:
                 raise KeyboardInterrupt
             return line
@@ -25,6 +27,8 @@ def converse(url, monkeypatch, *lines, max_tokens=20):
 
     shown = io.StringIO()
     monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: typed))
+    monkeypatch.setenv("XDG_STATE_HOME", os.devnull)  # no history is kept
     status = run_chat(url, max_tokens=max_tokens, console=Console(file=shown, width=200))
     return status, shown.getvalue()
 
@@ -53,6 +57,15 @@ def test_each_question_is_answered_until_bye(start_server, monkeypatch):
     assert shown.count("you: ") == 2
     assert "20 tokens, " in shown
     assert "tokens/s" in shown
+
+
+def test_from_a_pipe_only_the_answer_is_shown(start_server, monkeypatch):
+    with start_server() as server:
+        status, shown = converse(server.endpoint, monkeypatch, "the fox", typed=False)
+    assert status == 0
+    assert shown.count("\n") == 1
+    assert "you:" not in shown
+    assert "tokens" not in shown
 
 
 def test_over_http_as_well(start_server, monkeypatch, model_directory):

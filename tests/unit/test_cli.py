@@ -167,7 +167,7 @@ def test_bash_completes(script, line, completions):
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script(shell, capsys):
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out

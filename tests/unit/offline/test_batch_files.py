@@ -54,6 +54,14 @@ def test_another_file_is_not_taken_for_answers(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_two_batches_do_not_write_to_one_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with AnswerFile(path), pytest.raises(ValueError, match=r"out.jsonl: another batch is writing"):
+        AnswerFile(path)
+    with AnswerFile(path) as file:  # the lock has gone with the first one
+        assert file.done == set()
+
+
 @given(
     texts=st.lists(st.text(max_size=20), min_size=1, max_size=6),
     cuts=st.lists(st.floats(0, 1), max_size=5),
