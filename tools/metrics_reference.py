@@ -43,9 +43,11 @@ def exposition() -> str:
     memory = SimpleNamespace(
         device=pool,
         host=pool,
-        preemptions=0,
-        recomputed_tokens=0,
-        copies=SimpleNamespace(swapped_out_blocks=0, swapped_in_blocks=0),
+        swapper=SimpleNamespace(
+            preemptions=0,
+            recomputed_tokens=0,
+            copies=SimpleNamespace(swapped_out_blocks=0, swapped_in_blocks=0),
+        ),
         prefix_cache=SimpleNamespace(queried_tokens=0, hit_tokens=0),
     )
     scheduler = SimpleNamespace(

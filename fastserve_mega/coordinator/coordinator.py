@@ -8,8 +8,8 @@ from functools import partial
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.intake import Intake
+from fastserve_mega.coordinator.kept_answers import RecentAnswers
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
-from fastserve_mega.coordinator.recent_answers import RecentAnswers
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import (

@@ -1,11 +1,18 @@
-"""Answers that may be asked for again: those of requests with a fingerprint, for a minute."""
+"""Answers that may be asked for again.
+
+Those of requests with a fingerprint are kept for a minute, those about the whole server, which cost
+more to make than to ask for, for a quarter of a second.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastserve_mega.coordinator.live_request import LiveRequest
+from fastserve_mega.messaging.frames import encode
+from fastserve_mega.messaging.messages import Message
 from fastserve_mega.types import FinishReason, RequestId
 
 _KEPT_S = 60.0
@@ -14,6 +21,9 @@ _MOST_TOKENS = 2_000_000
 _LOGPROBS_WEIGHT = 50
 """Log probabilities of a token take the memory of so many tokens."""
 _NUMBER_BYTES = 4
+_INTERVAL_S = 0.25
+_MOST_NEW = 4
+"""Made in an interval whoever asks; after that those that have been made are given again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +88,28 @@ class KeptAnswers:
     def _forget_oldest(self) -> None:
         _, kept = self._answers.popitem(last=False)
         self._tokens -= kept.weight
+
+
+class RecentAnswers:
+    """Makes few answers in an interval and gives them to everybody, as frames."""
+
+    def __init__(self) -> None:
+        self._frames: dict[str, bytes] = {}
+        self._began = 0.0
+        self._num_new = 0
+
+    def get(self, question: str, make: Callable[[], Message], now: float) -> bytes:
+        """The answer to a question, at most 0.25 s old.
+
+        Args:
+            question: names it.
+            make: a new answer.
+            now: time, seconds.
+        """
+        if now - self._began >= _INTERVAL_S:
+            self._began, self._num_new = now, 0
+            self._frames.clear()
+        if self._num_new < _MOST_NEW or question not in self._frames:
+            self._num_new += 1
+            self._frames[question] = encode(make())
+        return self._frames[question]

@@ -127,12 +127,6 @@ class LiveRequest:
         )
 
     @property
-    def deadline(self) -> float | None:
-        """When it ends with `timeout`."""
-        timeout_s = self.submit.timeout_s
-        return None if timeout_s is None else self.arrived_at + timeout_s
-
-    @property
     def usage(self) -> Usage:
         return Usage(len(self.prompt), len(self.output), self.num_cached_tokens)
 
@@ -268,8 +262,9 @@ class LiveRequests:
         self._by_id[live.request_id] = live
         self.num_prompt_tokens += len(live.prompt)
         self._by_client.setdefault(live.client, {})[live.request_id] = live
-        if live.deadline is not None:
-            heapq.heappush(self._deadlines, (live.deadline, next(self._numbers), live))
+        if (timeout_s := live.submit.timeout_s) is not None:
+            deadline = live.arrived_at + timeout_s
+            heapq.heappush(self._deadlines, (deadline, next(self._numbers), live))
 
     def move(self, live: LiveRequest, client: Identity) -> None:
         """Another connection takes a request over."""

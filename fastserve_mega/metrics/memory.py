@@ -30,6 +30,15 @@ class _Copies(Protocol):
     def swapped_in_blocks(self) -> int: ...
 
 
+class _Swapper(Protocol):
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def recomputed_tokens(self) -> int: ...
+    @property
+    def copies(self) -> _Copies: ...
+
+
 class _PrefixCache(Protocol):
     @property
     def queried_tokens(self) -> int: ...
@@ -43,11 +52,7 @@ class ObservedMemory(Protocol):
     @property
     def host(self) -> _Pool: ...
     @property
-    def preemptions(self) -> int: ...
-    @property
-    def recomputed_tokens(self) -> int: ...
-    @property
-    def copies(self) -> _Copies: ...
+    def swapper(self) -> _Swapper: ...
     @property
     def prefix_cache(self) -> _PrefixCache: ...
 
@@ -98,12 +103,12 @@ class MemoryMetrics:
         yield CounterMetricFamily(
             "fastserve_preemptions",
             "Times a request lost its device blocks",
-            sum(each.preemptions for each in self.memories),
+            sum(each.swapper.preemptions for each in self.memories),
         )
         yield CounterMetricFamily(
             "fastserve_recomputed_tokens",
             "Tokens whose KV was lost after it was computed",
-            sum(each.recomputed_tokens for each in self.memories),
+            sum(each.swapper.recomputed_tokens for each in self.memories),
         )
         yield CounterMetricFamily(
             "fastserve_prefix_cache_queried_tokens",
@@ -129,7 +134,7 @@ class MemoryMetrics:
     def _swapped(self, name: str, text: str, size: int) -> CounterMetricFamily:
         """The blocks that were copied, times `size`."""
         family = CounterMetricFamily(name, text, labels=["direction"])
-        copies = [each.copies for each in self.memories]
+        copies = [each.swapper.copies for each in self.memories]
         family.add_metric(["out"], size * sum(each.swapped_out_blocks for each in copies))
         family.add_metric(["in"], size * sum(each.swapped_in_blocks for each in copies))
         return family

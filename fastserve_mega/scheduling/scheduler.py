@@ -22,7 +22,7 @@ from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.kv.swap_planner import SwapPlanner
 from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus, Turn
-from fastserve_mega.scheduling.validate import validate_all
+from fastserve_mega.scheduling.validate import validate_all, validate_blocks
 from fastserve_mega.scheduling.view import view_replica
 from fastserve_mega.scheduling.work import ExpectedWork
 from fastserve_mega.snapshot import ReplicaView
@@ -157,7 +157,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""
-        self._memory.check_integrity()
+        validate_blocks(self._memory, self._queues)
         unread = sum(each.num_unread_tokens for each in self._requests.values())
         if self.work.unread_tokens != unread:
             raise RuntimeError("the tokens not yet read are miscounted")

@@ -1,10 +1,24 @@
-"""What must hold of a request in each status; checked after every unit test."""
+"""What must hold of blocks, and of a request in each status; checked after every unit test."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastserve_mega.scheduling.request import Request, RequestStatus
+from fastserve_mega.scheduling.kv.manager import KvManager
+from fastserve_mega.scheduling.policies.queues import RequestQueues
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+
+
+def validate_blocks(memory: KvManager, queues: RequestQueues) -> None:
+    """Raise RuntimeError unless each block is free or has exactly the owners it should have."""
+    walk, copies = queues.walk, list(memory.copies.outstanding)
+    owners = [*walk(Place.RESIDENT), *walk(Place.SWAPPED), *memory.unreleased]
+    device = [block for owner in owners for block in owner.kv.block_table]
+    device += [block for copy in copies for block in copy.leaving]
+    memory.device.check_integrity(device)
+    host = [block for owner in owners for block in owner.kv.host_table]
+    host += [block for copy in copies for block in copy.host_blocks]
+    memory.host.check_integrity(host)
 
 
 def validate_all(queued: Sequence[Request], in_steps: Sequence[Request], block_size: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
+from pydantic import Field, field_validator, model_validator
 
 from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Answer, Json
@@ -13,13 +15,73 @@ from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.logprobs import CompletionLogprobs
 from fastserve_mega.server.openapi import answers_with
-from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.protocol import (
+    MAX_ANSWERS,
+    UNSUPPORTED,
+    GenerationRequest,
+    TokenIds,
+)
 from fastserve_mega.server.schemas import Completion
 from fastserve_mega.server.service import Service, one_by_one
+from fastserve_mega.server.structured import Texts
+from fastserve_mega.types import MAX_TOP_LOGPROBS
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for this endpoint."""
 ENDPOINT = Endpoint("cmpl", "text_completion", "text_completion")
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    unsupported = UNSUPPORTED | {"suffix": ("",)}
+    continues_text = True
+    prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    """Text or token ids, or several of one kind."""
+    echo: bool | None = None
+    """Begin each answer with its prompt."""
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _few_prompts(cls, prompt: object) -> object:
+        # Before each of them is looked at; of one prompt it is said elsewhere how long it may be.
+        if isinstance(prompt, list) and len(prompt) > MAX_ANSWERS and type(prompt[0]) is not int:
+            raise ValueError(f"a request has at most {MAX_ANSWERS} prompts, got {len(prompt)}")
+        return prompt
+
+    @model_validator(mode="after")
+    def _possible(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, got 0; 0 is for echo=true")
+        if self.best_of not in (None, self.answers_per_prompt):
+            raise ValueError(
+                f"best_of={self.best_of} is not supported unless it is n "
+                f"({self.answers_per_prompt})"
+            )
+        return self
+
+    @property
+    def top_logprobs_asked(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def scores_prompt(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
+    @property
+    def only_prompts(self) -> bool:
+        """Whether no token is asked for."""
+        return self.max_tokens == 0
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, also when there is one only."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [item for item in self.prompt if isinstance(item, int)]
+        return [ids] if ids else [item for item in self.prompt if not isinstance(item, int)]
 
 
 @dataclass(frozen=True, slots=True)

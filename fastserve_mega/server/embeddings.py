@@ -12,10 +12,10 @@ from pydantic import Field
 
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Json, respond_whole
-from fastserve_mega.server.completions import encode_prompts
+from fastserve_mega.server.completions import CompletionRequest, encode_prompts
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.openapi import ERRORS
-from fastserve_mega.server.protocol import CompletionRequest, Neutral, Strict, TokenIds
+from fastserve_mega.server.protocol import Neutral, Strict, TokenIds
 from fastserve_mega.server.schemas import EmbeddingList
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.structured import Texts

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.server.chat_protocol import MAX_MESSAGES, ChatRequest
+from fastserve_mega.server.completions import CompletionRequest
 from fastserve_mega.server.messages.protocol import MessagesRequest
 from fastserve_mega.server.middleware import Turns
-from fastserve_mega.server.protocol import MAX_ANSWERS, CompletionRequest
+from fastserve_mega.server.protocol import MAX_ANSWERS
 from fastserve_mega.server.responses.protocol import ResponsesRequest
 from fastserve_mega.server.service import one_by_one
 from fastserve_mega.server.tokens import DetokenizeRequest

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from fastserve_mega.server.chat_protocol import ChatRequest
-from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.completions import CompletionRequest
 from fastserve_mega.types import SamplingParams, StructuredOutput
 
 COMPLETION = {"prompt": "x"}

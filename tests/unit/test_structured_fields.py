@@ -16,7 +16,7 @@ from fastserve_mega.client import ServerBusyError
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.server.chat_protocol import ChatRequest
-from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.completions import CompletionRequest
 from fastserve_mega.server.structure_check import StructureChecker, verdict
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import StructuredOutput

@@ -84,8 +84,8 @@ class KvManager:
         self._queues = policy.queues
         self._prefill_s = cost_model.prefill_s
         self._payback = _PAYBACK * config.max_batch_size
-        self._finished: dict[Request, None] = {}
-        """Ended while they were in flight or their blocks were being copied."""
+        self.unreleased: dict[Request, None] = {}
+        """Requests that ended while they were in flight or their blocks were being copied."""
         self._step_id = 0
         self._now = 0.0
         limit_blocks = self.device.capacity
@@ -102,15 +102,6 @@ class KvManager:
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
-
-    @property
-    def recomputed_tokens(self) -> int:
-        """Tokens whose KV was computed, dropped, and not found again."""
-        return self.swapper.recomputed_tokens
-
-    @property
-    def preemptions(self) -> int:
-        return self.swapper.preemptions
 
     def look_up(self, request: Request, block_hashes: Sequence[BlockHash]) -> None:
         """Take in the hashes of a request that arrived; see how much of it exists already."""
@@ -216,7 +207,7 @@ class KvManager:
         copy = self.copies.done(copy_id)
         if copy is None:
             return None
-        if copy.request in self._finished:
+        if copy.request in self.unreleased:
             self.release(copy.request)
         else:
             self.swapper.finish(copy)
@@ -227,9 +218,9 @@ class KvManager:
         """Take all blocks of an ended request, as soon as nothing uses them any more."""
         self.swapper.is_dropped_no_more(request)
         if request.kv.num_copies or request.num_scheduled_tokens:
-            self._finished[request] = None
+            self.unreleased[request] = None
         else:
-            self._finished.pop(request, None)
+            self.unreleased.pop(request, None)
             self.swapper.free_tables(request)
 
     def lose_everything(self) -> None:
@@ -242,21 +233,9 @@ class KvManager:
         for place in (Place.RESIDENT, Place.SWAPPED):
             for request in self._queues.walk(place):
                 self.swapper.drop(request)
-        for request in self._finished:
+        for request in self.unreleased:
             self.swapper.free_tables(request)
-        self._finished.clear()
-
-    def check_integrity(self) -> None:
-        """Raise RuntimeError unless each block is free or has exactly the owners it should have."""
-        owners = [*self._queues.walk(Place.RESIDENT), *self._queues.walk(Place.SWAPPED)]
-        owners += self._finished
-        copies = list(self.copies.outstanding)
-        device = [block for owner in owners for block in owner.kv.block_table]
-        device += [block for copy in copies for block in copy.leaving]
-        self.device.check_integrity(device)
-        host = [block for owner in owners for block in owner.kv.host_table]
-        host += [block for copy in copies for block in copy.host_blocks]
-        self.host.check_integrity(host)
+        self.unreleased.clear()
 
     # --- within --------------------------------------------------------------------------------
 

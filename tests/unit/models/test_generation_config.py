@@ -7,7 +7,7 @@ from fastserve_mega.models.generation_config import (
     SamplingDefaults,
     load_sampling_defaults,
 )
-from fastserve_mega.server.protocol import CompletionRequest
+from fastserve_mega.server.completions import CompletionRequest
 
 
 @pytest.fixture

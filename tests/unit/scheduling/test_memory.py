@@ -69,7 +69,7 @@ def test_lower_priority_gives_up_memory_and_is_prefilled_again():
     driver.step()
     plan = driver.step([arrived("short", 8, 3)])
     assert names(plan) == ["short"]
-    assert scheduler.memory.preemptions == 1
+    assert scheduler.memory.swapper.preemptions == 1
     driver.run_until_idle()
     prefills = [
         piece
@@ -78,7 +78,7 @@ def test_lower_priority_gives_up_memory_and_is_prefilled_again():
         if piece.request_id == "long" and piece.num_tokens > 1
     ]
     assert [(piece.start, piece.num_tokens) for piece in prefills] == [(0, 12), (0, 14)]
-    assert scheduler.memory.recomputed_tokens == 13
+    assert scheduler.memory.swapper.recomputed_tokens == 13
 
 
 def test_two_that_cannot_both_stay_still_finish():

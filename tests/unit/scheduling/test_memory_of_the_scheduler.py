@@ -50,7 +50,7 @@ def test_ended_requests_are_forgotten(policy, strategy):
             events.append(StepDone(plan.step_id, 1.0, _sample(plan, left)))
     gc.collect()
     known = sum(type(each) is Request for each in gc.get_objects())
-    assert scheduler.memory.preemptions > 0 or strategy == "none" or policy == "fcfs"
+    assert scheduler.memory.swapper.preemptions > 0 or strategy == "none" or policy == "fcfs"
     assert known <= 10 * AT_ONCE
 
 

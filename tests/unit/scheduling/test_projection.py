@@ -66,7 +66,7 @@ def test_no_more_are_started_than_will_fit():
     # 200 blocks of 4 tokens; an answer of 100 tokens and its prompt need 30 blocks at the end.
     assert waiting > 0
     assert 4 <= resident + swapped <= 9
-    assert scheduler.memory.recomputed_tokens == 0
+    assert scheduler.memory.swapper.recomputed_tokens == 0
 
 
 @pytest.mark.parametrize("strategy", ["proactive", "reactive", "recompute"])
@@ -80,7 +80,7 @@ def test_an_arrival_of_higher_priority_costs_nobody_its_kv(strategy):
     driver.step([arrived("short", 20, 3)])
     driver.run_until_idle()
     assert list(driver.finished_at) == ["long", "short"]
-    assert scheduler.memory.recomputed_tokens == 0
+    assert scheduler.memory.swapper.recomputed_tokens == 0
 
 
 def test_who_was_dropped_comes_back_before_those_that_were_never_started():
@@ -91,7 +91,7 @@ def test_who_was_dropped_comes_back_before_those_that_were_never_started():
     driver.step([arrived(name, 8, 60) for name in names_of_short[:200]])
     driver.run_until_idle()  # answers were short so far
     driver.step([arrived("a", 8, 60), arrived("b", 8, 60)])
-    while not scheduler.memory.preemptions:
+    while not scheduler.memory.swapper.preemptions:
         driver.step()
     (dropped,) = scheduler.memory.started.returning
     # The other one holds most of the pool; a short one would fit beside it.
