@@ -3,12 +3,14 @@
     python tools/bench_scheduler.py
 
 A step is `Scheduler.step` with the result of the step before, at a full batch, while requests
-finish and arrive so that the queue keeps its length. Times are wall time of this process.
+finish and arrive so that the queue keeps its length. Times are CPU time of this process, so that
+they mean something on a machine that does other things as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -66,7 +68,14 @@ class Bench:
     """A scheduler with a queue of constant length."""
 
     def __init__(
-        self, policy: PolicyName, strategy: SwapStrategy, queued: int, batch: int, blocks: int
+        self,
+        policy: PolicyName,
+        strategy: SwapStrategy,
+        *,
+        queued: int,
+        clients: int,
+        batch: int,
+        blocks: int,
     ) -> None:
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
@@ -81,6 +90,7 @@ class Bench:
             PoolSizes(blocks, 4 * blocks, 16),
             swap=SwapConfig(strategy=strategy),
         )
+        self._clients = clients
         self._count = 0
         self._left: dict[RequestId, int] = {}
         self._now = 0.0
@@ -94,10 +104,9 @@ class Bench:
     def step(self) -> float:
         """One step; returns its microseconds."""
         events = self._results()
-        begin = time.perf_counter()
+        begin_ns = time.thread_time_ns()
         self._plan = self.scheduler.step(self._now, events)
-        elapsed_s = time.perf_counter() - begin
-        return elapsed_s * 1e6
+        return (time.thread_time_ns() - begin_ns) / 1e3
 
     @property
     def plan(self) -> Plan | None:
@@ -123,7 +132,9 @@ class Bench:
         self._count += 1
         name = RequestId(f"request-{self._count}")
         self._left[name] = _spread(self._count, 7919, OUTPUT_TOKENS)
-        return Arrived(name, _spread(self._count, 104729, PROMPT_TOKENS), OUTPUT_TOKENS[1])
+        prompt = _spread(self._count, 104729, PROMPT_TOKENS)
+        client = f"client-{self._count % self._clients}"
+        return Arrived(name, prompt, OUTPUT_TOKENS[1], client=client)
 
 
 def _spread(index: int, prime: int, limits: tuple[int, int]) -> int:
@@ -132,10 +143,7 @@ def _spread(index: int, prime: int, limits: tuple[int, int]) -> int:
     return low + index * prime % (high - low)
 
 
-def measure(  # noqa: PLR0917 - the columns of the table
-    policy: PolicyName, strategy: SwapStrategy, queued: int, batch: int, blocks: int, steps: int
-) -> Result:
-    bench = Bench(policy, strategy, queued, batch, blocks)
+def measure(bench: Bench, steps: int) -> Result:
     for _ in range(WARM_UP_STEPS):
         bench.step()
     times, batches = [], []
@@ -156,6 +164,7 @@ def measure(  # noqa: PLR0917 - the columns of the table
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--queued", type=int, nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1])
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--blocks", type=int, default=20_000, help="of the device pool")
     parser.add_argument("--steps", type=int, default=400)
@@ -164,20 +173,26 @@ def main() -> int:
                         default=["proactive"])  # fmt: skip
     options = parser.parse_args()
     view = FittedTable(
-        "policy", "strategy", "queued", "median µs", "P99 µs", "batch", "blocks swapped",
-        "bytes per request", title=f"one step with a batch of {options.batch}", text_columns=2,
+        "policy", "strategy", "clients", "queued", "median µs", "P99 µs", "batch",
+        "blocks swapped", "bytes per request", text_columns=2,
+        title=f"one step with a batch of {options.batch}",
     )  # fmt: skip
-    for policy in options.policies:
-        for strategy in options.strategies:
-            for queued in options.queued:
-                result = measure(
-                    policy, strategy, queued, options.batch, options.blocks, options.steps
-                )
-                view.add_row(
-                    policy, strategy, f"{queued:,}", f"{result.median_us:.0f}",
-                    f"{result.p99_us:.0f}", f"{result.mean_batch:.0f}",
-                    f"{result.swapped_blocks:,}", f"{result.bytes_per_request:.0f}",
-                )  # fmt: skip
+    cases = (options.policies, options.strategies, options.clients, options.queued)
+    for policy, strategy, clients, queued in itertools.product(*cases):
+        bench = Bench(
+            policy,
+            strategy,
+            queued=queued,
+            clients=clients,
+            batch=options.batch,
+            blocks=options.blocks,
+        )
+        result = measure(bench, options.steps)
+        view.add_row(
+            policy, strategy, str(clients), f"{queued:,}", f"{result.median_us:.0f}",
+            f"{result.p99_us:.0f}", f"{result.mean_batch:.0f}",
+            f"{result.swapped_blocks:,}", f"{result.bytes_per_request:.0f}",
+        )  # fmt: skip
     Console().print(view)
     return 0
 

@@ -93,9 +93,8 @@ class BatchBuilder:
     def _take_by_priority(self) -> None:
         if self._admitting:
             enough = self._max_requests + self._lookahead + 1 if self._starting else 0
-            first = self._queues.merged(self._memory.runnable_places, enough)
-            if self._starting:
-                first = self._fair_share.with_oldest(first)
+            oldest = self._fair_share.oldest() if self._starting else ()
+            first = self._queues.merged(self._memory.runnable_places, enough, oldest)
             self._take(self._order(first))
         else:
             self._take_residents()
@@ -105,7 +104,7 @@ class BatchBuilder:
 
     def _order(self, candidates: Iterable[Request]) -> Iterable[Request]:
         ordered = self._fair_share.order(candidates, self._preempted)
-        return ordered if self._fair_share.keeps_order else self._spare_prefills(ordered)
+        return self._spare_prefills(ordered) if self._fair_share.has_background else ordered
 
     def _spare_prefills(self, candidates: Iterable[Request]) -> Iterator[Request]:
         """Leave out the background, which comes last, in a step that computes a prefill.

@@ -151,15 +151,15 @@ class ClientShare:
     line: list[tuple[Any, int, Request]] = field(default_factory=list)
     """A heap, with entries of aborted requests."""
     step: int = -1
-    """The last step in which it was given anything."""
-    places: int = 0
+    """The last step that looked at a request of it."""
+    places_left: int = 0
     """Of its share of that step."""
     tokens: int = 0
-    """Of its share of that step."""
-    most_places: int = 0
-    """Its share of that step."""
-    most_tokens: float = 0.0
-    """Its share of that step."""
+    """That it was given of its share of that step."""
+    tokens_left: int = 0
+    """Of its share of that step; below 0 when its first request there took more."""
+    is_spent: bool = False
+    """Nothing is left of its share of that step."""
 
 
 @dataclass(slots=True, eq=False)

@@ -10,7 +10,7 @@ While there is one client its requests pass straight through, and nothing is cou
 
 from __future__ import annotations
 
-import heapq
+import itertools
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 from fastserve_mega.scheduling.clients.counters import ClientCounters
@@ -63,6 +63,11 @@ class FairShare:
         return not self.counters.is_shared
 
     @property
+    def has_background(self) -> bool:
+        """Whether there are requests in the background beside others."""
+        return self.counters.is_shared and _BACKGROUND in self.counters.active
+
+    @property
     def background_stands_back(self) -> bool:
         """Whether the background is to be left out of a step that computes a prefill of others.
 
@@ -98,20 +103,12 @@ class FairShare:
         self._rests.clear()
         self._walks = 0
 
-    def with_oldest(self, candidates: Iterator[Request]) -> Iterator[Request]:
-        """Add the oldest of each client, where the policy has too many to show them.
-
-        Args:
-            candidates: the first of the policy's order, those without KV included.
-        """
+    def oldest(self) -> Sequence[Request]:
+        """Return the oldest of each client, where the policy has too many to show them."""
         few = self._queues.count(Place.WAITING) <= self._looked_at
         if few or not self.counters.is_shared:
-            return candidates
-        rank = self._queues.rank
-        found = sorted(self.lines.oldest(self._looked_at), key=rank)
-        among = set(found)
-        others = (each for each in candidates if each not in among)
-        return heapq.merge(found, others, key=rank)
+            return ()
+        return self.lines.oldest(self._looked_at)
 
     def order(
         self, candidates: Iterable[Request], preempted: Container[Request]
@@ -129,35 +126,38 @@ class FairShare:
         self, candidates: Iterable[Request], preempted: Container[Request]
     ) -> Iterator[Request]:
         self._walks += 1
-        step, limit = self._step, self.counters.floor + self.counters.slack
+        step, ready = self._step, RequestStatus.READY
         rest = []
         for request in candidates:
-            if request.status in UNDER_WAY or request in preempted:
+            status = request.status
+            if (status is not ready and status in UNDER_WAY) or request in preempted:
                 continue
             share = request.share
             if share.step != step:
                 self._begin(share)
-            tokens = request.num_tokens - request.num_computed_tokens
-            if share.counter > limit or (
-                share.places
-                and (share.places >= share.most_places or share.tokens + tokens > share.most_tokens)
-            ):
+            if share.is_spent:
                 rest.append(request)
                 continue
-            share.places += 1
+            tokens = request.num_tokens - request.num_computed_tokens
+            if tokens > share.tokens_left and share.tokens:
+                rest.append(request)
+                continue
+            share.places_left -= 1
             share.tokens += tokens
+            share.tokens_left -= tokens
+            share.is_spent = share.places_left <= 0 or share.tokens_left <= 0
             yield request
-        rest.sort(key=_counter_in_step)
-        left = iter(rest)
+        left = _lowest_first(rest)
         self._rests.append(left)
         yield from left
 
     def _begin(self, share: ClientShare) -> None:
         """Begin a step for a client."""
         share.step = self._step
-        share.places = share.tokens = 0
-        share.most_places = self.counters.places_of(share)
-        share.most_tokens = self._tokens / self.counters.weights * share.weight
+        share.tokens = 0
+        share.places_left = self.counters.places_of(share)
+        share.tokens_left = int(self._tokens / self.counters.weights * share.weight)
+        share.is_spent = self.counters.is_ahead(share)
 
     def leaves_room(self, request: Request) -> bool:
         """Whether a request is to leave memory on the host to those who come before it.
@@ -182,18 +182,16 @@ class FairShare:
             self._left_out = 0
             return
         floor = self.counters.floor
-        has_background = reads_others = False
+        background = self.counters.active.get(_BACKGROUND)
+        reads_others = False
         for request in batch:
-            tokens = request.num_scheduled_tokens
-            if request.is_background:
-                has_background = True
-            elif tokens > 1:
-                reads_others = True
+            tokens, share = request.num_scheduled_tokens, request.share
             if tokens > 1:
+                reads_others |= share is not background
                 tokens = min(tokens, request.num_unread_tokens)
-            share = request.share
-            share.counter = max(share.counter, floor) + tokens / share.weight
-        if not has_background and _BACKGROUND in self.counters.active:
+            counter = share.counter
+            share.counter = (counter if counter > floor else floor) + tokens / share.weight
+        if background and all(request.share is not background for request in batch):
             self._left_out += 1
         elif not reads_others:
             self._left_out = 0
@@ -221,7 +219,14 @@ class FairShare:
         self.counters.floor = max(self.counters.floor, floor)
 
 
-def _counter_in_step(request: Request) -> float:
-    """The counter of a request's client, with what it has been given in this step."""
-    share = request.share
-    return share.counter + share.tokens / share.weight
+def _lowest_first(requests: Iterable[Request]) -> Iterator[Request]:
+    """Sort by the counters of the clients, with what they have been given in this step.
+
+    That is a sort of the few clients, and not of their many requests.
+    """
+    by_counter: dict[float, list[Request]] = {}
+    for request in requests:
+        share = request.share
+        counter = share.counter + share.tokens / share.weight
+        by_counter.setdefault(counter, []).append(request)
+    return itertools.chain.from_iterable(by_counter[counter] for counter in sorted(by_counter))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from fastserve_mega.scheduling.clients.counters import ClientCounters
 from fastserve_mega.scheduling.policies.policy import Policy
-from fastserve_mega.scheduling.request import ClientShare, Place, Request, Turn
+from fastserve_mega.scheduling.request import ClientShare, Place, Request, RequestStatus, Turn
 from fastserve_mega.system.config import SchedulerConfig
 
 _FEW = 64
@@ -50,17 +50,16 @@ class ClientLines:
         for share in self._counters.active.values():
             yield from (entry[-1] for entry in share.line if entry[-1].turn is Turn.HELD)
 
-    def oldest(self, count: int) -> Iterator[Request]:
-        """Iterate over the requests offered first of each client, up to so many in all."""
-        counters = self._counters
-        of_each = (
-            itertools.islice(share.offered, counters.places_of(share))
-            for share in itertools.islice(self._fronts, count)
-        )
-        waiting = (
-            each for each in itertools.chain.from_iterable(of_each) if each.place is Place.WAITING
-        )
-        return itertools.islice(waiting, count)
+    def oldest(self, count: int) -> list[Request]:
+        """Return the requests offered first of each client, up to so many in all."""
+        waiting = RequestStatus.WAITING
+        found: list[Request] = []
+        for share in itertools.islice(self._fronts, count):
+            offered = itertools.islice(share.offered, self._counters.places_of(share))
+            found += [each for each in offered if each.status is waiting]
+            if len(found) >= count:
+                break
+        return found[:count]
 
     def first(self) -> ClientShare | None:
         """Return the client with the lowest counter of those that have a line."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from operator import attrgetter
 
 from fastserve_mega.scheduling.policies.queues import backwards, forwards, runs
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
-
-_WITH_KV = (Place.RESIDENT, Place.SWAPPED)
 
 _entry = attrgetter("queue.entry")
 
@@ -151,17 +147,25 @@ class LevelQueues:
         pieces = chain.from_iterable(map(backwards, reversed(self._sorted[place])))
         return chain.from_iterable(pieces)
 
-    def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
+    def merged(
+        self, places: Sequence[Place], limit: int, also: Sequence[Request] = ()
+    ) -> Iterator[Request]:
         """Iterate over several places, with the first `limit` of each level of the waiting."""
-        return chain.from_iterable(self._runs(limit, with_swapped=Place.SWAPPED in places))
+        return chain.from_iterable(self._runs(limit, also, with_swapped=Place.SWAPPED in places))
 
-    def _runs(self, limit: int, *, with_swapped: bool) -> Iterator[Sequence[Request]]:
-        levels = zip(self._waiting, *(self._sorted[p] for p in _WITH_KV), strict=True)
-        for waiting, residents, swapped in levels:
-            few: Iterator[Request] = iter(tuple(islice(waiting, limit)))
-            if with_swapped and swapped:
-                few = heapq.merge(few, chain.from_iterable(forwards(swapped)), key=_entry)
-            yield from runs(few, residents, partial(_index, residents))
+    def _runs(
+        self, limit: int, also: Sequence[Request], *, with_swapped: bool
+    ) -> Iterator[Sequence[Request]]:
+        for level, waiting in enumerate(self._waiting):
+            first = list(islice(waiting, limit))
+            if also and limit < len(waiting):
+                last = _entry(first[-1])
+                behind = (r for r in also if r.queue.level == level and r.queue.entry > last)
+                first += sorted(behind, key=_entry)
+            few: Iterable[Sequence[Request]] = (first,)
+            if with_swapped:
+                few = runs(few, self._sorted[Place.SWAPPED][level], _entry)
+            yield from runs(few, self._sorted[Place.RESIDENT][level], _entry)
 
 
 def _index(queue: list[Request], request: Request) -> int:

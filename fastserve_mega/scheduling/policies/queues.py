@@ -6,7 +6,6 @@ a hundred thousand waiting or swapped-out requests are not walked over on the wa
 
 from __future__ import annotations
 
-import heapq
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -48,12 +47,15 @@ class RequestQueues(Protocol):
     def iter_reversed(self, place: Place) -> Iterator[Request]:
         """Iterate over a place, the last first; over those who have KV only."""
 
-    def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
+    def merged(
+        self, places: Sequence[Place], limit: int, also: Sequence[Request] = ()
+    ) -> Iterator[Request]:
         """Iterate over several places as one.
 
         Args:
             places: the waiting first.
             limit: so many of the waiting are enough, a step admits but a few.
+            also: of the waiting; these come in any case.
         """
 
     def count(self, place: Place) -> int:
@@ -126,14 +128,18 @@ class SortedQueues:
     def iter_reversed(self, place: Place) -> Iterator[Request]:
         return chain.from_iterable(backwards(self._requests[place]))
 
-    def merged(self, places: Sequence[Place], limit: int) -> Iterator[Request]:
-        def index(request: Request) -> int:
-            return bisect_left(self._keys[Place.RESIDENT], self._key_of[request])
-
-        few: Iterator[Request] = iter(self._requests[Place.WAITING][:limit])
+    def merged(
+        self, places: Sequence[Place], limit: int, also: Sequence[Request] = ()
+    ) -> Iterator[Request]:
+        rank = self._key_of.__getitem__
+        first = self._requests[Place.WAITING][:limit]
+        if also and first:
+            last = rank(first[-1])
+            first += sorted((each for each in also if rank(each) > last), key=rank)
+        few: Iterable[Sequence[Request]] = (first,)
         if Place.SWAPPED in places:
-            few = heapq.merge(few, self.walk(Place.SWAPPED), key=self.rank)
-        return chain.from_iterable(runs(few, self._requests[Place.RESIDENT], index))
+            few = runs(few, self._requests[Place.SWAPPED], rank)
+        return chain.from_iterable(runs(few, self._requests[Place.RESIDENT], rank))
 
 
 class LevelledQueues(SortedQueues):
@@ -185,19 +191,26 @@ def backwards(queue: list[T]) -> Iterator[list[T]]:
 
 
 def runs(
-    few: Iterable[Request], residents: list[Request], index: Callable[[Request], int]
+    few: Iterable[Sequence[Request]], many: list[Request], rank: Callable[[Request], Any]
 ) -> Iterator[Sequence[Request]]:
-    """Two orders as one, in runs: the many residents are searched, and not compared one by one.
+    """Two orders as one, in runs: where one gives way to the other is searched by halves.
 
     Args:
-        few: to be merged with the residents; between two of these they may come and go.
-        residents: in their order.
-        index: where a request stands among the residents, or would stand.
+        few: to be merged with the many, one run after the other.
+        many: in their order; between two runs some may come and go.
+        rank: what both are sorted by.
     """
     start = 0
-    for request in few:
-        if (end := index(request)) > start:
-            yield from forwards(residents, start, end)
-        yield (request,)
-        start = index(request)
-    yield from forwards(residents, start)
+    for run in few:
+        done = 0
+        while done < len(run):
+            own_rank = rank(run[done])
+            if (end := bisect_left(many, own_rank, key=rank)) > start:
+                yield from forwards(many, start, end)
+                end = bisect_left(many, own_rank, key=rank)
+            begun, done = done, len(run)
+            if end < len(many):
+                done = bisect_left(run, rank(many[end]), begun + 1, key=rank)
+            yield run[begun:done]
+            start = bisect_left(many, rank(run[done - 1]), key=rank)
+    yield from forwards(many, start)

@@ -48,14 +48,16 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
             last = queues.rank(request)
             yield request
 
-    def merged(places: Sequence[Place], limit: int) -> Iterator[Request]:
+    def merged(
+        places: Sequence[Place], limit: int, also: Sequence[Request] = ()
+    ) -> Iterator[Request]:
         waiting = sorted(at(Place.WAITING), key=queues.rank)
         if isinstance(queues, LevelQueues):  # the first of each level
             levels = groupby(waiting, key=lambda each: each.queue.level)
             waiting = [each for _, those in levels for each in islice(those, limit)]
         else:
             waiting = waiting[:limit]
-        return walk(*places[1:], waiting=waiting)
+        return walk(*places[1:], waiting=[*waiting, *also])
 
     policy = scheduler._policy
     if isinstance(policy, Paced):
