@@ -27,10 +27,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from comparison import Run, cpu_seconds_of_others, show
 from rich.console import Console
 
-from fastserve_mega.bench.comparison import Run, cpu_seconds_of_others, show
-from fastserve_mega.bench.load_generator import run_jobs
+from fastserve_mega.bench.bench import run_jobs
 from fastserve_mega.bench.statistics import summarize
 from fastserve_mega.bench.tables import environment
 from fastserve_mega.bench.targets import HttpTarget, Reply, TargetError

@@ -7,7 +7,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastserve_mega.bench.load_generator import run_jobs
 from fastserve_mega.bench.statistics import Record, summarize
 from fastserve_mega.bench.tables import (
     cpu_seconds,
@@ -25,10 +25,58 @@ from fastserve_mega.bench.tables import (
     show_run,
 )
 from fastserve_mega.bench.targets import HttpTarget, Target, TargetError, ZmqTarget
-from fastserve_mega.bench.workload import Lengths, make_jobs
-from fastserve_mega.slo import Slo
+from fastserve_mega.bench.workload import Job, Lengths, make_jobs
+from fastserve_mega.slo import Slo, largest_gap, lateness
 
 _WARMUP_RUN = -1
+
+
+async def run_jobs(
+    target: Target,
+    jobs: Sequence[Job],
+    concurrency: int | None,
+    on_done: Callable[[], None] = lambda: None,
+    slo: Slo | None = None,
+) -> list[Record]:
+    """Send each job at its time; returns their records, in order.
+
+    Args:
+        target: the server.
+        jobs: to send.
+        concurrency: most requests at the server at once; None sets no limit. A job that waits for
+            its turn counts from when it is sent, as for any closed-loop client.
+        on_done: called after each.
+        slo: by whose pace tokens are late; None takes the default.
+    """
+    slots = asyncio.Semaphore(concurrency) if concurrency else nullcontext()
+    start = time.perf_counter()
+
+    async def one(job: Job) -> Record:
+        await asyncio.sleep(max(0.0, job.at_s - (time.perf_counter() - start)))
+        async with slots:
+            record = await _record(target, job, start, slo or Slo())
+        on_done()
+        return record
+
+    return await asyncio.gather(*map(one, jobs))
+
+
+async def _record(target: Target, job: Job, start: float, slo: Slo) -> Record:
+    sent = time.perf_counter()
+    lengths = (job.index, len(job.prompt))
+    try:
+        reply = await target.send(job)
+    except TargetError as error:
+        return Record(*lengths, job.output_tokens, sent_s=sent - start, error=str(error))
+    return Record(
+        *lengths,
+        reply.output_tokens,
+        sent_s=sent - start,
+        ttft_s=reply.times[0] - sent,
+        jct_s=reply.times[-1] - sent,
+        largest_gap_s=largest_gap(reply.times),
+        lateness_s=lateness(reply.times, sent, reply.output_tokens, slo.tpot_s),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fastserve_mega.doctor import deployment_checks, installation, machine, mpi
+from fastserve_mega.doctor import deployment_checks, installation, machine
 from fastserve_mega.doctor.finding import Check, Finding, Status, ok, problem
 from fastserve_mega.printing import wrap_words
 from fastserve_mega.system.config import Config
@@ -67,7 +67,7 @@ def _checks(config: Config | None, config_file: Path) -> list[Check]:
         Check("Apex", installation.check_apex),
         Check("Transformer Engine", installation.check_transformer_engine),
         Check("native step", installation.check_native_step),
-        Check("MPI", lambda: mpi.check_mpi(config)),
+        Check("MPI", lambda: installation.check_mpi(config)),
         Check("host name", lambda: machine.check_host_name(config)),
         Check("cores", lambda: machine.check_cores(config)),
         Check("space", machine.check_space),

@@ -33,9 +33,9 @@ from fastserve_mega.records import convert
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.kv.pool import PoolSizes
+from fastserve_mega.simulator.engine_model import step_work
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
 from fastserve_mega.simulator.records import RequestRecord
-from fastserve_mega.simulator.step_work import step_work
 from fastserve_mega.simulator.workload import RequestSpec, WorkloadConfig, make_requests
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.config_file import load_config

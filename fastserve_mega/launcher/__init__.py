@@ -3,8 +3,7 @@
 from fastserve_mega.launcher.deployment import Deployment, http_url
 from fastserve_mega.launcher.processes import LaunchError, mpirun_command
 from fastserve_mega.launcher.profiling import profile
-from fastserve_mega.launcher.restart_policy import SETTLED_S
-from fastserve_mega.launcher.supervisor import serve
+from fastserve_mega.launcher.supervisor import SETTLED_S, serve
 from fastserve_mega.launcher.temporary import temporary_deployment
 
 __all__ = [

@@ -6,17 +6,23 @@ import logging
 import shlex
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Literal, NoReturn
 
 from fastserve_mega.launcher.deployment import PROBE_S, Deployment, http_url
 from fastserve_mega.launcher.processes import ConfigurationError, LaunchError
-from fastserve_mega.launcher.restart_policy import RestartPolicy
-from fastserve_mega.launcher.stats_line import StatsLine
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.process_tree import adopt_orphans
+from fastserve_mega.snapshot import PoolView
 from fastserve_mega.system.config import Config, SupervisorConfig
+
+SETTLED_S = 10.0
+"""A loss after serving for so long has nothing to do with the one before."""
+_LONGEST_WAIT_S = 30.0
+INTERVAL_S = 10.0
+"""Between two lines on the load."""
 
 _log = logging.getLogger(__name__)
 
@@ -145,3 +151,95 @@ def _server_of(config: Config, arguments: Sequence[str]) -> str:
     if "--config" in arguments:
         return shlex.join(arguments)
     return f"--url {config.coordinator.client_endpoint}"
+
+
+class RestartPolicy:
+    """At once the first time; with growing pauses when that was in vain. Time is an argument."""
+
+    def __init__(self, max_restarts: int, window_s: float) -> None:
+        """Nothing was lost yet.
+
+        Args:
+            max_restarts: attempts within the window; one more is refused.
+            window_s: length of the window.
+        """
+        self._max_restarts = max_restarts
+        self._window_s = window_s
+        self._attempts: deque[float] = deque()
+        self._vain = 0
+        self._serving_since: float | None = None
+
+    def wait_before_attempt(self, now: float) -> float | None:
+        """Seconds to wait before the next attempt, which counts from now on; None: no more."""
+        while self._attempts and now - self._attempts[0] >= self._window_s:
+            self._attempts.popleft()
+        if len(self._attempts) >= self._max_restarts:
+            return None
+        self._attempts.append(now)
+        if self._serving_since is not None and now - self._serving_since >= SETTLED_S:
+            self._vain = 0
+        self._serving_since = None
+        wait_s: float = min(2.0 ** (self._vain - 1), _LONGEST_WAIT_S) if self._vain else 0.0
+        self._vain += 1
+        return wait_s
+
+    def succeeded(self, now: float) -> None:
+        """The last attempt has led to something that serves."""
+        self._serving_since = now
+
+
+class StatsLine:
+    """One line on the load since the last one; none while nobody asks for anything.
+
+    Args:
+        ask: for the state of the coordinator; None when it does not answer.
+        now: time on a monotonic clock.
+    """
+
+    def __init__(self, ask: Callable[[], Snapshot | None], now: float) -> None:
+        self._ask = ask
+        self._next = now + INTERVAL_S
+        self._before: Snapshot | None = None
+
+    def due(self, now: float) -> str | None:
+        """The line, when it is time for one and there was work."""
+        if now < self._next:
+            return None
+        self._next = now + INTERVAL_S
+        before, self._before = self._before, self._ask()
+        if self._before is None:
+            return None
+        return describe(self._before, before)
+
+
+def describe(snapshot: Snapshot, before: Snapshot | None) -> str | None:
+    """The load between two snapshots; None when there was none.
+
+    Args:
+        snapshot: the newer one.
+        before: the older one, of this or an earlier start; None when there is none.
+    """
+    running = sum(view.running for each in snapshot.replicas for view in each.requests)
+    unfinished = sum(sum(each.levels) for each in snapshot.replicas)
+    tokens, elapsed_s = snapshot.generation_tokens, snapshot.clock_s
+    if before is not None and before.generation_tokens <= tokens and before.clock_s < elapsed_s:
+        tokens -= before.generation_tokens
+        elapsed_s -= before.clock_s
+    elif before is not None:
+        return None  # it has started anew, and counts from there
+    if not unfinished and not tokens:
+        return None
+    parts = [
+        f"{running} running",
+        f"{unfinished - running} waiting",
+        f"{tokens / elapsed_s:.1f} tokens/s" if before is not None else f"{tokens} tokens so far",
+        f"KV {_share([each.device for each in snapshot.replicas])}",
+    ]
+    if any(each.host.owned for each in snapshot.replicas):
+        parts.append(f"host KV {_share([each.host for each in snapshot.replicas])}")
+    return ", ".join(parts)
+
+
+def _share(pools: list[PoolView]) -> str:
+    capacity = sum(pool.capacity for pool in pools)
+    return f"{sum(pool.owned for pool in pools) / capacity:.0%}" if capacity else "none"

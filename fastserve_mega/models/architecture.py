@@ -13,21 +13,21 @@ from fastserve_mega.models.quantization import read_weight_block
 from fastserve_mega.models.weight_names import WeightNames
 
 _FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "MixtralForCausalLM": "mixtral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen2MoeForCausalLM": "qwen2_moe",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "SmolLM3ForCausalLM": "smollm3",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "OPTForCausalLM": "opt",
-    "GPT2LMHeadModel": "gpt2",
+    "LlamaForCausalLM": "llama.llama",
+    "MistralForCausalLM": "mistral.mistral",
+    "MixtralForCausalLM": "mistral.mixtral",
+    "Qwen2ForCausalLM": "qwen.qwen2",
+    "Qwen2MoeForCausalLM": "qwen.qwen2_moe",
+    "Qwen3ForCausalLM": "qwen.qwen3",
+    "Qwen3MoeForCausalLM": "qwen.qwen3_moe",
+    "SmolLM3ForCausalLM": "smollm3.smollm3",
+    "GemmaForCausalLM": "gemma.gemma",
+    "Gemma2ForCausalLM": "gemma.gemma2",
+    "Gemma3ForCausalLM": "gemma.gemma3",
+    "OPTForCausalLM": "opt.opt",
+    "GPT2LMHeadModel": "gpt2.gpt2",
 }
-"""Name in config.json → module of this package with `read_architecture(fields)`."""
+"""Name in config.json → module of this package, and its function from `Fields` to Architecture."""
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -202,10 +202,11 @@ def load_architecture(directory: Path) -> Architecture:
             f"{path}: architecture {name!r} is not supported; supported are "
             f"{', '.join(sorted(_FAMILIES))}"
         )
-    family = importlib.import_module(f"fastserve_mega.models.{_FAMILIES[name]}")
+    module, _, reader = _FAMILIES[name].partition(".")
+    read_family = getattr(importlib.import_module(f"fastserve_mega.models.{module}"), reader)
     try:
         fields = Fields(config, name, _eos_token_ids(directory, config))
-        architecture = family.read_architecture(fields)
+        architecture = read_family(fields)
         _check_layer_types(fields, architecture)
         block = read_weight_block(config)
     except ValueError as error:

@@ -1,30 +1,128 @@
-"""GemmaForCausalLM (Gemma 1 and CodeGemma), and what its successors share with it."""
+"""Gemma 1 (with CodeGemma), 2, and the text models of 3 (270M, 1B)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
-from fastserve_mega.models.architecture import Architecture
+from fastserve_mega.models.architecture import Architecture, AttentionKind, Rope
 from fastserve_mega.models.fields import Fields
-from fastserve_mega.models.llama import llama_like, read_activation
+from fastserve_mega.models.llama import WEIGHTS, llama_like, read_activation, read_rope, rope_of
+
+_WEIGHTS_WITH_POST_NORMS = dataclasses.replace(
+    WEIGHTS,
+    post_attention_norm="layers.{layer}.post_attention_layernorm",
+    feed_forward_norm="layers.{layer}.pre_feedforward_layernorm",
+    post_feed_forward_norm="layers.{layer}.post_feedforward_layernorm",
+)
 
 
-def read_architecture(fields: Fields) -> Architecture:
+def gemma(fields: Fields) -> Architecture:
     """Map config.json of a Gemma; its first releases say `gelu` and mean the tanh approximation."""
     activation = read_activation(fields, "hidden_act", "gelu_pytorch_tanh")
-    return gemma_like(fields, activation="gelu_tanh" if activation == "gelu" else activation)
+    return _gemma_like(fields, activation="gelu_tanh" if activation == "gelu" else activation)
 
 
-def gemma_like(fields: Fields, **changes: Any) -> Architecture:
+def gemma2(fields: Fields) -> Architecture:
+    """Map config.json of a Gemma 2."""
+    with_softcap = _post_norm_gemma(
+        fields, attention_softcap=50.0, logit_softcap=30.0, weights=_WEIGHTS_WITH_POST_NORMS
+    )
+    full = with_softcap.attention_kind(0)
+    windowed = dataclasses.replace(full, window=fields.integer("sliding_window", 4096))
+    kinds = tuple(windowed if flag else full for flag in _windowed_layers(fields, pattern=2))
+    return dataclasses.replace(with_softcap, layer_attention=kinds)
+
+
+def gemma3(fields: Fields) -> Architecture:
+    """Map config.json of a Gemma 3; layers with and without a window rotate differently."""
+    full, local = _ropes(fields)
+    pattern = fields.integer("sliding_window_pattern", 6)
+    window = fields.integer("sliding_window", 4096)
+    kinds = {
+        False: AttentionKind(rope=full, window=None),
+        True: AttentionKind(rope=local, window=window),
+    }
+    return _post_norm_gemma(
+        fields,
+        attention_softcap=None,
+        logit_softcap=None,
+        positions=full,
+        layer_attention=tuple(kinds[flag] for flag in _windowed_layers(fields, pattern)),
+        qk_norm=True,
+        weights=dataclasses.replace(
+            _WEIGHTS_WITH_POST_NORMS,
+            query_norm="layers.{layer}.self_attn.q_norm",
+            key_norm="layers.{layer}.self_attn.k_norm",
+        ),
+    )
+
+
+def _gemma_like(fields: Fields, **changes: Any) -> Architecture:
     """Architecture of a family that differs from Gemma only in `changes`."""
     fields.require("attention_bias", supported=False, default=False)
     if fields.flag("use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention=True is not supported: it cannot generate")
-    gemma = {
+    common = {
         "head_dim": fields.integer("head_dim", 256),
         "tied_embeddings": fields.flag("tie_word_embeddings", True),
         "zero_centered_norm": True,
         "embedding_scale": math.sqrt(fields.integer("hidden_size")),
     }
-    return llama_like(fields, **{**gemma, **changes})
+    return llama_like(fields, **{**common, **changes})
+
+
+def _post_norm_gemma(
+    fields: Fields,
+    *,
+    attention_softcap: float | None,
+    logit_softcap: float | None,
+    **changes: Any,
+) -> Architecture:
+    """What Gemma 2 and 3 share; the two limits are for a config.json that does not name them."""
+
+    def limit(name: str, default: float | None) -> float | None:
+        absent = fields.raw(name) is None
+        return (None if fields.has(name) else default) if absent else fields.number(name)
+
+    return _gemma_like(
+        fields,
+        activation=read_activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
+        post_norms=True,
+        attention_scale=1.0 / math.sqrt(fields.number("query_pre_attn_scalar", 256)),
+        attention_softcap=limit("attn_logit_softcapping", attention_softcap),
+        logit_softcap=limit("final_logit_softcapping", logit_softcap),
+        **changes,
+    )
+
+
+def _windowed_layers(fields: Fields, pattern: int) -> tuple[bool, ...]:
+    """Which layers have a window: `layer_types`, or all but the last of each `pattern`."""
+    num_layers = fields.integer("num_hidden_layers")
+    types = fields.texts("layer_types")
+    if types is None:
+        return tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown or len(types) != num_layers:
+        raise ValueError(
+            f"layer_types must name sliding_attention or full_attention for {num_layers} layers, "
+            f"got {list(types)}"
+        )
+    return tuple(kind == "sliding_attention" for kind in types)
+
+
+def _ropes(fields: Fields) -> tuple[Rope, Rope]:
+    """Rotations of the layers that see everything, and of those with a window."""
+    by_layer = fields.section("rope_parameters")
+    if by_layer is None:
+        local = Rope(theta=fields.number("rope_local_base_freq", 10_000.0))
+        return read_rope(fields, default_theta=1_000_000.0), local
+    if fields.raw("rope_scaling"):
+        raise ValueError("rope_scaling must stand in rope_parameters, where config.json has those")
+    sections = [by_layer.section(f"{kind}_attention") for kind in ("full", "sliding")]
+    ropes = [
+        Rope(theta=theta) if section is None else rope_of(section, fields, theta)
+        for section, theta in zip(sections, (1_000_000.0, 10_000.0), strict=True)
+    ]
+    return ropes[0], ropes[1]

@@ -22,7 +22,7 @@ WEIGHTS = WeightNames(
 )
 
 
-def read_architecture(fields: Fields) -> Architecture:
+def gpt2(fields: Fields) -> Architecture:
     """Map config.json of a GPT-2."""
     hidden_size = fields.integer("n_embd")
     num_heads = fields.integer("n_head")

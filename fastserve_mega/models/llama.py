@@ -126,7 +126,7 @@ _SCALINGS: dict[str, Callable[[Fields, Fields], RopeScaling]] = {
 """By rope_type; each reads the section of that name, and the whole config.json beside it."""
 
 
-def read_architecture(fields: Fields) -> Architecture:
+def llama(fields: Fields) -> Architecture:
     """Map config.json of a Llama."""
     attention_bias = fields.flag("attention_bias", False)
     return llama_like(

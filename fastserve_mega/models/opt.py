@@ -26,7 +26,7 @@ POSITION_OFFSET = 2
 """The position table starts with two rows that are never used."""
 
 
-def read_architecture(fields: Fields) -> Architecture:
+def opt(fields: Fields) -> Architecture:
     """Map config.json of an OPT; OPT-350M (post-norm, projected embeddings) is refused."""
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")

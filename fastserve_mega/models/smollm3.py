@@ -9,7 +9,7 @@ from fastserve_mega.models.fields import Fields
 from fastserve_mega.models.llama import llama_like
 
 
-def read_architecture(fields: Fields) -> Architecture:
+def smollm3(fields: Fields) -> Architecture:
     """Map config.json of a SmolLM3; a window on some layers only is not supported."""
     fields.require("use_sliding_window", supported=False, default=False)
     num_layers = fields.integer("num_hidden_layers")

@@ -27,8 +27,7 @@ from fastserve_mega.server.live import live_router
 from fastserve_mega.server.messages.router import messages_router
 from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey, body_limit
 from fastserve_mega.server.openapi import ERRORS, add_docs_page
-from fastserve_mega.server.responses.router import responses_router
-from fastserve_mega.server.responses.store import ResponseStore
+from fastserve_mega.server.responses.router import ResponseStore, responses_router
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.tokens import tokens_router
 from fastserve_mega.system.config import ReasoningParserName, ToolParserName

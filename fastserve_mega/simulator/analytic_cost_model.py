@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastserve_mega.plan import SequenceSlice
+from fastserve_mega.simulator.engine_model import StepWork, step_work
 from fastserve_mega.simulator.stage_cost import stage_cost
-from fastserve_mega.simulator.step_work import StepWork, step_work
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.deployment import DeploymentPlan
 from fastserve_mega.types import RequestId

@@ -60,7 +60,7 @@ class CopyStats:
         )
 
 
-class CopyEngine:
+class SimulatedCopies:
     """Copies between device and host, one after the other in each direction, beside compute.
 
     The directions do not share bandwidth. A copy to the device waits for those from the device

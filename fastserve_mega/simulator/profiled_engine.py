@@ -13,7 +13,7 @@ from fastserve_mega.scheduling.cost_model import (
     ProfiledCostModel,
     interpolate,
 )
-from fastserve_mega.simulator.step_work import StepWork
+from fastserve_mega.simulator.engine_model import StepWork
 
 _NEAREST_FIRSTS = 5
 

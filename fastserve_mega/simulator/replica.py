@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from fastserve_mega.plan import Plan
 from fastserve_mega.scheduling.events import CopyDone
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.engine_model import EngineModel
-from fastserve_mega.simulator.pipeline import CopyEngine, Pipeline
-from fastserve_mega.simulator.step_work import step_work
+from fastserve_mega.simulator.engine_model import EngineModel, step_work
+from fastserve_mega.simulator.pipeline import Pipeline, SimulatedCopies
 
 
 @dataclass(frozen=True, slots=True)
-class DispatchedStep:
+class SimulatedStep:
     """A plan that the simulated ranks execute."""
 
     plan: Plan
@@ -54,7 +53,7 @@ class SimulatedReplica:
         """
         self.scheduler = scheduler
         self.pipeline = Pipeline(stages)
-        self.copy_engine = CopyEngine(engine, block_size)
+        self.copy_engine = SimulatedCopies(engine, block_size)
         self._engine = engine
         self.block_size = block_size
         self.steps = self.slices = self.decode_tokens = self.prefill_tokens = 0
@@ -65,7 +64,7 @@ class SimulatedReplica:
         copies = self.copy_engine.stats()
         return (copies.swapped_out_blocks + copies.swapped_in_blocks) * self.block_size
 
-    def dispatch(self, plan: Plan, now: float) -> Iterator[tuple[float, DispatchedStep | CopyDone]]:
+    def dispatch(self, plan: Plan, now: float) -> Iterator[tuple[float, SimulatedStep | CopyDone]]:
         """Begin what a plan says; yields when each part of it will be done."""
         for copy in plan.copies:
             yield self.copy_engine.start(copy, now), CopyDone(copy.copy_id)
@@ -79,4 +78,4 @@ class SimulatedReplica:
         pipeline, engine = self.pipeline, self._engine
         ready_s = self.copy_engine.ready_s(plan.step_id, now, pipeline.first_stage_free_s)
         done_s = pipeline.run(ready_s, engine.stage_times(work), engine.hop_times(work.tokens))
-        yield done_s + engine.step_overhead_s, DispatchedStep(plan, now)
+        yield done_s + engine.step_overhead_s, SimulatedStep(plan, now)

@@ -18,11 +18,14 @@ from fastserve_mega.scheduling.events import (
 )
 from fastserve_mega.scheduling.placement import Placement, Placer
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.live_request import LiveRequest
 from fastserve_mega.simulator.pipeline import CopyStats
-from fastserve_mega.simulator.records import RequestRecord, SimulationResult
-from fastserve_mega.simulator.replica import DispatchedStep, Outage, SimulatedReplica, changes
-from fastserve_mega.simulator.timeline import Timeline
+from fastserve_mega.simulator.records import (
+    RequestRecord,
+    SimulatedRequest,
+    SimulationResult,
+    Timeline,
+)
+from fastserve_mega.simulator.replica import Outage, SimulatedReplica, SimulatedStep, changes
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.slo import Slo
 from fastserve_mega.types import BlockHash, RequestId
@@ -82,7 +85,7 @@ class Simulation:
         self._on_finished = on_finished
         self._slo = slo or Slo()
 
-        self._heap: list[tuple[float, int, int, DispatchedStep | CopyDone]] = []
+        self._heap: list[tuple[float, int, int, SimulatedStep | CopyDone]] = []
         """(time, running number, replica, what happens then)."""
         self._pushed = 0
         self._changes = changes(outages)
@@ -91,7 +94,7 @@ class Simulation:
         """Replicas that a later turn may plan for though nothing happens to them: others cost a
         turn nothing."""
         self._next_arrival = 0
-        self._live: dict[RequestId, LiveRequest] = {}
+        self._live: dict[RequestId, SimulatedRequest] = {}
         self._records: dict[int, RequestRecord] = {}
         self._rejected = self._finished = self._output_tokens = 0
 
@@ -117,10 +120,9 @@ class Simulation:
     def _turn(self, index: int, events: Sequence[Event], now: float) -> None:
         """One replica's part of a turn of the coordinator."""
         scheduler = self._replicas[index].scheduler
-        plan = scheduler.step(now, events)
-        while plan is not None:
+        while plan := scheduler.step(now, events):
             self._dispatch(index, plan, now)
-            plan = scheduler.step(now)
+            events = ()
         if scheduler.may_plan:
             self._unsettled.add(index)
         else:
@@ -149,7 +151,7 @@ class Simulation:
         heap = self._heap
         while heap and heap[0][0] <= now:
             _, _, index, happened = heapq.heappop(heap)
-            if isinstance(happened, DispatchedStep):
+            if isinstance(happened, SimulatedStep):
                 events[index].append(self._step_done(happened, now))
             else:
                 events[index].append(happened)
@@ -186,11 +188,11 @@ class Simulation:
             self._rejected += 1
             self._unmeasured_left -= index in self._measured
             return
-        request = LiveRequest(spec, index)
+        request = SimulatedRequest(spec, index)
         self._live[RequestId(str(index))] = request
         self._place(request, events)
 
-    def _place(self, request: LiveRequest, events: dict[int, list[Event]]) -> None:
+    def _place(self, request: SimulatedRequest, events: dict[int, list[Event]]) -> None:
         """Find a replica for a request, and tell it what is known of it."""
         spec, received = request.spec, request.received_tokens
         hashes: tuple[BlockHash, ...] = ()
@@ -228,7 +230,7 @@ class Simulation:
         if plan.batch:
             self._timeline.observe(len(plan.batch), now)
 
-    def _step_done(self, step: DispatchedStep, now: float) -> StepDone:
+    def _step_done(self, step: SimulatedStep, now: float) -> StepDone:
         """Each sampling slice yields one token; the simulation knows which is the last."""
         finished: list[RequestId] = []
         live, pace_s = self._live, self._slo.tpot_s
@@ -265,11 +267,7 @@ class Simulation:
         request = self._live.pop(request_id)
         self._finished += 1
         if request.index in self._measured:
-            spec = request.spec
-            self._records[request.index] = RequestRecord(
-                spec.prompt_tokens, spec.output_tokens, spec.arrival_s, request.first_token_s, now,
-                request.largest_gap_s, request.lateness_s, spec.client,
-            )  # fmt: skip
+            self._records[request.index] = request.record(now)
             self._unmeasured_left -= 1
         self._placement.observe_finish(request.spec.output_tokens)
         if self._on_finished:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from fastserve_mega.models.architecture import Architecture
-from fastserve_mega.simulator.step_work import StepWork
+from fastserve_mega.simulator.engine_model import StepWork
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.deployment import DeploymentPlan
 from fastserve_mega.system.hardware import Device, Link

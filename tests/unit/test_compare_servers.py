@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 from rendering import rendered
 
-from fastserve_mega.bench.comparison import Run, counted, ratios, show
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from comparison import Run, counted, ratios, show
 
 
 def run(server, number, speed, *, others=0.0, completed=4):

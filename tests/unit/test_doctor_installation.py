@@ -10,7 +10,6 @@ import pytest
 
 from fastserve_mega.doctor import (
     installation,
-    mpi,
 )
 from fastserve_mega.system.config import (
     Config,
@@ -119,7 +118,7 @@ def test_libraries_that_are_missing_or_too_old(monkeypatch):
 
 
 def test_this_mpi():
-    findings = list(mpi.check_mpi(None))
+    findings = list(installation.check_mpi(None))
     assert statuses(findings) == ["ok", "ok"], findings
 
 
@@ -127,16 +126,18 @@ def test_an_mpirun_of_another_kind(monkeypatch, tmp_path):
     script = tmp_path / "mpirun"
     script.write_text('#!/bin/sh\n"$@"\n"$@"\n')
     script.chmod(0o755)
-    monkeypatch.setattr(mpi, "mpirun_command", lambda _: [str(script)])
-    *_, finding = mpi.check_mpi(Config(model=CONFIG.model, parallel=ParallelConfig(pipeline=2)))
+    monkeypatch.setattr(installation, "mpirun_command", lambda _: [str(script)])
+    *_, finding = installation.check_mpi(
+        Config(model=CONFIG.model, parallel=ParallelConfig(pipeline=2))
+    )
     assert finding.status == "problem"
     assert "two ranks were each alone" in finding.found
-    *_, finding = mpi.check_mpi(CONFIG)
+    *_, finding = installation.check_mpi(CONFIG)
     assert finding.status == "warning"  # one rank needs no MPI
 
 
 def test_an_mpi_that_crashes(fake_packages):
     fake_packages("mpi4py", "import os; os.abort()")
-    (finding,) = mpi.check_mpi(None)
+    (finding,) = installation.check_mpi(None)
     assert finding.status == "problem"
     assert "SIGABRT" in finding.found

@@ -15,7 +15,7 @@ from templates import with_template
 
 from fastserve_mega.client.testing import WAIT_S, answer, end
 from fastserve_mega.messaging.messages import Cancel, Submit, Tokens
-from fastserve_mega.server.responses.store import ResponseStore
+from fastserve_mega.server.responses.router import ResponseStore
 from fastserve_mega.types import FinishReason
 
 TEMPLATE = (

@@ -1,6 +1,6 @@
 """The line that `serve` prints while it is busy."""
 
-from fastserve_mega.launcher.stats_line import INTERVAL_S, StatsLine, describe
+from fastserve_mega.launcher.supervisor import INTERVAL_S, StatsLine, describe
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
 

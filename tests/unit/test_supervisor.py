@@ -11,8 +11,7 @@ import zmq
 from fastserve_mega.launcher.deployment import PROBE_S
 from fastserve_mega.launcher.probes import CoordinatorProbe, Watch, http_status
 from fastserve_mega.launcher.processes import ConfigurationError, LaunchError
-from fastserve_mega.launcher.restart_policy import RestartPolicy
-from fastserve_mega.launcher.supervisor import supervise
+from fastserve_mega.launcher.supervisor import RestartPolicy, supervise
 from fastserve_mega.messaging.frames import encode
 from fastserve_mega.messaging.messages import Pong
 from fastserve_mega.process_tree import await_any_end

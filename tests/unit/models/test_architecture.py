@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import json
-
 import pytest
+from model_configs import LLAMA, OPT, QWEN
 
 from fastserve_mega.models.architecture import (
     AttentionKind,
@@ -10,42 +9,7 @@ from fastserve_mega.models.architecture import (
     LearnedPositions,
     Rope,
     RopeScaling,
-    load_architecture,
 )
-
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": 2,
-}
-QWEN = {**LLAMA, "use_sliding_window": False, "sliding_window": 32}
-OPT = {
-    "architectures": ["OPTForCausalLM"],
-    "hidden_size": 64,
-    "ffn_dim": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-    "word_embed_proj_dim": 64,
-}
-
-
-@pytest.fixture
-def load(tmp_path):
-    def load_config(config, generation=None):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        if generation is not None:
-            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-        return load_architecture(tmp_path)
-
-    return load_config
 
 
 def test_llama_sizes_and_defaults(load):
@@ -233,53 +197,6 @@ def test_opt_skips_the_unused_positions(load):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supported; .*Llama"),
-        ({"architectures": None}, "architecture None is not supported"),
-        ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "64"}, "hidden_size must be a positive whole number, got '64'"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, got 0"),
-        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
-        ({"head_dim": 15}, "rotary embedding needs an even head_dim, got 15"),
-        ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
-        ({"rope_scaling": {"factor": 4.0}}, "a rope factor of 4.0 needs a rope_type"),
-        ({"rope_scaling": [4.0]}, "rope_scaling must be an object"),
-        (
-            {"layer_types": ["full_attention", "sliding_attention"]},
-            "sliding_attention for layer 1, which .* computes with full_attention",
-        ),
-        ({"layer_types": ["full_attention"] * 9}, "layer_types names 9 layers of 2"),
-        ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number, got -1"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
-        ({"eos_token_id": "</s>"}, "eos_token_id must hold token ids, got '</s>'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; supported"),
-        ({"quantization_config": 8}, "quant_method is None"),
-        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "fmt is 'e5m2'"),
-        (
-            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128]}},
-            r"a block must have two sizes, got \[128\]",
-        ),
-        (
-            {
-                "quantization_config": {
-                    "quant_method": "compressed-tensors",
-                    "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}},
-                }
-            },
-            "weights of type 'int' with 4 bits",
-        ),
-    ],
-)
-def test_bad_config_gets_one_sentence(load, change, message):
-    with pytest.raises(ValueError, match=message) as error:
-        load({**LLAMA, **change})
-    assert "config.json" in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("settings", "block"),
     [
         ({"quant_method": "fp8", "weight_block_size": [128, 64]}, (128, 64)),
@@ -299,21 +216,3 @@ def test_bad_config_gets_one_sentence(load, change, message):
 )
 def test_quantized_checkpoints(load, settings, block):
     assert load({**LLAMA, "quantization_config": settings}).weight_block == block
-
-
-def test_variants_that_are_not_computed_are_refused(load):
-    with pytest.raises(ValueError, match="do_layer_norm_before=False is not supported"):
-        load({**OPT, "do_layer_norm_before": False})
-    with pytest.raises(ValueError, match="use_sliding_window=True is not supported"):
-        load({**QWEN, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True})
-
-
-def test_directories_without_a_readable_config(tmp_path):
-    with pytest.raises(ValueError, match=r"is not a model directory: it has no config\.json"):
-        load_architecture(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        load_architecture(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
-        load_architecture(tmp_path)

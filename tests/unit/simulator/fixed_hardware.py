@@ -8,10 +8,10 @@ from typing import Any
 
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.scheduler import Scheduler
+from fastserve_mega.simulator.engine_model import StepWork
 from fastserve_mega.simulator.records import SimulationResult
 from fastserve_mega.simulator.replica import SimulatedReplica
 from fastserve_mega.simulator.simulation import Simulation
-from fastserve_mega.simulator.step_work import StepWork
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.system.config import MlfqConfig, SchedulerConfig
 

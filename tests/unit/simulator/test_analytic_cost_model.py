@@ -9,7 +9,7 @@ from fastserve_mega.models.architecture import Architecture, Experts, LearnedPos
 from fastserve_mega.models.opt import WEIGHTS
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.simulator.analytic_cost_model import AnalyticCostModel
-from fastserve_mega.simulator.step_work import StepWork, step_work
+from fastserve_mega.simulator.engine_model import StepWork, step_work
 from fastserve_mega.system.config import (
     Config,
     KvCacheConfig,

@@ -9,7 +9,7 @@ from fixed_hardware import RoundCosts, run
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.pipeline import CopyEngine
+from fastserve_mega.simulator.pipeline import SimulatedCopies
 from fastserve_mega.simulator.replica import Outage
 from fastserve_mega.simulator.workload import RequestSpec
 
@@ -74,5 +74,5 @@ def test_an_idle_replica_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_copy_without_blocks_takes_no_time() -> None:
-    engine = CopyEngine(RoundCosts(), 16)  # type: ignore[arg-type]
+    engine = SimulatedCopies(RoundCosts(), 16)  # type: ignore[arg-type]
     assert engine.start(BlockCopy(0, CopyDirection.SWAP_IN, (), (), None), 3.0) == 3.0

@@ -9,8 +9,8 @@ from fastserve_mega.scheduling.cost_model import (
     PrefillPoint,
     Profile,
 )
+from fastserve_mega.simulator.engine_model import StepWork
 from fastserve_mega.simulator.profiled_engine import ProfiledEngine
-from fastserve_mega.simulator.step_work import StepWork
 
 # Prefill: 1 s and 0.1 s per token. Decode: 1 s, 0.2 s per request, 0.01 s per request and token.
 PROFILE = Profile(

@@ -124,7 +124,8 @@ def test_srpt_learns_the_true_lengths_and_runs_the_shorter_first() -> None:
 class Script:
     """A scheduler that answers each call from a list, and keeps what it was told."""
 
-    memory = SimpleNamespace(preemptions=0, recomputed_tokens=0, device=SimpleNamespace(capacity=9))
+    swapper = SimpleNamespace(preemptions=0, recomputed_tokens=0)
+    memory = SimpleNamespace(swapper=swapper, device=SimpleNamespace(capacity=9))
     unfinished = 1
     may_plan = True
 
