@@ -8,20 +8,14 @@ import pytest
 from fixed_costs import make_scheduler
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from plain import make_plain
+from rank_memory import BLOCK_SIZE, RankMemory
 
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone, WorkersLost
 from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import RequestId
 
-BLOCK_SIZE = 4
 BLOCKS = 24
 BATCH_TOKENS = 24
 
@@ -84,14 +78,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.content: dict[str, list[str]] = {}
         """The tokens of each request; a token's name tells all tokens before it as well."""
         self.past: list[list[str]] = []
-        self.tables: dict[str, list[int]] = {}
         self.uses: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self.released: Counter[str] = Counter()
         self.in_flight: list = []  # (plan, keys of its batch)
         self.copying: list = []  # (copy, what its source held at its start)
-        # What each slot of each pool holds: the name of a token.
-        self.memory = {"device": {}, "host": {}}
+        self.memory = RankMemory()
         self.host_blocks = host_blocks
         self.batch = batch
         self.copies_each_step = copies_each_step
@@ -121,8 +113,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.released <= self.ended, "released before its end, or twice"
         for copy in plan.copies:
             assert copy.precedes_step in (None, plan.step_id)
-            self.run_copy(copy)
-            self.copying.append((copy, self.held_by_source(copy)))
+            self.memory.run_copy(copy)
+            self.copying.append((copy, self.memory.held_by_source(copy)))
         if not plan.batch:
             return
         busy = {key for _, keys in self.in_flight for key in keys}
@@ -134,60 +126,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for key, piece in zip(seen, plan.batch, strict=True):
             assert key in self.left, "an ended request was scheduled"
             assert key not in busy
-            self.run_slice(key, piece)
+            self.memory.run_slice(key, piece, self.content[key])
         self.in_flight.append((plan, seen))
-        self.check_written_blocks()
-
-    def check_written_blocks(self):
-        """Blocks may be shared as long as nobody writes to them."""
-        running = {key: self.tables[key] for _, keys in self.in_flight for key in keys}
-        for plan, keys in self.in_flight:
-            for key, piece in zip(keys, plan.batch, strict=True):
-                end = piece.start + piece.num_tokens
-                written = running[key][piece.start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]
-                others = {b for other, table in running.items() if other != key for b in table}
-                assert not others & set(written), "a block that is written has another owner"
+        self.memory.check_written_blocks(self.in_flight)
 
     def block_hashes(self, tokens):
         return tuple(tokens[BLOCK_SIZE - 1 :: BLOCK_SIZE]) if self.caches else ()
-
-    def run_slice(self, key, piece):
-        device = self.memory["device"]
-        table = self.tables.setdefault(key, [])
-        if piece.block_ids:
-            table[piece.block_start :] = piece.block_ids
-        end = piece.start + piece.num_tokens
-        assert piece.num_tokens >= 1
-        content = self.content[key]
-        assert end <= len(content)
-        assert piece.samples == (end == len(content))
-        assert len(table) * BLOCK_SIZE >= end
-        assert 0 not in table
-
-        def slot(position):
-            return table[position // BLOCK_SIZE], position % BLOCK_SIZE
-
-        for position in range(piece.start):
-            assert device.get(slot(position)) == content[position], "the KV of a token is lost"
-        for position in range(piece.start, end):
-            device[slot(position)] = content[position]
-
-    def run_copy(self, copy):
-        """At its start and again at its end: between these it may happen at any time."""
-        source, target = self.pools_of(copy)
-        for here, there in zip(copy.source_ids, copy.target_ids, strict=True):
-            assert here
-            assert there
-            for offset in range(BLOCK_SIZE):
-                target[there, offset] = source.get((here, offset))
-
-    def held_by_source(self, copy):
-        source, _ = self.pools_of(copy)
-        return [source.get((b, offset)) for b in copy.source_ids for offset in range(BLOCK_SIZE)]
-
-    def pools_of(self, copy):
-        pools = ("device", "host") if copy.direction == "swap_out" else ("host", "device")
-        return [self.memory[pool] for pool in pools]
 
     @rule(
         prompt=st.one_of(st.integers(1, 12), st.integers(1, 60)),
@@ -269,8 +213,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def finish_copy(self, index):
         copy, held = self.copying.pop(index)
         if copy.precedes_step is None:
-            assert self.held_by_source(copy) == held, "a block was written while it was copied"
-            self.run_copy(copy)
+            assert self.memory.held_by_source(copy) == held, (
+                "a block was written while it was copied"
+            )
+            self.memory.run_copy(copy)
         self.tell(CopyDone(copy.copy_id))
 
     @rule(happens=st.sampled_from([True, *[False] * 19]))
@@ -280,8 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.in_flight.clear()
         self.copying.clear()
-        self.tables.clear()
-        self.memory = {"device": {}, "host": {}}
+        self.memory.clear()
         self.tell(WorkersLost())
 
     @rule(decodes=st.floats(0.1, 10.0))
