@@ -14,11 +14,12 @@ from urllib.parse import urlsplit
 from msgspec import structs
 
 from fastserve_mega.doctor.finding import Finding, ok, problem, warning
-from fastserve_mega.doctor.machine import GIB, memory_bytes
+from fastserve_mega.doctor.machine import GIB
 from fastserve_mega.doctor.probe import ProbeError, python_probe
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.deployment import DeploymentPlan, plan_deployment
+from fastserve_mega.system.host_memory import host_memory
 from fastserve_mega.system.locate import find_architecture, resolve_model
 from fastserve_mega.system.sizes import CPU_POOL_GB
 
@@ -140,7 +141,10 @@ def _missing_shards(directory: Path) -> list[str]:
 def check_memory(config: Config, config_file: Path) -> Iterator[Finding]:
     """What `plan` computes, against the memory that is here."""
     architecture, _ = find_architecture(config, config_file)
-    total, available = memory_bytes()
+    if (memory := host_memory()) is None:
+        yield warning("memory", "this system does not say how much it has", "see that it is enough")
+        return
+    total, available = memory
     device_bytes = None
     if config.parallel.device != "cpu":
         device_bytes = _smallest_device()

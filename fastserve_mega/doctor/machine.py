@@ -73,18 +73,3 @@ def check_space() -> Iterator[Finding]:
             yield problem("space", found, remedy or "free some, or set TMPDIR")
         else:
             yield ok("space", found)
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Memory of this machine or its container, and what is available of it."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        name, _, rest = line.partition(":")
-        values[name] = int(rest.split()[0]) * 1024
-    total, available = values["MemTotal"], values["MemAvailable"]
-    limit = Path("/sys/fs/cgroup/memory.max")
-    used = Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        available = min(available, int(text) - int(used.read_text()))
-    return total, available

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 
@@ -19,8 +18,6 @@ _DECODED_TOKENS = 65_536
 """Context of all decoding sequences of the largest step together; a pool may hold more, but what a
 step takes for that is small where kernels attend."""
 _ANY_BLOCK = 1
-_PROC = Path("/proc")
-_CGROUPS = Path("/sys/fs/cgroup")
 
 _log = logging.getLogger(__name__)
 
@@ -118,20 +115,6 @@ def host_memory_needs(
     return needs
 
 
-def available_bytes() -> int | None:
-    """Memory that new pages can take, within the limits of the process' control group.
-
-    None where the system does not tell.
-    """
-    try:
-        lines = (_PROC / "meminfo").read_text(encoding="ascii").splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    return min([available, *_left_in_groups()])
-
-
 def check_host_memory(
     needs: Mapping[str, int], ranks: int, available: int | None, *, is_final: bool = True
 ) -> None:
@@ -172,34 +155,3 @@ def _sequence(config: Config, tokens: int, context: int) -> SequenceInput:
         seed=0,
         prompt_tokens=context,
     )
-
-
-def _left_in_groups() -> list[int]:
-    """What the limits of this process' group and of those above it leave (cgroup version 2)."""
-    try:
-        lines = (_PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    own = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if own is None:
-        return []
-    group, found = Path(own), []
-    for level in (group, *group.parents):
-        left = _left_in_group(_CGROUPS / level.relative_to("/"))
-        if left is not None:
-            found.append(left)
-    return found
-
-
-def _left_in_group(directory: Path) -> int | None:
-    try:
-        limit = (directory / "memory.max").read_text(encoding="ascii").strip()
-        used = int((directory / "memory.current").read_text(encoding="ascii"))
-        statistics = (directory / "memory.stat").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return None
-    if limit == "max":
-        return None
-    # Pages of files that were read, which the kernel gives up first.
-    reclaimable = int(statistics[statistics.index("inactive_file") + 1])
-    return max(int(limit) - used + reclaimable, 0)

@@ -24,6 +24,7 @@ from fastserve_mega.system.config import (
     ServerConfig,
 )
 from fastserve_mega.system.hardware import HardwareConfig
+from fastserve_mega.system.host_memory import HostMemory
 
 CONFIG = Config(model=ModelConfig(path="/nowhere/model"))
 
@@ -155,8 +156,8 @@ def test_a_model_without_all_its_files(model):
     ("host_gb", "available_gb", "status"), [(1, 50, "ok"), (30, 10, "warning"), (99, 50, "problem")]
 )
 def test_memory_against_the_plan(model, monkeypatch, host_gb, available_gb, status):
-    memory = (64 * machine.GIB, available_gb * machine.GIB)
-    monkeypatch.setattr(deployment_checks, "memory_bytes", lambda: memory)
+    memory = HostMemory(64 * machine.GIB, available_gb * machine.GIB)
+    monkeypatch.setattr(deployment_checks, "host_memory", lambda: memory)
     config = Config(
         model=ModelConfig(path=str(model)),
         parallel=ParallelConfig(device="cpu"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fastserve_mega.scheduling.cost_model import CostModel
-from fastserve_mega.scheduling.kv.admission import Admission, StartedRequests
+from fastserve_mega.scheduling.kv.admission import Admission, KvProjection, StartedRequests
 from fastserve_mega.scheduling.kv.copies import Copy
 from fastserve_mega.scheduling.kv.pool import BlockPool, PoolSizes
 from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
-from fastserve_mega.scheduling.kv.projection import KvProjection
 from fastserve_mega.scheduling.kv.reclaim import Reclaimer
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.scheduling.policies.policy import Policy

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config
+from fastserve_mega.system.host_memory import HostMemory, host_memory
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.system.sizes import block_bytes, host_blocks
 from fastserve_mega.worker.embeddings import Embeddings
@@ -36,7 +37,6 @@ from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.megatron.native_engine import NativeEngine
 from fastserve_mega.worker.memory import (
-    available_bytes,
     check_host_memory,
     device_blocks,
     host_memory_needs,
@@ -88,7 +88,7 @@ class MegatronRunner:
         self._sampler = Sampler(eos, grammars, choose_draw(config.parallel, self._device))
         self._sending: tuple[dist.Work, Tensor] | None = None
         # Before any rank of this host allocates: they leave the next line together.
-        available = available_bytes()
+        memory = host_memory()
         groups = join_process_groups(
             config.parallel, topology, self._device, master_address, master_port
         )
@@ -99,7 +99,7 @@ class MegatronRunner:
                 architecture, partition, groups, choice, dtype=self._dtype, device=self._device
             )
             block = block_bytes(architecture, partition, config.kv_cache, self._dtype.itemsize)
-            self._check_host_memory(config, block, topology.local_size, available)
+            self._check_host_memory(config, block, topology.local_size, memory)
             action, num_bytes = f"loading {config.model.name}", self._stage.num_bytes
             with show_progress(action, num_bytes, shown=topology.rank == 0) as report:
                 checkpoint.load(self._stage, report)
@@ -191,12 +191,13 @@ class MegatronRunner:
         del self._stage, self._engine, self.cache, self._host, self.copies
 
     def _check_host_memory(
-        self, config: Config, block: int, ranks: int, available: int | None
+        self, config: Config, block: int, ranks: int, memory: HostMemory | None
     ) -> None:
         """Refuse what this host has no memory for, before it is taken."""
         needs = host_memory_needs(
             config, self.architecture, block, self._device, self._stage.num_bytes
         )
+        available = None if memory is None else memory.available
         check_host_memory(needs, ranks, available, is_final=self._device.type == "cpu")
 
     def _device_blocks(self, config: Config, block: int) -> int:

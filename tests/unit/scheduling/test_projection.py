@@ -9,7 +9,7 @@ from fixed_costs import Driver, arrived, make_scheduler, names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastserve_mega.scheduling.kv.projection import KvProjection
+from fastserve_mega.scheduling.kv.admission import KvProjection
 from fastserve_mega.system.config import SwapConfig
 
 

@@ -1,7 +1,7 @@
 import pytest
 
-from fastserve_mega.worker import memory
-from fastserve_mega.worker.memory import available_bytes, check_host_memory
+from fastserve_mega.system import host_memory
+from fastserve_mega.worker.memory import check_host_memory
 
 GB = 2**30
 
@@ -27,16 +27,16 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
     proc, groups = tmp_path / "proc", tmp_path / "groups"
     (proc / "self").mkdir(parents=True)
     (groups / "job/step").mkdir(parents=True)
-    (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    8388608 kB\n")
+    (proc / "meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable:    8388608 kB\n")
     (proc / "self/cgroup").write_text("1:cpu:/x\n0::/job/step\n")
     for group, limit in (("job/step", "max"), ("job", str(4 * GB))):
         (groups / group / "memory.max").write_text(limit)
         (groups / group / "memory.current").write_text(str(2 * GB))
         (groups / group / "memory.stat").write_text(f"anon 5\ninactive_file {GB}\n")
-    monkeypatch.setattr(memory, "_PROC", proc)
-    monkeypatch.setattr(memory, "_CGROUPS", groups)
-    assert available_bytes() == 3 * GB
+    monkeypatch.setattr(host_memory, "_PROC", proc)
+    monkeypatch.setattr(host_memory, "_CGROUPS", groups)
+    assert host_memory.host_memory() == (4 * GB, 3 * GB)
     (groups / "job/memory.max").write_text("max")
-    assert available_bytes() == 8 * GB
+    assert host_memory.host_memory() == (16 * GB, 8 * GB)
     (proc / "meminfo").write_text("")
-    assert available_bytes() is None
+    assert host_memory.host_memory() is None
