@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import socket
@@ -13,18 +12,17 @@ from urllib.parse import urlsplit
 
 from msgspec import structs
 
-from fastserve_mega.doctor.finding import Finding, ok, problem, warning
+from fastserve_mega.doctor.finding import Finding, ProbeError, ok, problem, python_probe, warning
 from fastserve_mega.doctor.machine import GIB
-from fastserve_mega.doctor.probe import ProbeError, python_probe
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.deployment import DeploymentPlan, plan_deployment
 from fastserve_mega.system.host_memory import host_memory
-from fastserve_mega.system.locate import find_architecture, resolve_model
+from fastserve_mega.system.locate import find_architecture, has_tokenizer, resolve_model
 from fastserve_mega.system.sizes import CPU_POOL_GB
+from fastserve_mega.system.weight_files import find_files, has_safetensors
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", "iter_*/*.distcp")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _DEVICE_BYTES = """
 import json, torch
 count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -83,20 +81,20 @@ def check_model(config: Config, config_file: Path) -> Iterator[Finding]:
         return
     load_architecture(directory)
     weights = [path for pattern in _WEIGHT_FILES for path in directory.glob(pattern)]
-    missing = _missing_shards(directory)
     unreadable = [path.name for path in weights if not os.access(path, os.R_OK)]
-    if missing:
-        said = f"{', '.join(missing[:3])} not there, {len(missing)} in all"
-        yield problem("model", f"{directory}: {said}", "fetch the model again")
-    elif unreadable:
+    is_distributed = any(path.suffix == ".distcp" for path in weights)
+    wrong = ""
+    if has_safetensors(directory) or not is_distributed:
+        wrong = _wrong_files(directory)
+    if unreadable:
         yield problem("model", f"{unreadable[0]} cannot be read", "change its permissions")
-    elif not weights:
-        yield problem("model", f"{directory} has no *.safetensors", "convert or fetch the weights")
+    elif wrong:
+        yield problem("model", wrong, "convert the weights, or fetch the model again")
     else:
         size = sum(path.stat().st_size for path in weights)
         yield ok("model", f"{directory}, {size / GIB:.1f} GiB of weights")
-    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
-        remedy = f"put {_TOKENIZER_FILES[0]} there: clients and the HTTP server need it"
+    if not has_tokenizer(directory):
+        remedy = "put tokenizer.json there: clients and the HTTP server need it"
         yield warning("model", f"{directory} has no tokenizer", remedy)
 
 
@@ -130,12 +128,13 @@ def _download_size(config: Config, config_file: Path) -> str:
     return f"about {size / GIB:.1f} GiB; {free / GIB:.0f} GiB are free in {place}{enough}"
 
 
-def _missing_shards(directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists() or (directory / "model.safetensors").exists():
-        return []
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(name for name in names if not (directory / name).exists())
+def _wrong_files(directory: Path) -> str:
+    """Why the weights cannot be loaded from safetensors files; empty when they can."""
+    try:
+        find_files(directory)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def check_memory(config: Config, config_file: Path) -> Iterator[Finding]:

@@ -11,8 +11,15 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from fastserve_mega.doctor.finding import Finding, ok, problem, warning
-from fastserve_mega.doctor.probe import ProbeError, python_probe, run_probe
+from fastserve_mega.doctor.finding import (
+    Finding,
+    ProbeError,
+    ok,
+    problem,
+    python_probe,
+    run_probe,
+    warning,
+)
 from fastserve_mega.launcher import LaunchError, mpirun_command
 from fastserve_mega.system.config import Config
 from fastserve_mega.worker.native.library import NativeError, load_library

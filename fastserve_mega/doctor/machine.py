@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastserve_mega.doctor.finding import Finding, ok, problem, warning
-from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.doctor.finding import Finding, ProbeError, ok, problem, python_probe, warning
 from fastserve_mega.system.config import Config
 
 GIB = 2**30

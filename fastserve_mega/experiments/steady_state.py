@@ -29,8 +29,7 @@ from fastserve_mega.experiments.systems import load_system
 from fastserve_mega.simulator.config import SimulationConfig
 from fastserve_mega.simulator.lengths import LengthTable
 from fastserve_mega.simulator.main import simulate, with_policy
-from fastserve_mega.simulator.report import Report, summarize, to_json
-from fastserve_mega.simulator.tables import make_tables
+from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
 from fastserve_mega.simulator.workload import draw_requests, load_lengths
 from fastserve_mega.system.config import PolicyName
 

@@ -14,9 +14,8 @@ from fastserve_mega.printing import print_sentence
 from fastserve_mega.simulator.config import SimulationConfig, make_replicas
 from fastserve_mega.simulator.lengths import LengthTable
 from fastserve_mega.simulator.records import SimulationResult
-from fastserve_mega.simulator.report import Report, summarize, to_json
+from fastserve_mega.simulator.report import Report, make_tables, summarize, to_json
 from fastserve_mega.simulator.simulation import Simulation
-from fastserve_mega.simulator.tables import make_tables
 from fastserve_mega.simulator.workload import RequestSpec, draw_requests, load_lengths
 from fastserve_mega.slo import Slo
 from fastserve_mega.system.deployment import plan_deployment

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.pipeline import CopyStats
+from fastserve_mega.simulator.replica import CopyStats
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.slo import Slo
 

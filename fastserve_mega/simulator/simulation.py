@@ -18,14 +18,19 @@ from fastserve_mega.scheduling.events import (
 )
 from fastserve_mega.scheduling.placement import Placement, Placer
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.records import (
     RequestRecord,
     SimulatedRequest,
     SimulationResult,
     Timeline,
 )
-from fastserve_mega.simulator.replica import Outage, SimulatedReplica, SimulatedStep, changes
+from fastserve_mega.simulator.replica import (
+    CopyStats,
+    Outage,
+    SimulatedReplica,
+    SimulatedStep,
+    changes,
+)
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.slo import Slo
 from fastserve_mega.types import BlockHash, RequestId
@@ -234,13 +239,12 @@ class Simulation:
         """Each sampling slice yields one token; the simulation knows which is the last."""
         finished: list[RequestId] = []
         live, pace_s = self._live, self._slo.tpot_s
-        tokens = 0
         filled: list[tuple[RequestId, BlockHash]] = []
         block_size = self._block_size if self._shares_prefixes else 0
         for piece in step.plan.batch:
             if not piece.samples:
                 continue
-            tokens += 1
+            self._output_tokens += 1
             request_id = piece.request_id
             request = live[request_id]
             request.output_left -= 1
@@ -259,9 +263,7 @@ class Simulation:
             if not request.output_left:
                 finished.append(request_id)
                 self._finish(request_id, now)
-        self._output_tokens += tokens
-        elapsed_s = now - step.dispatched_s
-        return StepDone(step.plan.step_id, elapsed_s, tuple(finished), tuple(filled))
+        return StepDone(step.plan.step_id, now - step.dispatched_s, tuple(finished), tuple(filled))
 
     def _finish(self, request_id: RequestId, now: float) -> None:
         request = self._live.pop(request_id)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from msgspec import structs
 
 from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config, ModelConfig
+from fastserve_mega.system.weight_files import find_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """organization/name."""
@@ -18,7 +18,6 @@ _DESCRIPTION = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 """What the coordinator and the HTTP server need: architecture and tokenizer."""
 _TOKENIZER_FILES = ("tokenizer", "vocab")
 _WEIGHTS = ["*.safetensors"]
-_INDEX_FILE = "model.safetensors.index.json"
 
 Download = Callable[..., str]
 """huggingface_hub.snapshot_download, or a stand-in for it."""
@@ -98,13 +97,11 @@ def _cached(name: str, download: Download, *, weights: bool) -> Path | None:
 
 
 def _has_all_weights(directory: Path) -> bool:
-    if (directory / "model.safetensors").is_file():
-        return True
     try:
-        index = json.loads((directory / _INDEX_FILE).read_text(encoding="utf-8"))
-        return all((directory / name).is_file() for name in {*index["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        find_files(directory)
+    except (OSError, ValueError):
         return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -13,8 +13,7 @@ from fastserve_mega.doctor import (
     doctor,
     machine,
 )
-from fastserve_mega.doctor.finding import Check, ok, problem
-from fastserve_mega.doctor.probe import ProbeError, python_probe
+from fastserve_mega.doctor.finding import Check, ProbeError, ok, problem, python_probe
 from fastserve_mega.system.config import (
     Config,
     CoordinatorConfig,
@@ -111,7 +110,7 @@ def model(tmp_path):
     }  # fmt: skip
     config = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 0, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model-1.safetensors").write_bytes(b"x")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
     (tmp_path / "tokenizer.json").write_text("{}")
     return tmp_path
 
@@ -143,13 +142,16 @@ def test_a_name_on_the_hub(monkeypatch, tmp_path):
 def test_a_model_without_all_its_files(model):
     (model / "tokenizer.json").unlink()
     names = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     weights, tokenizer = check_model(model)
-    assert "model-2.safetensors not there, 1 in all" in weights.found
+    assert "1 of the files named in" in weights.found
+    assert weights.found.endswith("the first is model-2.safetensors")
     assert (weights.status, tokenizer.status) == ("problem", "warning")
     (model / "model.safetensors.index.json").unlink()
+    assert "but model-1.safetensors: a part" in check_model(model)[0].found
     (model / "model-1.safetensors").unlink()
-    assert "has no *.safetensors" in check_model(model)[0].found
+    assert "holds no weights" in check_model(model)[0].found
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,8 @@ from fastserve_mega.experiments.run_log import Run
 from fastserve_mega.experiments.standing_set import find_workload
 from fastserve_mega.messaging.messages import Snapshot
 from fastserve_mega.printing import FittedTable
-from fastserve_mega.simulator.pipeline import CopyStats
-from fastserve_mega.simulator.report import Distribution, Report
-from fastserve_mega.simulator.tables import make_tables
+from fastserve_mega.simulator.replica import CopyStats
+from fastserve_mega.simulator.report import Distribution, Report, make_tables
 from fastserve_mega.slo import Slo
 from fastserve_mega.snapshot import Percentiles, PoolView, ReplicaView, RequestView
 from fastserve_mega.system.config_file import load_config

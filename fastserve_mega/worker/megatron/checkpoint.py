@@ -15,6 +15,7 @@ from torch import Tensor
 from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import Partition, partition_model
+from fastserve_mega.system.weight_files import has_safetensors
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
     DistributedCheckpoint,
     find_distributed_checkpoint,
@@ -23,7 +24,6 @@ from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.pieces import Piece, Weight
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
 from fastserve_mega.worker.megatron.scaled_weights import ScaledWeights
-from fastserve_mega.worker.megatron.weight_files import has_safetensors
 from fastserve_mega.worker.megatron.weights import unused_positions, weights_of
 
 _FUSED_EXPERTS = ".experts.gate_up_proj"

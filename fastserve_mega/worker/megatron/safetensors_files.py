@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastserve_mega import faults
-from fastserve_mega.worker.megatron.weight_files import find_files
+from fastserve_mega.system.weight_files import find_files
 
 _DTYPES = {
     "F64": torch.float64,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastserve_mega.system.weight_files import INDEX_FILE, SINGLE_FILE
 from fastserve_mega.worker.megatron.safetensors_files import KINDS
-from fastserve_mega.worker.megatron.weight_files import INDEX_FILE, SINGLE_FILE
 
 _SHARD_BYTES = 5 * 10**9
 

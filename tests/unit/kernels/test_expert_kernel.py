@@ -11,7 +11,7 @@ from torch.nn import functional
 from fastserve_mega.models.architecture import Experts
 from fastserve_mega.worker.float8 import quantize_rows, widen
 from fastserve_mega.worker.megatron.experts import ExpertMixture
-from fastserve_mega.worker.megatron.kernel_experts import use_kernels
+from fastserve_mega.worker.megatron.kernel_layers import use_kernels
 from fastserve_mega.worker.megatron.packing import Packable
 
 HIDDEN, WIDE = 40, 24

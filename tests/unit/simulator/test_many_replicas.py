@@ -9,8 +9,7 @@ from fixed_hardware import RoundCosts, run
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.simulator.pipeline import SimulatedCopies
-from fastserve_mega.simulator.replica import Outage
+from fastserve_mega.simulator.replica import Outage, SimulatedCopies
 from fastserve_mega.simulator.workload import RequestSpec
 
 

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from fastserve_mega.simulator.config import SimulationConfig, load_simulation_config
 from fastserve_mega.simulator.main import run_simulate, simulate, with_policy
-from fastserve_mega.simulator.pipeline import CopyStats
 from fastserve_mega.simulator.records import RequestRecord, SimulationResult
+from fastserve_mega.simulator.replica import CopyStats
 from fastserve_mega.simulator.report import jain_index, summarize, to_json
 from fastserve_mega.simulator.workload import make_requests
 from fastserve_mega.slo import Slo
