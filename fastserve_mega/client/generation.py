@@ -9,19 +9,11 @@ from fastserve_mega.client.request_state import Chunk, RequestState
 from fastserve_mega.types import FinishReason, RequestId, Timings, TokenLogprobs, Usage
 
 
-class AsyncGeneration:
-    """An answer on its way: `async for chunk in generation`.
+class AnswerSoFar:
+    """What has arrived of an answer, whether it was iterated over or not."""
 
-    Iterating raises what ended the request otherwise than normally: `InvalidRequestError`,
-    `ServerBusyError`, `ServerError` or `ServerUnavailableError`. Ends by a time limit or by
-    `cancel()` are normal and are told by `finish_reason`. A generation that is dropped unfinished
-    is cancelled.
-    """
-
-    def __init__(self, state: RequestState, cancel: Callable[[RequestState], None]) -> None:
+    def __init__(self, state: RequestState) -> None:
         self._state = state
-        self._cancel = cancel
-        self._loop = asyncio.get_running_loop()
 
     @property
     def request_id(self) -> RequestId:
@@ -44,7 +36,7 @@ class AsyncGeneration:
 
     @property
     def text(self) -> str:
-        """All text that arrived so far, whether iterated over or not."""
+        """All text that arrived so far."""
         return self._state.text
 
     @property
@@ -82,6 +74,21 @@ class AsyncGeneration:
         `array.array("f", generation.embedding)` has the numbers.
         """
         return self._state.embedding
+
+
+class AsyncGeneration(AnswerSoFar):
+    """An answer on its way: `async for chunk in generation`.
+
+    Iterating raises what ended the request otherwise than normally: `InvalidRequestError`,
+    `ServerBusyError`, `ServerError` or `ServerUnavailableError`. Ends by a time limit or by
+    `cancel()` are normal and are told by `finish_reason`. A generation that is dropped unfinished
+    is cancelled.
+    """
+
+    def __init__(self, state: RequestState, cancel: Callable[[RequestState], None]) -> None:
+        super().__init__(state)
+        self._cancel = cancel
+        self._loop = asyncio.get_running_loop()
 
     def __aiter__(self) -> AsyncGeneration:
         return self

@@ -13,18 +13,13 @@ from typing import Any, TypeVar, Unpack
 
 from fastserve_mega.client.async_client import DEFAULT_ENDPOINT, AsyncClient
 from fastserve_mega.client.errors import ServerUnavailableError
-from fastserve_mega.client.generation import AsyncGeneration
+from fastserve_mega.client.generation import AnswerSoFar, AsyncGeneration
 from fastserve_mega.client.options import RequestOptions
 from fastserve_mega.client.request_state import Chunk
 from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import (
-    FinishReason,
-    RequestId,
     SamplingParams,
-    Timings,
-    TokenLogprobs,
-    Usage,
 )
 
 T = TypeVar("T")
@@ -117,57 +112,14 @@ class Client:
         return self.generate(tuple(prompt), params, **options)
 
 
-class Generation:
+class Generation(AnswerSoFar):
     """An answer on its way: `for chunk in generation`; see `AsyncGeneration`."""
 
     def __init__(self, generation: AsyncGeneration, loop: _LoopThread) -> None:
+        super().__init__(generation._state)
         self._generation = generation
         self._loop = loop
         self._chunks: deque[Chunk] = deque()
-
-    @property
-    def request_id(self) -> RequestId:
-        return self._generation.request_id
-
-    @property
-    def finish_reason(self) -> FinishReason | None:
-        """How it ended; None while it runs, and when it ended with an error."""
-        return self._generation.finish_reason
-
-    @property
-    def usage(self) -> Usage | None:
-        """Token counts; None until it ended."""
-        return self._generation.usage
-
-    @property
-    def text(self) -> str:
-        """All text that arrived so far, whether iterated over or not."""
-        return self._generation.text
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """All output tokens that arrived so far."""
-        return self._generation.token_ids
-
-    @property
-    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
-        """One for each prompt token when asked for; None for the first, which follows nothing."""
-        return self._generation.prompt_logprobs
-
-    @property
-    def logprobs(self) -> tuple[TokenLogprobs | None, ...]:
-        """One for each of `token_ids` when asked for, else empty."""
-        return self._generation.logprobs
-
-    @property
-    def timings(self) -> Timings | None:
-        """When the coordinator began it, and so on; None until it ended, or was not begun."""
-        return self._generation.timings
-
-    @property
-    def embedding(self) -> bytes:
-        """Of the prompt, when asked for: 32-bit floats, little-endian."""
-        return self._generation.embedding
 
     def __iter__(self) -> Generation:
         return self
