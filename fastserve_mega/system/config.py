@@ -187,7 +187,8 @@ class PacedConfig(Record, frozen=True, kw_only=True):
     """The policy `paced`: what is promised to those who read along."""
 
     tokens_per_s: PositiveFloat = 12.0
-    """How fast somebody reads. An answer that is ahead of its reader may pause."""
+    """How fast somebody reads, at least so many as `tpot_s` needs. An answer that is ahead of its
+    reader may pause."""
     ttft_s: PositiveFloat = 1.0
     """When the first token is due. Who cannot have it in time comes after those who can."""
     tpot_s: PositiveFloat = 0.1

@@ -55,8 +55,9 @@ class Victims:
     ) -> tuple[list[Request], int]:
         """Victims of lower priority that hold `blocks` blocks alone together, or all of them.
 
-        Whoever runs already may take them from anybody, else all could wait for each other; who is
-        to be admitted, only from those who have paid back, and whose KV is not lost with it.
+        Whoever runs already may take them from anybody, else all could wait for each other: last
+        from those whose KV is lost with it. Who is to be admitted, only from those who have paid
+        back, and whose KV is not lost.
 
         Args:
             request: gets the blocks.
@@ -67,12 +68,11 @@ class Victims:
         Returns:
             The victims, and the blocks that come free with them.
         """
-        if request.place is Place.RESIDENT:
-            host_room = None
         own_rank = self._queues.rank(request)
         candidates = self._all() if request.place is Place.RESIDENT else self
         rank = self._queues.rank
         chosen: list[Request] = []
+        losing: list[Request] = []
         held = 0
         for victim in candidates:
             if held >= blocks:
@@ -81,8 +81,15 @@ class Victims:
             if rank(victim) > own_rank and held_s >= turn_s * len(victim.kv.block_table):
                 if host_room is not None:
                     if len(victim.kv.block_table) > host_room:
+                        losing.append(victim)
                         continue
                     host_room -= len(victim.kv.block_table)
+                chosen.append(victim)
+                held += self._device.exclusive(victim.kv.block_table)
+        if request.place is Place.RESIDENT:
+            for victim in losing:
+                if held >= blocks:
+                    break
                 chosen.append(victim)
                 held += self._device.exclusive(victim.kv.block_table)
         return chosen, held
@@ -219,11 +226,10 @@ class Reclaimer:
         """
         if not self._preempts:
             return
-        leaving = self._copies.leaving_blocks
-        coming = min(max(leaving - self._claimed, 0), shortage)
+        free = self._device.free_count
+        coming = min(max(self._copies.leaving_blocks - self._claimed, 0), shortage)
         chosen, held = self.victims.choose(request, shortage - coming, self._host_room())
         if held < shortage - coming:
-            free = self._device.free_count
             found = self._queues.rank(request), free + coming + held
             self._attainable[request.place is Place.RESIDENT] = found
             return
@@ -236,7 +242,7 @@ class Reclaimer:
             }
         for victim in chosen:
             self._swapper.preempt(victim, request, self._step_id)
-        self._claimed += coming + self._copies.leaving_blocks - leaving
+        self._claimed += max(shortage - (self._device.free_count - free), 0)
 
 
 def _is_unpaid(request: Request) -> bool:

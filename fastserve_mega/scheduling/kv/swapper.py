@@ -57,10 +57,19 @@ class Swapper:
 
     @property
     def host_room(self) -> int:
-        """Host blocks for the KV of more victims; copies of what is on the device give way."""
+        """Host blocks for the KV of more victims; copies of what is on the device give way.
+
+        Not those that are being copied just now: who comes back has its host blocks until it has.
+        """
         if self._strategy == "recompute":
             return 0
-        return self._host.capacity - self.num_swapped_blocks
+        moving: dict[Request, None] = {}
+        in_use = self.num_swapped_blocks
+        for copy in self.copies.outstanding:
+            in_use += len(copy.host_blocks)
+            if copy.request and not copy.request.kv.num_swapped_blocks:
+                moving[copy.request] = None
+        return self._host.capacity - in_use - sum(len(each.kv.host_table) for each in moving)
 
     def swap_in(
         self,

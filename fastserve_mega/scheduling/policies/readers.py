@@ -24,6 +24,11 @@ _GAP_AWAY_S = 1.25
 """The same on the host: it costs two copies, so a turn should yield many tokens."""
 _GAP_GIVEN_UP_S = 5.0
 """The same for an answer that was given up."""
+_WITHIN_TPOT = 0.85
+"""Of `tpot_s`, what the slowest reader takes for a token: a mean that is just kept is missed by
+whoever is a little late."""
+_BEHIND = 4 / 3
+"""A reader waits when its last token was due so long ago, in times of `tpot_s`."""
 _TYPICAL_CONTEXT = 256
 _SMOOTHING = 0.05
 
@@ -71,7 +76,9 @@ class Readers:
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         self.interval_s = cost_model.decode_s(config.max_batch_size, _TYPICAL_CONTEXT)
         """Time from a step to the next, smoothed."""
-        self._pace_s = 1.0 / config.paced.tokens_per_s
+        tpot_s = config.paced.tpot_s
+        self._pace_s = min(1.0 / config.paced.tokens_per_s, _WITHIN_TPOT * tpot_s)
+        self._behind_s = _BEHIND * tpot_s - self._pace_s
         self._ttft_s = config.paced.ttft_s
         self._cost_model = cost_model
         self._batch_size = config.max_batch_size
@@ -163,6 +170,10 @@ class Readers:
         """Return when the reader wants the next token."""
         reader = self._readers[request]
         return reader.due_s + self._pace_s * (request.num_tokens - reader.num_tokens)
+
+    def is_behind(self, request: Request, now: float) -> bool:
+        """Whether the reader of an answer has waited for longer than what was promised allows."""
+        return self.next_s(request) + self._behind_s <= now
 
     def due_s(self, request: Request) -> float:
         """Return when a request has to yield a token: for its reader, or to bound the pause."""

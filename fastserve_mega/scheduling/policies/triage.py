@@ -19,8 +19,6 @@ _USED = 0.9
 """Share of the tokens of full batches that is promised to readers."""
 _USED_WITH_HOST = 0.7
 """So much less while KV moves between device and host: who is copied does not run."""
-_BEHIND_S = 0.05
-"""While an answer that has begun is later than this, nobody is started."""
 _STARVED_SHARE = 0.1
 """Share of the time that is for the starved."""
 _LARGER = 2.0
@@ -149,13 +147,22 @@ class Triage:
         return places - taken
 
     def _is_behind(self, now: float) -> bool:
-        """Whether the reader of an answer waits, though it was not given up."""
+        """Whether the reader of an answer waits, though it was not given up.
+
+        Not where a step could take all urgent residents, and leaves it out for the share of another
+        client: a request less in the batch would not help it.
+        """
+        readers = self._readers
         for place in Place:  # one that lost its KV waits again
-            for request in self._queues.of_highest(place)[: self._batch_size]:
-                reader = self._readers[request]
-                if self._readers.next_s(request) > now - _BEHIND_S:
+            urgent = self._queues.of_highest(place)
+            has_place = place is Place.RESIDENT and len(urgent) <= self._batch_size
+            for request in urgent[: self._batch_size]:
+                if not readers.is_behind(request, now):
                     break
-                if reader.has_begun and not (reader.is_given_up or request.num_scheduled_tokens):
+                reader = readers[request]
+                if not reader.has_begun or reader.is_given_up or request.num_scheduled_tokens:
+                    continue
+                if not has_place or request.num_passed_over:
                     return True
         return False
 

@@ -246,3 +246,13 @@ def test_a_session_that_was_served_much_comes_after_others_where_places_are_few(
     readers.step(("theirs", 100, 60), session="agent", client="another")
     readers.run_until_idle()
     assert readers.begun.index("theirs") < readers.begun.index("agent3")
+
+
+def test_who_reads_slowly_still_gets_its_tokens_in_the_time_that_is_promised():
+    readers = Readers(batch=1, tokens_per_s=4.0, tpot_s=0.1)
+    readers.step(("first", 10, 400), ("second", 10, 40))
+    while len(readers.token_times.get("second", ())) < 40:
+        assert readers.now < 20
+        readers.step()
+    times = readers.token_times["second"]
+    assert (times[-1] - times[0]) / 39 <= 0.1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fixed_costs import arrived, make_scheduler
+from fixed_costs import Driver, arrived, make_scheduler, names
 
 from fastserve_mega.plan import BlockCopy, CopyDirection, Plan
 from fastserve_mega.scheduling.events import CopyDone, Event, StepDone
@@ -99,3 +99,25 @@ def test_enst_and_not_queue_order_chooses_what_is_swapped_in_first(ranks):
         ranks.step(ends=("large",))
     assert ranks.left[:2] == ["idle", "starving"]
     assert ranks.returned[:2] == ["starving", "idle"]
+
+
+def test_all_who_need_a_block_share_what_one_preemption_frees():
+    swap = SwapConfig(strategy="proactive", write_through_blocks=0)
+    scheduler = make_scheduler(policy="fcfs", device_blocks=14, host_blocks=14, swap=swap)
+    driver = Driver(scheduler, dict.fromkeys("abcd", 20))
+    driver.step([arrived("a", 8), arrived("b", 8), arrived("c", 8), arrived("d", 15)])
+    while names(driver.step()):
+        assert driver.now < 20
+    assert scheduler.memory.preemptions == 1  # d leaves with four blocks
+    assert names(driver.step()) == ["a", "b", "c"]
+
+
+def test_the_host_has_no_room_where_kv_still_comes_back_from(ranks):
+    ranks = ranks("proactive")
+    memory = ranks.scheduler.memory
+    large = arrived("large", 220, priority=-9)
+    ranks.step(large, ends=("large",))
+    while not ranks.returned:
+        ranks.step(ends=("large",))
+    assert memory.host.free_count < memory.host.capacity - memory.swapper.num_swapped_blocks
+    assert memory.swapper.host_room == memory.host.free_count
