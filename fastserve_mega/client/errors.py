@@ -20,7 +20,16 @@ class TokenizerUnavailableError(ClientError):
 
 
 class ServerBusyError(ClientError):
-    """The server holds as many requests as it may; try again later."""
+    """The server holds as many requests as it may; try again later.
+
+    Args:
+        message: one sentence.
+        retry_after_s: when there will be room if nobody else comes, seconds; None: nobody knows.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class ServerError(ClientError):

@@ -145,7 +145,8 @@ class RequestState:
         """End as the server says."""
         self.timings = message.timings
         if message.reason is FinishReason.REJECTED:
-            self.fail(ServerBusyError(message.message or "the server is full; try again later"))
+            told = message.message or "the server is full; try again later"
+            self.fail(ServerBusyError(told, message.retry_after_s))
         elif message.reason is FinishReason.ERROR:
             kind = InvalidRequestError if message.is_invalid else ServerError
             self.fail(kind(message.message or "the server failed"))

@@ -78,10 +78,16 @@ def begin(tokens: Sequence[int]) -> Behaviour:
     return lambda submit: list(answer(tokens)(submit))[:-1]
 
 
-def end(reason: FinishReason, message: str = "") -> Behaviour:
+def end(reason: FinishReason, message: str = "", retry_after_s: float | None = None) -> Behaviour:
     """End each request at once."""
     return lambda submit: [
-        Finished(submit.request_id, reason, Usage(len(submit.prompt), 0), message)
+        Finished(
+            submit.request_id,
+            reason,
+            Usage(len(submit.prompt), 0),
+            message,
+            retry_after_s=retry_after_s,
+        )
     ]
 
 

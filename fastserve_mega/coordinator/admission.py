@@ -38,6 +38,8 @@ class Admission:
     max_context: int
     max_queued_requests: int
     max_queued_tokens: int
+    max_wait_s: float = math.inf
+    """Longest wait for a first step."""
 
     def refusal(self, submit: Submit) -> str | None:
         """What is wrong with a request, as one sentence with the value and the limit."""

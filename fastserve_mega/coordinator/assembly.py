@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,6 +117,7 @@ def make_coordinator(
             max_context=welcome.max_context,
             max_queued_requests=config.scheduler.max_queued_requests,
             max_queued_tokens=config.scheduler.max_queued_tokens,
+            max_wait_s=config.scheduler.max_wait_s or math.inf,
         ),
         prefix_block_size=config.kv_cache.block_size if config.kv_cache.prefix_cache else None,
         clock=time.monotonic,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.intake import Intake
-from fastserve_mega.coordinator.kept_answers import RecentAnswers
+from fastserve_mega.coordinator.kept_answers import Reports
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import Identity
@@ -19,26 +18,21 @@ from fastserve_mega.messaging.messages import (
     GetSnapshot,
     Hello,
     Message,
-    Metrics,
     Ping,
     Pong,
     Refused,
     Restarting,
-    Snapshot,
     Submit,
     Welcome,
 )
 from fastserve_mega.messaging.rank_messages import CopyResult, StepResult
 from fastserve_mega.metrics import ServingMetrics
-from fastserve_mega.scheduling.events import Aborted, StepDone
+from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.placement import Placement
-from fastserve_mega.snapshot import Percentiles
 from fastserve_mega.types import BlockHash, FinishReason, RequestId
 
 _LISTEN_S = 0.02
 """Of a turn, for what clients send; the rest of it waits for the next turn."""
-_MAX_VIEWS = 1_000
-"""Requests of each replica that a snapshot shows, whatever is asked for."""
 
 
 class Coordinator:
@@ -71,13 +65,14 @@ class Coordinator:
         self._welcome = welcome
         self._eos_token_ids = frozenset(welcome.eos_token_ids)
         self._replicas = replicas
+        self._max_wait_s = admission.max_wait_s
         self._placement = Placement([replica.scheduler for replica in replicas])
         self._front_door = front_door
         self._metrics = metrics
         self._clock = clock
         self._poll = poll
         self._requests = LiveRequests()
-        self._recent = RecentAnswers()
+        self._reports = Reports(replicas, metrics)
         self._replies: list[tuple[Identity, Message | bytes]] = []
         self._intake = Intake(
             requests=self._requests,
@@ -106,12 +101,7 @@ class Coordinator:
         self._poll(self._next_deadline())
         now = self._clock()
         for replica in self._replicas:
-            for result in replica.workers.results():
-                match result:
-                    case StepResult():
-                        replica.tell(self._step_done(replica, result, now))
-                    case CopyResult():
-                        replica.take_copy(result)
+            self._take_results(replica, now)
         for client, message in self._front_door.receive(now):
             self._answer(client, message, now)
             if self._clock() - now >= _LISTEN_S:
@@ -122,8 +112,9 @@ class Coordinator:
         for live in self._requests.take_overdue(now):
             reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
             self._abort(live, FinishReason.TIMEOUT, reason)
-        for live in self._intake.gate.pass_through():
-            self._place(live)
+        newcomers = self._intake.gate.pass_through()
+        for live in newcomers:
+            self._place(live, now)
         # Of many replicas only a few have results in a turn.
         for replica in [each for each in self._replicas if each.has_turn(now)]:
             replica.check_deadlines(now)
@@ -132,6 +123,8 @@ class Coordinator:
                 replica.dispatch(plan, self._requests, now)
                 events = ()
             replica.end_turn(now)
+        for live in newcomers:
+            self._let_in(live, now)
         self._placement.settle()
         self._send_replies()
 
@@ -172,6 +165,13 @@ class Coordinator:
         self._replies.clear()
 
     # --- what the ranks computed ---------------------------------------------------------------
+
+    def _take_results(self, replica: Replica, now: float) -> None:
+        for result in replica.workers.results():
+            if isinstance(result, CopyResult):
+                replica.take_copy(result)
+            else:
+                replica.tell(self._step_done(replica, result, now))
 
     def _step_done(self, replica: Replica, result: StepResult, now: float) -> StepDone:
         """Hand out the tokens of a step, and end the requests whose last ones they are."""
@@ -227,11 +227,9 @@ class Coordinator:
             case Ping():
                 self._reply(client, Pong(self._welcome.epoch))
             case GetMetrics():
-                self._reply(client, self._recent.get("metrics", self._rendered, now))
+                self._reply(client, self._reports.metrics(now))
             case GetSnapshot():
-                views = min(message.max_requests, _MAX_VIEWS)
-                snapshot = partial(self._snapshot, views, now)
-                self._reply(client, self._recent.get(f"snapshot {views}", snapshot, now))
+                self._reply(client, self._reports.snapshot(message.max_requests, now))
 
     def _cancel(self, client: Identity, cancel: Cancel) -> None:
         live = self._requests.get(cancel.request_id)
@@ -242,26 +240,19 @@ class Coordinator:
             return
         self._abort(live, FinishReason.ABORT)
 
-    def _place(self, live: LiveRequest) -> None:
+    def _place(self, live: LiveRequest, now: float) -> None:
         arrived = live.arrived()
         live.replica = self._placement.choose(arrived)
-        self._replicas[live.replica].tell(arrived)
+        self._replicas[live.replica].place(live, arrived, now)
 
-    def _rendered(self) -> Metrics:
-        return Metrics(self._metrics.render())
-
-    def _snapshot(self, max_requests: int, now: float) -> Snapshot:
-        requests = self._metrics.requests
-        return Snapshot(
-            clock_s=now,
-            replicas=tuple(each.scheduler.view(now, max_requests) for each in self._replicas),
-            prompt_tokens=requests.num_prompt_tokens,
-            generation_tokens=requests.num_generation_tokens,
-            finished_requests=requests.num_finished,
-            ttft_s=Percentiles.of(requests.recent_ttft_s),
-            jct_s=Percentiles.of(requests.recent_jct_s),
-            policy=self._metrics.info.get("policy", ""),
-        )
+    def _let_in(self, live: LiveRequest, now: float) -> None:
+        """Take a request that was placed, or reject it: its policy says how long it would wait."""
+        replica, limit_s = self._replicas[live.replica or 0], self._max_wait_s
+        if (excess_s := replica.excess_wait_s(live, limit_s, now)) is None:
+            self._metrics.requests.observe_arrival(len(live.prompt))
+            return
+        told = f"it would wait about {excess_s:.0f} s longer than scheduler.max_wait_s allows"
+        self._abort(live, FinishReason.REJECTED, told, retry_after_s=excess_s)
 
     # --- ends ----------------------------------------------------------------------------------
 
@@ -275,11 +266,18 @@ class Coordinator:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(output) >= params.max_tokens else None
 
-    def _abort(self, live: LiveRequest, reason: FinishReason, message: str = "") -> None:
+    def _abort(
+        self,
+        live: LiveRequest,
+        reason: FinishReason,
+        message: str = "",
+        *,
+        retry_after_s: float | None = None,
+    ) -> None:
         """End a request that its replica would go on with."""
         if live.replica is not None:
-            self._replicas[live.replica].tell(Aborted(live.request_id))
-        self._finish(live, reason, message)
+            self._replicas[live.replica].abort(live, self._clock())
+        self._finish(live, reason, message, retry_after_s=retry_after_s)
 
     def _finish(
         self,
@@ -288,6 +286,7 @@ class Coordinator:
         message: str = "",
         *,
         is_invalid: bool = False,
+        retry_after_s: float | None = None,
     ) -> None:
         self._requests.remove(live)
         self._intake.gate.leave(live)
@@ -295,5 +294,7 @@ class Coordinator:
         self._metrics.requests.observe_finish(reason, live, now)
         self._intake.kept.keep(live, reason, now)
         timings = live.timings(now)
-        told = Finished(live.request_id, reason, live.usage, message, is_invalid, timings)
+        told = Finished(
+            live.request_id, reason, live.usage, message, is_invalid, timings, retry_after_s
+        )
         self._reply(live.client, told)

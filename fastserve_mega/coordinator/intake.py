@@ -80,7 +80,6 @@ class Intake:
         if self._prefix_block_size and not submit.params.prompt_logprobs:
             live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
         self._requests.add(live)
-        self._metrics.observe_arrival(len(submit.prompt))
         self.gate.enter(live, now)
         return live
 

@@ -7,12 +7,16 @@ more to make than to ask for, for a quarter of a second.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fastserve_mega.coordinator.live_request import LiveRequest
+from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import encode
-from fastserve_mega.messaging.messages import Message
+from fastserve_mega.messaging.messages import Message, Metrics, Snapshot
+from fastserve_mega.metrics import ServingMetrics
+from fastserve_mega.snapshot import Percentiles
 from fastserve_mega.types import FinishReason, RequestId
 
 _KEPT_S = 60.0
@@ -24,6 +28,8 @@ _NUMBER_BYTES = 4
 _INTERVAL_S = 0.25
 _MOST_NEW = 4
 """Made in an interval whoever asks; after that those that have been made are given again."""
+_MAX_VIEWS = 1_000
+"""Requests of each replica that a snapshot shows, whatever is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,3 +119,32 @@ class RecentAnswers:
             self._num_new += 1
             self._frames[question] = encode(make())
         return self._frames[question]
+
+
+class Reports:
+    """The metrics and snapshots of a server, as frames that may be somewhat older than `now`."""
+
+    def __init__(self, replicas: Sequence[Replica], metrics: ServingMetrics) -> None:
+        self._replicas = replicas
+        self._metrics = metrics
+        self._recent = RecentAnswers()
+
+    def metrics(self, now: float) -> bytes:
+        return self._recent.get("metrics", lambda: Metrics(self._metrics.render()), now)
+
+    def snapshot(self, max_requests: int, now: float) -> bytes:
+        views = min(max_requests, _MAX_VIEWS)
+        return self._recent.get(f"snapshot {views}", partial(self._snapshot, views, now), now)
+
+    def _snapshot(self, max_requests: int, now: float) -> Snapshot:
+        requests = self._metrics.requests
+        return Snapshot(
+            clock_s=now,
+            replicas=tuple(each.scheduler.view(now, max_requests) for each in self._replicas),
+            prompt_tokens=requests.num_prompt_tokens,
+            generation_tokens=requests.num_generation_tokens,
+            finished_requests=requests.num_finished,
+            ttft_s=Percentiles.of(requests.recent_ttft_s),
+            jct_s=Percentiles.of(requests.recent_jct_s),
+            policy=self._metrics.info.get("policy", ""),
+        )

@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
+from fastserve_mega.coordinator.waiting import WaitingRequests
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
 from fastserve_mega.messaging.rank_messages import CopyResult, StepCommand, StepResult
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.plan import BlockCopy, Plan
-from fastserve_mega.scheduling.events import CopyDone, Event
+from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, Event
 from fastserve_mega.scheduling.request import Place
 from fastserve_mega.scheduling.scheduler import Scheduler
-from fastserve_mega.types import RequestId
+from fastserve_mega.types import BACKGROUND_PRIORITY, RequestId
 
 StepFunction = Callable[[float, Sequence[Event]], Plan | None]
 """`Scheduler.step`, or what records it."""
@@ -70,6 +71,7 @@ class Replica:
         self.workers = workers
         self._step_timeout_s = step_timeout_s
         self._metrics = metrics
+        self._waiting = WaitingRequests()
         self._events: list[Event] = []
         self._steps: deque[DispatchedStep] = deque()
         self._copies: dict[int, _CopyInFlight] = {}
@@ -84,6 +86,30 @@ class Replica:
     def tell(self, event: Event) -> None:
         """Keep an event for the next call of `step`."""
         self._events.append(event)
+
+    def place(self, live: LiveRequest, arrived: Arrived, now: float) -> None:
+        """Take a request that was placed here."""
+        self.tell(arrived)
+        if not _is_background(live):
+            self._waiting.join(now)
+
+    def abort(self, live: LiveRequest, now: float) -> None:
+        """End a request that would go on here."""
+        self.tell(Aborted(live.request_id))
+        if live.started_at is None and not _is_background(live):
+            self._waiting.leave(now)
+
+    def excess_wait_s(self, live: LiveRequest, max_wait_s: float, now: float) -> float | None:
+        """By how many seconds a request that has just come would wait too long; None: it would not.
+
+        Work in the background, and what a coordinator before has begun, waits as long as it takes.
+        """
+        has_begun = live.output or live.submit.failed_attempts or live.started_at is not None
+        request = self.scheduler.find(live.request_id)
+        if has_begun or _is_background(live) or request is None:
+            return None
+        ahead = self.scheduler.lines.num_ahead(request)
+        return self._waiting.excess_s(ahead, max_wait_s, now)
 
     def take_events(self) -> Sequence[Event]:
         """What the scheduler has not been told yet."""
@@ -114,6 +140,8 @@ class Replica:
             if live.started_at is None:
                 started.append(live.sequence_start)
                 live.begin(piece.start, now)
+                if not _is_background(live):
+                    self._waiting.start(now)
                 self._metrics.requests.observe_start(now - live.arrived_at)
             elif live.away is not None:
                 live.come_back(now)
@@ -199,3 +227,8 @@ class Replica:
     def _oldest_copies(self) -> list[_CopyInFlight]:
         """The copy that is due first, if any."""
         return [next(iter(self._copies.values()))] if self._copies else []
+
+
+def _is_background(live: LiveRequest) -> bool:
+    """Whether nobody waits for it."""
+    return live.submit.priority >= BACKGROUND_PRIORITY

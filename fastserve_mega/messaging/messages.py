@@ -138,6 +138,8 @@ class Finished(_Answer, frozen=True):
     """With `error`: the request is to blame for it, so sending it again will not help."""
     timings: Timings | None = None
     """None where nothing was done for it."""
+    retry_after_s: Seconds | None = None
+    """With `rejected`: when there will be room for it if nobody else comes; None: nobody knows."""
 
 
 class Refused(_Answer, frozen=True):

@@ -130,7 +130,10 @@ class RequestMetrics:
         self._finished.labels(FinishReason.REJECTED.value).inc()
 
     def observe_finish(self, reason: FinishReason, request: ObservedRequest, now: float) -> None:
-        """An accepted request ended."""
+        """A request ended, which was accepted unless it ends so."""
+        if reason is FinishReason.REJECTED:
+            self.observe_rejection()
+            return
         self.num_finished += 1
         self._finished.labels(reason.value).inc()
         jct_s, usage = now - request.arrived_at, request.usage

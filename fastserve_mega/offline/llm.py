@@ -86,7 +86,8 @@ class LLM:
             "parallel.pipeline": pipeline,
             "parallel.data": data,
         }
-        overrides = [f"{name}={given[name]}" for name in given if given[name] is not None]
+        overrides = ["scheduler.max_wait_s=null"]  # the program waits for all that it asks
+        overrides += [f"{name}={given[name]}" for name in given if given[name] is not None]
         overrides += settings
         arguments = [] if config is None else ["--config", config]
         arguments += [word for each in overrides for word in ("--set", each)]

@@ -62,6 +62,7 @@ class Scheduler:
         self._policy = make_policy(config, cost_model)
         self._queues = self._policy.queues
         self._fair_share = FairShare(config, self._policy)
+        self.lines = self._fair_share.lines
         swap = swap or SwapConfig()
         self._memory = KvManager(pools, swap.strategy, self._policy, cost_model, config)
         self._planner = SwapPlanner(swap, self._memory, self._policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,8 @@ from fastserve_mega.client import (
 from fastserve_mega.types import SamplingParams
 
 _log = logging.getLogger(__name__)
-RETRY_AFTER_S = 1
+_RETRY_AFTER_S = 1.0
+"""Where nobody knows."""
 _INVALID = "invalid_request_error"
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_KINDS = {
@@ -106,7 +108,7 @@ def from_client_error(error: ClientError) -> ApiError:
             message,
             kind="rate_limit_error",
             code="server_busy",
-            headers={"Retry-After": str(RETRY_AFTER_S)},
+            headers={"Retry-After": str(math.ceil(error.retry_after_s or _RETRY_AFTER_S))},
         )
     if isinstance(error, ServerUnavailableError):
         return ApiError(503, message, kind="service_unavailable_error", code="unavailable")

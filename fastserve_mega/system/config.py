@@ -216,6 +216,10 @@ class SchedulerConfig(Record, frozen=True, kw_only=True):
     max_queued_tokens: PositiveInt = 20_000_000
     """Prompt tokens of unfinished requests; when there are so many, one more request is
     rejected."""
+    max_wait_s: PositiveFloat | None = 60.0
+    """A request that is expected to wait longer for its first step, by the policy's order and the
+    rate at which requests start, is rejected at once (docs/reliability.md). Work in the background
+    waits as long as it has to. None rejects nobody for that."""
     admission: AdmissionRule = "projected"
     """projected: a request is started only when the KV of all started ones is expected to fit on
     device and host, with the answers they still get; greedy: whenever its prompt fits now. What

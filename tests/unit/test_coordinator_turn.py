@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from fastserve_mega.coordinator.admission import Admission
@@ -41,24 +43,29 @@ class World:
 
     ranks = range(1)
 
-    def __init__(self, config=None, window=1, blocks=32):
+    def __init__(self, config=None, window=1, blocks=32, max_wait_s=None):
         self.log, self.arrived, self.returned, self.lost = [], [], [], []
         self.now = 0.0
         config = config or SchedulerConfig(policy="fcfs")
         costs, pools = ProfiledCostModel(PROFILE), PoolSizes(blocks, 0, 4)
         scheduler = Scheduler(config, costs, pools, window=window)
         welcome = Welcome("e", "m", "/m", max_context=64, vocab_size=99, eos_token_ids=(EOS,))
-        metrics = ServingMetrics(block_bytes=1)
+        self.metrics = metrics = ServingMetrics(block_bytes=1)
         self.coordinator = Coordinator(
             welcome=welcome,
             replicas=[Replica(scheduler, scheduler.step, self, 10.0, metrics)],
             front_door=self,
             metrics=metrics,
-            admission=Admission(99, (EOS,), 64, 10, 100),
+            admission=Admission(99, (EOS,), 64, *self.limits(max_wait_s)),
             prefix_block_size=None,
             clock=lambda: self.now,
             poll=lambda deadline: self.log.append(("poll", deadline)),
         )
+
+    @staticmethod
+    def limits(max_wait_s):
+        """Requests, prompt tokens, and seconds of waiting; the last one alone where it is given."""
+        return (10, 100, math.inf) if max_wait_s is None else (10**6, 10**9, max_wait_s)
 
     def turn(self, *messages, result=None):
         """What the coordinator does in a turn in which this has arrived."""

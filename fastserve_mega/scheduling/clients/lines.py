@@ -61,6 +61,18 @@ class ClientLines:
                 break
         return found[:count]
 
+    def num_ahead(self, request: Request) -> int:
+        """Return how many are to be started before a request that has just come.
+
+        Where it waits in a line, the clients take turns, and all of them are about as far as its
+        own when it is its turn.
+        """
+        if request.turn is not Turn.HELD:
+            return self._policy.num_ahead(request)
+        share, waiting = request.share, self._queues.count(Place.WAITING) + self.num_held - 1
+        own = share.num_held - 1 + len(share.offered)
+        return min(round(own * self._counters.weights / share.weight), waiting)
+
     def first(self) -> ClientShare | None:
         """Return the client with the lowest counter of those that have a line."""
         return self._lines.first()

@@ -51,6 +51,9 @@ class LevelQueues:
     def count(self, place: Place) -> int:
         return self._counts[place]
 
+    def num_waiting_before(self, request: Request) -> int:
+        return sum(map(len, self._waiting[: request.queue.level + 1])) - 1
+
     def add(self, request: Request, level: int = 0) -> None:
         """Put it at the end of a level."""
         self._entries += 1

@@ -17,6 +17,8 @@ from fastserve_mega.system.config import SchedulerConfig
 
 _LEAD = 1.5
 """A deadline is near when it is fewer steps away than this."""
+_MUCH = 2.0
+"""Who makes more work by this factor is passed by a newcomer."""
 _NOT_STARTED_S = 1e6
 """Estimated time until a request runs that there is no place for."""
 
@@ -112,6 +114,12 @@ class Paced(Policy):
     def next_deadline(self, now: float) -> float | None:
         deadlines = (self._pausing.next_deadline(now), self._triage.next_deadline(now))
         return min((each for each in deadlines if each is not None), default=None)
+
+    def num_ahead(self, request: Request) -> int:
+        # Estimates drift, so what is about as much work is taken in turn and not pushed aside.
+        longer_s = _MUCH * self._readers[request].cost_s
+        below = self.queues.num_waiting_below((Standing.LATE, request.priority, longer_s))
+        return below - 1  # itself
 
     def enst(self, now: float) -> Callable[[Request], float]:
         """Return what estimates the time until a request runs: until it has to."""

@@ -87,6 +87,10 @@ class Policy(ABC):
         """
         return _at_once
 
+    def num_ahead(self, request: Request) -> int:
+        """Return how many of those who wait will have started when a newcomer does."""
+        return self.queues.num_waiting_before(request)
+
     # --- for the KV planner; no policy has to define these ---------------------------------------
 
     def soonest_swapped(self, now: float, count: int) -> list[Request]:

@@ -61,6 +61,9 @@ class RequestQueues(Protocol):
     def count(self, place: Place) -> int:
         """Return how many requests a place has."""
 
+    def num_waiting_before(self, request: Request) -> int:
+        """Return how many requests wait before one that has just come to wait."""
+
     def level_lengths(self) -> tuple[int, ...]:
         """Return how many requests each level has, the highest first."""
 
@@ -85,6 +88,13 @@ class SortedQueues:
 
     def count(self, place: Place) -> int:
         return len(self._keys[place])
+
+    def num_waiting_before(self, request: Request) -> int:
+        return self.num_waiting_below(self._key_of[request])
+
+    def num_waiting_below(self, key: tuple[Any, ...]) -> int:
+        """Return how many of the waiting come before a key."""
+        return bisect_left(self._keys[Place.WAITING], key)
 
     def advance(self, request: Request) -> None:
         """Do nothing: the order is that of the keys."""

@@ -17,12 +17,15 @@ from fastserve_mega.messaging.messages import Cancel, Submit, Tokens
 from fastserve_mega.types import FinishReason
 
 
+@pytest.mark.parametrize(("retry_after_s", "told"), [(None, "1"), (0.2, "1"), (74.2, "75")])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_full_server_is_429_with_retry_after(api, fake_coordinator, stream):
-    fake_coordinator.behaviour = end(FinishReason.REJECTED, "1000 requests are queued")
+def test_a_full_server_is_429_with_retry_after(api, fake_coordinator, stream, retry_after_s, told):
+    fake_coordinator.behaviour = end(
+        FinishReason.REJECTED, "1000 requests are queued", retry_after_s
+    )
     with pytest.raises(openai.RateLimitError, match="1000 requests") as caught:
         api.completions.create(model="tiny", prompt="x", stream=stream)
-    assert caught.value.response.headers["retry-after"] == "1"
+    assert caught.value.response.headers["retry-after"] == told
 
 
 @pytest.mark.parametrize("stream", [False, True])
