@@ -195,12 +195,14 @@ class AsyncClient:
         fingerprint: str = "",
         decoder: TokenDecoder | None = None,
         continues_text: bool = True,
+        tells_stop: bool = False,
     ) -> AsyncGeneration:
         """`generate` for token ids; see `RequestOptions` for the keyword arguments.
 
         `decoder` makes the text; None is the tokenizer, which shows no special tokens.
         `continues_text` says that the answer goes on with the prompt's text, where that of a chat
-        begins: tokenizers may leave out the space before the first word of a text.
+        begins: tokenizers may leave out the space before the first word of a text. `tells_stop`
+        makes the stop string or stop token part of the text.
         """
         welcome = await self.info()
         params = params or SamplingParams()
@@ -226,7 +228,7 @@ class AsyncClient:
         end_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             end_ids |= frozenset(welcome.eos_token_ids)
-        detokenizer = await self._new_detokenizer(stop, end_ids, params.min_tokens, decoder)
+        detokenizer = await self._new_detokenizer(stop, end_ids, params, decoder, tells_stop)
         if detokenizer is not None and continues_text:
             detokenizer.follow(submit.prompt)
         state = RequestState(submit, detokenizer, end_ids, submitted_at=time.monotonic())
@@ -246,8 +248,6 @@ class AsyncClient:
             )
         return self._session
 
-    # --- text ----------------------------------------------------------------------------------
-
     async def _encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Tokenize a text or a conversation in a thread: it may be long, and others are waiting."""
         tokenizer = await self._require_tokenizer()
@@ -262,8 +262,9 @@ class AsyncClient:
         self,
         stop: str | Sequence[str] | None,
         silent: frozenset[int],
-        min_tokens: int,
+        params: SamplingParams,
         decoder: TokenDecoder | None,
+        tells_stop: bool,
     ) -> Detokenizer | None:
         try:
             stops = stop_strings(stop)
@@ -273,7 +274,8 @@ class AsyncClient:
         if decoder is None:
             return None
         special = (await self._require_tokenizer()).special_tokens(stops) if stops else {}
-        return Detokenizer(decoder, stops, silent, min_tokens, special)
+        held = params.min_tokens
+        return Detokenizer(decoder, stops, silent, held, special, tells_stop=tells_stop)
 
     async def _require_tokenizer(self) -> Tokenizer:
         tokenizer = await self.tokenizer()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from fastserve_mega.server.protocol import UNSUPPORTED, GenerationRequest, Neutral, Strict, short
+from fastserve_mega.server.chat_messages import Messages
+from fastserve_mega.server.protocol import UNSUPPORTED, GenerationRequest, Neutral
 from fastserve_mega.server.structured import from_schema, only_one
 from fastserve_mega.server.tools.forced import (
     NamedCall,
@@ -17,10 +17,9 @@ from fastserve_mega.server.tools.forced import (
 )
 from fastserve_mega.server.tools.pieces import ToolParser
 from fastserve_mega.server.tools.protocol import MAX_TOOLS, NamedTool, Tool
+from fastserve_mega.text.chat_template import PromptEnd
 from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
 
-MAX_MESSAGES = 4096
-"""Of a conversation; the template takes some 30 microseconds for each."""
 _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -31,135 +30,9 @@ _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
     "web_search_options": (),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),  # the template writes them
 }
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
-_OTHER_MEDIA = {"image": "images", "audio": "recordings", "video": "videos", "file": "files"}
-"""What a part's type may name, and how that is called."""
-_UNSUPPORTED_MESSAGE: Neutral = {
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-}
-
-
-class TextPart(Strict):
-    """A part of a message in OpenAI's list form; only text is supported."""
-
-    type: Literal["text"]
-    text: str
-    cache_control: dict[str, Any] | None = None
-    """Where a prompt may be kept for the next one: the prefix cache needs no such hint."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, data: Any) -> Any:
-        refuse_media(data)
-        return data
-
-
-def refuse_media(part: object) -> None:
-    """Say what is missing, before pydantic says which fields are.
-
-    Raises:
-        ValueError: the part is an image, or something else that is no text.
-    """
-    kind = part.get("type") if isinstance(part, dict) else None
-    for word, name in _OTHER_MEDIA.items():
-        if isinstance(kind, str) and word in kind:
-            raise ValueError(f"{name} are not supported: the served model reads text only")
-
-
-class CalledFunction(Strict):
-    """Name and arguments of a call, as the assistant gave them."""
-
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As chat templates know it: they write the arguments themselves."""
-        if isinstance(self.arguments, dict):
-            return {"name": self.name, "arguments": self.arguments}
-        try:
-            arguments = json.loads(self.arguments or "{}")
-        except (ValueError, RecursionError):
-            raise ValueError(
-                f"the arguments of a call of {self.name} are not valid JSON: "
-                f"{short(self.arguments)}"
-            ) from None
-        return {"name": self.name, "arguments": arguments}
-
-
-class ToolCall(Strict):
-    """A call that the assistant made in an earlier turn."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = None
-    """Of the call in its answer: clients that put a stream together send it back."""
-
-
-class ChatMessage(Strict):
-    """One turn of a conversation."""
-
-    unsupported = _UNSUPPORTED_MESSAGE
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    """What the assistant thought before this answer; the template decides whether it is told."""
-
-    @model_validator(mode="after")
-    def _fields_of_its_role(self) -> ChatMessage:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"tool_calls are for the role 'assistant', got {self.role!r}")
-        if self.reasoning_content is not None and self.role != "assistant":
-            raise ValueError(f"reasoning_content is for the role 'assistant', got {self.role!r}")
-        if self.tool_call_id is not None and self.role != "tool":
-            raise ValueError(f"tool_call_id is for the role 'tool', got {self.role!r}")
-        return self
-
-    @property
-    def text(self) -> str:
-        if self.content is None or isinstance(self.content, str):
-            return self.content or ""
-        return "".join(part.text for part in self.content)
-
-    def plain(self) -> dict[str, Any]:
-        """The message as chat templates know it.
-
-        Raises:
-            ValueError: the arguments of a call are not JSON.
-        """
-        # OpenAI's newer name of the system role, which the templates of open models lack.
-        role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": self.text}
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        if self.reasoning_content is not None:
-            message["reasoning_content"] = self.reasoning_content
-        if self.tool_calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": call.type, "function": call.function.plain()}
-                for call in self.tool_calls
-            ]
-        return message
-
-
-def _few_messages(messages: object) -> object:
-    # Before each of them is looked at.
-    if isinstance(messages, list) and not 1 <= len(messages) <= MAX_MESSAGES:
-        raise ValueError(f"a conversation has 1 to {MAX_MESSAGES} messages, got {len(messages)}")
-    return messages
-
-
-Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_few_messages)]
 
 
 class ChatRequest(GenerationRequest):
@@ -172,6 +45,9 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """vLLM's: variables of the chat template."""
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    """vLLM's: the answer goes on with the assistant's last message."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
@@ -180,6 +56,33 @@ class ChatRequest(GenerationRequest):
         if self.top_logprobs and not self.logprobs:
             raise ValueError(f"top_logprobs={self.top_logprobs} needs logprobs=true")
         return self
+
+    @model_validator(mode="after")
+    def _message_to_go_on_with(self) -> ChatRequest:
+        if not self.continue_final_message:
+            return self
+        if self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message=true goes on with a message, "
+                "add_generation_prompt=true begins one; send one of them"
+            )
+        last = self.messages[-1]
+        if last.role != "assistant" or not last.text or last.tool_calls:
+            raise ValueError(
+                "messages must end with one of the assistant's that has text and no calls, for "
+                "the answer to go on with it"
+            )
+        return self
+
+    @property
+    def continues_text(self) -> bool:
+        return bool(self.continue_final_message)
+
+    @property
+    def prompt_end(self) -> PromptEnd:
+        if self.continue_final_message:
+            return "open message"
+        return "closed message" if self.add_generation_prompt is False else "answer"
 
     @property
     def top_logprobs_asked(self) -> int | None:

@@ -24,6 +24,7 @@ from fastserve_mega.server.protocol import (
 from fastserve_mega.server.schemas import Completion
 from fastserve_mega.server.service import Service, one_by_one
 from fastserve_mega.server.structured import Texts
+from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.types import MAX_TOP_LOGPROBS
 
 DEFAULT_MAX_TOKENS = 16
@@ -35,13 +36,14 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     unsupported = UNSUPPORTED | {"suffix": ("",)}
-    continues_text = True
     prompt: str | Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
     """Text or token ids, or several of one kind."""
     echo: bool | None = None
     """Begin each answer with its prompt."""
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = None
+    add_special_tokens: bool | None = None
+    """To a prompt that is text, as the tokenizer does by default."""
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -61,6 +63,10 @@ class CompletionRequest(GenerationRequest):
                 f"({self.answers_per_prompt})"
             )
         return self
+
+    @property
+    def continues_text(self) -> bool:
+        return True
 
     @property
     def top_logprobs_asked(self) -> int | None:
@@ -119,6 +125,10 @@ def _joined(first: Json | None, second: Json | None) -> Json | None:
     return {name: first[name] + second[name] for name in first}
 
 
+def _echo(prompt: str | Sequence[int], decoder: TokenDecoder) -> str:
+    return prompt if isinstance(prompt, str) else decoder.decode(prompt)
+
+
 async def encode_prompts(
     service: Service, body: CompletionRequest
 ) -> list[tuple[Sequence[int], int]]:
@@ -132,9 +142,17 @@ async def encode_prompts(
     service.check_answers(len(body.prompts), body.answers_per_prompt)
     prompts: list[tuple[Sequence[int], int]] = []
     async for _, prompt in one_by_one(body.prompts):
-        tokens = await service.encode(prompt) if isinstance(prompt, str) else prompt
+        tokens = await _encode(service, body, prompt)
         prompts.append((tokens, await _max_tokens(service, body, tokens)))
     return prompts
+
+
+async def _encode(
+    service: Service, body: CompletionRequest, prompt: str | Sequence[int]
+) -> Sequence[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    return await service.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
 
 async def _max_tokens(service: Service, body: CompletionRequest, prompt: Sequence[int]) -> int:
@@ -151,8 +169,9 @@ def completions_router(service: Service) -> APIRouter:
     @router.post("/v1/completions", responses=answers_with(Completion))
     async def create_completion(http: Request, body: CompletionRequest) -> Response:
         prompts = await encode_prompts(service, body)
+        decoder = service.decoder_of(body)
         echoes = [
-            service.text_of(prompt) if body.echo else ""
+            _echo(prompt, decoder) if body.echo else ""
             async for _, prompt in one_by_one(body.prompts)
         ]
         ends = await service.end_token_ids(body)
@@ -160,7 +179,7 @@ def completions_router(service: Service) -> APIRouter:
 
         def shape(answer: Answer) -> ChoicesShape:
             def choice(index: int) -> CompletionChoice:
-                logprobs = CompletionLogprobs(service.tokenizer, ends)
+                logprobs = CompletionLogprobs(service.tokenizer.token_bytes, decoder, ends)
                 number = index // body.answers_per_prompt
 
                 def of_prompt() -> Json | None:
@@ -179,6 +198,8 @@ def completions_router(service: Service) -> APIRouter:
                 usage=body.usage_in_stream,
             )
 
-        return await service.answer(http, body, prompts, shape, answer_id=answer_id)
+        return await service.answer(
+            http, body, prompts, shape, answer_id=answer_id, decoder=decoder
+        )
 
     return router

@@ -58,6 +58,12 @@ class Conversations:
     async def render(self, body: ChatRequest) -> RenderedChat:
         """The conversation as the model reads it."""
         dialect = self._dialect
+        if body.continue_final_message and dialect.is_harmony:
+            raise ApiError(
+                400,
+                "continue_final_message is not supported for this model, which writes in channels",
+                param="continue_final_message",
+            )
         if body.offered_tools and not body.forces_call and dialect.tools is None:
             raise ApiError(
                 400,
@@ -72,7 +78,8 @@ class Conversations:
             raise ApiError(400, str(error), param="messages") from None
         if not dialect.knows_tools:
             messages, tools = describe_tools(messages, tools), []
-        return await self.service.render_chat(messages, tools, self._variables(body))
+        variables = self._variables(body)
+        return await self.service.render_chat(messages, tools, variables, body.prompt_end)
 
     async def answer(
         self,
@@ -95,7 +102,7 @@ class Conversations:
         is_structured = _is_structured(body)
         think = self._dialect.think
         after = self.service.tokenizer.token_id(think.end) if think else None
-        opened = think is not None and think.opened_by(prompt.text)
+        opened = think is not None and think.opened_by(prompt.text, _begun(body))
         # A form begins behind the reasoning, where the prompt has begun that.
         structure_after = after if is_structured and opened else None
 
@@ -121,7 +128,7 @@ class Conversations:
             [(prompt.token_ids, max_tokens)],
             of_answer,
             answer_id=answer_id,
-            decoder=self.service.tokenizer.showing(self._dialect.marks),
+            decoder=self.service.decoder_of(body, self._dialect.marks),
             structure_after=structure_after,
         )
 
@@ -133,6 +140,11 @@ class Conversations:
         except ValueError as error:
             raise ApiError(400, str(error), param="reasoning_effort") from None
         return {**of_effort, **(body.chat_template_kwargs or {})}
+
+
+def _begun(body: ChatRequest) -> str:
+    """What there is of the answer already."""
+    return body.messages[-1].text if body.continue_final_message else ""
 
 
 def _is_structured(body: ChatRequest) -> bool:

@@ -68,7 +68,8 @@ def embeddings_router(service: Service) -> APIRouter:
         except ApiError as error:
             error.body["error"]["param"] = "input"
             raise
-        answer = await service.begin(http, asked, prompts, answer_id=f"embd-{uuid.uuid4().hex}")
+        name, decoder = f"embd-{uuid.uuid4().hex}", service.decoder_of(asked)
+        answer = await service.begin(http, asked, prompts, answer_id=name, decoder=decoder)
 
         def whole() -> Json:
             tokens = answer.usage.prompt_tokens

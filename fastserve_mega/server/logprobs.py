@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json
-from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.types import TokenLogprobs
 
 _NOTHING = TokenLogprobs(0.0)
@@ -46,13 +46,16 @@ class CompletionLogprobs:
     """The `logprobs` of a completion's choice, piece by piece: each tells offsets in the text.
 
     Args:
-        tokenizer: says what a token id stands for, and whether the text has it.
+        token_bytes: what a token id stands for.
+        decoder: makes the text, and says whether it has a token.
         ends: token ids that end an answer and are no part of it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ends: Collection[int]) -> None:
-        self._tokenizer = tokenizer
-        self._token_bytes = tokenizer.token_bytes
+    def __init__(
+        self, token_bytes: TokenBytes, decoder: TokenDecoder, ends: Collection[int]
+    ) -> None:
+        self._token_bytes = token_bytes
+        self._shown = decoder
         self._ends = ends
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -84,7 +87,7 @@ class CompletionLogprobs:
             own.append(max(told.logprob, _LEAST))
             tops.append(self._top(tokens[-1], own[-1], told))
             offsets.append(self._offset)
-            if self._tokenizer.visible((token_id,)):
+            if self._shown.visible((token_id,)):
                 self._offset += len(self._decoder.decode(data))
         if not chunk.logprobs:
             return None

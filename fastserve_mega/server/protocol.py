@@ -36,12 +36,7 @@ Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""
 
-UNSUPPORTED: Neutral = {
-    "use_beam_search": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "add_special_tokens": (True,),
-}
+UNSUPPORTED: Neutral = {"use_beam_search": (False,), "spaces_between_special_tokens": (True,)}
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
 
 
@@ -77,8 +72,6 @@ class StreamOptions(Strict):
 class Common(Strict):
     """What all APIs that generate have in common. null stands for the default."""
 
-    continues_text: ClassVar[bool] = False
-    """Whether the answer goes on with the text of the prompt."""
     model: str | None = None
     stream: bool | None = None
     temperature: float | None = None
@@ -129,6 +122,8 @@ class GenerationRequest(Common):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
@@ -148,6 +143,11 @@ class GenerationRequest(Common):
     @property
     def answers_per_prompt(self) -> int:
         return self.n or 1
+
+    @property
+    @abstractmethod
+    def continues_text(self) -> bool:
+        """Whether the answer goes on with the text of the prompt."""
 
     @property
     @abstractmethod

@@ -15,9 +15,11 @@ class ThinkMarks(NamedTuple):
     begin: str
     end: str
 
-    def opened_by(self, prompt: str) -> bool:
-        """Whether the chat template has begun the reasoning already."""
-        return prompt.rstrip().endswith(self.begin)
+    def opened_by(self, prompt: str, begun: str = "") -> bool:
+        """Whether the chat template, or the beginning of the answer, has begun the reasoning."""
+        return prompt.rstrip().endswith(self.begin) or (
+            begun.rfind(self.begin) > begun.rfind(self.end)
+        )
 
 
 _MARKS = {

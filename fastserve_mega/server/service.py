@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +18,7 @@ from fastserve_mega.server.errors import ApiError, invalid_value
 from fastserve_mega.server.idempotency import Repeatable, repeatable
 from fastserve_mega.server.protocol import MAX_ANSWERS, GenerationRequest
 from fastserve_mega.server.structure_check import StructureChecker
+from fastserve_mega.text.chat_template import PromptEnd
 from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import SamplingParams
@@ -69,24 +70,28 @@ class Service:
         self._structures.close()
         await self.client.aclose()
 
-    async def encode(self, text: str) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, without holding up other requests."""
         await self._check_length(len(text))
-        return await self._tokenize(partial(self.tokenizer.encode, text), len(text))
+        encode = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await self._tokenize(encode, len(text))
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text that the model has written."""
         return len(self.tokenizer.encode(text, add_special_tokens=False)) if text else 0
 
-    def text_of(self, prompt: str | Sequence[int]) -> str:
-        """A prompt as text."""
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+    def decoder_of(self, body: GenerationRequest, marks: Collection[str] = ()) -> TokenDecoder:
+        """What makes the text of an answer, with all special tokens or only with `marks`."""
+        if body.skip_special_tokens is False:
+            return self.tokenizer.showing_all()
+        return self.tokenizer.showing(marks)
 
     async def render_chat(
         self,
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        end: PromptEnd = "answer",
     ) -> RenderedChat:
         """A conversation as the model reads it, without holding up other requests."""
         length = sum(len(message["content"]) for message in messages)
@@ -94,7 +99,7 @@ class Service:
         max_context = (await self.client.info()).max_context
 
         def render() -> RenderedChat:
-            text = self.tokenizer.render_chat(messages, tools, variables)
+            text = self.tokenizer.render_chat(messages, tools, variables, end)
             # Tools and variables make it longer than its messages are.
             self._refuse_long(len(text), max_context)
             return RenderedChat(text, self.tokenizer.encode_rendered(text))
@@ -185,7 +190,7 @@ class Service:
         shape: Callable[[Answer], AnswerShape],
         *,
         answer_id: str,
-        decoder: TokenDecoder | None = None,
+        decoder: TokenDecoder,
         structure_after: int | None = None,
     ) -> Response:
         """Answer prompts in the shape of an endpoint, which writes the answer; see `begin`."""
@@ -206,7 +211,7 @@ class Service:
         prompts: Sequence[tuple[Sequence[int], int]],
         *,
         answer_id: str,
-        decoder: TokenDecoder | None = None,
+        decoder: TokenDecoder,
         structure_after: int | None = None,
     ) -> Answer:
         """Begin to answer prompts, each with its own max_tokens, within the limits of the key.
@@ -216,7 +221,7 @@ class Service:
             body: of the request.
             prompts: token ids and max_tokens of each.
             answer_id: names its generations to the coordinator.
-            decoder: makes text of tokens; None is the tokenizer, without special tokens.
+            decoder: makes text of tokens.
             structure_after: the token behind which the output is held to the form asked for; None
                 is from its beginning.
         """
@@ -244,7 +249,7 @@ class Service:
         body: GenerationRequest,
         submissions: Sequence[tuple[Sequence[int], SamplingParams]],
         named: Repeatable,
-        decoder: TokenDecoder | None,
+        decoder: TokenDecoder,
         identity: Identity,
     ) -> list[AsyncGeneration]:
         return [
@@ -258,6 +263,7 @@ class Service:
                 fingerprint=named.fingerprint,
                 decoder=decoder,
                 continues_text=body.continues_text,
+                tells_stop=bool(body.include_stop_str_in_output),
                 client=identity.client,
                 weight=identity.weight,
                 priority=identity.priority,

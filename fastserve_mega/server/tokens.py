@@ -21,12 +21,16 @@ class TokenizeRequest(Strict):
     """These and the following as in a chat completion, which looks at them."""
     tools: list[Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    """To a text, as by default; a template writes those of a conversation."""
 
     @property
     def conversation(self) -> dict[str, Any]:
-        """The body of a chat completion with this prompt."""
-        names = ("messages", "tools", "chat_template_kwargs")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """The body of a chat completion with this prompt; empty for one that is text."""
+        asked = self.model_dump(exclude={"model", "prompt"}, exclude_none=True)
+        return asked if self.prompt is None else {}
 
 
 class DetokenizeRequest(Strict):
@@ -44,10 +48,11 @@ def tokens_router(conversations: Conversations) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
         await service.check_model(body.model)
-        if (body.prompt is None) == (not body.conversation):
+        if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "send either prompt or messages", param="prompt")
         if body.prompt is not None:
-            tokens = await service.encode(body.prompt)
+            special = body.add_special_tokens is not False
+            tokens = await service.encode(body.prompt, add_special_tokens=special)
         else:
             asked = conversations.chat_request(body.conversation)
             tokens = (await conversations.render(asked)).token_ids
@@ -64,6 +69,6 @@ def tokens_router(conversations: Conversations) -> APIRouter:
                     400, f"token id {token} is not in the vocabulary of {vocab_size}",
                     param="tokens",
                 )  # fmt: skip
-        return {"prompt": service.tokenizer.decode(body.tokens)}
+        return {"prompt": service.tokenizer.showing_all().decode(body.tokens)}
 
     return router

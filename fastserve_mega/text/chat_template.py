@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jinja2 import Environment, Template, TemplateError, meta
 from jinja2.ext import Extension
@@ -23,6 +23,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _DEFAULT, _TOOLS = "default", "tool_use"
 _OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt"}
+_CUT = "\ue000the rest is to come\ue000"
+"""Put behind a message that goes on, to find its end in what the template writes."""
+PromptEnd = Literal["answer", "open message", "closed message"]
+"""How a conversation ends: where the assistant's answer begins, within its last message, which goes
+on, or behind that."""
 
 
 class ChatTemplate:
@@ -83,13 +88,15 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        end: PromptEnd = "answer",
     ) -> str:
-        """The conversation, up to where the assistant's answer begins.
+        """The conversation, by default up to where the assistant's answer begins.
 
         Args:
             messages: of the conversation.
             tools: that may be called.
             variables: further ones that the template reads, by their names.
+            end: of the conversation; a message that goes on must have text.
 
         Raises:
             ValueError: the template refuses the messages, or is no valid one; or a variable is one
@@ -98,16 +105,20 @@ class ChatTemplate:
         given = dict(variables or {})
         if reserved := sorted(given.keys() & (_OWN_VARIABLES | self._special_tokens.keys())):
             raise ValueError(f"the chat template's {reserved[0]!r} is not for a request to set")
+        told = [dict(message) for message in messages]
+        if end == "open message":
+            told[-1]["content"] += _CUT
         try:
             template = self._with_tools if tools else self._plain
-            return template.render(
-                messages=[dict(message) for message in messages],
+            text = template.render(
+                messages=told,
                 tools=[dict(tool) for tool in tools] or None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=end == "answer",
                 **self._special_tokens,
                 **given,
             )
+            return _before_cut(text) if end == "open message" else text
         except RecursionError:
             raise ValueError("the messages or tools are nested too deeply") from None
         except (TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -121,6 +132,13 @@ class ChatTemplate:
     @cached_property
     def _with_tools(self) -> Template:
         return _ENVIRONMENT.from_string(self._tools_source)
+
+
+def _before_cut(text: str) -> str:
+    before, *after = text.split(_CUT)
+    if len(after) != 1:
+        raise ValueError("the last one cannot be gone on with, as it does not stand there as it is")
+    return before
 
 
 def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -48,6 +48,7 @@ class Detokenizer:
         silent: token ids that end an answer and are not part of its text.
         min_tokens: a stop string that is complete within so many tokens is text like any other.
         stop_tokens: stop strings that are special tokens, which no text shows, by their ids.
+        tells_stop: the stop string, or stop token, that ends the answer is part of its text.
     """
 
     def __init__(
@@ -57,10 +58,13 @@ class Detokenizer:
         silent: Collection[int] = (),
         min_tokens: int = 0,
         stop_tokens: Mapping[int, str] = MappingProxyType({}),
+        *,
+        tells_stop: bool = False,
     ) -> None:
         self._decoder = decoder
-        self._filter = StopStringFilter(stops)
-        self._silent = frozenset(silent)
+        self._filter = StopStringFilter(stops, tells_stop=tells_stop)
+        self._silent = frozenset() if tells_stop else frozenset(silent)
+        self._tells_stop = tells_stop
         self._stop_tokens = stop_tokens
         self._held_to_run = min_tokens
         """Output tokens that are still to come before a stop string counts."""
@@ -108,7 +112,9 @@ class Detokenizer:
         for position, token in enumerate(token_ids if may_stop else ()):
             if (stop := self._stop_tokens.get(token)) is not None:
                 text = self._push(token_ids[:position], may_stop=True) + self.flush()
-                self._filter.matched = self._filter.matched or stop
+                if self._filter.matched is None:
+                    self._filter.matched = stop
+                    text += stop if self._tells_stop else ""
                 return text
         spoken = [token for token in token_ids if token not in self._silent]
         return self._filter.push(self._decode(spoken), may_stop=may_stop)
@@ -185,10 +191,12 @@ class StopStringFilter:
 
     Args:
         stops: the stop strings, see `stop_strings`; with none of them all text passes at once.
+        tells_stop: the one that ends the text is passed on, too.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, tells_stop: bool = False) -> None:
         self._matchers = [_Matcher(stop) for stop in stops]
+        self._tells_stop = tells_stop
         self._held = ""
         self.matched: str | None = None
         """The stop string that ended the text."""
@@ -209,7 +217,7 @@ class StopStringFilter:
             if complete and may_stop:
                 self.matched = max(complete, key=len)
                 self._held = ""
-                return text[: position - len(self.matched)]
+                return text[: position - (0 if self._tells_stop else len(self.matched))]
         keep = len(text) - max(matcher.length for matcher in self._matchers)
         self._held = text[keep:]
         return text[:keep]

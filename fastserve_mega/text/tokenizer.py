@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from fastserve_mega.text.chat_template import ChatTemplate, special_tokens
+from fastserve_mega.text.chat_template import ChatTemplate, PromptEnd, special_tokens
 from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.token_bytes import TokenBytes
 
@@ -78,20 +78,22 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        end: PromptEnd = "answer",
     ) -> str:
-        """A conversation as text, up to where the assistant's answer begins.
+        """A conversation as text, by default up to where the assistant's answer begins.
 
         Args:
             messages: with `role` and `content`, and `tool_calls` and `tool_call_id`.
             tools: that may be called, as OpenAI describes them.
             variables: of the template, by their names; not those of the conversation itself.
+            end: of the conversation.
 
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
         """
         if self.chat_template is None:
             raise ValueError("the model has no chat template; send a plain prompt instead")
-        return self.chat_template.render(messages, tools, variables)
+        return self.chat_template.render(messages, tools, variables, end)
 
     def token_id(self, text: str) -> int | None:
         """The id of the added token that is this text, if there is one."""
@@ -101,6 +103,10 @@ class Tokenizer:
         """What decodes as this tokenizer does, but shows the special tokens among `marks`."""
         shown = {self._added[mark] for mark in marks if mark in self._added} & self._special_ids
         return _Showing(self, frozenset(shown)) if shown else self
+
+    def showing_all(self) -> TokenDecoder:
+        """What decodes as this tokenizer does, but shows the special tokens."""
+        return _Showing(self, self._special_ids)
 
     def special_tokens(self, texts: Sequence[str]) -> dict[int, str]:
         """Those of some texts that are special tokens, which `decode` skips, by their ids."""

@@ -191,7 +191,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
 REFUSED = [
     ({"messages": []}, 400, "a conversation has 1 to 4096 messages, got 0"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "images are not supported"),
-    ({"messages": [*HI, {"role": "assistant", "content": "x"}]}, 400, "must be the user's"),
+    ({"messages": [*HI, {"role": "assistant", "content": ""}]}, 400, "messages must end with"),
     ({"messages": [{"role": "system", "content": "x"}]}, 400, "input should be 'user'"),
     ({"tool_choice": {"type": "tool"}}, 400, "tool_choice has a name if its type is 'tool'"),
     ({"max_tokens": 0}, 400, "max_tokens must be at least 1, got 0"),

@@ -34,6 +34,19 @@ HARMONY = (
 HARMONY_TOKENS = ("<|start|>", "<|message|>", "<|end|>", "<|channel|>", "<|constrain|>")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "begun", "opened"),
+    [
+        ("x<think>\n", "", True),
+        ("x<think>\nWell", "<think>\nWell", True),
+        ("x<think>\n</think>\nWell", "<think>\n</think>\nWell", False),
+        ("Use <think> and x", "", False),
+    ],
+)
+def test_reasoning_is_begun_by_the_template_or_by_the_message_that_goes_on(prompt, begun, opened):
+    assert MARKS.opened_by(prompt, begun) == opened
+
+
 # --- the parser ----------------------------------------------------------------------------------
 
 

@@ -31,8 +31,13 @@ ANSWERED = {
     "parallel_tool_calls",
     "reasoning_effort",
     "chat_template_kwargs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "add_special_tokens",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
 }
-"""By the server itself; test_server.py and test_reasoning_over_http.py have their effects."""
+"""By the server itself; tests of the server over HTTP have their effects."""
 STRUCTURED = {
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
 }  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastserve_mega.server.chat_protocol import MAX_MESSAGES, refuse_media
+from fastserve_mega.server.chat_messages import MAX_MESSAGES, refuse_media
 from fastserve_mega.server.protocol import Common, Neutral, Strict
 from fastserve_mega.server.structured import Texts
 from fastserve_mega.server.tools.protocol import MAX_TOOLS
@@ -216,6 +216,7 @@ class CountRequest(Common):
             "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
             "reasoning_effort": self._effort(),
             "response_format": self._response_format(),
+            "continue_final_message": self.messages[-1].role == "assistant",
         }
 
     def _system(self) -> list[Message]:
@@ -245,15 +246,6 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int
     stop_sequences: Texts | None = None
-
-    @model_validator(mode="after")
-    def _answers_the_user(self) -> MessagesRequest:
-        if self.messages[-1].role == "assistant":
-            raise ValueError(
-                "the last of the messages must be the user's: beginnings of the assistant's "
-                "answer are not supported"
-            )
-        return self
 
     def chat(self) -> dict[str, Any]:
         return {**super().chat(), "max_tokens": self.max_tokens, "stop": self.stop_sequences}

@@ -48,25 +48,6 @@ def test_rope_in_both_notations(load):
     assert linear.positions.scaling.kind == "linear"
 
 
-def test_a_scaling_beside_rope_parameters_comes_first_as_in_transformers(load):
-    written = {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    linear = Rope(theta=5e5, scaling=RopeScaling(kind="linear", factor=2.0))
-    for name in ("type", "rope_type"):
-        scaled = load({**written, "rope_scaling": {name: "linear", "factor": 2.0}})
-        assert scaled.positions == linear
-    for nothing in (None, {}):
-        assert load({**written, "rope_scaling": nothing}).positions == Rope(theta=5e5)
-    by_layer = {"full_attention": {"rope_type": "default"}}
-    with pytest.raises(ValueError, match="rope_scaling must stand in rope_parameters"):
-        load(
-            {
-                **GEMMA3,
-                "rope_parameters": by_layer,
-                "rope_scaling": {"type": "linear", "factor": 2.0},
-            }
-        )
-
-
 def test_mistral_window(load):
     mistral = {**LLAMA, "architectures": ["MistralForCausalLM"]}
     assert load({**mistral, "sliding_window": None}).sliding_window is None

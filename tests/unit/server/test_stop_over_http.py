@@ -89,6 +89,41 @@ def test_min_tokens_holds_back_stop_strings(api, coordinator, tokenizer, stop):
     assert completions(api, stop=stop, extra_body=extra) == [("a dog, a ", "stop")]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("ick brown", "the quick brown"),
+        (["fox", "x 日"], "the quick brown fox"),
+        ("本", "the quick brown fox 日本"),
+        ("<|endoftext|>", TEXT),
+        (None, TEXT),
+    ],
+)
+def test_the_stop_string_may_be_part_of_the_text(api, stop, text, stream):
+    extra = {"include_stop_str_in_output": True}
+    asked = {"stop": stop, "stream": stream, "extra_body": extra}
+    assert completions(api, **asked) == [(text, "stop")]
+    assert chat(api, **asked) == (text, "stop")
+
+
+def test_stop_tokens_and_special_tokens_are_text_where_that_is_asked_for(
+    api, coordinator, tokenizer
+):
+    (letter,) = tokenizer.encode("z")
+    special = tokenizer.token_id("<|endoftext|>")
+    coordinator.behaviour = answer([*tokenizer.encode("a"), special, letter])
+    extra = {"stop_token_ids": [letter], "ignore_eos": True}
+    assert completions(api, extra_body=extra) == [("a", "stop")]
+    extra["include_stop_str_in_output"] = True
+    assert completions(api, extra_body=extra) == [("az", "stop")]
+    extra["skip_special_tokens"] = False
+    shown = "a<|endoftext|>z"
+    assert completions(api, extra_body=extra) == [(shown, "stop")]
+    assert chat(api, extra_body=extra) == (shown, "stop")
+    assert completions(api, stop="<|endoftext|>", extra_body=extra) == [("a<|endoftext|>", "stop")]
+
+
 FORM = "must be a string or a list of strings, got "
 
 

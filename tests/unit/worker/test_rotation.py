@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastserve_mega.models.architecture import Rope, load_architecture
+from fastserve_mega.models.architecture import Rope, RopeScaling, load_architecture
 from fastserve_mega.worker.megatron.rotation import Rotation, rotary_frequencies
 
 QWEN = {
@@ -71,3 +71,21 @@ def test_the_attention_factor_lengthens_cosines_and_sines(tmp_path):
     cosine, sine = Rotation(rope, 128, torch.device("cpu")).at(torch.arange(3), torch.float32)
     assert cosine.shape == (3, 1, 1, 128)
     torch.testing.assert_close(cosine**2 + sine**2, torch.full_like(cosine, 1.25**2))
+
+
+def test_a_scaling_beside_rope_parameters_comes_first_as_in_transformers(tmp_path):
+    def read(**changes):
+        (tmp_path / "config.json").write_text(json.dumps({**QWEN, **changes}))
+        return load_architecture(tmp_path).positions
+
+    written = {"rope_type": "default", "rope_theta": 5e5}
+    for name in ("type", "rope_type"):
+        scaling = {name: "linear", "factor": 2.0}
+        config = transformers.Qwen3Config(
+            **QWEN, rope_parameters=dict(written), rope_scaling=dict(scaling)
+        )
+        assert config.rope_parameters["factor"] == 2.0
+        rope = read(rope_parameters=written, rope_scaling=scaling)
+        assert rope == Rope(theta=5e5, scaling=RopeScaling(kind="linear", factor=2.0))
+    for nothing in (None, {}):
+        assert read(rope_parameters=written, rope_scaling=nothing) == Rope(theta=5e5)
