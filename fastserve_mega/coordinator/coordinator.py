@@ -258,13 +258,13 @@ class Coordinator:
 
     def _end_reason(self, live: LiveRequest) -> FinishReason | None:
         """Why a request ends with its newest token; None when it goes on."""
-        params, output = live.params, live.output
-        if len(output) >= params.min_tokens and (
-            output[-1] in live.stop_token_ids
-            or (output[-1] in self._eos_token_ids and not params.ignore_eos)
+        params, length, newest = live.params, len(live.output), live.output[-1]
+        if length >= params.min_tokens and (
+            newest in live.stop_token_ids
+            or (newest in self._eos_token_ids and not params.ignore_eos)
         ):
             return FinishReason.STOP
-        return FinishReason.LENGTH if len(output) >= params.max_tokens else None
+        return FinishReason.LENGTH if length >= params.max_tokens else None
 
     def _abort(
         self,

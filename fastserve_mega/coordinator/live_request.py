@@ -53,7 +53,10 @@ class BlockHashChain:
 
     def extend(self, tokens: Sequence[int]) -> tuple[BlockHash, ...]:
         """Append tokens (0 to 2**32 - 1); returns the hashes of the blocks that they fill."""
-        pending = [*self._partial, *tokens]
+        pending = self._partial
+        pending += tokens
+        if len(pending) < self._block_size:
+            return ()
         full = len(pending) - len(pending) % self._block_size
         hashes = []
         for start in range(0, full, self._block_size):
@@ -95,12 +98,15 @@ class LiveRequest:
     away: tuple[float, bool] | None = None
     """While it is preempted: since when, and whether its KV is in host memory."""
     interruptions: list[Interruption] = field(default_factory=list)
+    request_id: RequestId = field(init=False)
+    params: SamplingParams = field(init=False)
     prompt: array[int] = field(init=False)
     """4 bytes a token, where a tuple takes 40: thousands of them wait in a full queue."""
     seed: int = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.request_id, self.params = self.submit.request_id, self.submit.params
         # A client that sends no seed cannot rely on one, but resubmits under the same id.
         self.prompt = array("I", self.submit.prompt)
         self.submit = msgspec.structs.replace(self.submit, prompt=(), received=())
@@ -109,14 +115,6 @@ class LiveRequest:
         self.stop_token_ids = frozenset(self.params.stop_token_ids)
         if self.params.logprobs is not None:
             self.logprobs = [None] * len(self.output)
-
-    @property
-    def request_id(self) -> RequestId:
-        return self.submit.request_id
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.submit.params
 
     def is_same(self, submit: Submit) -> bool:
         """Whether a message is about this very request, sent again."""
@@ -168,10 +166,10 @@ class LiveRequest:
         """The tokens of a slice, from the prompt and the output so far."""
         prompt = self.prompt
         start, end = piece.start, piece.start + piece.num_tokens
-        if end <= len(prompt):
-            return tuple(prompt[start:end])
-        tail = self.output[max(start - len(prompt), 0) : end - len(prompt)]
-        return (*prompt[start:], *tail)
+        begun = len(prompt)
+        if start >= begun:
+            return tuple(self.output[start - begun : end - begun])
+        return (*prompt[start:end], *self.output[: max(end - begun, 0)])
 
     def append(self, token: int, logprobs: TokenLogprobs | None, now: float) -> None:
         """Take an output token."""

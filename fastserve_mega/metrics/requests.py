@@ -87,6 +87,7 @@ class RequestMetrics:
             self._finished.labels(reason.value)
         for reason in _SUCCESSES:
             self._success.labels(reason.value)
+        self._tokens_of_step = 0
         self._gaps: dict[float, int] = {}
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -109,8 +110,7 @@ class RequestMetrics:
 
     def observe_token(self, request: ObservedRequest, now: float) -> None:
         """A request gets a token; its times are those before that."""
-        self.num_generation_tokens += 1
-        self._generation_tokens.inc()
+        self._tokens_of_step += 1
         if request.last_token_at is None:
             ttft_s = now - request.arrived_at
             self.recent_ttft_s.append(ttft_s)
@@ -120,7 +120,10 @@ class RequestMetrics:
             self._gaps[gap] = self._gaps.get(gap, 0) + 1
 
     def end_step(self) -> None:
-        """Take over the times between tokens that a step has brought."""
+        """Take over the tokens that a step has brought, and the times between them."""
+        self.num_generation_tokens += self._tokens_of_step
+        self._generation_tokens.inc(self._tokens_of_step)
+        self._tokens_of_step = 0
         for gap, count in self._gaps.items():
             self._inter_token.observe(gap, count)
         self._gaps.clear()

@@ -88,8 +88,7 @@ class Scheduler:
         if not self.may_plan:
             return None
         self._promoted_at = now
-        if self._fair_share.lines.num_held:
-            self._fair_share.lines.refill(now)
+        self._fair_share.lines.refill(now)
         self._policy.promote(now)
         return self._plan_step(now)
 
@@ -109,16 +108,6 @@ class Scheduler:
     def may_plan(self) -> bool:
         """Whether a call of `step` without events could give a plan, now or later."""
         return bool(self._requests) and len(self._in_flight) < self._window
-
-    def refusal(self, prompt_tokens: int, max_tokens: int) -> str | None:
-        """Why a request could never run, as one sentence; None when it could."""
-        needed = self._memory.blocks_for(prompt_tokens + max_tokens)
-        if needed <= (capacity := self._memory.device.capacity):
-            return None
-        return (
-            f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} need {needed} KV blocks, "
-            f"this server has {capacity}"
-        )
 
     def find(self, request_id: RequestId) -> Request | None:
         """Return an unfinished request, to be looked at only."""
@@ -159,15 +148,11 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""
         validate_blocks(self._memory, self._queues)
-        unread = sum(each.num_unread_tokens for each in self._requests.values())
-        if self.work.unread_tokens != unread:
-            raise RuntimeError("the tokens not yet read are miscounted")
+        self.work.check_integrity(self._requests.values())
         queued = [request for place in Place for request in self._queues.walk(place)]
         queued += self._fair_share.lines.held()
-        if set(queued) != set(self._requests.values()) or len(queued) != len(self._requests):
-            raise RuntimeError("the policy's queues and the unfinished requests differ")
         in_steps = [request for batch in self._in_flight.values() for request in batch]
-        validate_all(queued, in_steps, self._memory.block_size)
+        validate_all(self._requests.values(), queued, in_steps, self._memory.block_size)
 
     # --- events --------------------------------------------------------------------------------
 
@@ -205,8 +190,7 @@ class Scheduler:
             waiting_since=now,
         )
         self._memory.look_up(request, event.block_hashes)
-        request.num_unread_tokens = request.num_tokens - request.kv.num_cached_tokens
-        self.work.unread_tokens += request.num_unread_tokens
+        self.work.add(request)
         self._requests[request.request_id] = request
         self._fair_share.lines.add(request, now)
         self._planner.observe_arrival(self._memory.blocks_for(request.num_tokens), now)
@@ -264,9 +248,7 @@ class Scheduler:
     def _read(self, request: Request, tokens: int) -> None:
         if request.turn is Turn.OFFERED:
             self._fair_share.lines.started(request)
-        read = min(tokens, request.num_unread_tokens)
-        request.num_unread_tokens -= read
-        self.work.unread_tokens -= read
+        self.work.read(request, tokens)
 
     def _end(self, request: Request) -> None:
         if request.turn is not Turn.HELD:
@@ -293,7 +275,6 @@ class Scheduler:
         self._memory.begin_step(step_id, now)
         # An even share for each step of the window, so that no pipeline stage idles.
         share = -(-len(self._requests) // self._window)
-        in_flight = sum(map(len, self._in_flight.values()))
         places = min(self._config.max_batch_size, share)
         if self._is_proactive:
             self._planner.make_way(now, places)
@@ -304,7 +285,7 @@ class Scheduler:
             self._policy,
             self._fair_share,
             max_requests=places,
-            in_flight=in_flight,
+            in_flight=sum(map(len, self._in_flight.values())),
         )
         batch.fill()
         self._fair_share.charge(batch.requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.queues import RequestQueues
@@ -21,8 +21,15 @@ def validate_blocks(memory: KvManager, queues: RequestQueues) -> None:
     memory.host.check_integrity(host)
 
 
-def validate_all(queued: Sequence[Request], in_steps: Sequence[Request], block_size: int) -> None:
-    """Raise RuntimeError when a request contradicts its status, or is in two steps at once."""
+def validate_all(
+    unfinished: Collection[Request],
+    queued: Sequence[Request],
+    in_steps: Sequence[Request],
+    block_size: int,
+) -> None:
+    """Raise RuntimeError when a request contradicts its status, or is where it should not be."""
+    if set(queued) != set(unfinished) or len(queued) != len(unfinished):
+        raise RuntimeError("the policy's queues and the unfinished requests differ")
     if len(set(in_steps)) != len(in_steps):
         raise RuntimeError("a request is in two steps at once")
     for request in {*in_steps, *queued}:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.events import Arrived
 from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.request import Request
 from fastserve_mega.system.config import SchedulerConfig
 
 
@@ -19,6 +22,22 @@ class ExpectedWork:
         self._prefix_cache = prefix_cache
         self.unread_tokens = 0
         """Tokens that the unfinished requests came with and no step has read."""
+
+    def add(self, request: Request) -> None:
+        """Take in a request that arrived, and of which it is known what was cached."""
+        request.num_unread_tokens = request.num_tokens - request.kv.num_cached_tokens
+        self.unread_tokens += request.num_unread_tokens
+
+    def read(self, request: Request, tokens: int) -> None:
+        """Take in that so many tokens of a request, or what it has, need not be read any more."""
+        read = min(tokens, request.num_unread_tokens)
+        request.num_unread_tokens -= read
+        self.unread_tokens -= read
+
+    def check_integrity(self, unfinished: Iterable[Request]) -> None:
+        """Raise RuntimeError unless what these have not read is what is counted."""
+        if self.unread_tokens != sum(each.num_unread_tokens for each in unfinished):
+            raise RuntimeError("the tokens not yet read are miscounted")
 
     def queued_prefill_s(self) -> float:
         """Time to prefill what no step has read yet."""

@@ -226,7 +226,9 @@ class Simulation:
         tokens = spec.prompt_tokens + spec.output_tokens
         if self._max_context is not None and tokens > self._max_context:
             return True
-        return bool(self._smallest.refusal(spec.prompt_tokens, self._max_tokens))
+        memory = self._smallest.memory
+        longest = spec.prompt_tokens + self._max_tokens
+        return memory.blocks_for(longest) > memory.device.capacity
 
     def _dispatch(self, index: int, plan: Plan, now: float) -> None:
         for time_s, happened in self._replicas[index].dispatch(plan, now):

@@ -11,6 +11,7 @@ While there is one client its requests pass straight through, and nothing is cou
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 
 from fastserve_mega.scheduling.clients.counters import ClientCounters
@@ -51,11 +52,14 @@ class FairShare:
         """Steps that the background had no part in, since it was in one without a prefill of
         others."""
         self._step = 0
-        self._rests: list[Iterator[Request]] = []
-        """Of the walks of this step: those over their client's share that were not reached."""
+        self._rests: list[tuple[int, Iterator[Request]]] = []
+        """Of the walks of this step: those over their client's share that were not reached, with
+        the number of their clients."""
         self._walks = 0
-        """Of this step; of those that ended among the requests within their shares nothing is known
-        of the others."""
+        """Of this step."""
+        self._whole_walks = 0
+        """Of this step; of the others, which ended among the requests within their shares, nothing
+        is known of the rest."""
 
     @property
     def keeps_order(self) -> bool:
@@ -101,7 +105,7 @@ class FairShare:
         self._step += 1
         self.counters.places = places
         self._rests.clear()
-        self._walks = 0
+        self._walks = self._whole_walks = 0
 
     def oldest(self) -> Sequence[Request]:
         """Return the oldest of each client, where the policy has too many to show them."""
@@ -127,7 +131,7 @@ class FairShare:
     ) -> Iterator[Request]:
         self._walks += 1
         step, ready = self._step, RequestStatus.READY
-        rest = []
+        rest: defaultdict[ClientShare, list[Request]] = defaultdict(list)
         for request in candidates:
             status = request.status
             if (status is not ready and status in UNDER_WAY) or request in preempted:
@@ -136,20 +140,40 @@ class FairShare:
             if share.step != step:
                 self._begin(share)
             if share.is_spent:
-                rest.append(request)
+                rest[share].append(request)
                 continue
             tokens = request.num_tokens - request.num_computed_tokens
             if tokens > share.tokens_left and share.tokens:
-                rest.append(request)
+                rest[share].append(request)
                 continue
             share.places_left -= 1
             share.tokens += tokens
             share.tokens_left -= tokens
             share.is_spent = share.places_left <= 0 or share.tokens_left <= 0
             yield request
-        left = _lowest_first(rest)
-        self._rests.append(left)
-        yield from left
+        self._whole_walks += 1
+        groups = self._lowest_first(rest)
+        self._rests += groups
+        for _, group in groups:
+            yield from group
+
+    def _lowest_first(
+        self, rest: dict[ClientShare, list[Request]]
+    ) -> list[tuple[int, Iterator[Request]]]:
+        """Order requests by the counters of their clients, with what they were given in this step.
+
+        Of clients with equal counters the policy decides.
+        """
+        by_counter: defaultdict[float, list[list[Request]]] = defaultdict(list)
+        for share, requests in rest.items():
+            by_counter[share.counter + share.tokens / share.weight].append(requests)
+        groups = []
+        for counter in sorted(by_counter):
+            first, *others = by_counter[counter]
+            if others:
+                first = sorted(itertools.chain(first, *others), key=self._queues.rank)
+            groups.append((1 + len(others), iter(first)))
+        return groups
 
     def _begin(self, share: ClientShare) -> None:
         """Begin a step for a client."""
@@ -202,14 +226,9 @@ class FairShare:
 
         Who was reached and found no memory does not count: what it cannot use it is not owed.
         """
-        if not self._walks or self._walks > len(self._rests):
+        if not self._walks or self._walks > self._whole_walks:
             return
-        wanting = {
-            request.share
-            for rest in self._rests
-            for request in rest
-            if request.status is not RequestStatus.RUNNING
-        }
+        wanting = set[ClientShare]().union(*itertools.starmap(_who_wants, self._rests))
         if (lowest := self.lines.first()) is not None:
             wanting.add(lowest)
         if wanting:
@@ -219,14 +238,12 @@ class FairShare:
         self.counters.floor = max(self.counters.floor, floor)
 
 
-def _lowest_first(requests: Iterable[Request]) -> Iterator[Request]:
-    """Sort by the counters of the clients, with what they have been given in this step.
-
-    That is a sort of the few clients, and not of their many requests.
-    """
-    by_counter: dict[float, list[Request]] = {}
+def _who_wants(num_clients: int, requests: Iterable[Request]) -> set[ClientShare]:
+    """Return whose requests are among these that are in no step, of at most so many clients."""
+    wanting = set[ClientShare]()
     for request in requests:
-        share = request.share
-        counter = share.counter + share.tokens / share.weight
-        by_counter.setdefault(counter, []).append(request)
-    return itertools.chain.from_iterable(by_counter[counter] for counter in sorted(by_counter))
+        if request.status is not RequestStatus.RUNNING:
+            wanting.add(request.share)
+            if len(wanting) == num_clients:
+                break
+    return wanting

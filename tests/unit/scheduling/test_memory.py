@@ -100,14 +100,6 @@ def test_losing_the_workers_loses_no_request():
     assert scheduler.unfinished == 2
 
 
-def test_what_can_never_fit_is_refused_with_numbers():
-    scheduler = make_scheduler(device_blocks=6)
-    assert scheduler.refusal(10, 10) is None
-    assert scheduler.refusal(10, 11) == (
-        "10 prompt tokens and max_tokens 11 need 6 KV blocks, this server has 5"
-    )
-
-
 def test_a_window_keeps_requests_in_flight_apart():
     scheduler = make_scheduler(window=2, max_batch_size=4)
     first = scheduler.step(0.0, [arrived(name, 4) for name in "abcd"])

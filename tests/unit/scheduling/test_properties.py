@@ -150,7 +150,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         output, unused, received = outputs
         received = min(received, output - 1)
         max_tokens = output + unused
-        if self.scheduler.refusal(prompt, max_tokens):
+        if prompt + max_tokens > (BLOCKS - 1) * BLOCK_SIZE:
             return
         name = again
         if name is None or self.key(name) in self.left:

@@ -124,8 +124,11 @@ def test_srpt_learns_the_true_lengths_and_runs_the_shorter_first() -> None:
 class Script:
     """A scheduler that answers each call from a list, and keeps what it was told."""
 
-    swapper = SimpleNamespace(preemptions=0, recomputed_tokens=0)
-    memory = SimpleNamespace(swapper=swapper, device=SimpleNamespace(capacity=9))
+    memory = SimpleNamespace(
+        swapper=SimpleNamespace(preemptions=0, recomputed_tokens=0),
+        device=SimpleNamespace(capacity=9),
+        blocks_for=lambda tokens: 1,
+    )
     unfinished = 1
     may_plan = True
 
@@ -137,9 +140,6 @@ class Script:
     def step(self, now: float, events: Sequence[Any] = ()) -> Plan | None:
         self.told += [(now, event) for event in events]
         return self.plans.pop(0) if self.plans else None
-
-    def refusal(self, prompt_tokens: int, max_tokens: int) -> None:
-        return None
 
     def next_deadline(self, now: float) -> float | None:
         return self.deadlines.pop(0) if self.deadlines else None
