@@ -18,7 +18,7 @@ test-long:
 coverage:
 	@tools/coverage.sh
 
-# openai, anthropic, LangChain, LiteLLM and lm-evaluation-harness against the server, in environments
+# Clients (openai, anthropic, LangChain, LiteLLM, lm-eval) and agents against the server, in environments
 # of their own. `make compat ARGS=litellm` is one of them.
 compat:
 	@tools/compat.sh $(ARGS)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real clients against the server, with scripted answers: each group of packages in an environment of
 # its own, whose own packages come before those of .venv. A group that cannot be had is skipped.
-#   tools/compat.sh [clients litellm lm-eval]     default: all
+#   tools/compat.sh [clients agents litellm lm-eval]     default: all
 # The environments stay in ${COMPAT_ENVIRONMENTS:-~/.cache/fastserve_mega/compat}; some 400 MB.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONPATH="$PWD"
 # mcp: LiteLLM imports it as soon as a request has tools, and does not name it.
 declare -A packages=(
     [clients]="openai anthropic langchain-openai"
+    [agents]="openai-agents pydantic-ai-slim[openai] instructor"
     [litellm]="litellm mcp"
     [lm-eval]="lm-eval[api]"
 )
@@ -19,11 +20,12 @@ declare -A packages=(
 declare -A tests=(
     [clients]="tests/compat/test_anthropic.py tests/compat/test_langchain.py
         tests/unit/test_responses.py tests/unit/test_tools_over_http.py"
+    [agents]="tests/compat/test_agents.py"
     [litellm]="tests/compat/test_litellm.py"
     [lm-eval]="tests/compat/test_lm_eval.py"
 )
 groups=("$@")
-[ "${#groups[@]}" -gt 0 ] || groups=(clients litellm lm-eval)
+[ "${#groups[@]}" -gt 0 ] || groups=(clients agents litellm lm-eval)
 
 failed=()
 for group in "${groups[@]}"; do
@@ -42,7 +44,7 @@ for group in "${groups[@]}"; do
         touch "$environment/complete"
     fi
     echo "$group: $("$environment/bin/pip" list --format=freeze 2> /dev/null |
-        grep -iE '^(openai|anthropic|langchain-openai|litellm|lm_eval)==' | tr '\n' ' ')"
+        grep -iE '^(openai|anthropic|langchain-openai|openai-agents|pydantic-ai-slim|instructor|litellm|lm_eval)==' | tr '\n' ' ')"
     # What foreign packages leave to the garbage collector is theirs.
     # shellcheck disable=SC2086 # several files
     "$environment/bin/python" -m pytest -q -p no:cacheprovider \

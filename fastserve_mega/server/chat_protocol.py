@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from fastserve_mega.server.chat_messages import Messages
 from fastserve_mega.server.protocol import UNSUPPORTED, GenerationRequest, Neutral
-from fastserve_mega.server.structured import from_schema, only_one
+from fastserve_mega.server.structured import from_schema
 from fastserve_mega.server.tools.forced import (
     NamedCall,
     RequiredCalls,
@@ -159,10 +159,12 @@ class ChatRequest(GenerationRequest):
         return RequiredCalls()
 
     def structured_output(self) -> StructuredOutput | None:
-        """The form, too, of a call that `tool_choice` forces."""
+        """The form of a call that `tool_choice` forces, else the one that is asked for.
+
+        Agents ask for both; the second is of the message that ends their conversation.
+        """
         asked = super().structured_output()
-        forced = self._forced_call()
-        return only_one([each for each in (asked, forced) if each is not None])
+        return self._forced_call() or asked
 
     def _forced_call(self) -> StructuredOutput | None:
         if isinstance(self.tool_choice, NamedTool):

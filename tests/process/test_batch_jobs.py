@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -50,6 +55,43 @@ def test_every_line_is_answered_or_refused(start_server, model_directory, files,
     good = [each for name, each in answers.items() if name != "7"]
     assert {each["status_code"] for each in good} == {200}
     assert {each["body"]["usage"]["completion_tokens"] for each in good} == {5}
+
+
+KILLS = 10
+WAIT_S = 120.0
+
+
+def kill_once_longer(command, path, num_bytes):
+    """Run a batch, and kill it once its answers have more bytes than that."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + WAIT_S
+    while process.poll() is None and (not path.exists() or path.stat().st_size <= num_bytes):
+        assert time.monotonic() < deadline
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0.005)
+    process.kill()
+    return process.wait(WAIT_S)
+
+
+@pytest.mark.slow
+def test_killed_anywhere_ten_times_each_line_is_answered_once(start_server, model_directory, files):
+    body = {"prompt": "the fox", "max_tokens": 5}
+    names = [str(number) for number in range(300)]
+    files[0].write_text("".join(
+        f"{json.dumps({'custom_id': name, 'url': '/v1/completions', 'body': body})}\n"
+        for name in names
+    ))  # fmt: skip
+    with start_server() as server, serving(server, Tokenizer(model_directory)) as url:
+        command = [sys.executable, "-m", "fastserve_mega", "batch", *map(str, files), "--url", url]
+        moments = random.Random(7)
+        for _ in range(KILLS):
+            size = files[1].stat().st_size if files[1].exists() else 0
+            ended = kill_once_longer(command, files[1], size + moments.randrange(8_000))
+            assert ended == -9  # it was not done before
+        assert run_batch(options(url, files)) == 0
+    lines = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert sorted(each["custom_id"] for each in lines) == sorted(names)
+    assert {each["response"]["status_code"] for each in lines} == {200}
 
 
 @pytest.fixture

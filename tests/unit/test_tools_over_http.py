@@ -108,6 +108,15 @@ def test_a_named_tool_is_held_to_its_schema(api, says, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_has_its_own_form_beside_that_of_other_answers(api, says, stream):
+    coordinator = says(ARGUMENTS)
+    form = {"type": "json_object"}
+    ask(api, stream=stream, tool_choice=LOOK, response_format=form)
+    (submit,) = coordinator.received(Submit)
+    assert json.loads(submit.params.structured.json_schema) == PARAMETERS
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_required_calls_are_held_to_their_schemas(api, says, stream):
     call = f'{{"name": "ask", "arguments": {ARGUMENTS}}}'
     coordinator = says(f"[{call}, {call}]")
@@ -191,7 +200,6 @@ REFUSED = [
     ({"tools": TOOLS[:1] * 2}, "tools must have names of their own, got ['look', 'look']"),
     ({"tools": [], "tool_choice": "required"}, "tool_choice='required' needs tools"),
     ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice names 'x'"),
-    ({"tool_choice": LOOK, "response_format": {"type": "json_object"}}, "ask for one structure"),
     ({"functions": [{"name": "x"}]}, "functions="),
     (
         {"tool_choice": LOOK, "tools": [{"type": "function", "function": {
