@@ -19,7 +19,7 @@ LEAST_SCALED = 1e-30
 """Keeps the scale of a row of zeros from being 0."""
 _TILE = 16
 """The sizes of a weight that torch multiplies in 8 bits are multiples of this."""
-_FIRST_CAPABILITY = (8, 9)
+FIRST_FLOAT8_CAPABILITY = (8, 9)
 """Of CUDA devices that compute in 8 bits: Ada and Hopper."""
 
 
@@ -87,4 +87,4 @@ def _multiplies(weight: Tensor) -> bool:
 
 @cache
 def _is_able(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+    return torch.cuda.get_device_capability(device) >= FIRST_FLOAT8_CAPABILITY

@@ -10,14 +10,7 @@ import torch
 from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.config import Config, KvCacheConfig
 from fastserve_mega.system.sizes import CPU_POOL_GB, activation_bytes, free_for_blocks, host_blocks
-from fastserve_mega.types import RequestId, SamplingParams
-from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.transfer import wait_for
-
-_DECODED_TOKENS = 65_536
-"""Context of all decoding sequences of the largest step together; a pool may hold more, but what a
-step takes for that is small where kernels attend."""
-_ANY_BLOCK = 1
 
 _log = logging.getLogger(__name__)
 
@@ -26,18 +19,6 @@ def is_sized_by_memory(settings: KvCacheConfig, device: torch.device) -> bool:
     """Whether the device pool takes what the rest leaves."""
     is_given = settings.device_blocks is not None or settings.device_memory_gb is not None
     return device.type == "cuda" and not is_given
-
-
-def largest_steps(config: Config, max_context: int) -> tuple[list[SequenceInput], ...]:
-    """Steps that take the most memory: a chunk at the end of the longest context, and decodes.
-
-    Their KV is all in one block, whatever it holds.
-    """
-    tokens = min(config.scheduler.max_batch_tokens, max_context)
-    count = config.scheduler.max_batch_size
-    context = max(min(max_context, _DECODED_TOKENS // count), 1)
-    chunk = _sequence(config, tokens, max_context)
-    return [chunk], [_sequence(config, 1, context) for _ in range(count)]
 
 
 def measure_activations(device: torch.device, run: Callable[[], None]) -> int:
@@ -142,16 +123,3 @@ def check_host_memory(
     if is_final:
         raise ValueError(message)
     _log.warning("%s", message)
-
-
-def _sequence(config: Config, tokens: int, context: int) -> SequenceInput:
-    return SequenceInput(
-        request_id=RequestId("largest"),
-        token_ids=[0] * tokens,
-        start=context - tokens,
-        block_table=[_ANY_BLOCK] * -(-context // config.kv_cache.block_size),
-        samples=True,
-        params=SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9),
-        seed=0,
-        prompt_tokens=context,
-    )

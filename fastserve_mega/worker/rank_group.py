@@ -132,7 +132,7 @@ class RankGroup:
 
 def is_expected(error: Exception) -> bool:
     """Whether a user can cause it, so that its text says enough."""
-    return isinstance(error, (ValueError, OSError, MissingRanksError))
+    return isinstance(error, (ValueError, OSError, MemoryError, MissingRanksError))
 
 
 def _describe(error: Exception) -> str:

@@ -12,7 +12,6 @@ SOURCES = sorted(
 )
 MOST_LINES = 300
 LONGER_FILES = {  # to be split when they are worked on next
-    "tests/unit/kernels/test_device_work.py": 330,
     # One record a section of the YAML, and a sentence a setting.
     "fastserve_mega/system/config.py": 340,
 }

@@ -22,17 +22,18 @@ from fastserve_mega.worker.kernels.launching import padded
 from fastserve_mega.worker.kernels.pages import Pages
 from fastserve_mega.worker.step_batch import StepBatch
 
-_KEYS = 64
-"""Keys that a program looks at at a time."""
-_PREFILL_ROWS = 64
 _FULL_DEVICE = 512
 """Programs that keep a large device busy."""
 _MOST_SPLITS = 32
 
 
-# Numbers that differ from step to step would be compiled for once more if they are 1, or a multiple
-# of 16; what is gained by that comes from PAGE.
-@triton.jit(do_not_specialize=["first_sequence", "table_width", "layer_page", "block_pages"])
+# What differs from step to step would be compiled for once more, while requests wait: numbers if
+# they are 1, or a multiple of 16, and parts of a step's array if they begin at a multiple of 16
+# bytes. What is gained by such knowledge comes from PAGE.
+@triton.jit(
+    do_not_specialize=["first_sequence", "table_width", "layer_page", "block_pages"],
+    do_not_specialize_on_alignment=["tables", "contexts", "first_rows"],
+)
 def _attend(
     qkv, pool, scales, tables, contexts, first_rows, out, partial, maxima, sums,
     first_sequence, table_width, layer_page, block_pages, scale, softcap,
@@ -183,13 +184,15 @@ def attend(
     group = columns - 2
     out = torch.empty((tokens, kv_heads * group * head_dim), dtype=qkv.dtype, device=qkv.device)
     decodes, sequences = step.num_decodes, step.block_tables.shape[0]
+    tile_rows, keys = _tile(padded(head_dim), qkv.dtype.itemsize)
     spans = [span.rows.stop - span.rows.start for span in step.prefill]
     parts = []
     if decodes:
-        splits = _splits(decodes * kv_heads, step.block_tables.shape[1] * pages.block_size)
+        longest = step.block_tables.shape[1] * pages.block_size
+        splits = _splits(decodes * kv_heads, longest, keys)
         parts.append((0, decodes, padded(group), 1, splits))
     if spans:
-        rows = max(_PREFILL_ROWS, padded(group))
+        rows = max(tile_rows, padded(group))
         tiles = math.ceil(max(spans) * group / rows)
         parts.append((decodes, sequences - decodes, rows, tiles, 1))
     for first, count, rows, tiles, splits in parts:
@@ -200,9 +203,9 @@ def attend(
             out, partial, maxima, sums, first, step.block_tables.shape[1],
             layer * 2 * kv_heads, pages.pages_per_block, scale, softcap or 1.0,
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, DIM=padded(head_dim),
-            BLOCK_SIZE=pages.block_size, PAGE=pages.page_size, ROWS=rows, KEYS=_KEYS,
+            BLOCK_SIZE=pages.block_size, PAGE=pages.page_size, ROWS=rows, KEYS=keys,
             SPLITS=splits, WINDOW=window or 0, SOFTCAP=softcap is not None,
-            QUANTIZED=pages.is_quantized, num_warps=4 if rows < _PREFILL_ROWS else 8,
+            QUANTIZED=pages.is_quantized, num_warps=8 if rows > 32 else 4,
         )  # fmt: skip
         if splits > 1:
             launching.launch(
@@ -212,9 +215,19 @@ def attend(
     return out
 
 
-def _splits(programs: int, longest_context: int) -> int:
+def _tile(dims: int, itemsize: int) -> tuple[int, int]:
+    """Rows of a prefilling sequence, and keys, that a program looks at at a time.
+
+    They are what fits into registers and into the shared memory of smaller devices than an H100.
+    """
+    if itemsize > 2:
+        return 16, 32
+    return 64, 64 if dims <= 128 else 32
+
+
+def _splits(programs: int, longest_context: int, keys: int) -> int:
     """Into how many parts contexts are split; a power of 2, by what is known before the step."""
-    wanted = min(_FULL_DEVICE // programs, longest_context // (2 * _KEYS), _MOST_SPLITS)
+    wanted = min(_FULL_DEVICE // programs, longest_context // (2 * keys), _MOST_SPLITS)
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 

@@ -95,7 +95,10 @@ def _clamped(x, scale, LARGEST: tl.constexpr):
     return tl.minimum(tl.maximum(x / scale.to(tl.float32), -LARGEST), LARGEST)
 
 
-@triton.jit(do_not_specialize=["layer_page", "block_pages"])
+@triton.jit(
+    do_not_specialize=["layer_page", "block_pages"],
+    do_not_specialize_on_alignment=["slots", "positions"],
+)
 def _rotate_and_write(
     qkv, pool, scales, slots, positions, frequencies, query_norm, key_norm,
     layer_page, block_pages, factor, epsilon, offset,
@@ -185,6 +188,7 @@ def rotate_and_write(
         norm: None where heads are not normed.
     """
     tokens, kv_heads, columns, head_dim = qkv.shape
+    heads, half = padded(columns - 1, 2), padded(head_dim // 2, 2)
     launching.launch(
         _rotate_and_write, (tokens, kv_heads),
         qkv, pages.data, pages.scales, slots, positions,
@@ -193,8 +197,8 @@ def rotate_and_write(
         layer * 2 * kv_heads, pages.pages_per_block,
         1.0 if turns is None else turns.factor,
         0.0 if norm is None else norm.epsilon, 0.0 if norm is None else norm.offset,
-        KV_HEADS=kv_heads, GROUP=columns - 2, HEADS=padded(columns - 1, 2), HEAD_DIM=head_dim,
-        HALF=padded(head_dim // 2, 2), BLOCK_SIZE=pages.block_size, PAGE=pages.page_size,
+        KV_HEADS=kv_heads, GROUP=columns - 2, HEADS=heads, HEAD_DIM=head_dim,
+        HALF=half, BLOCK_SIZE=pages.block_size, PAGE=pages.page_size,
         ROTATED=turns is not None, NORMED=norm is not None, QUANTIZED=pages.is_quantized,
-        LARGEST=LARGEST_FLOAT8, num_warps=1 if head_dim <= 128 else 2,
+        LARGEST=LARGEST_FLOAT8, num_warps=1 if heads * half <= 1024 else 4,
     )  # fmt: skip

@@ -28,7 +28,7 @@ def _weight(logits, token, real, largest, temperature, floor):
     return tl.where(real & (weight >= floor), weight, 0.0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["numbers"])
 def _draw(
     logits, numbers, drawn, rows, vocabulary, stride,
     COLUMNS: tl.constexpr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import time
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig
 from fastserve_mega.system.partition import Partition
+from fastserve_mega.worker.float8 import FIRST_FLOAT8_CAPABILITY
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.engine import StageEngine, TorchEngine
 from fastserve_mega.worker.megatron.layers import ColumnLinear
@@ -22,6 +24,9 @@ from fastserve_mega.worker.sampler import Draw
 
 _MAX_HEAD_DIM = 512
 _MAX_KERNEL_HEAD_DIM = 256
+_FIRST_KERNEL_CAPABILITY = (8, 0)
+"""Of CUDA devices for which Triton multiplies in bfloat16: Ampere."""
+_LONGEST_REASON = 200
 _READ_AHEAD_BYTES = 64
 """The kernels read that much behind the keys of a head."""
 
@@ -75,7 +80,7 @@ def open_engine(
 
 def choose_draw(parallel: ParallelConfig, device: torch.device) -> Draw | None:
     """What draws tokens on the device; None where torch has to."""
-    if device.type != "cuda" or parallel.cuda_engine == "torch" or _no_triton():
+    if device.type != "cuda" or parallel.cuda_engine == "torch" or _triton_obstacle(device):
         return None
     from fastserve_mega.worker.kernels.sampling import draw
 
@@ -94,7 +99,7 @@ def _open_on_cuda(
     wanted = config.parallel.cuda_engine
     obstacle = "parallel.cuda_engine=torch"
     if wanted != "torch":
-        obstacle = _kernel_obstacle(stage, architecture) or ""
+        obstacle = _kernel_obstacle(stage, architecture, cache) or ""
         if obstacle and wanted != "auto":
             raise ValueError(f"parallel.cuda_engine={wanted}, but {obstacle}")
     is_first = partition.is_first_stage and partition.tensor_rank == 0 and not is_trial
@@ -120,21 +125,44 @@ def _open_on_cuda(
     return engine
 
 
-def _kernel_obstacle(stage: Stage, architecture: Architecture) -> str | None:
+def _kernel_obstacle(stage: Stage, architecture: Architecture, cache: KvCache) -> str | None:
     """Why the kernels cannot be used, None if they can; the same on all ranks."""
-    if no_triton := _no_triton():
-        return no_triton
-    if not isinstance(stage.layers[0].self_attention.linear_qkv, ColumnLinear):
+    if obstacle := _triton_obstacle(cache.pool.device):
+        return obstacle
+    linear = stage.layers[0].self_attention.linear_qkv
+    if not isinstance(linear, ColumnLinear):
         return "the layers are Transformer Engine's (model.layer_spec)"
     if architecture.head_dim % 2 or architecture.head_dim > _MAX_KERNEL_HEAD_DIM:
         return f"the kernels have no head_dim of {architecture.head_dim}"
+    capability = _capability(cache.pool.device)
+    if (linear.is_float8 or cache.is_quantized) and capability < FIRST_FLOAT8_CAPABILITY:
+        return "the kernels have no 8 bits on a GPU of compute capability {}.{}".format(*capability)
     return None
 
 
-def _no_triton() -> str | None:
+@functools.cache
+def _triton_obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot be used, None if it can: a kernel is compiled and started.
+
+    It needs a compiler for C and the headers of Python besides itself.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if (capability := _capability(device)) < _FIRST_KERNEL_CAPABILITY:
+        return "the kernels need compute capability 8.0, the GPU has {}.{}".format(*capability)
+    from fastserve_mega.worker.kernels.rows import Norm, norm
+
+    row = torch.ones((1, 16), device=device)
+    try:
+        norm(row, Norm(row[0], None, epsilon=1.0, is_centered=False, offset=0.0))
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"Triton cannot compile here: {said[:_LONGEST_REASON]}"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _obstacle(

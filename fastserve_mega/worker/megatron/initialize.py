@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -224,6 +226,39 @@ def _expert_groups(
     others = range(first + rank % sharing, first + parallel.tensor, sharing)
     sharing_group = _new_group(list(neighbours), timeout)
     return _new_group(list(others), timeout), sharing_group
+
+
+@contextmanager
+def left_on_error() -> Iterator[None]:
+    """Leave the process groups if it fails; else this process could not try again."""
+    try:
+        yield
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+
+
+@contextmanager
+def plain_errors(device: torch.device) -> Iterator[None]:
+    """Say in one sentence what of torch's errors is nothing of ours.
+
+    Raises:
+        ConnectionError: another rank does not take part.
+        MemoryError: the device has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        free, total = torch.cuda.mem_get_info(device)
+        raise MemoryError(
+            f"{device} is out of memory, {free / 2**30:.2f} of {total / 2**30:.2f} GiB are free: "
+            "lower kv_cache.device_memory_utilization (or device_blocks, device_memory_gb) or "
+            "scheduler.max_batch_tokens, or use more ranks"
+        ) from None
+    except RuntimeError as error:
+        if (reason := lost_connection(error)) is None:
+            raise
+        raise ConnectionError(f"another rank is out of reach: {reason}") from None
 
 
 def lost_connection(error: RuntimeError) -> str | None:

@@ -125,7 +125,8 @@ class KernelEngine(TorchEngine):
             result, tokens = done
             if tokens is not None:
                 drawn(tokens)
-            return result
+            # Recorded steps share their memory: the next one would overwrite what is on its way.
+            return result if self._partition.is_last_stage else result.clone()
         # No block is cleared: the kernels do not look at what has not been written.
         step = PackedStep(batch, self._cache.block_size).to(self._device)
         return self._compute(step, receive(), score, embed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,13 +22,14 @@ from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.logprobs import PromptScores
 from fastserve_mega.worker.megatron.checkpoint import architecture_as_stored, open_checkpoint
-from fastserve_mega.worker.megatron.engine import TakeRows
+from fastserve_mega.worker.megatron.engine import StageEngine, TakeRows
 from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
     keep_freed_memory,
-    lost_connection,
+    left_on_error,
+    plain_errors,
     select_device,
     select_dtype,
     set_up_cpu,
@@ -41,13 +42,13 @@ from fastserve_mega.worker.memory import (
     device_blocks,
     host_memory_needs,
     is_sized_by_memory,
-    largest_steps,
     measure_activations,
 )
 from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
 from fastserve_mega.worker.transfer import wait_for
+from fastserve_mega.worker.trial_steps import largest_steps, varied_steps
 
 
 class MegatronRunner:
@@ -92,7 +93,7 @@ class MegatronRunner:
         groups = join_process_groups(
             config.parallel, topology, self._device, master_address, master_port
         )
-        try:
+        with plain_errors(self._device), left_on_error():
             if self._device.type == "cuda":
                 connect_stages(topology, config.parallel.tensor, self._device)
             self._stage = build_stage(
@@ -108,12 +109,11 @@ class MegatronRunner:
             self.block_size = self.cache.block_size
             is_native = isinstance(self._engine, NativeEngine)
             self.looks_ahead = is_native and config.parallel.looks_ahead
+            if self._device.type == "cuda":
+                self._try(self._engine, varied_steps(config, self._max_context(config)))
             keep_freed_memory()
             self._host = HostPool(host_blocks(config.kv_cache, self.block_bytes), self.cache.pool)
             self.copies = open_copy_engine(self.cache.pool, self._host, config.parallel.timeout_s)
-        except BaseException:
-            dist.destroy_process_group()  # else this process could not try again
-            raise
 
     @property
     def device_blocks(self) -> int:
@@ -142,15 +142,12 @@ class MegatronRunner:
         Raises:
             ValueError: a sequence without tokens, or with too few blocks.
             ConnectionError: another rank does not take part.
+            MemoryError: the device has too little memory for it.
         """
         if not batch:
             return StepOutput()
-        try:
+        with plain_errors(self._device):
             return self._execute(batch)
-        except RuntimeError as error:
-            if (reason := lost_connection(error)) is None:
-                raise
-            raise ConnectionError(f"another rank is out of reach: {reason}") from None
 
     def _execute(self, batch: Sequence[SequenceInput]) -> StepOutput:
         if self.is_sampling_rank:
@@ -204,17 +201,24 @@ class MegatronRunner:
         """Blocks of the device pool; where its memory decides, the largest steps run first."""
         activations = None
         if is_sized_by_memory(config.kv_cache, self._device):
-            activations = measure_activations(self._device, lambda: self._try_largest(config))
+            activations = self._measure_activations(config)
         return device_blocks(config, self.architecture, block, self._device, activations)
 
-    def _try_largest(self, config: Config) -> None:
-        """Compute the largest steps, on a pool of two blocks. All ranks do so together."""
+    def _measure_activations(self, config: Config) -> int:
+        """Bytes that the largest steps take. All ranks run them together."""
         cache = self._build_cache(config, 2)
+        # Opened before what it takes is measured: it lays experts out anew.
         engine = open_engine(
             config, self._stage, self.architecture, self._partition, cache, is_trial=True
         )
-        context = config.model.max_context or self.architecture.max_context
-        for batch in largest_steps(config, context):
+        steps = largest_steps(config, self._max_context(config))
+        taken = measure_activations(self._device, lambda: self._try(engine, steps))
+        engine.close()
+        return taken
+
+    def _try(self, engine: StageEngine, steps: Iterable[Sequence[SequenceInput]]) -> None:
+        """Compute steps that nobody asked for; nothing is handed over between stages."""
+        for batch in steps:
             tokens = sum(len(sequence.token_ids) for sequence in batch)
             shape = (tokens, self.architecture.hidden_size)
             hidden: Tensor | None = None
@@ -223,7 +227,9 @@ class MegatronRunner:
             result = engine.run(batch, partial(_unchanged, hidden))
             if self.is_sampling_rank:
                 self._sampler(result, batch)
-        engine.close()
+
+    def _max_context(self, config: Config) -> int:
+        return config.model.max_context or self.architecture.max_context
 
     def _build_cache(self, config: Config, num_blocks: int) -> KvCache:
         return KvCache(

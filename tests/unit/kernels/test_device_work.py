@@ -5,29 +5,29 @@ Whatever reads a value of the device back raises there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 import torch.distributed as dist
-from kernel_device import DEVICE
+from decode_steps import Again, decodes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig, SchedulerConfig
 from fastserve_mega.system.partition import partition_model
-from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.kernels import launching
 from fastserve_mega.worker.kernels.sampling import draw
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron import decode_graphs, engine_choice
-from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, recorded_sizes
+from fastserve_mega.worker.megatron.decode_graphs import recorded_sizes
 from fastserve_mega.worker.megatron.engine import TorchEngine
 from fastserve_mega.worker.megatron.initialize import join_process_groups
 from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
 from fastserve_mega.worker.megatron.layer_spec import choose_layers
 from fastserve_mega.worker.megatron.model import build_stage
-from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.step_batch import PackedStep, StepShape
 from fastserve_mega.worker.topology import Topology
@@ -119,22 +119,6 @@ class Work(TorchDispatchMode):
         return [name for name, _, _ in self.log]
 
 
-def decodes(count, context=100):
-    return [
-        SequenceInput(
-            request_id=RequestId(str(index)),
-            token_ids=[1],
-            start=context - 1,
-            block_table=range(1, 1 + -(-context // 16)),
-            samples=True,
-            params=SamplingParams(),
-            seed=0,
-            prompt_tokens=4,
-        )
-        for index in range(count)
-    ]
-
-
 @pytest.mark.parametrize("float8", [False, True])
 def test_a_layer_is_ten_kernels_and_a_step_one_upload(open_engine, monkeypatch, float8):
     names = []
@@ -212,8 +196,7 @@ def test_the_engine_is_chosen_and_said(  # noqa: PLR0917
     caplog.set_level("INFO")
     monkeypatch.setattr(launching, "launch", lambda *arguments, **constants: None)
     monkeypatch.setattr(decode_graphs, "CudaRecorder", Again)
-    given = open_engine(2)
-    parts = (given._stage, given._architecture, given._partition, given._cache)
+    parts = hopper(monkeypatch, open_engine(2))
     config = Config(
         model=ModelConfig(path="x"),
         parallel=ParallelConfig(cuda_engine=wanted),
@@ -227,101 +210,59 @@ def test_the_engine_is_chosen_and_said(  # noqa: PLR0917
     assert not caplog.text
 
 
-def test_an_engine_that_cannot_be_is_refused_with_the_reason(open_engine, monkeypatch):
-    given = open_engine(2)
-    parts = (given._stage, given._architecture, given._partition, given._cache)
+def hopper(monkeypatch, engine, capability=(9, 0)):
+    """A device as the engine's parts would be on, and they."""
+    engine_choice._triton_obstacle.cache_clear()
+    monkeypatch.setattr(engine_choice, "_capability", lambda device: capability)
+    return engine._stage, engine._architecture, engine._partition, engine._cache
+
+
+@pytest.mark.parametrize(
+    ("capability", "changes", "reason"),
+    [
+        ((9, 0), {"head_dim": 512}, "the kernels have no head_dim of 512"),
+        ((7, 5), {}, "the kernels need compute capability 8.0, the GPU has 7.5"),
+        ((8, 6), {"float8": True}, "the kernels have no 8 bits on a GPU of compute capability 8.6"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused_with_the_reason(  # noqa: PLR0917
+    open_engine, monkeypatch, caplog, capability, changes, reason
+):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(launching, "launch", lambda *arguments, **constants: None)
+    parts = hopper(monkeypatch, open_engine(2, **changes), capability)
     config = Config(model=ModelConfig(path="x"), parallel=ParallelConfig(cuda_engine="kernels"))
-    monkeypatch.setattr(engine_choice, "_MAX_KERNEL_HEAD_DIM", 64)
-    with pytest.raises(ValueError, match="cuda_engine=kernels, but the kernels have no head_dim"):
+    with pytest.raises(ValueError, match=f"cuda_engine=kernels, but {reason}"):
         engine_choice._open_on_cuda(config, *parts, is_trial=False)
+    engine = engine_choice._open_on_cuda(Config(model=config.model), *parts, is_trial=False)
+    assert type(engine) is TorchEngine
+    assert f"steps on the GPU: torch ({reason})" in caplog.text
 
 
-class Again:
-    """Records by computing again, into the tensors that the first computation gave."""
+def test_where_triton_compiles_nothing_torch_computes_and_draws(open_engine, monkeypatch, caplog):
+    caplog.set_level("INFO")
 
-    def record(self, compute):
-        results = compute()
+    def fail(*arguments, **constants):
+        raise RuntimeError("Failed to find C compiler.\nSee the documentation.")
 
-        def replay():
-            for result, again in zip(results, compute(), strict=True):
-                if result is not None:
-                    result.copy_(again)
-            return results
-
-        return replay
-
-
-def test_a_step_takes_the_next_larger_graph_or_none():
-    computed = []
-
-    def compute(step, hidden):
-        computed.append(step.contexts.shape[0])
-        return step.contexts[:, None].clone()
-
-    graphs = DecodeGraphs(
-        compute, block_size=16, device=torch.device("cpu"), hidden=None, recorder=Again()
-    )
-    assert graphs.record(max_sequences=4, max_context=160) == 3
-    assert computed == [4, 2, 1]
-    result, drawn = graphs.run([*decodes(1, 90), *decodes(2, 160)], lambda: None)
-    assert drawn is None
-    assert result.flatten().tolist() == [160, 160, 90]
-    assert computed[3:] == [4]
-    prefill = decodes(1)[0]
-    object.__setattr__(prefill, "token_ids", [1, 2])
-    for batch in (decodes(5), decodes(1, 161), [prefill]):
-        assert graphs.run(batch, lambda: None) is None
-    assert computed[3:] == [4]
+    monkeypatch.setattr(launching, "launch", fail)
+    parts = hopper(monkeypatch, open_engine(2))
+    config = Config(model=ModelConfig(path="x"))
+    engine = engine_choice._open_on_cuda(config, *parts, is_trial=False)
+    assert type(engine) is TorchEngine
+    assert "torch (Triton cannot compile here: Failed to find C compiler.)" in caplog.text
+    assert engine_choice._triton_obstacle(META)
+    engine_choice._triton_obstacle.cache_clear()
 
 
-def test_what_an_earlier_stage_hands_over_is_copied_to_where_the_graph_reads_it():
-    graphs = DecodeGraphs(
-        lambda step, hidden: hidden * 2,
-        block_size=16,
-        device=torch.device("cpu"),
-        hidden=(3, torch.float32),
-        recorder=Again(),
-    )
-    graphs.record(max_sequences=2, max_context=160)
-    for value in (1.0, 5.0):
-        received = torch.full((2, 3), value)
-        result, _ = graphs.run(decodes(2), lambda received=received: received)
-        assert torch.equal(result, 2 * received)
-
-
-def test_tokens_are_drawn_in_the_graph_by_the_rules_of_each_step():
-    """And are those that the sampler draws of the same logits, one kernel after the other."""
-    logits = torch.randn((4, 150), generator=torch.Generator().manual_seed(7)).to(DEVICE)
-    graphs = DecodeGraphs(
-        lambda step, hidden: logits[step.token_ids[step.sample_rows]],
-        block_size=16, device=DEVICE, hidden=None, recorder=Again(), draw=draw,
-    )  # fmt: skip
-    graphs.record(max_sequences=4, max_context=160)
-    rules_of_rows = ({"temperature": 0.0}, {"temperature": 2.0}, {"temperature": 1.5, "top_k": 9})
-    sampler, seen = Sampler((3,), draw=draw), set()
-    for position in (20, 21):
-        batch = decodes(3, position)
-        for row, (each, rules) in enumerate(zip(batch, rules_of_rows, strict=True)):
-            object.__setattr__(each, "token_ids", [row])
-            object.__setattr__(each, "params", SamplingParams(**rules))
-        result, drawn = graphs.run(batch, lambda: None)
-        output = sampler(result, batch, drawn)
-        assert output.token_ids == Sampler((3,))(logits[:3], batch).token_ids
-        seen.add(tuple(output.token_ids))
-    assert len(seen) == 2
-
-
-def test_what_is_drawn_in_the_graph_does_not_count_where_requests_change_the_logits():
-    logits = torch.zeros((1, 8), device=DEVICE)
-    batch = decodes(1)
-    greedy = SamplingParams(temperature=0.0, logit_bias={5: 2.0})
-    object.__setattr__(batch[0], "params", greedy)
-    drawn = torch.tensor([[3.0, 0.0]], dtype=torch.float64, device=DEVICE)
-    assert Sampler((), draw=draw)(logits, batch, drawn).token_ids == [5]
-
-
-def test_few_graphs_for_any_number_of_sequences():
-    assert recorded_sizes(3) == [1, 2, 3]
-    assert recorded_sizes(16) == [1, 2, 4, 8, 16]
-    assert len(recorded_sizes(256)) < 30
-    assert recorded_sizes(250)[-2:] == [240, 250]
+def test_what_goes_to_the_next_stage_is_not_overwritten_by_the_next_step(open_engine, monkeypatch):
+    engine = open_engine(2)
+    monkeypatch.setattr(launching, "launch", lambda *arguments, **constants: None)
+    results = {}
+    for is_last in (True, False):
+        partition = dataclasses.replace(engine._partition, num_stages=1 if is_last else 2)
+        monkeypatch.setattr(engine, "_partition", partition)
+        assert engine.record_graphs(4, 1024, Again(), draw) == 3
+        pair = [engine.run(decodes(2), lambda: None) for _ in range(2)]
+        results[is_last] = len({each.untyped_storage()._cdata for each in pair})
+    assert results == {True: 1, False: 2}

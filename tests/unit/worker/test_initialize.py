@@ -12,6 +12,7 @@ from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
     lost_connection,
+    plain_errors,
     select_device,
 )
 from fastserve_mega.worker.topology import Topology
@@ -101,3 +102,15 @@ def test_stages_meet_before_the_first_step(monkeypatch):
 def test_a_lost_rank_is_named_in_a_sentence(message, reason):
     assert lost_connection(RuntimeError(message)) == reason
     assert lost_connection(RuntimeError("CUDA error: out of memory")) is None
+
+
+def test_a_device_without_memory_is_told_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**29, 80 * 2**30))
+    expected = "cuda:1 is out of memory, 0.50 of 80.00 GiB are free: lower kv_cache.device_memory"
+    with pytest.raises(MemoryError, match=expected), plain_errors(torch.device("cuda", 1)):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    expected = "another rank is out of reach: NCCL communicator was aborted"
+    with pytest.raises(ConnectionError, match=expected), plain_errors(torch.device("cpu")):
+        raise RuntimeError("[Rank 1] NCCL communicator was aborted.")
+    with pytest.raises(RuntimeError, match="another"), plain_errors(torch.device("cpu")):
+        raise RuntimeError("another")

@@ -10,6 +10,7 @@ from fastserve_mega.models.architecture import Experts, load_architecture
 from fastserve_mega.system import sizes
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, SwapConfig
 from fastserve_mega.worker import memory
+from fastserve_mega.worker.trial_steps import largest_steps, varied_steps
 
 GB = 2**30
 BLOCK_BYTES = 2**20
@@ -76,13 +77,22 @@ def test_the_peak_of_a_computation_is_measured(monkeypatch):
 
 def test_the_largest_steps_fill_a_step_and_the_longest_context():
     wanted = config()
-    (chunk,), decodes = memory.largest_steps(wanted, 4096)
+    (chunk,), decodes = largest_steps(wanted, 4096)
     assert (chunk.context, len(chunk.token_ids)) == (4096, wanted.scheduler.max_batch_tokens)
     assert len(decodes) == wanted.scheduler.max_batch_size
     assert {len(each.token_ids) for each in decodes} == {1}
     assert {each.context for each in decodes} == {4096}
-    ((short,), _) = memory.largest_steps(wanted, 100)
+    ((short,), _) = largest_steps(wanted, 100)
     assert (short.context, short.start) == (100, 0)
+
+
+def test_steps_that_compile_have_each_power_of_two_of_context_beside_a_chunk():
+    for longest, count in ((20, 5), (131_072, 14)):
+        steps = varied_steps(config(), longest)
+        assert [decode.context for decode, _ in steps] == [2**n for n in range(count)]
+        assert {len(chunk.token_ids) for _, chunk in steps} == {17}
+    ((_, chunk),) = varied_steps(config(), 1)
+    assert chunk.context == 1
 
 
 def test_a_rank_may_hold_all_experts_that_a_step_chooses(architecture):
