@@ -3,6 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+TYPES = {
+    "fp16": (torch.float16, torch.int16),
+    "bf16": (torch.bfloat16, torch.int16),
+    "fp8e4nv": (torch.float8_e4m3fn, torch.uint8),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -10,3 +17,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(autouse=True)
+def exact_rounding(monkeypatch):
+    """Round as a device does.
+
+    Triton's interpreter rounds to 8 bits and to bfloat16 without the carry into the exponent: what
+    should become the next power of 2 becomes half of it; and what is too small is cut off.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    converted = interpreter._convert_float
+
+    def convert(values, given, wanted, rounding_mode):
+        if str(given) != "fp32" or str(wanted) not in TYPES:
+            return converted(values, given, wanted, rounding_mode)
+        dtype, bits = TYPES[str(wanted)]
+        wide = torch.from_numpy(values.view("float32").copy())
+        made = wide.to(dtype).view(bits).numpy()
+        return made.view("uint16") if bits is torch.int16 else made
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

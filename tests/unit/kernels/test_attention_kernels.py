@@ -126,22 +126,14 @@ def test_eight_bits_are_read_as_torch_reads_them():
         tables = torch.tensor([list(sequence.block_table)], device=DEVICE)
         both = world.cache.read(LAYER, world.cache.read_index(tables), 1)
         known = torch.stack([each[:, : sequence.context].cpu() for each in both])
-        error = (known.permute(2, 1, 0, 3) - world.keys_and_values[index]).abs()
-        if not sequence.start:
-            continue  # in part written by Triton's interpreter, which rounds in its own way
-        assert error[: sequence.start].max() < 0.2
-        world.keys_and_values[index] = known.permute(2, 1, 0, 3)
-    full = [index for index, sequence in enumerate(world.batch) if sequence.start]
-    rows = [row for row, index in enumerate(_owners(world.batch)) if index in full]
-    torch.testing.assert_close(out[rows], world.expected()[rows], rtol=0, atol=2e-5)
-
-
-def _owners(batch):
-    return [index for index, sequence in enumerate(batch) for _ in sequence.token_ids]
+        known, exact = known.permute(2, 1, 0, 3), world.keys_and_values[index]
+        assert ((known - exact).abs() <= exact.abs() / 14 + 0.01).all()
+        world.keys_and_values[index] = known
+    torch.testing.assert_close(out, world.expected(), rtol=0, atol=2e-5)
 
 
 def test_eight_bits_are_written_as_torch_writes_them():
-    """Numbers that 8 bits hold, since Triton's interpreter does not round as a device does."""
+    """Numbers that 8 bits hold, since a device divides with an error."""
     world = World(2, 1, 16, contexts=((3, 14),), quantized=True)
     numbers = torch.tensor([448.0, -3.25, 0.0, 2.0**-6, 15.0, -0.5, 2.0**-9, 112.0])
     world.qkv[:] = numbers.repeat(2) * torch.tensor([1.0, 2.0**-5, 2.0**7])[:, None, None, None]

@@ -36,13 +36,13 @@ def test_the_residual_is_added_and_normed(random, is_centered):
 
 
 def assert_scaled(rows, expected):
-    """As torch scales; Triton's interpreter loses a bit when it rounds up to a power of 2."""
+    """As torch scales; a device divides with an error that may round to a neighbour."""
     scaled = quantize_rows(expected)
     assert (rows.values.dtype, rows.dtype) == (torch.float8_e4m3fn, expected.dtype)
     torch.testing.assert_close(rows.scales, scaled.scales)
-    error = (widen(rows.values, rows.scales) - expected).abs()
-    is_close = error <= 0.13 * expected.abs() + scaled.scales[:, None] / 256
-    assert is_close.float().mean() > 0.85
+    steps = (rows.values.view(torch.uint8).int() - scaled.values.view(torch.uint8).int()).abs()
+    assert steps.max() <= 1
+    assert (steps == 0).float().mean() > 0.98
 
 
 def test_what_is_multiplied_in_8_bits_is_scaled_by_row(random):
