@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastserve_mega.worker.kv_cache import NULL_BLOCK
 from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.transfer import to_device
 
@@ -109,13 +108,18 @@ class PackedStep:
         block_size: tokens in a block.
         room: has at least as many of everything. Rows and sequences that fill it up have no
             context and write nothing, so that they change nothing.
+        rules: numbers that go along behind the step's own, in `rules`.
 
     Raises:
         ValueError: a sequence has no token, or a block table is too short for its tokens.
     """
 
     def __init__(
-        self, batch: Sequence[SequenceInput], block_size: int, room: StepShape | None = None
+        self,
+        batch: Sequence[SequenceInput],
+        block_size: int,
+        room: StepShape | None = None,
+        rules: int = 0,
     ) -> None:
         for sequence in batch:
             check_sequence(sequence, block_size)
@@ -136,10 +140,19 @@ class PackedStep:
                 samples=self._scored + len(sampled),
             )
         self.shape = room
-        self.numbers: Numbers = np.zeros(sum(room.sizes), dtype=np.int64)
-        tokens, positions, slots, table, contexts, first_rows, fresh_part, sample_rows = np.split(
-            self.numbers, np.cumsum(room.sizes)[:-1]
-        )
+        # Zeros are the null block's.
+        self.numbers: Numbers = np.zeros(sum(room.sizes) + rules, dtype=np.int64)
+        (
+            tokens,
+            positions,
+            slots,
+            table,
+            contexts,
+            first_rows,
+            fresh_part,
+            sample_rows,
+            self.rules,
+        ) = np.split(self.numbers, np.cumsum(room.sizes))
         lengths = np.array([len(each.token_ids) for each in self._ordered], dtype=np.int64)
         starts = np.array([each.start for each in self._ordered], dtype=np.int64)
         count, rows = len(order), int(lengths.sum())
@@ -163,7 +176,6 @@ class PackedStep:
         sample_rows[: len(wanted)] = wanted
 
     def _fill_tables(self, tables: Numbers) -> None:
-        tables.fill(NULL_BLOCK)
         for row, sequence in enumerate(self._ordered):
             blocks = _blocks_of(sequence, self._block_size)
             tables[row, :blocks] = sequence.block_table[:blocks]
@@ -175,7 +187,7 @@ class PackedStep:
     def on(self, numbers: Tensor) -> StepBatch:
         """A step whose tensors are parts of `numbers`, the array on the device."""
         tokens, positions, slots, table, contexts, first_rows, fresh, sample_rows = torch.split(
-            numbers, list(self.shape.sizes)
+            numbers[: sum(self.shape.sizes)], list(self.shape.sizes)
         )
         tables = table.view(self.shape.sequences, self.shape.blocks)
         decode, prefill, row = [], [], 0

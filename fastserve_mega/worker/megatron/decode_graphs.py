@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,13 +121,13 @@ class DecodeGraphs:
         longest = max(each.context for each in batch)
         if recorded is None or longest > recorded.shape.blocks * self._block_size:
             return None
-        packed = PackedStep(batch, self._block_size, recorded.shape)
-        numbers = torch.from_numpy(packed.numbers)
+        packed = PackedStep(
+            batch, self._block_size, recorded.shape, self._num_rules(recorded.shape)
+        )
         if self._draw is not None:
-            rules = torch.zeros((RULES, recorded.shape.samples), dtype=torch.float64)
+            rules = packed.rules.view(np.float64).reshape(RULES, -1)
             rules[:, : len(batch)] = rules_of(batch)
-            numbers = torch.cat((numbers, rules.view(torch.int64).flatten()))
-        copy_to_device(numbers, recorded.numbers)
+        copy_to_device(torch.from_numpy(packed.numbers), recorded.numbers)
         if recorded.hidden is not None:
             received = receive()
             assert received is not None
@@ -134,15 +135,14 @@ class DecodeGraphs:
         result, drawn = recorded.replay()
         return result[: len(batch)], None if drawn is None else drawn[: len(batch)]
 
+    def _num_rules(self, shape: StepShape) -> int:
+        return 0 if self._draw is None else RULES * shape.samples
+
     def _record(self, shape: StepShape) -> _Recorded:
-        packed = PackedStep([], self._block_size, shape)
-        size = len(packed.numbers)
-        room = torch.zeros(size + RULES * shape.samples, dtype=torch.int64)
-        room[:size] = torch.from_numpy(packed.numbers)
-        if self._draw is None:
-            room = room[:size]
-        numbers = room.to(self._device)
-        step = packed.on(numbers[:size])
+        packed = PackedStep([], self._block_size, shape, self._num_rules(shape))
+        numbers = torch.from_numpy(packed.numbers).to(self._device)
+        step = packed.on(numbers)
+        rules = numbers[numbers.shape[0] - len(packed.rules) :].view(torch.float64)
         hidden = None
         if self._hidden is not None:
             width, dtype = self._hidden
@@ -152,7 +152,7 @@ class DecodeGraphs:
             result = self._compute(step, hidden)
             if self._draw is None:
                 return result, None
-            return result, self._draw(result, numbers[size:].view(torch.float64).view(RULES, -1))
+            return result, self._draw(result, rules.view(RULES, -1))
 
         replay = self._recorder.record(compute)
         return _Recorded(shape, numbers, hidden, replay)

@@ -1,7 +1,8 @@
 """Compiles for sm_90 the kernels that steps of Llama-3-8B start, without a GPU.
 
-Prints JSON: for each kernel its registers, bytes of its stack, and the instructions that load 16
-bytes and fewer. Run in a process of its own: where kernels are interpreted, none can be compiled.
+Prints JSON: for each kernel its registers, bytes of its stack and of its shared memory, and the
+instructions that load 16 bytes and fewer. Run in a process of its own: where kernels are
+interpreted, none can be compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.kernels import launching
 from fastserve_mega.worker.kernels.attention import attend
 from fastserve_mega.worker.kernels.experts import ExpertWeights, multiply_groups
-from fastserve_mega.worker.kernels.pages import Pages, Turns, rotate_and_write
+from fastserve_mega.worker.kernels.pages import HeadNorm, Pages, Turns, rotate_and_write
 from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, scale
 from fastserve_mega.worker.kernels.sampling import draw
 from fastserve_mega.worker.kv_cache import KvCache
@@ -34,11 +35,19 @@ META = torch.device("meta")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPES = {
     torch.bfloat16: "bf16",
+    torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int64: "i64",
     torch.float8_e4m3fn: "fp8e4nv",
 }
+
+
+OTHER_HEADS = (
+    (64, 3, torch.float16), (80, 1, torch.bfloat16), (128, 16, torch.float32),
+    (256, 2, torch.bfloat16),
+)  # fmt: skip
+"""Dimensions, query heads of a key-value head, and type; those of 256 with all that Gemma has."""
 
 
 def started() -> dict[str, tuple[Any, Any, Any]]:
@@ -55,6 +64,10 @@ def started() -> dict[str, tuple[Any, Any, Any]]:
     ):  # fmt: skip
         title = part
         _attend(tokens, count, quantized)
+    for part, tokens in (("decode", 1), ("prefill", 512)):
+        for head_dim, group, dtype in OTHER_HEADS:
+            title = f"{part} {head_dim} {TYPES[dtype]}"
+            _attend(tokens, 1, False, head_dim, group, dtype)
     title = ""
     x = torch.empty((4, 4096), dtype=torch.bfloat16, device=META)
     add_and_norm(x, x, Norm(x[0], None, 1e-5, False, 0.0))
@@ -76,10 +89,13 @@ def started() -> dict[str, tuple[Any, Any, Any]]:
     return calls
 
 
-def _attend(tokens: int, count: int, quantized: bool) -> None:
+def _attend(  # noqa: PLR0917
+    tokens: int, count: int, quantized: bool,
+    head_dim: int = 128, group: int = 4, dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
     cache = KvCache(
-        num_blocks=64, num_layers=32, num_kv_heads=8, block_size=16, head_dim=128,
-        dtype=torch.bfloat16, device=META, quantized=quantized,
+        num_blocks=64, num_layers=32, num_kv_heads=8, block_size=16, head_dim=head_dim,
+        dtype=dtype, device=META, quantized=quantized,
     )  # fmt: skip
     batch = [
         SequenceInput(
@@ -87,10 +103,13 @@ def _attend(tokens: int, count: int, quantized: bool) -> None:
         )
     ] * count
     step = PackedStep(batch, 16).to(META)
-    qkv = torch.empty((tokens * count, 8, 6, 128), dtype=torch.bfloat16, device=META)
-    pages, turns = Pages.of(cache), Turns(torch.empty(64, device=META), 1.0)
-    rotate_and_write(qkv, pages, 3, step.slots, step.positions, turns=turns, norm=None)
-    attend(qkv, pages, 3, step, scale=0.1, window=None, softcap=None)
+    qkv = torch.empty((tokens * count, 8, group + 2, head_dim), dtype=dtype, device=META)
+    pages, turns = Pages.of(cache), Turns(torch.empty(head_dim // 2, device=META), 1.0)
+    has_all = head_dim == 256
+    norm = HeadNorm(qkv[0, 0, 0], qkv[0, 0, 0], 1e-6, 1.0) if has_all else None
+    rotate_and_write(qkv, pages, 3, step.slots, step.positions, turns=turns, norm=norm)
+    window, softcap = (512, 30.0) if has_all else (None, None)
+    attend(qkv, pages, 3, step, scale=0.1, window=window, softcap=softcap)
 
 
 def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str, int]:
@@ -100,6 +119,7 @@ def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str
     signature, attributes, known = {}, {}, dict(constants)
     for index, (name, value) in enumerate(zip(names, arguments, strict=False)):
         is_general = kernel.params[index].do_not_specialize
+        is_anywhere = kernel.params[index].do_not_specialize_on_alignment
         if isinstance(value, torch.Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
         elif isinstance(value, float):
@@ -110,7 +130,7 @@ def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str
         else:
             signature[name] = "i32"
         is_multiple = isinstance(value, int) and value % 16 == 0 and not is_general
-        if isinstance(value, torch.Tensor) or is_multiple:
+        if (isinstance(value, torch.Tensor) and not is_anywhere) or is_multiple:
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(known, "constexpr")
     source = ASTSource(
@@ -133,6 +153,7 @@ def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str
     return {
         "registers": int(re.search(r"REG:(\d+)", told[0])[1]),
         "stack": int(re.search(r"STACK:(\d+)", told[0])[1]),
+        "shared": binary.metadata.shared,
         "wide_loads": sum(".128" in kind for _, kind in loads),
         "loads": len(loads),
     }
