@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from gpu_http import time_per_token
+from gpu_table import OUT, add
+from random_llama import LLAMA_3_8B, TINY, RandomWeights, find_room, write_description, write_files
 
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.system.config import (
@@ -23,25 +25,16 @@ from fastserve_mega.system.config import (
     SchedulerConfig,
 )
 from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.megatron import megatron_runner
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 from fastserve_mega.worker.model_runner import SequenceInput
 from fastserve_mega.worker.topology import Topology
 from fastserve_mega.worker.transfer import wait_for
 
-OUT = Path(os.environ.get("OUT", "gpu-check"))
 BLOCK_SIZE = 16
-LLAMA_3_8B = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "vocab_size": 128256, "max_position_embeddings": 8192,
-    "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "eos_token_id": 128001,
-}  # fmt: skip
-TINY = {
-    **LLAMA_3_8B, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512,
-}  # fmt: skip
 BYTES_PER_S, FLOPS = 3.0e12, 650e12
 """What an H100 reaches of its memory and of its tensor cores: the floor of a step."""
+HTTP_USERS = 64
 
 
 class Check:
@@ -52,22 +45,47 @@ class Check:
         self.rehearsal = rehearsal
         self.shape = TINY if rehearsal else LLAMA_3_8B
         self.context = 40 if rehearsal else 1024
-        self.batches = (1, 3) if rehearsal else (1, 16, 64, 256)
-        shared = Path("/dev/shm")
-        self.model = (shared if shared.is_dir() else OUT) / f"gpu-check-{self.shape['hidden_size']}"
+        self.batches = (1, 3) if rehearsal else (16, 64, 256, 1)
+        self.most = 3 if rehearsal else 64
+        """Requests beside which blocks are copied, and of which a trace is made."""
+        self.files = find_room(self.shape, OUT) / f"gpu-check-{self.shape['hidden_size']}"
 
     def machine(self) -> None:
         """Versions, and what the memory and the tensor cores reach."""
         add("machine", f"torch {torch.__version__}, CUDA {torch.version.cuda}")
-        size = 64 if self.rehearsal else 8192
-        matrix = torch.randn(size, size, device=self.device, dtype=torch.bfloat16)
-        seconds = self.seconds(lambda: matrix @ matrix)
-        add("product of 8192 x 8192", f"{2 * size**3 / seconds / 1e12:.0f} TFLOP/s")
+        add("product of 8192 x 8192", f"{self.product_flops() / 1e12:.0f} TFLOP/s")
         block = torch.empty(
             2**20 if self.rehearsal else 2**31, dtype=torch.uint8, device=self.device
         )
         seconds = self.seconds(block.clone)
         add("copy on the device", f"{2 * block.nbytes / seconds / 1e9:.0f} GB/s")
+
+    def product_flops(self) -> float:
+        """What a large matrix product reaches, FLOP/s."""
+        size = 64 if self.rehearsal else 8192
+        matrix = torch.randn(size, size, device=self.device, dtype=torch.bfloat16)
+        return 2 * size**3 / self.seconds(lambda: matrix @ matrix)
+
+    def tokens(self) -> None:
+        """Whether all engines give the same tokens in float32, from random weights."""
+        engines = ("torch", "auto") if self.rehearsal else ("torch", "kernels", "graphs")
+        self.shape = {**TINY, "hidden_size": 256}
+        found = {}
+        for engine in engines:
+            with self.opened(engine, blocks=64, dtype="float32") as runner:
+                found[engine] = [self.generated(runner, first) for first in (3, 5, 7)]
+        same = all(tokens == found["torch"] for tokens in found.values())
+        add("tokens of all engines are equal", ", ".join(engines), float(same))
+
+    def generated(self, runner: MegatronRunner, first: int) -> list[int]:
+        """A prompt of 20 tokens, and greedily 12 more."""
+        known, start = [(first * step) % 500 for step in range(1, 21)], 0
+        for _ in range(12):
+            step = self.sequences(1, len(known), len(known) - start)
+            object.__setattr__(step[0], "token_ids", known[start:])
+            start = len(known)
+            known += runner.execute(step).token_ids
+        return known[20:]
 
     def accuracy(self) -> None:
         """Attention by kernels in bfloat16, beside float64."""
@@ -96,106 +114,143 @@ class Check:
             at = torch.arange(before + new, device=self.device)
             scores = scores.masked_fill(at > at[before:, None], -torch.inf).softmax(-1)
             expected = torch.einsum("hgts,shd->thgd", scores, wide[:, :, 5]).flatten(1)
-            add(f"attention, {new} after {before}", f"off by {(got - expected).abs().max():.4f}")
-
-    def weights(self) -> None:
-        """Random weights, made on the device, and how long they take to load."""
-        self.model.mkdir(parents=True, exist_ok=True)
-        (self.model / "config.json").write_text(json.dumps(self.shape))
-        weight_map = {}
-        for number, (name, shape) in enumerate(_weights(self.shape).items()):
-            file = f"{number:03}.safetensors"
-            weight = torch.randn(shape, device=self.device, dtype=torch.bfloat16).mul_(0.02)
-            weight = torch.ones_like(weight) if len(shape) == 1 else weight
-            save_file({name: weight.cpu()}, self.model / file)
-            weight_map[name] = file
-        index = {"weight_map": weight_map}
-        (self.model / "model.safetensors.index.json").write_text(json.dumps(index))
-        begin = time.monotonic()
-        self.open("torch", blocks=8).close()
-        add("start with these weights", f"{time.monotonic() - begin:.1f} s")
+            error = (got - expected).abs().max().item()
+            add(f"attention, {new} after {before}", "largest error", error)
 
     def decode(self, engine: str) -> None:
         """Decoding steps of several sizes; fp8 is graphs with weights in 8 bits."""
-        longest = max(self.batches)
-        runner = self.open(engine, blocks=1 + longest * (self.context // BLOCK_SIZE + 1))
+        blocks = 1 + max(self.batches) * (self.context // BLOCK_SIZE + 1)
+        with self.opened(engine, blocks=blocks) as runner:
+            for batch in self.batches:
+                sequences = self.sequences(batch, self.context)
+                step_s = self.seconds(lambda steps=sequences: runner.execute(steps))
+                share = self.floor_s(runner, batch) / step_s
+                told = f"of the floor, {step_s * 1e3:.2f} ms, {batch / step_s:.0f} tok/s"
+                add(f"decode, {engine}, batch {batch}", told, share)
+
+    def floor_s(self, runner: MegatronRunner, batch: int) -> float:
+        """The least that a decoding step can take."""
+        weights = [p for n, p in runner._stage.parameters().items() if "embedding" not in n]
         heads = 2 * self.shape["num_key_value_heads"] * self.shape["num_hidden_layers"]
         head_dim = self.shape["hidden_size"] // self.shape["num_attention_heads"]
-        weights = [p for n, p in runner._stage.parameters().items() if "embedding" not in n]
-        parameters, weight_bytes = (sum(p.numel() for p in weights), sum(p.nbytes for p in weights))
-        for batch in self.batches:
-            sequences = self.sequences(batch, self.context)
-            step_s = self.seconds(lambda steps=sequences: runner.execute(steps))
-            kv_bytes = 2 * batch * self.context * heads * head_dim
-            floor_s = (weight_bytes + kv_bytes) / BYTES_PER_S
-            floor_s = max(floor_s, 2 * parameters * batch / FLOPS)
-            add(
-                f"decode, {engine}, batch {batch}, context {self.context}",
-                f"{step_s * 1e3:.2f} ms, {batch / step_s:.0f} tok/s, floor/this "
-                f"{floor_s / step_s:.2f}",
-            )
-        runner.close()
+        num_bytes = sum(p.nbytes for p in weights) + 2 * batch * self.context * heads * head_dim
+        flops = 2 * sum(p.numel() for p in weights) * batch
+        return max(num_bytes / BYTES_PER_S, flops / FLOPS)
+
+    def prefill(self) -> None:
+        """A chunk of a prompt, and what a large product reaches on the same device."""
+        tokens = 32 if self.rehearsal else 4096
+        flops = self.product_flops()
+        with self.opened("auto", blocks=2 + tokens // BLOCK_SIZE) as runner:
+            batch = self.sequences(1, tokens, tokens)
+            step_s = self.seconds(lambda: runner.execute(batch), 5)
+            weights = sum(
+                p.numel() for n, p in runner._stage.parameters().items()
+                if "embedding" not in n and "output" not in n
+            )  # fmt: skip
+        attended = 2 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] * tokens**2
+        done = (2 * weights * tokens + attended) / step_s
+        told = f"of a product, {tokens / step_s:.0f} tok/s, {done / 1e12:.0f} TFLOP/s"
+        add("prefill", told, done / flops)
 
     def swap(self) -> None:
         """Blocks out and in beside decoding steps."""
-        count = 8 if self.rehearsal else 512
-        batch = self.sequences(self.batches[-2], self.context)
+        count = 8 if self.rehearsal else 1024
+        batch = self.sequences(self.most, self.context)
         used = max(block for each in batch for block in each.block_table) + 1
-        runner = self.open("auto", blocks=used + count, host_blocks=count + 1)
-        outside = range(used, used + count)
-        runner.cache.pool[used:].view(torch.uint8).random_(0, 255)
-        before = runner.cache.pool[used:].clone()
-        alone_s = self.seconds(lambda: runner.execute(batch))
-        host, device = tuple(range(1, count + 1)), tuple(outside)
-        taken, steps = [], []
-        for direction, source, target in (
-            (CopyDirection.SWAP_OUT, device, host), (CopyDirection.SWAP_IN, host, device),
-        ):  # fmt: skip
-            copy = BlockCopy(len(taken), direction, source, target, None)
-            runner.copies.start([copy])
-            while not (finished := runner.copies.finished()):
-                steps.append(self.seconds(lambda: runner.execute(batch), 1))
-            taken.append(finished[copy.copy_id])
-            if direction is CopyDirection.SWAP_OUT:
-                runner.cache.pool[used:].zero_()
-        add("blocks after the journey", "equal" if _equal(runner, used, before) else "NOT EQUAL")
-        for what, seconds in zip(("out", "in"), taken, strict=True):
-            add(f"{count} blocks {what}", f"{before.nbytes / seconds / 1e9:.1f} GB/s")
-        if steps:
-            add("step beside a copy", f"{statistics.median(steps) / alone_s:.2f} of one alone")
-        runner.close()
+        with self.opened("auto", blocks=used + count, host_blocks=count + 1) as runner:
+            runner.cache.pool[used:].view(torch.uint8).random_(0, 255)
+            before = runner.cache.pool[used:].clone()
+            alone_s = self.seconds(lambda: runner.execute(batch))
+            host, device = tuple(range(1, count + 1)), tuple(range(used, used + count))
+            steps = []
+            for number, (direction, source, target) in enumerate((
+                (CopyDirection.SWAP_OUT, device, host), (CopyDirection.SWAP_IN, host, device),
+            )):  # fmt: skip
+                runner.copies.start([BlockCopy(number, direction, source, target, None)])
+                while not (finished := runner.copies.finished()):
+                    steps.append(self.seconds(lambda: runner.execute(batch), 1))
+                if direction is CopyDirection.SWAP_OUT:
+                    runner.cache.pool[used:].zero_()
+                reached = before.nbytes / finished[number] / 1e9
+                add(direction.name.lower(), f"GB/s, {count} blocks", reached)
+            after = runner.cache.pool[used:].view(torch.uint8).cpu()
+            same = torch.equal(after, before.view(torch.uint8).cpu())
+            add("blocks are equal after the journey", "", float(same))
+            if steps:
+                longer = statistics.median(steps) / alone_s
+                add("step beside a copy", "times one alone", longer)
 
     def trace(self) -> None:
         """Where the time of a decoding step goes: a table in the log."""
-        batch = self.sequences(self.batches[-2], self.context)
+        batch = self.sequences(self.most, self.context)
         blocks = 1 + max(block for each in batch for block in each.block_table)
-        runner = self.open("torch" if self.rehearsal else "kernels", blocks=blocks)
-        runner.execute(batch)
-        with torch.profiler.profile() as profile:
+        engine = "torch" if self.rehearsal else "kernels"
+        with self.opened(engine, blocks=blocks) as runner:
             runner.execute(batch)
-            wait_for(self.device)
+            with torch.profiler.profile() as profile:
+                runner.execute(batch)
+                wait_for(self.device)
         by = f"self_{self.device.type}_time_total"
         print(profile.key_averages().table(sort_by=by, row_limit=25))
-        runner.close()
 
-    def open(self, engine: str, *, blocks: int, host_blocks: int = 0) -> MegatronRunner:
-        """A runner of the model."""
-        quantization = "fp8" if engine == "fp8" else "none"
-        engine = "graphs" if engine == "fp8" else engine
-        config = Config(
+    def load(self) -> None:
+        """Weights in files, and how long a rank takes to start with them."""
+        write_files(self.files, self.shape, self.device)
+        begin = time.monotonic()
+        MegatronRunner(self.config("torch", blocks=8, path=self.files), Topology(), "", 0).close()
+        add("start with weights in files", "s", time.monotonic() - begin)
+
+    def http(self) -> None:
+        """Tokens of each user a second over HTTP, beside those of steps in a process."""
+        users = 2 if self.rehearsal else HTTP_USERS
+        context, output = (16, 8) if self.rehearsal else (256, 128)
+        blocks = 1 + 2 * users * ((context + output) // BLOCK_SIZE + 1)
+        with self.opened("auto", blocks=blocks) as runner:
+            batch = self.sequences(users, context + output // 2)
+            step_s = self.seconds(lambda: runner.execute(batch))
+        settings = (
+            f"parallel.device={self.device.type}", f"kv_cache.device_blocks={blocks}",
+            "kv_cache.swap.strategy=none", "model.dtype=bfloat16",
+            f"scheduler.max_batch_size={users}",
+        )  # fmt: skip
+        if not self.files.exists():
+            write_files(self.files, self.shape, self.device)
+        http_s = time_per_token(
+            self.files, settings, OUT / "http.json", users=users, prompt=context, output=output
+        )
+        told = f"{1e3 * step_s:.2f} ms in a process, {1e3 * http_s:.2f} over HTTP"
+        add("users over HTTP", told, step_s / http_s)
+
+    @contextmanager
+    def opened(self, engine: str, **options: Any) -> Iterator[MegatronRunner]:
+        """A runner of the model with weights that are made where they are used."""
+        path = OUT / f"model-{self.shape['hidden_size']}"
+        write_description(path, self.shape)
+        megatron_runner.open_checkpoint = lambda *_: RandomWeights()
+        runner = MegatronRunner(self.config(engine, path=path, **options), Topology(), "", 0)
+        try:
+            yield runner
+        finally:
+            runner.close()
+
+    def config(
+        self, engine: str, *, path: Path, blocks: int, host_blocks: int = 0, dtype: str = "bfloat16"
+    ) -> Config:
+        """Of one rank."""
+        is_float8 = engine == "fp8"
+        return Config(
             model=ModelConfig(
-                path=str(self.model),
-                dtype="bfloat16",
-                layer_spec="local",
-                quantization=quantization,
+                path=str(path), dtype=dtype, layer_spec="local",
+                quantization="fp8" if is_float8 else "none",
             ),
             parallel=ParallelConfig(
-                device=self.device.type, cuda_engine=engine, cpu_engine="torch"
+                device=self.device.type, cuda_engine="graphs" if is_float8 else engine,
+                cpu_engine="auto" if engine == "auto" else "torch",
             ),
             kv_cache=KvCacheConfig(device_blocks=blocks, host_blocks=host_blocks),
             scheduler=SchedulerConfig(max_batch_size=max(self.batches)),
-        )
-        return MegatronRunner(config, Topology(), "", 0)
+        )  # fmt: skip
 
     def sequences(self, count: int, context: int, new: int = 1) -> list[SequenceInput]:
         """Requests in blocks of their own."""
@@ -226,68 +281,16 @@ class Check:
         return statistics.median(taken[-times:])
 
 
-def _equal(runner: MegatronRunner, used: int, before: torch.Tensor) -> bool:
-    return torch.equal(
-        runner.cache.pool[used:].view(torch.uint8).cpu(), before.view(torch.uint8).cpu()
-    )
-
-
-def _weights(shape: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama's tensors."""
-    hidden, wide = shape["hidden_size"], shape["intermediate_size"]
-    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    weights: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape["vocab_size"], hidden),
-        "lm_head.weight": (shape["vocab_size"], hidden),
-        "model.norm.weight": (hidden,),
-    }
-    of_layer = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden), "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide), "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }  # fmt: skip
-    for layer in range(shape["num_hidden_layers"]):
-        for name, size in of_layer.items():
-            weights[f"model.layers.{layer}.{name}.weight"] = size
-    return weights
-
-
-def add(what: str, found: str) -> None:
-    """A row of the table."""
-    print(f"{what}: {found}")
-    with (OUT / "table.jsonl").open("a") as file:
-        file.write(json.dumps([what, found]) + "\n")
-
-
-def table(check: Check) -> None:
-    """All rows, the card last."""
-    rows = [json.loads(line) for line in (OUT / "table.jsonl").read_text().splitlines()]
-    card = "none: a rehearsal on the CPU"
-    if not check.rehearsal and torch.cuda.is_available():
-        card = torch.cuda.get_device_name()
-    rows.append(["card", card])
-    width = max(len(what) for what, _ in rows)
-    for what, found in rows:
-        print(f"{what:{width}}  {found}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage")
-    parser.add_argument("row", nargs="*", help="of `add`: what, and what was found")
     parser.add_argument("--rehearse", action="store_true")
     arguments = parser.parse_args()
     check = Check(rehearsal=arguments.rehearse)
     stage, _, engine = arguments.stage.partition("-")
-    if stage == "add":
-        add(*arguments.row)
-    elif stage == "table":
-        table(check)
-    elif stage == "decode":
+    if stage == "decode":
         check.decode(engine)
-    elif stage in ("machine", "accuracy", "weights", "swap", "trace"):
+    elif stage in ("machine", "tokens", "accuracy", "prefill", "swap", "trace", "load", "http"):
         getattr(check, stage)()
     else:
         sys.exit(f"there is no stage {stage}")
