@@ -142,17 +142,8 @@ class PackedStep:
         self.shape = room
         # Zeros are the null block's.
         self.numbers: Numbers = np.zeros(sum(room.sizes) + rules, dtype=np.int64)
-        (
-            tokens,
-            positions,
-            slots,
-            table,
-            contexts,
-            first_rows,
-            fresh_part,
-            sample_rows,
-            self.rules,
-        ) = np.split(self.numbers, np.cumsum(room.sizes))
+        *parts, self.rules = np.split(self.numbers, np.cumsum(room.sizes))
+        tokens, positions, slots, table, contexts, first_rows, fresh_part, sample_rows = parts
         lengths = np.array([len(each.token_ids) for each in self._ordered], dtype=np.int64)
         starts = np.array([each.start for each in self._ordered], dtype=np.int64)
         count, rows = len(order), int(lengths.sum())
