@@ -78,9 +78,9 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     every model. auto takes graphs if it can, else kernels, else torch."""
     look_ahead: bool = False
     """A rank that has a copy of the model for itself goes on with the requests of a step while the
-    coordinator plans the next one, and stops when the plan says anything else. With the native
-    step only, which can be stopped; where coordinator and clients share its cores it brings nothing
-    (docs/performance.md)."""
+    coordinator plans the next one. With the native step, which stops when the plan says anything
+    else; where coordinator and clients share its cores it brings nothing (docs/performance.md). And
+    with the kernels of GPUs, which have the next step before the host knows the tokens."""
     timeout_s: PositiveFloat = 120.0
     """Longest wait of a rank for another one before it gives up."""
 

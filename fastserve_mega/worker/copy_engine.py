@@ -26,11 +26,12 @@ class CopyEngine:
     `precedes_step` correct: such a copy may read what the one before it has written.
     """
 
-    def __init__(self, move: Callable[[BlockCopy], None], timeout_s: float) -> None:
+    def __init__(self, move: Callable[[BlockCopy], float | None], timeout_s: float) -> None:
         """Start idle; the thread starts with the first copy.
 
         Args:
-            move: copies the blocks and returns when they are there; called in the thread.
+            move: copies the blocks and returns when they are there, with the seconds that took if
+                they are fewer than those of the call; called in the thread.
             timeout_s: longest wait for a copy.
         """
         self._move = faults.at("rank.copy", move)
@@ -110,16 +111,17 @@ class CopyEngine:
         while (copy := self._queue.get()) is not None:
             begin = time.monotonic()
             try:
-                self._move(copy)
+                taken_s = self._move(copy)
             except Exception as error:
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
                 self._wake()
                 return
-            copy_s = time.monotonic() - begin
+            if taken_s is None:
+                taken_s = time.monotonic() - begin
             with self._changed:
-                self._finished[copy.copy_id] = copy_s
+                self._finished[copy.copy_id] = taken_s
                 self._unfinished.discard(copy.copy_id)
                 self._changed.notify_all()
             self._wake()

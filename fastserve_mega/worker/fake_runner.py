@@ -5,12 +5,13 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fastserve_mega.messaging.rank_messages import ScoredPrompt
 from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.types import TokenLogprobs
 from fastserve_mega.worker.copy_engine import CopyEngine
-from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput, Verdict
+from fastserve_mega.worker.model_runner import Ask, Launched, SequenceInput, StepOutput, Verdict
 
 _COPY_TIMEOUT_S = 60.0
 _TOKEN_BYTES = 4
@@ -32,6 +33,7 @@ class FakeModelRunner:
         host_blocks: int = 0,
         is_sampling_rank: bool = True,
         looks_ahead: bool = False,
+        launches_ahead: bool = False,
     ) -> None:
         self._pool = [[-1] * block_size for _ in range(device_blocks)]
         self._host_pool = [[-1] * block_size for _ in range(host_blocks)]
@@ -39,6 +41,8 @@ class FakeModelRunner:
         self._is_sampling_rank = is_sampling_rank
         self.block_size = block_size
         self.looks_ahead = looks_ahead
+        self.launches_ahead = launches_ahead
+        self._drawn: list[int] = []
         self._vocab_size = vocab_size
         self.steps = 0
         self.abandoned_steps = 0
@@ -93,6 +97,18 @@ class FakeModelRunner:
         self.abandoned_steps += output is None
         return output
 
+    def launch(self, batch: Sequence[SequenceInput]) -> Launched:
+        """A device that computes at once; the host looks later."""
+        known = [
+            replace(each, token_ids=(self._drawn[-1 - each.token_ids[0]],))
+            if each.token_ids[0] < 0
+            else each
+            for each in batch
+        ]
+        output = self.execute(known)
+        self._drawn = list(output.token_ids)
+        return _Computed(output)
+
     def move(self, copy: BlockCopy) -> None:
         """Execute a copy, in the thread of the copy engine; tests override its moment."""
         source, target = self._pool, self._host_pool
@@ -110,6 +126,14 @@ class FakeModelRunner:
             self._pool[sequence.block_table[position // size]][position % size]
             for position in range(sequence.context)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        return self.output
 
 
 def _fake_scores(sequence: SequenceInput) -> tuple[TokenLogprobs, ...]:

@@ -135,6 +135,7 @@ class CudaCopyEngine(CopyEngine):
         self._host_pool = host_pool
         self._device = device_pool.device
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call] # torch
+        self._begun: dict[int, torch.cuda.Event] = {}
         self._events: dict[int, torch.cuda.Event] = {}
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         block_bytes = max(host_pool[:1].nbytes, 1)
@@ -148,9 +149,12 @@ class CudaCopyEngine(CopyEngine):
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for copy in copies:
+                # A copy takes no longer because a step is computed before it.
+                begun = self._begun[copy.copy_id] = _event(enable_timing=True)
+                begun.record(self._stream)
                 self._issue(copy)
                 # Recorded after the copy; blocking, so that who waits for it does not spin.
-                event = _event(blocking=True)
+                event = _event(blocking=True, enable_timing=True)
                 event.record(self._stream)
                 self._events[copy.copy_id] = event
         super().start(copies)
@@ -182,11 +186,14 @@ class CudaCopyEngine(CopyEngine):
             before, after = self._waits.popleft()
             self._wait_s += before.elapsed_time(after) / 1000
 
-    def _await_event(self, copy: BlockCopy) -> None:
+    def _await_event(self, copy: BlockCopy) -> float:
         # In the thread, whose device is the first one until it is told.
         torch.cuda.set_device(self._device)
-        self._events[copy.copy_id].synchronize()
+        event = self._events[copy.copy_id]
+        event.synchronize()
         del self._events[copy.copy_id]
+        taken_ms: float = self._begun.pop(copy.copy_id).elapsed_time(event)
+        return taken_ms / 1000
 
     def _issue(self, copy: BlockCopy) -> None:
         if self._needs_staging:

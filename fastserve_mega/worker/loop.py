@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 
 import zmq
@@ -23,24 +21,18 @@ from fastserve_mega.messaging.rank_messages import (
     CopyResult,
     KeepAlive,
     SequencesStarted,
-    SequenceStart,
     Shutdown,
     StepCommand,
     StepResult,
     WorkerFailed,
     WorkerReady,
 )
-from fastserve_mega.types import RequestId
-from fastserve_mega.worker.history import TokenHistory
-from fastserve_mega.worker.look_ahead import LookAhead
+from fastserve_mega.worker.look_ahead import LaunchAhead, LookAhead
 from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput, StepOutput, Verdict
+from fastserve_mega.worker.sequence_table import PlanError, SequenceTable
 
 _LOOK_AROUND_MS = 500
 _LAST_WORDS_MS = 1000
-
-
-class PlanError(Exception):
-    """The coordinator's plan does not follow from the plans before it."""
 
 
 class CoordinatorLostError(Exception):
@@ -100,6 +92,9 @@ class WorkerLoop:
         compute_ahead = faults.at("rank.before_step", runner.execute_ahead)
         ahead = LookAhead(compute_ahead, runner.block_size)
         self._look_ahead = ahead if runner.looks_ahead else None
+        launch = faults.at("rank.before_step", runner.launch)
+        on_device = LaunchAhead(launch, runner.block_size)
+        self._launch_ahead = on_device if runner.launches_ahead else None
         self._came: Message | None = None
         """Received while a step was computed ahead."""
         self._came_at = 0.0
@@ -143,19 +138,40 @@ class WorkerLoop:
             self._socket.close()
 
     def _execute(self, command: StepCommand) -> None:
+        if self._launch_ahead:
+            self._execute_on_device(command, self._launch_ahead)
+            return
         plan = command.plan
         ahead = self._look_ahead.take(command, self._came_at) if self._look_ahead else None
-        batch = self._sequences.apply(command)
-        self._copies.start(plan.copies)
-        self._copies.wait(
-            [copy.copy_id for copy in plan.copies if copy.precedes_step == plan.step_id]
-        )
+        batch = self._begin(command)
         if not batch:
             return
         output = ahead.output if ahead else self._compute(batch)
         self._report_step(plan.step_id, output, ahead.ahead_s if ahead else 0.0)
         if self._look_ahead:
             self._look_ahead.go_on(batch, output, partial(self._look_around, self._look_ahead))
+
+    def _execute_on_device(self, command: StepCommand, launch_ahead: LaunchAhead) -> None:
+        """The device has the next step before the host knows the tokens of this one."""
+        step = launch_ahead.take(command, self._came_at)
+        batch = self._begin(command)
+        if not batch:
+            return
+        step = step or launch_ahead.launch(batch)
+        launch_ahead.go_on(batch, step)
+        output = step.result()
+        self._report_step(command.plan.step_id, output, step.ahead_s)
+        launch_ahead.learn(batch, output)
+
+    def _begin(self, command: StepCommand) -> list[SequenceInput]:
+        """Take over a plan, let its copies start, and hold back its step for those before it."""
+        plan = command.plan
+        batch = self._sequences.apply(command)
+        self._copies.start(plan.copies)
+        self._copies.wait(
+            [copy.copy_id for copy in plan.copies if copy.precedes_step == plan.step_id]
+        )
+        return batch
 
     def _look_around(self, look_ahead: LookAhead) -> Verdict:
         """Within a step that is computed ahead: see what has come meanwhile."""
@@ -219,77 +235,3 @@ class WorkerLoop:
 
     def _put(self, frame: bytes) -> None:
         self._socket.send(frame, zmq.DONTWAIT)
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """What a rank remembers of a request between steps, besides its KV."""
-
-    start: SequenceStart
-    history: TokenHistory | None
-    block_table: array[int] = field(default_factory=lambda: array("q"))
-    """Compact: a step copies the tables of all its sequences."""
-
-
-class SequenceTable:
-    """Follows the plans, and turns each into complete inputs for the runner.
-
-    Args:
-        samples: this is the rank that samples; the others need no history.
-    """
-
-    def __init__(self, *, samples: bool = True) -> None:
-        self._samples = samples
-        self._sequences: dict[RequestId, _Sequence] = {}
-        self._announced: list[SequenceStart] = []
-        self._next_step_id: int | None = None
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def announce(self, started: Sequence[SequenceStart]) -> None:
-        """Take over new sequences of the next plan, which does not name them again."""
-        self._announced += started
-
-    def apply(self, command: StepCommand) -> list[SequenceInput]:
-        """Take over releases, new sequences and new blocks; return the step's batch.
-
-        Raises:
-            PlanError: a gap in the step ids, or a slice of an unknown request.
-        """
-        plan = command.plan
-        if self._next_step_id is not None and plan.step_id != self._next_step_id:
-            raise PlanError(f"step {plan.step_id} came, step {self._next_step_id} was expected")
-        self._next_step_id = plan.step_id + 1
-        for request_id in plan.released:
-            self._sequences.pop(request_id, None)
-        started, self._announced = [*self._announced, *command.started], []
-        for start in started:
-            self._sequences[start.request_id] = _Sequence(start, self._history(start))
-        batch = []
-        for piece, token_ids in zip(plan.batch, command.token_ids, strict=True):
-            if (sequence := self._sequences.get(piece.request_id)) is None:
-                raise PlanError(f"step {plan.step_id} has a slice of unknown {piece.request_id}")
-            if piece.block_ids:
-                sequence.block_table[piece.block_start :] = array("q", piece.block_ids)
-            if sequence.history is not None:
-                sequence.history.follow(piece.start, token_ids)
-            batch.append(
-                SequenceInput(
-                    request_id=piece.request_id,
-                    token_ids=token_ids,
-                    start=piece.start,
-                    block_table=sequence.block_table,
-                    samples=piece.samples,
-                    params=sequence.start.params,
-                    seed=sequence.start.seed,
-                    prompt_tokens=sequence.start.num_prompt_tokens,
-                    history=sequence.history,
-                )
-            )
-        return batch
-
-    def _history(self, start: SequenceStart) -> TokenHistory | None:
-        if not (self._samples and start.params.needs_history):
-            return None
-        return TokenHistory(start.num_prompt_tokens, start.prompt, start.output)

@@ -19,7 +19,8 @@ class SequenceInput:
 
     request_id: RequestId
     token_ids: Sequence[int]
-    """Input tokens, at positions [start, start + len(token_ids))."""
+    """Input tokens, at positions [start, start + len(token_ids)). In a step that is launched behind
+    another one, -1 - n is the token that the other one gave its row n."""
     start: int
     """Tokens whose KV is in the block table already."""
     block_table: Sequence[int]
@@ -54,6 +55,23 @@ class SequenceInput:
             return 0
         return max(min(self.context, self.prompt_tokens - 1) - self.start, 0)
 
+    @property
+    def awaits_min_tokens(self) -> bool:
+        """Whether it is too early to end."""
+        return self.context - self.prompt_tokens < self.params.min_tokens
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether it is sampled from other logits than the model's."""
+        held = self.history is not None and self.params.needs_history
+        return held or bool(self.params.logit_bias) or self.awaits_min_tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step yields only a token for it, by what is known before the step."""
+        wants_more = self.params.logprobs is not None or self.embeds or self.scored
+        return self.samples and not (wants_more or self.history or self.changes_logits)
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -81,6 +99,13 @@ class Verdict(IntEnum):
 
 
 Ask = Callable[[], Verdict]
+
+
+class Launched(Protocol):
+    """A step that the device has been given."""
+
+    def result(self) -> StepOutput:
+        """Wait for what it yields; call it once, or never."""
 
 
 class ModelRunner(Protocol):
@@ -121,6 +146,16 @@ class ModelRunner(Protocol):
         """Run a step whose command may not come, and which `ask` may end halfway: then None.
 
         All it leaves behind is KV at the positions of its tokens.
+        """
+
+    @property
+    def launches_ahead(self) -> bool:
+        """Whether it can `launch`: it is the only rank of its replica, on a device with a queue."""
+
+    def launch(self, batch: Sequence[SequenceInput]) -> Launched:
+        """Give the device a step, and wait for nothing of it.
+
+        Where tokens are those of the step launched before (`SequenceInput.token_ids`), all are.
         """
 
     def close(self) -> None:

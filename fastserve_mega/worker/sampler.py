@@ -21,7 +21,7 @@ from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.logprobs import ModelDistribution
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.penalties import add_logit_bias, penalize
-from fastserve_mega.worker.transfer import to_device
+from fastserve_mega.worker.transfer import Returning, to_device
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: they make all but the largest logit impossible."""
@@ -92,6 +92,20 @@ class Sampler:
         rows = [self(logits[row : row + 1], [each]) for row, each in enumerate(sequences)]
         return _joined(rows)
 
+    def start(
+        self, logits: Tensor, sequences: Sequence[SequenceInput], drawn: Tensor | None = None
+    ) -> tuple[Tensor, Callable[[], StepOutput]]:
+        """As a call, but the host need not wait: for sequences that are plain, by `draw`.
+
+        Returns:
+            What was drawn, and what waits until it has reached the host.
+        """
+        assert self._draw is not None, "nothing draws on the device"
+        if drawn is None:
+            drawn = self._draw(logits, to_device(rules_of(sequences), logits.device))
+        distribution, returning = ModelDistribution(logits, sequences), Returning(drawn)
+        return drawn, lambda: _told(returning.wait(), distribution, {})
+
     def _sample(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> StepOutput:
         logits = logits.to(torch.float32).contiguous()
         distribution = ModelDistribution(logits, sequences)
@@ -113,7 +127,7 @@ class Sampler:
         drawn: Tensor | None,
     ) -> StepOutput:
         distribution = ModelDistribution(logits, sequences)
-        if not any(map(_changes_logits, sequences)):
+        if not any(sequence.changes_logits for sequence in sequences):
             if drawn is None:
                 drawn = draw(logits, to_device(rules_of(sequences), logits.device))
             return _told(drawn, distribution, {})
@@ -129,7 +143,7 @@ class Sampler:
 
         A copy where there is something to change: when that fails, each row is tried by itself.
         """
-        if not any(map(_changes_logits, sequences)):
+        if not any(sequence.changes_logits for sequence in sequences):
             return logits, {}
         logits = logits.clone()
         failures = self._hold_to_grammars(logits, sequences)
@@ -159,23 +173,13 @@ class Sampler:
         held_back = [
             (row, token)
             for row, sequence in enumerate(sequences)
-            if _awaits_min_tokens(sequence)
+            if sequence.awaits_min_tokens
             for token in {*self._eos_token_ids, *sequence.params.stop_token_ids}
             if token < vocabulary
         ]
         if held_back:
             rows, tokens = to_device(torch.tensor(held_back), logits.device).unbind(dim=1)
             logits[rows, tokens] = -torch.inf
-
-
-def _changes_logits(sequence: SequenceInput) -> bool:
-    """Whether a request is sampled from other logits than the model's."""
-    held = sequence.history is not None and sequence.params.needs_history
-    return held or bool(sequence.params.logit_bias) or _awaits_min_tokens(sequence)
-
-
-def _awaits_min_tokens(sequence: SequenceInput) -> bool:
-    return sequence.context - sequence.prompt_tokens < sequence.params.min_tokens
 
 
 def rules_of(sequences: Sequence[SequenceInput]) -> Tensor:

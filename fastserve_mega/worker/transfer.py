@@ -24,6 +24,30 @@ def copy_to_device(host: Tensor, target: Tensor) -> None:
     target.copy_(host, non_blocking=True)
 
 
+class Returning:
+    """A tensor of the device on its way to the host, which goes on meanwhile.
+
+    Args:
+        tensor: may be overwritten by what the device is given later.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type != "cuda":
+            self._host = tensor.clone()
+            return
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch
+        self._event.record()
+
+    def wait(self) -> Tensor:
+        """Wait until it is here, but not for what the device was given later."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 def wait_for(device: torch.device) -> None:
     """Wait until a device has done what it was given so far; a CPU has."""
     if device.type == "cuda":

@@ -2,204 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
+from types import SimpleNamespace
 
 import pytest
-import zmq
+from driven_rank import STOPS, VOCAB, expected_tokens, opened, submits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastserve_mega.coordinator.admission import Admission
-from fastserve_mega.coordinator.coordinator import Coordinator
-from fastserve_mega.coordinator.event_log import SchedulerSetup
-from fastserve_mega.coordinator.replica import Replica
-from fastserve_mega.messaging.frames import decode, encode
-from fastserve_mega.messaging.messages import Cancel, Finished, Submit, Tokens, Welcome
+from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.messaging.rank_messages import (
-    CopyResult,
-    KeepAlive,
-    Shutdown,
     StepCommand,
-    StepResult,
 )
-from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.plan import Plan, SequenceSlice
-from fastserve_mega.scheduling.cost_model import DecodePoint, PrefillPoint, Profile
-from fastserve_mega.scheduling.kv.pool import PoolSizes
-from fastserve_mega.system.config import MlfqConfig, SchedulerConfig, SwapConfig
-from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput
-from fastserve_mega.worker.fake_runner import FakeModelRunner, fake_token
+from fastserve_mega.types import FinishReason, SamplingParams
+from fastserve_mega.worker.fake_runner import FakeModelRunner
 from fastserve_mega.worker.look_ahead import LookAhead
-from fastserve_mega.worker.loop import WorkerLoop
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput, Verdict
-
-BLOCK_SIZE, BLOCKS, VOCAB = 4, 16, 50
-PROFILE = Profile((PrefillPoint(1, 0.1),), (DecodePoint(1, 16, 0.1),))
-STOPS = (3, 7, 11, 13)
-PARAMS = (
-    {},
-    {"stop_token_ids": STOPS},
-    {"frequency_penalty": 0.5},  # sampled by the rank's own history
-    {"structured": StructuredOutput(regex="a*"), "stop_token_ids": STOPS},
-)
-
-
-class HistoryRunner(FakeModelRunner):
-    """Its tokens depend on the history as well, where there is one."""
-
-    def execute(self, batch):
-        output = super().execute(batch)
-        sampled = [sequence for sequence in batch if sequence.samples]
-        for row, sequence in enumerate(sampled):
-            if sequence.history is not None:
-                known = [*self._read(sequence), *sequence.history.output]
-                output.token_ids[row] = fake_token(known, VOCAB)
-        return output
-
-
-def expected_tokens(submit):
-    """What a request yields when nothing disturbs it."""
-    output = []
-    while len(output) < submit.params.max_tokens and not set(output) & {
-        *submit.params.stop_token_ids
-    }:
-        history = output if submit.params.needs_history else []
-        output.append(fake_token([*submit.prompt, *output, *history], VOCAB))
-    return output
-
-
-class DrivenLoop(WorkerLoop):
-    """Lets the coordinator have turns whenever it looks around, or nothing has come."""
-
-    world: World
-
-    def _receive(self):
-        while not (self._came or self._socket.poll(0)):
-            self._report_copies()
-            self.world.turn()
-        return super()._receive()
-
-    def _look_around(self, look_ahead):
-        if self.world.random.random() < self.world.hurry:
-            self.world.turn()
-        return super()._look_around(look_ahead)
-
-
-class World:
-    """Clients, sockets and the clock of one coordinator; `rank` is the other end of its ranks."""
-
-    ranks = range(1)
-
-    def __init__(self, rank, rng, requests, *, strategy="recompute", hurry=0.5, **options):
-        self.random, self.hurry, self._rank = rng, hurry, rank
-        self.now = 0.0
-        self.requests, self.cancels = list(requests), 0.0
-        self.tokens = {each.request_id: [] for each in requests}
-        self.ended = {}
-        self.ahead = 0
-        self.calls = []
-        options.setdefault("max_batch_size", 3)
-        self.setup = SchedulerSetup(
-            scheduler=SchedulerConfig(
-                mlfq=MlfqConfig(starvation_limit_s=2.0), max_batch_tokens=12, **options
-            ),
-            swap=SwapConfig(strategy=strategy, write_through_blocks=2, write_through_occupancy=0.3),
-            pools=PoolSizes(
-                BLOCKS, 12 if strategy in ("proactive", "reactive") else 0, BLOCK_SIZE, True
-            ),
-            profile=PROFILE,
-            window=1,
-            first_step_id=0,
-        )
-        self._scheduler = self.setup.make_scheduler()
-        metrics = ServingMetrics(block_bytes=1)
-        welcome = Welcome("e", "m", "/m", max_context=60, vocab_size=VOCAB, eos_token_ids=(0,))
-        self.coordinator = Coordinator(
-            welcome=welcome,
-            replicas=[Replica(self._scheduler, self._step, self, 1e9, metrics)],
-            front_door=self,
-            metrics=metrics,
-            admission=Admission(VOCAB, (0,), 60, 100, 10_000),
-            prefix_block_size=BLOCK_SIZE if rng.random() < 0.5 else None,
-            clock=lambda: self.now,
-            poll=lambda _: None,
-        )
-
-    def _step(self, now, events):
-        plan = self._scheduler.step(now, events)
-        self.calls.append((now, tuple(events), plan))
-        return plan
-
-    def turn(self):
-        self.now += self.random.choice((0.01, 0.1, 1.0))
-        self.coordinator.turn()
-        self._scheduler.check_integrity()
-        if self.random.random() < 0.1:
-            self._rank.send(encode(KeepAlive()))
-        if not self.requests and not self.coordinator.num_unfinished:
-            self._rank.send(encode(Shutdown()))
-
-    # The ranks.
-    def results(self):
-        while self._rank.poll(0):
-            message = decode(self._rank.recv())
-            if isinstance(message, StepResult | CopyResult):
-                self.ahead += isinstance(message, StepResult) and message.ahead_s > 0
-                yield message
-
-    def dispatch(self, command):
-        self._rank.send(encode(command))
-
-    # The clients.
-    def receive(self, now):
-        if self.requests and self.random.random() < 0.4:
-            yield b"c", self.requests.pop()
-        running = [name for name, got in self.tokens.items() if got and name not in self.ended]
-        if running and self.random.random() < self.cancels:
-            yield b"c", Cancel(self.random.choice(running))
-
-    def take_lost(self, now):
-        return ()
-
-    def send(self, client, message):
-        match message:
-            case Tokens():
-                assert message.offset == len(self.tokens[message.request_id])
-                self.tokens[message.request_id] += message.token_ids
-            case Finished():
-                self.ended[message.request_id] = message.reason
-
-
-@contextlib.contextmanager
-def opened(rng, requests, *, looks_ahead=True, **options):
-    """A world and its rank's loop."""
-    runner = HistoryRunner(
-        device_blocks=BLOCKS,
-        host_blocks=12,
-        block_size=BLOCK_SIZE,
-        vocab_size=VOCAB,
-        looks_ahead=looks_ahead,
-    )
-    with zmq.Context() as context, context.socket(zmq.PAIR) as here:
-        here.bind("inproc://ranks")
-        there = context.socket(zmq.PAIR)
-        there.connect("inproc://ranks")
-        loop = DrivenLoop(there, 0, runner, lambda: True)
-        loop.world = World(here, rng, requests, **options)
-        with contextlib.closing(runner):
-            yield loop.world, loop, runner
-
-
-def submits(rng, count, most_tokens=20):
-    return [
-        Submit(
-            f"r{index}",
-            tuple(rng.choice((1, 2)) for _ in range(rng.randint(1, 20))),
-            SamplingParams(max_tokens=rng.randint(1, most_tokens), **rng.choice(PARAMS)),
-        )
-        for index in range(count)
-    ]
 
 
 @given(
@@ -209,15 +28,22 @@ def submits(rng, count, most_tokens=20):
     admission=st.sampled_from(["greedy", "projected"]),
     cancels=st.sampled_from([0.0, 0.05, 0.3]),
     hurry=st.sampled_from([0.0, 0.5, 1.0]),
+    launches_ahead=st.booleans(),
 )
 def test_tokens_are_those_of_an_undisturbed_run(  # noqa: PLR0917 - drawn by name
-    seed, strategy, policy, admission, cancels, hurry
+    seed, strategy, policy, admission, cancels, hurry, launches_ahead
 ):
     """Whatever ends, leaves or is preempted while a step that counts on it is computed."""
     rng = random.Random(seed)
     requests = submits(rng, 8)
     with opened(
-        rng, requests, strategy=strategy, policy=policy, admission=admission, hurry=hurry
+        rng,
+        requests,
+        launches_ahead=launches_ahead,
+        strategy=strategy,
+        policy=policy,
+        admission=admission,
+        hurry=hurry,
     ) as (world, loop, _):
         world.cancels = cancels
         assert loop.run()
@@ -232,9 +58,12 @@ def test_tokens_are_those_of_an_undisturbed_run(  # noqa: PLR0917 - drawn by nam
         assert again.step(now, events) == plan
 
 
-def test_each_token_after_the_first_is_computed_ahead_of_its_command():
+@pytest.mark.parametrize("launches_ahead", [False, True])
+def test_each_token_after_the_first_is_computed_ahead_of_its_command(launches_ahead):
     submit = Submit("r", (5, 6, 7), SamplingParams(max_tokens=17))
-    with opened(random.Random(1), [submit], hurry=0.0) as (world, loop, runner):
+    with opened(random.Random(1), [submit], hurry=0.0, launches_ahead=launches_ahead) as (
+        world, loop, runner,
+    ):  # fmt: skip
         assert loop.run()
     assert world.tokens["r"] == expected_tokens(submit)
     assert (world.ahead, runner.steps, runner.abandoned_steps) == (16, 17, 0)
@@ -265,6 +94,31 @@ def test_a_command_for_anything_else_does_not_fit(piece, token, fits):
     ahead.go_on(batch, StepOutput([8]), lambda: Verdict.UNKNOWN)
     assert runner.steps == 1 + fits
     runner.close()
+
+
+def test_the_device_has_the_next_step_before_the_host_waits_for_the_last(monkeypatch):
+    submit, done = Submit("r", (5, 6, 7), SamplingParams(max_tokens=4)), []
+    with opened(random.Random(1), [submit], launches_ahead=True) as (_, loop, runner):
+        launch = loop._launch_ahead._launch
+
+        def watched(batch):
+            number = len([each for each in done if each[0] == "launch"])
+            done.append(("launch", number))
+            result = launch(batch).result
+
+            def waited():
+                done.append(("wait", number))
+                return result()
+
+            return SimpleNamespace(result=waited)
+
+        monkeypatch.setattr(loop._launch_ahead, "_launch", watched)
+        assert loop.run()
+        assert runner.steps == 4
+    assert done == [
+        ("launch", 0), ("launch", 1), ("wait", 0), ("launch", 2), ("wait", 1),
+        ("launch", 3), ("wait", 2), ("wait", 3),
+    ]  # fmt: skip
 
 
 def test_without_it_a_step_waits_for_its_command():

@@ -28,6 +28,10 @@ Results = tuple[Tensor, Tensor | None]
 """What a step computes, and what was drawn of it where that is logits."""
 
 
+def keep(_: Tensor) -> None:
+    """For steps whose tokens the host knows."""
+
+
 class Recorder(Protocol):
     """Makes what computes from fixed buffers into something that can be computed again."""
 
@@ -112,8 +116,19 @@ class DecodeGraphs:
         self._recorded.reverse()
         return len(self._recorded)
 
-    def run(self, batch: Sequence[SequenceInput], receive: Receive) -> Results | None:
-        """Run a step; None, without having done anything, where none that fits is recorded."""
+    def run(
+        self,
+        batch: Sequence[SequenceInput],
+        receive: Receive,
+        complete: Callable[[Tensor], None] = keep,
+    ) -> Results | None:
+        """Run a step; None, without having done anything, where none that fits is recorded.
+
+        Args:
+            batch: its sequences.
+            receive: gives what the stage before hands over.
+            complete: puts the tokens on the device, [sequences], in the place of what stands there.
+        """
         # A recorded step hands out nothing but logits and tokens.
         if not all(len(s.token_ids) == 1 and s.samples and not s.embeds for s in batch):
             return None
@@ -128,6 +143,7 @@ class DecodeGraphs:
             rules = packed.rules.view(np.float64).reshape(RULES, -1)
             rules[:, : len(batch)] = rules_of(batch)
         copy_to_device(torch.from_numpy(packed.numbers), recorded.numbers)
+        complete(recorded.numbers[: len(batch)])
         if recorded.hidden is not None:
             received = receive()
             assert received is not None

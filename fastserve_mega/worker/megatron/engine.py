@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -62,6 +62,14 @@ class StageEngine(Protocol):
 
     def close(self) -> None:
         """Free what the stage's model does not hold. Call once."""
+
+
+@runtime_checkable
+class TakesDrawn(Protocol):
+    """An engine whose steps may take their tokens from where those of the last one were drawn."""
+
+    def keep_drawn(self, drawn: Tensor) -> None:
+        """Keep what was drawn last (`worker.sampler.Draw`), until the next step has been run."""
 
 
 class TorchEngine:

@@ -12,7 +12,7 @@ from fastserve_mega.worker.kernels.attention import attend
 from fastserve_mega.worker.kernels.pages import HeadNorm, Pages, Turns, rotate_and_write
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.attention import StepAttention
-from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, Recorder
+from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, Recorder, keep
 from fastserve_mega.worker.megatron.engine import Receive, TakeRows, TorchEngine, ignore
 from fastserve_mega.worker.megatron.kernel_layers import KernelLayer, norm_of, run_kernel_layers
 from fastserve_mega.worker.megatron.model import Stage
@@ -84,6 +84,7 @@ class KernelEngine(TorchEngine):
             norm_of(stage.model.decoder.final_layernorm) if partition.is_last_stage else None
         )
         self._graphs: DecodeGraphs | None = None
+        self._drawn: Tensor | None = None
         self._turns = {
             rope: Turns(rotation.frequencies, rotation.factor)
             for rope, rotation in self._rotations.items()
@@ -112,6 +113,9 @@ class KernelEngine(TorchEngine):
         )
         return self._graphs.record(max_sequences, max_context)
 
+    def keep_drawn(self, drawn: Tensor) -> None:
+        self._drawn = drawn
+
     def run(
         self,
         batch: Sequence[SequenceInput],
@@ -120,8 +124,15 @@ class KernelEngine(TorchEngine):
         embed: TakeRows = ignore,
         drawn: TakeRows = ignore,
     ) -> Tensor:
+        takes_drawn = batch[0].token_ids[0] < 0
         # In a recorded step each token is sampled, so there is none to score.
-        if self._graphs is not None and (done := self._graphs.run(batch, receive)) is not None:
+        if (
+            self._graphs is not None
+            and (
+                done := self._graphs.run(batch, receive, self._take_drawn if takes_drawn else keep)
+            )
+            is not None
+        ):
             result, tokens = done
             if tokens is not None:
                 drawn(tokens)
@@ -129,7 +140,14 @@ class KernelEngine(TorchEngine):
             return result if self._partition.is_last_stage else result.clone()
         # No block is cleared: the kernels do not look at what has not been written.
         step = PackedStep(batch, self._cache.block_size).to(self._device)
+        if takes_drawn:
+            self._take_drawn(step.token_ids)
         return self._compute(step, receive(), score, embed)
+
+    def _take_drawn(self, token_ids: Tensor) -> None:
+        """Put tokens in the place of -1 - the rows for which they were drawn."""
+        assert self._drawn is not None
+        token_ids.copy_(self._drawn[:, 0].index_select(0, -1 - token_ids))
 
     def close(self) -> None:
         self._graphs = None  # it holds this engine

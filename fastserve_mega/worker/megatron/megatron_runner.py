@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.logprobs import PromptScores
 from fastserve_mega.worker.megatron.checkpoint import architecture_as_stored, open_checkpoint
-from fastserve_mega.worker.megatron.engine import StageEngine, TakeRows
+from fastserve_mega.worker.megatron.engine import StageEngine, TakeRows, TakesDrawn
 from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
@@ -37,6 +38,7 @@ from fastserve_mega.worker.megatron.initialize import (
 from fastserve_mega.worker.megatron.layer_spec import choose_layers, log_choice
 from fastserve_mega.worker.megatron.model import build_stage
 from fastserve_mega.worker.megatron.native_engine import NativeEngine
+from fastserve_mega.worker.megatron.stage_link import StageLink
 from fastserve_mega.worker.memory import (
     check_host_memory,
     device_blocks,
@@ -44,11 +46,13 @@ from fastserve_mega.worker.memory import (
     is_sized_by_memory,
     measure_activations,
 )
-from fastserve_mega.worker.model_runner import Ask, SequenceInput, StepOutput
+from fastserve_mega.worker.model_runner import Ask, Launched, SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
 from fastserve_mega.worker.transfer import wait_for
 from fastserve_mega.worker.trial_steps import largest_steps, varied_steps
+
+T = TypeVar("T")
 
 
 class MegatronRunner:
@@ -76,7 +80,6 @@ class MegatronRunner:
             architecture, config.parallel, topology.rank, topology.world_size
         )
         checkpoint = open_checkpoint(directory, architecture, partition)
-        self._rank = topology.rank
         self._device = select_device(config.parallel, topology)
         self._dtype = select_dtype(config.model, self._device)
         set_up_cpu(config.parallel, topology)
@@ -86,8 +89,9 @@ class MegatronRunner:
             log_choice(choice)
         eos = architecture.eos_token_ids
         grammars = Grammars(directory, architecture.vocab_size, eos)
-        self._sampler = Sampler(eos, grammars, choose_draw(config.parallel, self._device))
-        self._sending: tuple[dist.Work, Tensor] | None = None
+        draw = choose_draw(config.parallel, self._device)
+        self._sampler = Sampler(eos, grammars, draw)
+        self._link = StageLink(partition, architecture.hidden_size, self._device)
         # Before any rank of this host allocates: they leave the next line together.
         memory = host_memory()
         groups = join_process_groups(
@@ -109,6 +113,8 @@ class MegatronRunner:
             self.block_size = self.cache.block_size
             is_native = isinstance(self._engine, NativeEngine)
             self.looks_ahead = is_native and config.parallel.looks_ahead
+            can_launch = draw is not None and isinstance(self._engine, TakesDrawn)
+            self.launches_ahead = can_launch and config.parallel.looks_ahead
             if self._device.type == "cuda":
                 self._try(self._engine, varied_steps(config, self._max_context(config)))
             keep_freed_memory()
@@ -158,9 +164,11 @@ class MegatronRunner:
         wanted: list[TakeRows] = []
         if self.is_sampling_rank:
             wanted = [scores, embeddings, drawn.append]
-        result = self._engine.run(batch, lambda: self._receive(batch), *wanted)
+        result = self._engine.run(
+            batch, lambda: self._link.receive(batch, self._engine.hidden_dtype), *wanted
+        )
         if not self._partition.is_last_stage:
-            self._send(result)
+            self._link.send(result)
             return StepOutput()
         if not self.is_sampling_rank:
             return StepOutput()
@@ -169,6 +177,19 @@ class MegatronRunner:
             wait_for(self._device)
         output = self._sampler(result, sampled, *drawn) if sampled else StepOutput()
         return replace(output, scored=scores.result(), embeddings=embeddings.result())
+
+    @torch.inference_mode()
+    def launch(self, batch: Sequence[SequenceInput]) -> Launched:
+        """Give the device a step. Raises like `execute`, here or where the result is waited for."""
+        with plain_errors(self._device):
+            if not all(sequence.is_plain for sequence in batch):
+                return _Waiting(self._device, partial(_same, self._execute(batch)))
+            assert isinstance(self._engine, TakesDrawn), "it does not launch ahead"
+            drawn: list[Tensor] = []
+            logits = self._engine.run(batch, lambda: None, drawn=drawn.append)
+            tokens, wait = self._sampler.start(logits, batch, *drawn)
+            self._engine.keep_drawn(tokens)
+            return _Waiting(self._device, wait)
 
     @torch.inference_mode()
     def execute_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> StepOutput | None:
@@ -182,7 +203,7 @@ class MegatronRunner:
         """End the copies, leave the process groups and free the pools. Call once."""
         self.copies.close()
         self._host.close()
-        self._finish_sending()
+        self._link.finish()
         self._engine.close()
         dist.destroy_process_group()
         del self._stage, self._engine, self.cache, self._host, self.copies
@@ -224,7 +245,7 @@ class MegatronRunner:
             hidden: Tensor | None = None
             if not self._partition.is_first_stage:
                 hidden = torch.zeros(shape, dtype=engine.hidden_dtype, device=self._device)
-            result = engine.run(batch, partial(_unchanged, hidden))
+            result = engine.run(batch, partial(_same, hidden))
             if self.is_sampling_rank:
                 self._sampler(result, batch)
 
@@ -243,27 +264,17 @@ class MegatronRunner:
             quantized=config.kv_cache.is_quantized,
         )
 
-    def _receive(self, batch: Sequence[SequenceInput]) -> Tensor | None:
-        """What the stage before hands over, [tokens, hidden]; None on the first stage."""
-        if self._partition.is_first_stage:
-            return None
-        tokens = sum(len(sequence.token_ids) for sequence in batch)
-        shape = (tokens, self.architecture.hidden_size)
-        hidden = torch.empty(shape, dtype=self._engine.hidden_dtype, device=self._device)
-        dist.recv(hidden, src=self._rank - self._partition.tensor_size)
-        return hidden
 
-    def _send(self, hidden: Tensor) -> None:
-        """Hand over to the next stage without waiting until it has time for it."""
-        self._finish_sending()
-        work = dist.isend(hidden, dst=self._rank + self._partition.tensor_size)
-        if work is not None:
-            self._sending = (work, hidden)
+class _Waiting:
+    """A step that has been launched; `wait` gives what it yields."""
 
-    def _finish_sending(self) -> None:
-        if self._sending is not None:
-            self._sending[0].wait()
-            self._sending = None
+    def __init__(self, device: torch.device, wait: Callable[[], StepOutput]) -> None:
+        self._device = device
+        self._wait = wait
+
+    def result(self) -> StepOutput:
+        with plain_errors(self._device):
+            return self._wait()
 
 
 def _check_context(config: Config, architecture: Architecture) -> None:
@@ -275,5 +286,5 @@ def _check_context(config: Config, architecture: Architecture) -> None:
         )
 
 
-def _unchanged(hidden: Tensor | None) -> Tensor | None:
-    return hidden
+def _same(given: T) -> T:
+    return given

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from decode_steps import Again
 from generation import generate
 from kernel_device import DEVICE, IS_INTERPRETED
 from tiny_models import MODELS, make_model, prompts
 
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import SamplingParams
+from fastserve_mega.worker.kernels.sampling import draw
 from fastserve_mega.worker.megatron import megatron_runner
 from fastserve_mega.worker.megatron.engine import TorchEngine
 from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
-from fastserve_mega.worker.model_runner import StepOutput
+from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
 from fastserve_mega.worker.topology import Topology
 
 BLOCK_SIZE = 4
@@ -82,6 +84,36 @@ def test_weights_in_8_bits_are_multiplied_as_by_torch(tmp_path, open_runner, mon
         params = SamplingParams(max_tokens=1)
         generate(runner, [prompts()[3]], params, block_size=BLOCK_SIZE)
     torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_steps_take_their_tokens_from_where_the_last_ones_were_drawn(
+    recorded, tmp_path, open_runner, monkeypatch
+):
+    """Three steps are launched before the host looks at any token, of two prompts in two orders."""
+    monkeypatch.setattr(megatron_runner, "choose_draw", lambda *_: draw)
+    make_model("llama", tmp_path)
+    runner = open_runner(tmp_path)
+    if recorded:
+        assert runner._engine.record_graphs(2, 40, Again(), draw) == 2
+    params = SamplingParams(max_tokens=4, temperature=1.2, top_k=30)
+    pair = [prompts()[3][:3], prompts()[3][:7]]
+    expected = generate(runner, pair, params, block_size=BLOCK_SIZE)
+
+    def step(number, row, tokens):
+        start = len(pair[row]) + number - 1 if number else 0
+        first = 20 + 5 * row
+        return SequenceInput(
+            str(row), tokens, start, range(first, first + 5), True, params, 0, len(pair[row])
+        )
+
+    launched = [runner.launch([step(0, row, pair[row]) for row in (0, 1)])]
+    launched.append(runner.launch([step(1, row, (-1 - row,)) for row in (1, 0)]))
+    launched.append(runner.launch([step(2, row, (-1 - at,)) for at, row in enumerate((1, 0))]))
+    launched.append(runner.launch([step(3, 0, (-2,))]))
+    told = [each.result().token_ids for each in launched]
+    assert [told[0][0], told[1][1], told[2][1], told[3][0]] == expected[0]
+    assert [told[0][1], told[1][0], told[2][0]] == expected[1][:3]
 
 
 class Keep:

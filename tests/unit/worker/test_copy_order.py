@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,7 +219,9 @@ def test_the_thread_that_waits_for_copies_knows_its_device(monkeypatch):
     engine = CudaCopyEngine(torch.zeros(2, 3), torch.zeros(2, 3), 1.0)
     done = Event()
     done.synchronize = lambda: selected.append("waits")
+    engine._begun[7] = SimpleNamespace(elapsed_time=lambda event: 40.0 if event is done else 0.0)
     engine._events[7] = done
-    engine._await_event(BlockCopy(7, CopyDirection.SWAP_OUT, (1,), (1,), None))
+    # As long as the stream was at it, and not as long as it was waited for.
+    assert engine._await_event(BlockCopy(7, CopyDirection.SWAP_OUT, (1,), (1,), None)) == 0.04
     assert selected == [torch.device("cpu"), "waits"]
     engine.close()
