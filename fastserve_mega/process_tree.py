@@ -66,7 +66,7 @@ def descendants(ancestor: int) -> set[int]:
 
 
 def stopped(ancestor: int) -> set[int]:
-    """Those of a process and all below it that a signal has stopped; empty without /proc."""
+    """Processes that a signal has stopped, of one and all below it; empty without /proc."""
     everyone = {ancestor} | descendants(ancestor) if _PROC.is_dir() else set()
     states = {process_id: _read_stat(process_id) for process_id in everyone}
     return {process_id for process_id, stat in states.items() if stat and stat[0] == _STOPPED}

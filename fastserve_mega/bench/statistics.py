@@ -22,7 +22,7 @@ class Record:
     index: int
     prompt_tokens: int
     output_tokens: int
-    """As the server counts them; the requested number when the request failed."""
+    """Counted by the server; the requested number when the request failed."""
     sent_s: float
     """Since the start of the run."""
     ttft_s: float = math.nan

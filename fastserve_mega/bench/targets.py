@@ -27,9 +27,9 @@ class Reply:
     """An answer that came to its end. Times are those of `time.perf_counter()`."""
 
     prompt_tokens: int
-    """As the server counts them."""
+    """Prompt tokens as the server counts them."""
     output_tokens: int
-    """Likewise."""
+    """Output tokens as the server counts them."""
     times: tuple[float, ...]
     """When each piece of it came, one or more; a piece is one token or a few."""
 

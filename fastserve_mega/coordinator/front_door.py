@@ -35,7 +35,7 @@ ClientMessage = Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
 
 _SWEEP_INTERVAL_S = 1.0
 _UNREAD_MESSAGES = 1_000
-"""Of a client, held here; what is more waits at the client."""
+"""Messages of a client held here; what is more waits at the client."""
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from fastserve_mega.types import FinishReason, RequestId
 
 _KEPT_S = 60.0
 _MOST_TOKENS = 2_000_000
-"""Of all kept answers, with their prompts: at 4 to 40 bytes each; the oldest make room."""
+"""Tokens of all kept answers and their prompts, 4 to 40 bytes each; the oldest make room."""
 _LOGPROBS_WEIGHT = 50
 """Log probabilities of a token take the memory of so many tokens."""
 _NUMBER_BYTES = 4
@@ -47,7 +47,7 @@ class KeptAnswer:
 
     @property
     def weight(self) -> int:
-        """Its memory, in tokens."""
+        """Memory that it takes, in tokens."""
         logprobs = _LOGPROBS_WEIGHT * len(self.live.logprobs)
         embedding = len(self.live.embedding) // _NUMBER_BYTES
         return len(self.live.prompt) + len(self.live.output) + logprobs + embedding

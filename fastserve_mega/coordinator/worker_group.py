@@ -53,7 +53,7 @@ class WorkerGroup(Protocol):
 
     @property
     def ranks(self) -> range:
-        """Their numbers among all ranks."""
+        """Numbers of its ranks among all ranks."""
 
     def dispatch(self, command: StepCommand) -> None:
         """Send a step to all of them."""

@@ -88,7 +88,7 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
     console.print()
     counts = {name: sum(each.status == name for each in findings) for name in _COLOURS}
     if counts["problem"]:
-        console.print(f"[red]{counts['problem']} to be mended before it can run[/red]")
+        console.print(f"[red]{counts['problem']} to fix before it can run[/red]")
     elif counts["warning"]:
         console.print(f"it can run; {counts['warning']} to look at")
     else:

@@ -33,7 +33,7 @@ class Stream:
     times: list[float] = field(default_factory=list)
     """When each piece came, of the monotonic clock."""
     answer: str = ""
-    """Its text, or its token ids."""
+    """Text of its answer, or token ids."""
     error: str = "unfinished"
     """Why it did not come to its end; empty when it did."""
 

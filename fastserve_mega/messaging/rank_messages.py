@@ -67,7 +67,7 @@ class ScoredPrompt(Record, frozen=True):
     """How probable prompt tokens are that follow the input of a slice."""
 
     index: Count
-    """Of the slice in plan.batch."""
+    """Index of the slice in plan.batch."""
     start: Count
     """Position of the first of them in the prompt."""
     logprobs: tuple[TokenLogprobs, ...]

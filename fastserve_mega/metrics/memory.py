@@ -64,7 +64,7 @@ class MemoryMetrics:
         """Start at zero; `block_bytes` is the memory of a KV block, on all ranks together."""
         self._block_bytes = block_bytes
         self.memories: Sequence[ObservedMemory] = ()
-        """Of the replicas."""
+        """One for each replica."""
         self.copy = Histogram(
             "fastserve_copy_seconds",
             "Time of a copy of blocks, on the slowest rank",

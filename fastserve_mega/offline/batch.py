@@ -100,7 +100,7 @@ class BatchOptions:
     """What to ask whom."""
 
     url: str
-    """Of the server, with or without /v1."""
+    """Address of the server, with or without /v1."""
     requests: Path
     """In OpenAI's batch format."""
     answers: Path

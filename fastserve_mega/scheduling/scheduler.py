@@ -135,15 +135,14 @@ class Scheduler:
         return self._queues.level_lengths()
 
     def place_lengths(self) -> tuple[int, int, int]:
-        """Unfinished requests by where their KV is: waiting, resident, hosted."""
+        """Unfinished requests by where their KV is: waiting, resident, swapped."""
         count = self._queues.count
         waiting = count(Place.WAITING) + self._fair_share.lines.num_held
         return waiting, count(Place.RESIDENT), count(Place.SWAPPED)
 
     def view(self, now: float, max_requests: int) -> ReplicaView:
         """What is going on, with at most so many requests."""
-        flying = self._in_flight.values()
-        return view_replica(self._policy, self._memory, flying, now, max_requests)
+        return view_replica(self._policy, self._memory, self._in_flight.values(), now, max_requests)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""

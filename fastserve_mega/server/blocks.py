@@ -21,16 +21,16 @@ BlockKind = Literal["reasoning", "text", "call"]
 
 @dataclass(slots=True)
 class Block:
-    """One of them, as far as it is known."""
+    """A block of an answer, as far as it is known."""
 
     index: int
     kind: BlockKind
     item_id: str
-    """Of a call the id by which its result is told."""
+    """Name of a call, by which its result is told."""
     name: str = ""
-    """Of the function that is called."""
+    """Name of the function that is called."""
     text: str = ""
-    """Of a call its arguments as JSON."""
+    """Arguments of a call, as JSON."""
 
 
 class BlockShape(ABC):

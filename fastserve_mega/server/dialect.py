@@ -18,7 +18,7 @@ _HARMONY = FORMATS["harmony"]
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """Of one model."""
+    """How one model writes tool calls and reasoning."""
 
     knows_tools: bool
     """The chat template can tell the model of tools."""

@@ -19,9 +19,9 @@ class Repeatable:
     """What a request is known by when it is sent again, to whichever HTTP server."""
 
     request_id: str
-    """Of the key and of who sent it: the keys of two users are never the same request."""
+    """Hash of the key and of who sent it: the keys of two users are never the same request."""
     fingerprint: str
-    """Of the path and the body."""
+    """Hash of the path and the body."""
 
 
 async def repeatable(http: Request) -> Repeatable | None:

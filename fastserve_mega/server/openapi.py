@@ -17,13 +17,13 @@ from fastserve_mega.server.schemas import AnthropicError, Error
 Documented = dict[int | str, dict[str, Any]]
 _PAGE = "/docs"
 _ASSETS = "fastapi_swagger"
-"""Of Swagger UI; nothing but its files is used."""
+"""Package of Swagger UI; nothing but its files is used."""
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 ERRORS: Documented = {
     "4XX": {"model": Error, "description": "What is wrong, in one sentence"},
     "5XX": {"model": Error, "description": "What failed, in one sentence"},
 }
-"""Of every endpoint. That there is a 4XX keeps FastAPI from promising its own 422."""
+"""Errors of every endpoint. That there is a 4XX keeps FastAPI from promising its own 422."""
 ANTHROPIC_ERRORS: Documented = {
     status: {**told, "model": AnthropicError} for status, told in ERRORS.items()
 }

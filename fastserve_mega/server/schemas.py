@@ -31,7 +31,7 @@ class Error(_Schema):
 
 
 class CachedTokens(_Schema):
-    """Of the prompt, found in the prefix cache."""
+    """Prompt tokens that were found in the prefix cache."""
 
     cached_tokens: int
 
@@ -46,7 +46,7 @@ class Usage(_Schema):
 
 
 class CompletionLogprobs(_Schema):
-    """Of each token."""
+    """Log probabilities, one for each token."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -120,7 +120,7 @@ class ChatCompletion(_Schema):
 
 
 class Embedding(_Schema):
-    """Of one prompt."""
+    """Embedding of one prompt."""
 
     object: Literal["embedding"]
     index: int

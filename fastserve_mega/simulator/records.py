@@ -37,7 +37,11 @@ class SimulatedRequest:
         return self.spec.output_tokens - self.output_left
 
     def observe_gap(self, now: float, pace_s: float) -> None:
-        """Note the first token, or one that came more slowly than the pace."""
+        """Note the first token, or one that came after a longer gap than is harmless."""
+        gap_s = now - self.last_token_s
+        if self.first_token_s >= 0 and gap_s <= pace_s:
+            self.largest_gap_s = self.harmless_gap_s = gap_s
+            return
         waited_s = now - self.spec.arrival_s
         if self.first_token_s < 0:
             self.first_token_s = now
@@ -45,7 +49,7 @@ class SimulatedRequest:
             self.harmless_gap_s = 0.0
             return
         before = self.received_tokens - 1
-        self.largest_gap_s = max(self.largest_gap_s, now - self.last_token_s)
+        self.largest_gap_s = max(self.largest_gap_s, gap_s)
         self.lateness_s = max(self.lateness_s, waited_s - pace_s * before)
         self.harmless_gap_s = pace_s
 

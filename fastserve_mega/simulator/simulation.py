@@ -76,7 +76,8 @@ class Simulation:
         schedulers = [replica.scheduler for replica in replicas]
         self._placement = make_placer(schedulers)
         # What one replica has no room for is not given to others either, nor would it be live.
-        self._smallest = min(schedulers, key=lambda each: each.memory.device.capacity)
+        memories = (scheduler.memory for scheduler in schedulers)
+        self._smallest = min(memories, key=lambda memory: memory.device.capacity)
         self._block_size = replicas[0].block_size
         self._requests = requests
         self._max_queued_requests = max_queued_requests
@@ -181,8 +182,7 @@ class Simulation:
         self._heap = [entry for entry in self._heap if entry[2] != index]
         heapq.heapify(self._heap)
         events[index].append(WorkersLost())
-        moved = [each for each in self._live.values() if each.replica == index]
-        for request in moved:
+        for request in [each for each in self._live.values() if each.replica == index]:
             events[index].append(Aborted(RequestId(str(request.index))))
             self._place(request, events)
 
@@ -226,9 +226,8 @@ class Simulation:
         tokens = spec.prompt_tokens + spec.output_tokens
         if self._max_context is not None and tokens > self._max_context:
             return True
-        memory = self._smallest.memory
-        longest = spec.prompt_tokens + self._max_tokens
-        return memory.blocks_for(longest) > memory.device.capacity
+        needed = self._smallest.blocks_for(spec.prompt_tokens + self._max_tokens)
+        return needed > self._smallest.device.capacity
 
     def _dispatch(self, index: int, plan: Plan, now: float) -> None:
         for time_s, happened in self._replicas[index].dispatch(plan, now):
@@ -255,12 +254,8 @@ class Simulation:
                 if not rest:
                     block_hash = request.spec.block_hash(blocks - 1, block_size, request.index)
                     filled.append((request_id, block_hash))
-            gap_s = now - request.last_token_s
-            if gap_s > request.harmless_gap_s:
-                if request.first_token_s >= 0 and gap_s <= pace_s:
-                    request.largest_gap_s = request.harmless_gap_s = gap_s
-                else:
-                    request.observe_gap(now, pace_s)
+            if now - request.last_token_s > request.harmless_gap_s:
+                request.observe_gap(now, pace_s)
             request.last_token_s = now
             if not request.output_left:
                 finished.append(request_id)

@@ -292,7 +292,7 @@ class ServerConfig(Record, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may ask from a browser; `*` is all of them."""
     tool_parser: ToolParserName = "auto"
-    """How the model writes calls of tools; auto goes by its chat template, with none it makes only
+    """How the model writes tool calls; auto goes by its chat template, with none it makes only
     those that a request forces."""
     reasoning_parser: ReasoningParserName = "auto"
     """How the model marks what it thinks before it answers, which is told apart from the answer;

@@ -34,7 +34,7 @@ class ClientCounters:
         """The lowest counter of those that lately wanted more than they got. No client is owed
         anything from before: its counter is at least this."""
         self.weights = 0.0
-        """Of the active clients together."""
+        """Weight of the active clients together."""
         self._left: OrderedDict[str, float] = OrderedDict()
         """Counters of clients that had been ahead when their last request ended."""
 

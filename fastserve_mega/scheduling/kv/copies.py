@@ -23,7 +23,7 @@ class Copy:
     host_blocks: tuple[int, ...] = ()
     """Host blocks that are owned by the copy itself, and given up when it is done."""
     host_hashes: tuple[BlockHash, ...] = ()
-    """Their contents when it is done; empty when they are only read."""
+    """Contents of the host blocks when it is done; empty when they are only read."""
     num_blocks: int = 0
     """Copied."""
     started_s: float = 0.0

@@ -172,7 +172,7 @@ class KvManager:
         return unsent
 
     def bring_back(self, request: Request, reserve: int, precedes_step: int | None) -> bool:
-        """Start to copy a hosted request back; False when there is no memory for it now."""
+        """Start to copy a swapped request back; False when there is no memory for it now."""
         used = self.blocks_for(request.num_computed_tokens)
         full = request.num_computed_tokens // self.block_size
         # What the device still has by its content needs no copy.

@@ -19,7 +19,7 @@ _LOOKED_AT = 64
 
 
 class Swapper:
-    """What becomes of the KV of a preempted request, by the strategy of `KvMemory`."""
+    """What becomes of the KV of a preempted request, by the strategy of `KvManager`."""
 
     def __init__(
         self,

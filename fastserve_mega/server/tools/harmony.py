@@ -34,7 +34,7 @@ class HarmonyParser:
         self._text = ""
         """Not told yet."""
         self._header: str | None = None
-        """Of the message that is being read; None between messages."""
+        """Header of the message that is being read; None between messages."""
         self._calls = 0
         self._is_plain = False
 
