@@ -11,11 +11,10 @@ from pydantic import ValidationError
 
 from fastserve_mega.server.answers import Answer, AnswerShape
 from fastserve_mega.server.chat_protocol import ChatRequest
-from fastserve_mega.server.dialect import Dialect
+from fastserve_mega.server.dialect import Dialect, describe_tools
 from fastserve_mega.server.errors import ApiError, from_validation
 from fastserve_mega.server.reasoning import ThinkParser
 from fastserve_mega.server.service import RenderedChat, Service
-from fastserve_mega.server.tools.described import describe_tools
 from fastserve_mega.server.tools.formats import new_call_id
 from fastserve_mega.server.tools.pieces import PLAIN_TEXT, ToolParser
 

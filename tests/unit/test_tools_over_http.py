@@ -244,7 +244,7 @@ def test_the_tokens_of_a_conversation_are_counted_with_its_tools(api, shared, sa
     assert counted["tokens"] == list(submit.prompt)
     for wrong, sentence in (
         ({"messages": [{"role": "fool"}]}, "messages.0.role: input should be"),
-        ({"tools": TOOLS}, "messages: field required"),
+        ({"tools": TOOLS}, "send either prompt or messages"),
         ({"prompt": "x", "tools": TOOLS}, "send either prompt or messages"),
     ):
         told = httpx.post(f"{shared[1]}/tokenize", json=wrong, timeout=WAIT_S)
@@ -290,12 +290,9 @@ def test_models_without_tools_make_calls_that_are_forced(tiny_tokenizer_dir, par
         asked = ask(api, tools=tools, tool_choice=LOOK, max_tokens=50)
         assert asked == (None, [("look", "{}")], "stop")
         call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
-        messages = [
-            *HI,
-            {"role": "assistant", "tool_calls": [call]},
-            {"role": "tool", "content": "rain", "tool_call_id": "1"},
-        ]
-        assert ask(api, tools=[], messages=messages, max_tokens=50)[2] == "stop"
+        called = {"role": "assistant", "tool_calls": [call]}
+        result = {"role": "tool", "content": "rain", "tool_call_id": "1"}
+        assert ask(api, tools=[], messages=[*HI, called, result], max_tokens=50)[2] == "stop"
         first, second = (tokenizer.decode(s.prompt) for s in coordinator.received(Submit))
         assert 'You can call these functions:\n{"name": "look"}\n\nhi' in first
         assert '[{"name": "look", "arguments": {}}]' in second
