@@ -130,6 +130,8 @@ class ClientLines:
         whole one. Beyond that the policy has enough to fill a step: so a place is empty only when
         no line is.
         """
+        if not self.num_held:
+            return
         if (lowest := self._lines.first()) is not None:
             while lowest.num_held and len(lowest.offered) < self._max_batch_size:
                 self._offer_next(lowest, now)
