@@ -127,6 +127,7 @@ class Coordinator:
             self._let_in(live, now)
         self._placement.settle()
         self._send_replies()
+        self._intake.end_turn()
 
     @property
     def num_unfinished(self) -> int:
@@ -288,11 +289,9 @@ class Coordinator:
         is_invalid: bool = False,
         retry_after_s: float | None = None,
     ) -> None:
-        self._requests.remove(live)
-        self._intake.gate.leave(live)
         now = self._clock()
+        self._intake.forget(live, reason, now)
         self._metrics.requests.observe_finish(reason, live, now)
-        self._intake.kept.keep(live, reason, now)
         timings = live.timings(now)
         told = Finished(
             live.request_id, reason, live.usage, message, is_invalid, timings, retry_after_s

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from fastserve_mega.coordinator.admission import Admission, Gate
+from fastserve_mega.coordinator.heap import HeapTrimmer
 from fastserve_mega.coordinator.kept_answers import KeptAnswer, KeptAnswers
 from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
 from fastserve_mega.messaging.frames import Identity
@@ -47,6 +48,7 @@ class Intake:
         """Through which requests go to a replica."""
         self.kept = KeptAnswers()
         """For those who ask again."""
+        self._heap = HeapTrimmer()
         self.draining = False
         """Whether nothing new is accepted any more."""
 
@@ -60,6 +62,16 @@ class Intake:
             self._repeat(client, kept, submit, now)
             return
         self._accept(client, submit, now)
+
+    def forget(self, live: LiveRequest, reason: FinishReason, now: float) -> None:
+        """Take in that a request has ended, whose answer may be kept."""
+        self._requests.remove(live)
+        self.gate.leave(live)
+        self.kept.keep(live, reason, now)
+
+    def end_turn(self) -> None:
+        """Give back the memory of a queue that has gone, of which nobody knows any more."""
+        self._heap.observe(self._requests.num_prompt_tokens)
 
     def _accept(self, client: Identity, submit: Submit, now: float) -> LiveRequest | None:
         """Begin with a request, or answer why not."""

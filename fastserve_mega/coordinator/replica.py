@@ -108,7 +108,7 @@ class Replica:
         request = self.scheduler.find(live.request_id)
         if has_begun or _is_background(live) or request is None:
             return None
-        ahead = self.scheduler.lines.num_ahead(request)
+        ahead = self.scheduler.fair_share.lines.num_ahead(request)
         return self._waiting.excess_s(ahead, max_wait_s, now)
 
     def take_events(self) -> Sequence[Event]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final
 
-from fastserve_mega.types import BACKGROUND_PRIORITY, BlockHash, RequestId
+from fastserve_mega.scheduling.block_hashes import BlockHashes
+from fastserve_mega.types import BACKGROUND_PRIORITY, RequestId
 
 
 class RequestStatus(IntEnum):
@@ -92,7 +93,7 @@ class KvState:
     num_clean_blocks: int = 0
     """Leading blocks whose copy on the host is complete. Full blocks never change again, so they
     stay clean."""
-    block_hashes: list[BlockHash] = field(default_factory=list)
+    block_hashes: BlockHashes = field(default_factory=BlockHashes)
     """One for each leading full block of its tokens; none when the prefix cache is off."""
     num_published_blocks: int = 0
     """Leading device blocks that others can find by their hashes."""

@@ -61,8 +61,7 @@ class Scheduler:
         self._cost_model = cost_model
         self._policy = make_policy(config, cost_model)
         self._queues = self._policy.queues
-        self._fair_share = FairShare(config, self._policy)
-        self.lines = self._fair_share.lines
+        self.fair_share = FairShare(config, self._policy)
         swap = swap or SwapConfig()
         self._memory = KvManager(pools, swap.strategy, self._policy, cost_model, config)
         self._planner = SwapPlanner(swap, self._memory, self._policy)
@@ -88,7 +87,7 @@ class Scheduler:
         if not self.may_plan:
             return None
         self._promoted_at = now
-        self._fair_share.lines.refill(now)
+        self.fair_share.lines.refill(now)
         self._policy.promote(now)
         return self._plan_step(now)
 
@@ -137,7 +136,7 @@ class Scheduler:
     def place_lengths(self) -> tuple[int, int, int]:
         """Unfinished requests by where their KV is: waiting, resident, swapped."""
         count = self._queues.count
-        waiting = count(Place.WAITING) + self._fair_share.lines.num_held
+        waiting = count(Place.WAITING) + self.fair_share.lines.num_held
         return waiting, count(Place.RESIDENT), count(Place.SWAPPED)
 
     def view(self, now: float, max_requests: int) -> ReplicaView:
@@ -149,7 +148,7 @@ class Scheduler:
         validate_blocks(self._memory, self._queues)
         self.work.check_integrity(self._requests.values())
         queued = [request for place in Place for request in self._queues.walk(place)]
-        queued += self._fair_share.lines.held()
+        queued += self.fair_share.lines.held()
         in_steps = [request for batch in self._in_flight.values() for request in batch]
         validate_all(self._requests.values(), queued, in_steps, self._memory.block_size)
 
@@ -184,14 +183,14 @@ class Scheduler:
             oracle_output_tokens=event.oracle_output_tokens,
             expected_output_tokens=event.expected_output_tokens,
             session=event.session,
-            share=self._fair_share.join(event.client, event.weight, event.priority),
+            share=self.fair_share.join(event.client, event.weight, event.priority),
             offered_at=now,
             waiting_since=now,
         )
         self._memory.look_up(request, event.block_hashes)
         self.work.add(request)
         self._requests[request.request_id] = request
-        self._fair_share.lines.add(request, now)
+        self.fair_share.lines.add(request, now)
         self._planner.observe_arrival(self._memory.blocks_for(request.num_tokens), now)
 
     def _step_done(self, event: StepDone, now: float) -> None:
@@ -246,7 +245,7 @@ class Scheduler:
 
     def _read(self, request: Request, tokens: int) -> None:
         if request.turn is Turn.OFFERED:
-            self._fair_share.lines.started(request)
+            self.fair_share.lines.started(request)
         self.work.read(request, tokens)
 
     def _end(self, request: Request) -> None:
@@ -254,7 +253,7 @@ class Scheduler:
             self._policy.remove(request)
         request.status = RequestStatus.FINISHED
         request.steady_until = 0
-        self._fair_share.end(request)
+        self.fair_share.end(request)
         self._read(request, request.num_unread_tokens)
         del self._requests[request.request_id]
         self._released.append(request.request_id)
@@ -277,17 +276,17 @@ class Scheduler:
         places = min(self._config.max_batch_size, share)
         if self._is_proactive:
             self._planner.make_way(now, places)
-        self._fair_share.begin_step(places)
+        self.fair_share.begin_step(places)
         batch = BatchBuilder(
             self._config,
             self._memory,
             self._policy,
-            self._fair_share,
+            self.fair_share,
             max_requests=places,
             in_flight=sum(map(len, self._in_flight.values())),
         )
         batch.fill()
-        self._fair_share.charge(batch.requests)
+        self.fair_share.charge(batch.requests)
         if self._is_proactive:
             self._planner.plan(now)
         copies = self._memory.copies.take_planned(now)

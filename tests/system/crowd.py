@@ -44,6 +44,7 @@ LONG_PROMPT = 4000
 LOAD_TOKENS = 32
 _SMALL_BUFFER = 4096
 _BODY = {"prompt": [5, 6, 7], "max_tokens": 250, "ignore_eos": True, "stream": True, "logprobs": 20}
+_LIMITS = ("max_queued_tokens", "max_queued_requests", "max_wait_s")
 _ROOM = ("scheduler.max_batch_size=128",)
 """For `crowds`: all run at once, so that what differs is the connections."""
 
@@ -208,8 +209,8 @@ async def queue(served: Served, options: argparse.Namespace) -> bool:
         if isinstance(message, messages.Finished):
             last = time.monotonic()
             # Those that were taken go on, and are not waited for.
-            by_tokens = "max_queued_tokens" in message.message
-            ends["refused by tokens" if by_tokens else message.reason.value] += 1
+            limits = [each for each in _LIMITS if each in message.message]
+            ends[f"refused by {limits[0]}" if limits else message.reason.value] += 1
         if sum(ends.values()) % 1000 == 0:
             most = max(most, resident_mb(served)["coordinator"])
     sending.cancel()
@@ -223,7 +224,8 @@ async def queue(served: Served, options: argparse.Namespace) -> bool:
         f"{before['coordinator']:.0f} MB before, {max(most, during):.0f} at most, "
         f"{resident_mb(served)['coordinator']:.0f} after they went away"
     )
-    return bool(ends["refused by tokens"] > 0.9 * options.queued)
+    most_taken = load_config(options.config, options.set).scheduler.max_queued_tokens / LONG_PROMPT
+    return sum(ends[f"refused by {each}"] for each in _LIMITS) >= options.queued - 2 * most_taken
 
 
 async def load(served: Served, options: argparse.Namespace) -> bool:

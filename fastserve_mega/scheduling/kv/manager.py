@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from fastserve_mega.scheduling.block_hashes import BlockHashes
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv.admission import Admission, KvProjection, StartedRequests
 from fastserve_mega.scheduling.kv.copies import Copy
@@ -104,7 +105,7 @@ class KvManager:
 
     def look_up(self, request: Request, block_hashes: Sequence[BlockHash]) -> None:
         """Take in the hashes of a request that arrived; see how much of it exists already."""
-        request.kv.block_hashes = list(block_hashes)
+        request.kv.block_hashes = BlockHashes(block_hashes)
         self.shares_prefixes |= bool(block_hashes)
         request.kv.num_cached_tokens = self.prefix_cache.known_tokens(request)
 

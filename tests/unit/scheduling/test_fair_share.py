@@ -55,7 +55,7 @@ def test_two_clients_who_want_more_are_served_by_their_weights(policy, data, bat
         driver.step()
     driver.step(events[150:])
     # Of their counters; the difference of what was served from some moment on is at most twice it.
-    bound = scheduler._fair_share.counters.slack + TOKENS / min(weights.values())
+    bound = scheduler.fair_share.counters.slack + TOKENS / min(weights.values())
     served = Counter()
     for _ in range(60):
         left = Counter(name[0] for name in outputs if name not in driver.finished_at)
@@ -152,7 +152,7 @@ def test_what_was_not_used_is_not_owed():
 
 def test_who_leaves_ahead_comes_back_ahead():
     scheduler = make_scheduler(policy="fcfs", max_batch_size=4, max_batch_tokens=TOKENS)
-    shares = scheduler._fair_share.counters
+    shares = scheduler.fair_share.counters
     driver = Driver(scheduler, {"a": 50, "b": 1, "c": 50, "again": 5})
     driver.step([
         arrived("a", 1, client="a"), arrived("b", 20, client="b"), arrived("c", 1, client="c"),
@@ -166,7 +166,7 @@ def test_who_leaves_ahead_comes_back_ahead():
 
 def test_a_recomputation_and_what_was_cached_are_free():
     scheduler = make_scheduler(policy="fcfs", max_batch_size=4, max_batch_tokens=100)
-    shares = scheduler._fair_share.counters
+    shares = scheduler.fair_share.counters
     hashes = tuple("abcde")
     scheduler.step(0.0, [arrived("one", 20, client="a", block_hashes=hashes)])
     scheduler.step(1.0, [StepDone(0, 1.0), arrived("two", 21, client="b", block_hashes=hashes)])
@@ -180,7 +180,7 @@ def test_aborted_requests_leave_the_line():
                  *(arrived(f"a{i}", 1, client="a") for i in range(100))])  # fmt: skip
     assert scheduler.place_lengths()[0] > 90
     driver.step([Aborted(f"a{i}") for i in range(100)])
-    lines = scheduler._fair_share.lines
+    lines = scheduler.fair_share.lines
     assert lines.num_held == 0
     assert len(names(driver.plans[-1])) == 1
     assert list(lines.held()) == []
@@ -188,7 +188,7 @@ def test_aborted_requests_leave_the_line():
 
 def test_clients_come_and_go_in_bounded_memory():
     scheduler = make_scheduler(policy="skip_join_mlfq", max_batch_size=4)
-    shares = scheduler._fair_share.counters
+    shares = scheduler.fair_share.counters
     scheduler.step(0.0, [arrived("stays", 1, client="stays"), arrived("too", 1, client="too")])
     for wave in range(6):
         names = [f"r{wave}-{i}" for i in range(3_000)]
@@ -199,7 +199,7 @@ def test_clients_come_and_go_in_bounded_memory():
         scheduler.step(1.5 + wave, ended)
         scheduler.check_integrity()
     assert len(shares.active) == 2
-    lines = scheduler._fair_share.lines
+    lines = scheduler.fair_share.lines
     kept = (shares._left, lines._fronts, lines._full, lines._lines._heap, lines._not_full._heap)
     assert max(map(len, kept)) < 10_000
     assert lines.num_held == 0
