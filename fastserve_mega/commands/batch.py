@@ -35,7 +35,10 @@ def _batch(options: argparse.Namespace) -> int:
         )
 
     if options.config is None and not options.overrides:
-        return run(options.url or _DEFAULT_URL)
+        url = options.url or _DEFAULT_URL
+        if not url.startswith(("http://", "https://")):
+            return fail(options, f"--url must begin with http:// or https://, got {url!r}")
+        return run(url)
     config = load_deployment(options, weights=True)
     from fastserve_mega.launcher import LaunchError, http_url, temporary_deployment
 

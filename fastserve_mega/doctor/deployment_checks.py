@@ -139,7 +139,11 @@ def _wrong_files(directory: Path) -> str:
 
 def check_memory(config: Config, config_file: Path) -> Iterator[Finding]:
     """What `plan` computes, against the memory that is here."""
-    architecture, _ = find_architecture(config, config_file)
+    try:
+        architecture, _ = find_architecture(config, config_file)
+    except ValueError as error:
+        yield problem("memory", f"not known: {error}", "see what is said of the model")
+        return
     if (memory := host_memory()) is None:
         yield warning("memory", "this system does not say how much it has", "see that it is enough")
         return

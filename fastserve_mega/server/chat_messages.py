@@ -89,16 +89,29 @@ class ChatMessage(Strict):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     """What the assistant thought before this answer; the template decides whether it is told."""
+    reasoning: str | None = None
+    """vLLM's newer name of it."""
+    cache_control: dict[str, Any] | None = None
+    """As of a part."""
 
     @model_validator(mode="after")
     def _fields_of_its_role(self) -> ChatMessage:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls are for the role 'assistant', got {self.role!r}")
-        if self.reasoning_content is not None and self.role != "assistant":
+        if self.thoughts is not None and self.role != "assistant":
             raise ValueError(f"reasoning_content is for the role 'assistant', got {self.role!r}")
+        if None not in (self.reasoning, self.reasoning_content) and (
+            self.reasoning != self.reasoning_content
+        ):
+            raise ValueError("reasoning and reasoning_content are the same thing; send one of them")
         if self.tool_call_id is not None and self.role != "tool":
             raise ValueError(f"tool_call_id is for the role 'tool', got {self.role!r}")
         return self
+
+    @property
+    def thoughts(self) -> str | None:
+        """The reasoning, under whichever name it came."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
     @property
     def text(self) -> str:
@@ -119,8 +132,8 @@ class ChatMessage(Strict):
             message["name"] = self.name
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
-        if self.reasoning_content is not None:
-            message["reasoning_content"] = self.reasoning_content
+        if self.thoughts is not None:
+            message["reasoning_content"] = self.thoughts
         if self.tool_calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": call.type, "function": call.function.plain()}

@@ -16,7 +16,7 @@ from fastserve_mega.server.tools.forced import (
     required_schema,
 )
 from fastserve_mega.server.tools.pieces import ToolParser
-from fastserve_mega.server.tools.protocol import MAX_TOOLS, NamedTool, Tool
+from fastserve_mega.server.tools.protocol import MAX_TOOLS, AllowedTools, NamedTool, Tool
 from fastserve_mega.text.chat_template import PromptEnd
 from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
 
@@ -101,7 +101,7 @@ class ChatRequest(GenerationRequest):
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
         default=None, max_length=MAX_TOOLS
     )
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
@@ -109,9 +109,15 @@ class ChatRequest(GenerationRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
             raise ValueError(f"tools must have names of their own, got {names}")
-        if isinstance(self.tool_choice, NamedTool):
-            if (name := self.tool_choice.function.name) not in names:
-                raise ValueError(f"tool_choice names {name!r}, which is not among the tools")
+        wanted = {self.tool_choice.function.name} if isinstance(self.tool_choice, NamedTool) else ()
+        if isinstance(self.tool_choice, AllowedTools):
+            wanted = self.tool_choice.names
+        if stray := sorted(set(wanted).difference(names)):
+            raise ValueError(f"tool_choice names {stray[0]!r}, which is not among the tools")
+        if isinstance(self.tool_choice, AllowedTools):
+            # A model knows of no choice: it is told of those tools only.
+            self.tools = [tool for tool in self.tools or () if tool.function.name in wanted]
+            self.tool_choice = self.tool_choice.allowed_tools.mode
         elif self.tool_choice == "required" and not names:
             raise ValueError("tool_choice='required' needs tools")
         return self

@@ -132,7 +132,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        told = _of_unreadable_body(error) or str(error.detail)
+        told = _of_unreadable_body(error) or _of_route(request, error)
         return ApiError(error.status_code, told, headers=error.headers).response(request.url.path)
 
     @app.exception_handler(Exception)
@@ -142,6 +142,17 @@ def add_error_handlers(app: FastAPI) -> None:
         return ApiError(500, "the server failed; its log says why", kind="server_error").response(
             request.url.path
         )
+
+
+def _of_route(request: Request, error: HTTPException) -> str:
+    """What is wrong with a path or method, in more words than the status has."""
+    path = request.url.path
+    if error.status_code == 404:
+        return f"there is no {path} here; the APIs' paths begin with /v1/, see /docs"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return f"{path} is for {allowed}, got {request.method}"
+    return str(error.detail)
 
 
 def _of_unreadable_body(error: HTTPException) -> str | None:
@@ -166,7 +177,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: object) -> ApiErr
     field = ".".join(_path(first, body)) or None
     if first["type"] == "value_error" and (named := _named(first)):
         return ApiError(400, _sentence(first), param=".".join((*_path(first, body), named)))
-    if field is None and first["type"] in ("model_attributes_type", "missing"):
+    if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "missing"):
         return ApiError(
             400, "the body must be a JSON object, sent with Content-Type: application/json"
         )

@@ -28,9 +28,8 @@ class TokenizeRequest(Strict):
 
     @property
     def conversation(self) -> dict[str, Any]:
-        """The body of a chat completion with this prompt; empty for one that is text."""
-        asked = self.model_dump(exclude={"model", "prompt"}, exclude_none=True)
-        return asked if self.prompt is None else {}
+        """What there is of the body of a chat completion with this prompt."""
+        return self.model_dump(exclude={"model", "prompt", "add_special_tokens"}, exclude_none=True)
 
 
 class DetokenizeRequest(Strict):
@@ -48,13 +47,15 @@ def tokens_router(conversations: Conversations) -> APIRouter:
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Json:
         await service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
+        if (body.prompt is None) == (not body.conversation):
             raise ApiError(400, "send either prompt or messages", param="prompt")
         if body.prompt is not None:
             special = body.add_special_tokens is not False
             tokens = await service.encode(body.prompt, add_special_tokens=special)
         else:
-            asked = conversations.chat_request(body.conversation)
+            asked = conversations.chat_request(
+                {**body.conversation, "add_special_tokens": body.add_special_tokens}
+            )
             tokens = (await conversations.render(asked)).token_ids
         welcome = await service.client.info()
         return {"tokens": tokens, "count": len(tokens), "max_model_len": welcome.max_context}

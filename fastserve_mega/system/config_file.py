@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,7 @@ def load_yaml(
             raise ValueError(f"--set {override}: {error}") from None
 
     def checked(plain: object) -> T:
+        _refuse_infinity(plain)
         config = convert(plain, target)
         check(config)
         return config
@@ -65,8 +67,31 @@ def load_yaml(
         raise ValueError(f"{origin or 'configuration'}: {error}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML's own would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"{key.value!r} is there a second time in line {line}")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _refuse_infinity(plain: object, name: str = "") -> None:
+    """YAML has infinite numbers; no setting does."""
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            _refuse_infinity(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(plain, float) and math.isinf(plain):
+        raise ValueError(f"{name} must be a finite number, got {plain}")
+
+
 def _settings_of(text: str, section: str | None) -> dict[str, Any]:
-    raw = yaml.safe_load(text)
+    raw = yaml.load(text, _Loader)
     if not isinstance(raw, dict):
         raise ValueError("the top level must be a mapping of settings")
     return raw if section is None else {section: raw}
@@ -108,6 +133,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ValueError(f"{section!r} is not a section")
         node = child
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None

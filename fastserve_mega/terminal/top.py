@@ -40,7 +40,7 @@ def run_top(endpoint: str, *, interval_s: float, once: bool) -> int:
                 console.print(render(before, before))
             else:
                 _watch(client, console, before, interval_s)
-    except ServerUnavailableError as error:
+    except (ServerUnavailableError, ValueError) as error:
         print(f"fastserve-mega top: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

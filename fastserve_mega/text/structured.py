@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from types import ModuleType
@@ -16,13 +17,20 @@ NOT_INSTALLED = (
     "structured output needs llguidance, which is not installed on the server: "
     "pip install 'fastserve_mega[structured]'"
 )
-_JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""One way to write JSON, since small models may otherwise write spaces without end. A schema's own
-`x-guidance` comes before it."""
+_JSON_STYLE = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": True,
+}
+"""One way to write JSON, since small models may otherwise write spaces without end; and `oneOf`
+means `anyOf`, as elsewhere: whoever writes it has forms that exclude each other, which need not be
+provable. A schema's own `x-guidance` comes before it."""
 _LONGEST_MESSAGE = 300
 _MOST_MULTIPLES = 10_000
 """What the numbers of all `multipleOf` may add up to: each takes a state for every remainder, and
 llguidance sets no limit to that."""
+_ASCII_CLASSES = {"d": "[[:digit:]]", "w": "[[:word:]]", "s": "[[:space:]]"}
 _FORMATS = frozenset(
     {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 )
@@ -90,20 +98,38 @@ def grammar_of(structured: StructuredOutput) -> str:
                 f"the numbers of multipleOf in a JSON schema add up to at most {_MOST_MULTIPLES}, "
                 f"got {multiples}"
             )
-        schema = rewrite(schema, _without_unknown_format)
+        schema = rewrite(schema, _without_idle_keywords)
         return str(matcher.grammar_from_json_schema(schema, defaults=_JSON_STYLE))
     if structured.regex is not None:
-        return str(matcher.grammar_from_regex(structured.regex))
+        return str(matcher.grammar_from_regex(_ascii_classes(structured.regex)))
     # Lark's strings are written as those of JSON are.
     choices = " | ".join(json.dumps(text) for text in structured.choice or ())
     return str(matcher.grammar_from_lark(f"start: {choices}"))
 
 
-def _without_unknown_format(schema: Schema) -> Schema:
-    known = schema.get("format")
-    if not isinstance(known, str) or known in _FORMATS:
-        return schema
-    return {key: value for key, value in schema.items() if key != "format"}
+def _ascii_classes(expression: str) -> str:
+    r"""An expression whose `\d`, `\w` and `\s` are those of ASCII, as in a schema's `pattern`.
+
+    Whoever asks for three digits does not mean those of Arabic.
+    """
+    return re.sub(
+        r"\\(.)",
+        lambda escape: _ASCII_CLASSES.get(escape[1], escape[0]),
+        expression,
+        flags=re.DOTALL,
+    )
+
+
+def _without_idle_keywords(schema: Schema) -> Schema:
+    """A schema without what holds the output to nothing.
+
+    That is a format that is an annotation, and, as zod says of each record, that names are strings.
+    """
+    given, names = schema.get("format"), schema.get("propertyNames")
+    idle = {"format"} if isinstance(given, str) and given not in _FORMATS else set()
+    if names in (True, {}, {"type": "string"}):
+        idle.add("propertyNames")
+    return {key: value for key, value in schema.items() if key not in idle} if idle else schema
 
 
 def _multiples(schema: object) -> Iterator[int]:

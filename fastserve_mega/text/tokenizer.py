@@ -46,8 +46,9 @@ class Tokenizer:
         vocabulary = self._backend.get_vocab()
         self.longest_token: int = max(map(len, vocabulary), default=1)
         """Characters of the longest token: no text of so many tokens is longer than that."""
-        self.vocab_size: int = len(vocabulary)
-        """Number of ids with a meaning; a model's own vocabulary may be padded beyond it."""
+        self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
+        """Ids from here on have no meaning, as some below may have none: a model's own vocabulary
+        may be padded beyond it."""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.

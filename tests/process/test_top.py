@@ -75,3 +75,5 @@ def test_without_a_server_it_says_so(tmp_path, capsys, monkeypatch):
     )
     assert main(["top", "--config", str(config), "--once"]) == 1
     assert "no answer from the coordinator" in capsys.readouterr().err
+    assert main(["top", "--url", "http://127.0.0.1:8000", "--once"]) == 1
+    assert "top: not a ZeroMQ address: 'http://" in capsys.readouterr().err

@@ -255,3 +255,8 @@ def test_what_is_not_there_is_named_before_anything_is_started(capsys, tmp_path)
             sys.exit(cli.main(["serve", *words]))
         assert end.value.code == 2
         assert capsys.readouterr().err.startswith(f"fastserve-mega serve: {sentence}")
+
+
+def test_a_batch_is_not_sent_to_what_is_no_url(capsys):
+    assert cli.main(["batch", "in.jsonl", "out.jsonl", "--url", "localhost:8000"]) == 2
+    assert "--url must begin with http:// or https://" in capsys.readouterr().err

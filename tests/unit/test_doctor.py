@@ -115,6 +115,13 @@ def model(tmp_path):
     return tmp_path
 
 
+def test_the_memory_of_a_model_that_is_not_there_is_no_bug_of_ours(tmp_path):
+    config = Config(model=ModelConfig(path=str(tmp_path / "nowhere")))
+    (finding,) = deployment_checks.check_memory(config, tmp_path / "deployment.yaml")
+    assert "nowhere is not a model directory" in finding.found
+    assert finding.remedy == "see what is said of the model"
+
+
 def check_model(directory):
     config = Config(model=ModelConfig(path=str(directory)))
     return list(deployment_checks.check_model(config, directory / "deployment.yaml"))

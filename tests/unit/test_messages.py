@@ -168,6 +168,23 @@ def test_tools_are_forced_and_thinking_is_switched_off(ask, says, prompt):
     assert prompt().endswith("[assistant]")
 
 
+def test_what_agents_send_along_has_no_effect(ask, says, prompt):
+    says("x")
+    call = {
+        "type": "tool_use",
+        "id": "1",
+        "name": "look",
+        "input": {},
+        "caller": {"type": "direct"},
+    }
+    turns = [*HI, {"role": "assistant", "content": [call]}, *HI]
+    eager = {**TOOL, "eager_input_streaming": True, "defer_loading": False, "input_examples": []}
+    assert ask(tools=[TOOL], messages=turns).status_code == 200
+    plain = prompt()
+    assert ask(tools=[eager], messages=turns).status_code == 200
+    assert prompt() == plain
+
+
 def test_tokens_are_counted_as_they_are_used(ask, says, shared):
     says("x")
     body = {"system": "Be short.", "tools": [TOOL], "messages": HI}

@@ -29,7 +29,7 @@ _UNSUPPORTED: Neutral = {
 class _Cacheable(Strict):
     """Prefixes are cached without being asked."""
 
-    unsupported: ClassVar[Neutral] = {"citations": ([],), "caller": ()}
+    unsupported: ClassVar[Neutral] = {"citations": ([],), "caller": ({"type": "direct"},)}
     cache_control: dict[str, Any] | None = None
 
 
@@ -141,6 +141,12 @@ def _few_turns(turns: object) -> object:
 class Tool(_Cacheable):
     """A function that the model may call."""
 
+    unsupported: ClassVar[Neutral] = {
+        "allowed_callers": (["direct"],),
+        "defer_loading": (False,),
+        "eager_input_streaming": (False, True),  # arguments are always told as they come
+        "input_examples": ([],),
+    }
     type: Literal["custom"] | None = None
     name: str
     description: str | None = None

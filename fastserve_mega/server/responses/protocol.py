@@ -126,6 +126,23 @@ class NamedFunction(Strict):
     type: Literal["function"]
     name: str
 
+    def chat(self) -> dict[str, Any]:
+        """As chat completions have it."""
+        return {"type": "function", "function": {"name": self.name}}
+
+
+class AllowedFunctions(Strict):
+    """Functions that may, or must, be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(fail_fast=True)]
+
+    def chat(self) -> dict[str, Any]:
+        """As chat completions have it."""
+        allowed = {"mode": self.mode, "tools": [tool.chat() for tool in self.tools]}
+        return {"type": self.type, "allowed_tools": allowed}
+
 
 class Reasoning(Strict):
     """How much is to be thought. Reasoning is told in full, so there is nothing to summarize."""
@@ -178,7 +195,9 @@ class ResponsesRequest(Common):
     tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = Field(
         default=None, max_length=MAX_TOOLS
     )
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions | None = (
+        None
+    )
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
@@ -202,8 +221,8 @@ class ResponsesRequest(Common):
             for tool in self.tools or ()
         ]
         choice: Any = self.tool_choice
-        if isinstance(choice, NamedFunction):
-            choice = {"type": "function", "function": {"name": choice.name}}
+        if isinstance(choice, NamedFunction | AllowedFunctions):
+            choice = choice.chat()
         given = {
             "messages": [*instructions, *messages],
             "max_tokens": self.max_output_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,8 @@ class Tool(Strict):
 
     type: Literal["function"]
     function: Function
+    cache_control: dict[str, Any] | None = None
+    """Without effect: all prefixes are cached."""
 
 
 class FunctionName(Strict):
@@ -46,3 +48,21 @@ class NamedTool(Strict):
 
     type: Literal["function"]
     function: FunctionName
+
+
+class SomeTools(Strict):
+    """Tools that may, or must, be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(fail_fast=True, min_length=1)]
+
+
+class AllowedTools(Strict):
+    """Only some of the tools are allowed."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: SomeTools
+
+    @property
+    def names(self) -> set[str]:
+        return {tool.function.name for tool in self.allowed_tools.tools}

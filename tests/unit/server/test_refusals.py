@@ -161,3 +161,17 @@ def test_errors_outside_of_the_endpoints_have_the_same_shape(http):
     ]:
         assert response.status_code == status
         assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "sentence"),
+    [
+        ("POST", "/v1/completions", 400, "the body must be a JSON object, sent with Content-Type"),
+        ("POST", "/chat/completions", 404, "there is no /chat/completions here; the APIs' paths"),
+        ("GET", "/v1/completions", 405, "/v1/completions is for POST, got GET"),
+    ],
+)
+def test_what_asks_for_nothing_that_is_there_is_told_what_is(http, method, path, status, sentence):
+    response = http.request(method, path)
+    assert response.status_code == status
+    assert sentence in response.json()["error"]["message"]

@@ -83,6 +83,19 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
         ("model: {path: /m}", "nonsense", "nonsense: an override has the form section.field=value"),
         ("model: {path: /m}", "scheduler.policy=[", "not valid YAML"),
         ("model: {path: /m}", "model.path.x=1", "'path' is not a section"),
+        (
+            "model: {path: /m}\nserver: {}\nmodel: {path: /n}",
+            None,
+            "'model' is there a second time",
+        ),
+        ("model: {path: /m, path: /n}", None, "'path' is there a second time in line 1"),
+        ("model: {path: /m}", "server={port: 1, port: 2}", "'port' is there a second time"),
+        (
+            "model: {path: /m}\nkv_cache: {host_memory_gb: .inf}",
+            None,
+            "kv_cache.host_memory_gb must be a finite number, got inf",
+        ),
+        ("model: {path: /m}", "supervisor.hang_limit_s=-.inf", "must be a finite number, got -inf"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(tmp_path, text, override, message):

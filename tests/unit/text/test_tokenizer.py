@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,19 @@ def test_text_survives_the_round_trip(tokenizer):
 def test_special_and_unknown_ids_are_skipped(tokenizer):
     ids = tokenizer.encode("fox")
     assert tokenizer.decode([1, *ids, tokenizer.vocab_size + 5, 2]) == "fox"
+
+
+def test_ids_behind_a_gap_are_text_like_any_other(tiny_tokenizer_dir, tmp_path):
+    directory = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / "gap"))
+    path = directory / "tokenizer.json"
+    backend = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = backend["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary[last] += 50
+    path.write_text(json.dumps(backend), encoding="utf-8")
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.decode([vocabulary[last]]).encode() == tokenizer.token_bytes(vocabulary[last])
+    assert tokenizer.decode([vocabulary[last] - 1, tokenizer.vocab_size]) == ""
 
 
 def test_the_chat_template_ends_where_the_answer_begins(tokenizer):

@@ -173,6 +173,27 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tiny_tokenizer_dir, tokeniz
     assert all(b"fox".startswith(each) for each in allowed)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_digits_words_and_spaces_are_those_of_ascii(grammars, tokenizer, seed):
+    import re
+
+    expression = r"\d{3}[\d\-]{3}\w{3}\s\\d"
+    text = tokenizer.decode(write(grammars, StructuredOutput(regex=expression), seed=seed))
+    assert re.fullmatch(expression, text, re.ASCII)
+
+
+def test_forms_that_exclude_each_other_and_names_that_are_strings(grammars, tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {"propertyNames": {"oneOf": [{"const": 1}, {"const": 2}]}},
+        "required": ["propertyNames"],
+        "propertyNames": {"type": "string"},
+        "additionalProperties": False,
+    }
+    held = StructuredOutput(json_schema=json.dumps(schema))
+    assert json.loads(tokenizer.decode(write(grammars, held)))["propertyNames"] in (1, 2)
+
+
 @pytest.mark.parametrize("name", ["password", "x-anything"])
 def test_a_format_that_is_not_known_says_nothing(grammars, tokenizer, name):
     text = {"type": "string", "format": name, "maxLength": 3}
