@@ -8,7 +8,7 @@ MODEL_DIRECTORY = (
     Path(os.environ.get("FASTSERVE_MEGA_CACHE", "~/.cache/fastserve_mega")).expanduser()
     / "smollm2-135m-instruct"
 )
-DATA_DIRECTORY = Path(os.environ.get("FASTSERVE_MEGA_DATA", "../shared/data"))
+PROMPTS = Path(__file__).parents[1] / "data" / "mtbench_prompts.jsonl"
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +20,7 @@ def model_directory():
 
 @pytest.fixture(scope="session")
 def prompts_file():
-    path = DATA_DIRECTORY / "mtbench_prompts.jsonl"
-    if not path.exists():
-        pytest.skip(f"no prompts in {path}: set FASTSERVE_MEGA_DATA")
-    return path
+    return PROMPTS
 
 
 @pytest.fixture(scope="session")

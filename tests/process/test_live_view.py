@@ -164,23 +164,25 @@ def test_the_page_in_a_browser(start_server, tokenizer, browser):
     swap = SwapConfig(strategy="reactive")
     with (
         start_server(
-            device_blocks=120, host_blocks=200, swap=swap, max_batch_size=2
+            device_blocks=130, host_blocks=200, swap=swap, max_batch_size=2
         ) as server,
         Client(server.endpoint) as client,
         serving(server.endpoint, tokenizer) as url,
     ):  # fmt: skip
         browser.get(url)
         find = lambda selector: browser.find_elements("css selector", selector)  # noqa: E731
+        wait_for(browser, lambda _: len(find(".lane")) == 10)
+        server.runner.open_gate.clear()  # a browser is slower than the answers
         running = [client.submit([1 + i % (VOCAB - 1), 2, 3], ENDLESS) for i in range(6)]
         wait_for(browser, lambda _: len(find(".request[title]")) == 6)
         wait_for(browser, lambda _: find(".request.running[title]"))
-        assert len(find(".lane")) == 10
+        wait_for(browser, lambda _: "arrived in Q1" in find("#moves")[0].text)
         assert "in use" in find(".pool.device")[0].text
+        server.runner.open_gate.set()
         find("#max-tokens")[0].clear()
         find("#max-tokens")[0].send_keys("5")
         find("#send")[0].click()
         wait_for(browser, lambda _: "finished" in find("#path")[0].text)
-        wait_for(browser, lambda _: "arrived in Q1" in find("#moves")[0].text)
         for generation in running:
             generation.cancel()
         wait_for(browser, lambda _: not find(".request[title]"))

@@ -1,7 +1,6 @@
 """Swap on purpose, and compare every token with an undisturbed run of the same engine.
 
-    python -m tests.system.check_swapping --prompts mtbench_prompts.jsonl \
-        --pipeline 1 2 --prefix-cache on off
+    python -m tests.system.check_swapping --pipeline 1 2 --prefix-cache on off
 
 For each number of pipeline stages one run with plenty of memory and no prefix cache, then one per
 strategy, with and without prefix cache, with so few device blocks that requests are preempted again
@@ -34,6 +33,7 @@ from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import FinishReason, RequestId, SamplingParams
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "smollm2-135m-cpu.yaml")
+PROMPTS = Path(__file__).parents[1] / "data" / "mtbench_prompts.jsonl"
 STRATEGIES = ("proactive", "reactive", "recompute", "none")
 Outputs = list[tuple[int, ...]]
 Prompts = Sequence[Sequence[int]]
@@ -223,7 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=Path, required=True, help="JSON lines with `turns`")
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, help="JSON lines with `turns`")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
     parser.add_argument("--device-blocks", type=int, default=96)

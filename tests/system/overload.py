@@ -1,9 +1,9 @@
 """Offer a deployment several times what it can serve, and check that it comes out whole.
 
-    python -m tests.system.overload --data DIRECTORY --seconds 300 --set kv_cache.host_blocks=0
+    python -m tests.system.overload --seconds 300 --set kv_cache.host_blocks=0
 
 Measures the capacity with a closed loop, then sends Poisson arrivals at `--load` times that:
-MT-bench prompts, a third of them behind a common prefix; answer lengths from a length file; a tenth
+MT-bench prompts, a third of them behind a common prefix; answer lengths like Alpaca's; a tenth
 is cancelled half way, a tenth has a time limit. The pools are small and the queue is bounded. Every
 ten seconds the resident memory of all server processes and the pools are looked at.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import json
 import os
 import random
@@ -32,10 +31,11 @@ from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.launcher import Deployment
+from fastserve_mega.simulator.lengths import read_source
 from fastserve_mega.system.config_file import load_config
 from fastserve_mega.text.tokenizer import Tokenizer
 
-from .check_swapping import read_prompts
+from .check_swapping import PROMPTS, read_prompts
 from .overload_checks import (
     Finding,
     Outcome,
@@ -88,12 +88,11 @@ class Run:
     findings: list[Finding]
 
 
-def read_workload(data: Path, lengths: str, longest_answer: int, model: Path) -> Workload:
-    """Prompts and answer lengths of the data directory."""
-    with (data / lengths).open(newline="", encoding="utf-8") as file:
-        outputs = [int(row["output_tokens"]) for row in csv.DictReader(file)]
+def read_workload(data: Path | None, lengths: str, longest_answer: int, model: Path) -> Workload:
+    """Prompts, and answer lengths of a source that the simulator knows."""
+    outputs = read_source(lengths, data, where={}, with_times=False).lengths[:, 1].tolist()
     return Workload(
-        prompts=read_prompts(data / "mtbench_prompts.jsonl", model, _PROMPTS),
+        prompts=read_prompts(PROMPTS, model, _PROMPTS),
         prefix=Tokenizer(model).encode(PREFIX),
         answer_lengths=[min(tokens, longest_answer) for tokens in outputs if tokens > 0],
     )
@@ -185,8 +184,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, default=CONFIG, metavar="YAML")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--data", type=Path, required=True, help="prompts and length files")
-    parser.add_argument("--lengths", default="alpaca_lengths.csv", help="of the answers")
+    parser.add_argument("--data", type=Path, help="directory of length files of your own")
+    parser.add_argument("--lengths", default="alpaca", help="of the answers, as in a workload file")
     parser.add_argument("--longest-answer", type=int, default=256, help="tokens")
     parser.add_argument("--seconds", type=float, default=300.0, help="of overload")
     parser.add_argument("--load", type=float, default=3.0, help="times the capacity")

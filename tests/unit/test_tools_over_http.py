@@ -99,19 +99,12 @@ def test_none_keeps_the_tools_from_the_model(api, says, stream, tokenizer):
     assert list(submit.prompt) == tokenizer.apply_chat_template(HI)
 
 
+@pytest.mark.parametrize("form", [{}, {"response_format": {"type": "json_object"}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_named_tool_is_held_to_its_schema(api, says, stream):
+def test_a_named_tool_is_held_to_its_schema_and_no_other_form(api, says, stream, form):
     coordinator = says(ARGUMENTS)
-    assert ask(api, stream=stream, tool_choice=LOOK) == (None, [("look", ARGUMENTS)], "stop")
-    (submit,) = coordinator.received(Submit)
-    assert json.loads(submit.params.structured.json_schema) == PARAMETERS
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_forced_call_has_its_own_form_beside_that_of_other_answers(api, says, stream):
-    coordinator = says(ARGUMENTS)
-    form = {"type": "json_object"}
-    ask(api, stream=stream, tool_choice=LOOK, response_format=form)
+    answer = ask(api, stream=stream, tool_choice=LOOK, **form)
+    assert answer == (None, [("look", ARGUMENTS)], "stop")
     (submit,) = coordinator.received(Submit)
     assert json.loads(submit.params.structured.json_schema) == PARAMETERS
 
