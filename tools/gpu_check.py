@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,42 +92,43 @@ class Check:
         """Attention by kernels in bfloat16, beside float64."""
         if self.rehearsal:
             return
-        from fastserve_mega.worker.kernels.attention import attend
-        from fastserve_mega.worker.kernels.pages import Pages, rotate_and_write
-        from fastserve_mega.worker.kv_cache import KvCache
-        from fastserve_mega.worker.step_batch import PackedStep
+        from gpu_accuracy import attention_error  # needs Triton
 
         for new, before in ((1, 4000), (300, 500)):
-            cache = KvCache(
-                num_blocks=300, num_layers=1, num_kv_heads=8, block_size=BLOCK_SIZE,
-                head_dim=128, dtype=torch.bfloat16, device=self.device,
-            )  # fmt: skip
-            batch = self.sequences(1, before + new, new)
-            known = torch.randn(before + new, 8, 6, 128, device=self.device).bfloat16()
-            pages = Pages.of(cache)
-            for part in (self.sequences(1, before, before), batch):
-                step = PackedStep(part, BLOCK_SIZE).to(self.device)
-                qkv = known[part[0].start : part[0].context].clone()
-                rotate_and_write(qkv, pages, 0, step.slots, step.positions, turns=None, norm=None)
-            got = attend(qkv, pages, 0, step, scale=0.09, window=None, softcap=None)
-            wide = known.double()
-            scores = torch.einsum("thgd,shd->hgts", wide[before:, :, :4], wide[:, :, 4]) * 0.09
-            at = torch.arange(before + new, device=self.device)
-            scores = scores.masked_fill(at > at[before:, None], -torch.inf).softmax(-1)
-            expected = torch.einsum("hgts,shd->thgd", scores, wide[:, :, 5]).flatten(1)
-            error = (got - expected).abs().max().item()
+            steps = self.sequences(1, before, before), self.sequences(1, before + new, new)
+            error = attention_error(self.device, steps, BLOCK_SIZE)
             add(f"attention, {new} after {before}", "largest error", error)
 
     def decode(self, engine: str) -> None:
-        """Decoding steps of several sizes; fp8 is graphs with weights in 8 bits."""
+        """Decoding steps of several sizes.
+
+        fp8 is graphs with weights in 8 bits, ahead is graphs with look-ahead.
+        """
         blocks = 1 + max(self.batches) * (self.context // BLOCK_SIZE + 1)
         with self.opened(engine, blocks=blocks) as runner:
             for batch in self.batches:
                 sequences = self.sequences(batch, self.context)
-                step_s = self.seconds(lambda steps=sequences: runner.execute(steps))
+                if engine == "ahead":
+                    step_s = self.step_ahead_s(runner, sequences)
+                else:
+                    step_s = self.seconds(lambda steps=sequences: runner.execute(steps))
                 share = self.floor_s(runner, batch) / step_s
                 told = f"of the floor, {step_s * 1e3:.2f} ms, {batch / step_s:.0f} tok/s"
                 add(f"decode, {engine}, batch {batch}", told, share)
+
+    def step_ahead_s(self, runner: MegatronRunner, sequences: list[SequenceInput]) -> float:
+        """Of a row of steps, each launched before the last one's tokens are here."""
+        if self.rehearsal:
+            return self.seconds(lambda: runner.execute(sequences))
+        following = [replace(each, token_ids=(-1 - row,)) for row, each in enumerate(sequences)]
+        pending = runner.launch(sequences)
+
+        def step() -> None:
+            nonlocal pending
+            last, pending = pending, runner.launch(following)
+            last.result()
+
+        return self.seconds(lambda: [step() for _ in range(30)], 3) / 30
 
     def floor_s(self, runner: MegatronRunner, batch: int) -> float:
         """The least that a decoding step can take."""
@@ -144,10 +146,8 @@ class Check:
         with self.opened("auto", blocks=2 + tokens // BLOCK_SIZE) as runner:
             batch = self.sequences(1, tokens, tokens)
             step_s = self.seconds(lambda: runner.execute(batch), 5)
-            weights = sum(
-                p.numel() for n, p in runner._stage.parameters().items()
-                if "embedding" not in n and "output" not in n
-            )  # fmt: skip
+            named = runner._stage.parameters().items()
+            weights = sum(p.numel() for n, p in named if not ("embedding" in n or "output" in n))
         attended = 2 * self.shape["num_hidden_layers"] * self.shape["hidden_size"] * tokens**2
         done = (2 * weights * tokens + attended) / step_s
         told = f"of a product, {tokens / step_s:.0f} tok/s, {done / 1e12:.0f} TFLOP/s"
@@ -238,14 +238,14 @@ class Check:
         self, engine: str, *, path: Path, blocks: int, host_blocks: int = 0, dtype: str = "bfloat16"
     ) -> Config:
         """Of one rank."""
-        is_float8 = engine == "fp8"
+        is_float8, is_recorded = engine == "fp8", engine in ("fp8", "ahead")
         return Config(
             model=ModelConfig(
                 path=str(path), dtype=dtype, layer_spec="local",
                 quantization="fp8" if is_float8 else "none",
             ),
             parallel=ParallelConfig(
-                device=self.device.type, cuda_engine="graphs" if is_float8 else engine,
+                device=self.device.type, cuda_engine="graphs" if is_recorded else engine,
                 cpu_engine="auto" if engine == "auto" else "torch",
             ),
             kv_cache=KvCacheConfig(device_blocks=blocks, host_blocks=host_blocks),

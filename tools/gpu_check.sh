@@ -63,8 +63,8 @@ run() {
 }
 
 if [ $# -eq 0 ]; then
-    set -- machine decode-graphs tokens prefill swap tests-device accuracy load http tests-kernels \
-        decode-fp8 decode-kernels decode-torch trace
+    set -- machine decode-graphs tokens prefill swap tests-device accuracy decode-ahead load http \
+        tests-kernels decode-fp8 decode-kernels decode-torch trace
 fi
 for name in "$@"; do
     run "$name"

@@ -23,15 +23,17 @@ CONTEXTS = ((1, 299), (1, 0), (1, 70), (20, 0), (37, 45))
 class World:
     """A step whose sequences have keys and values in a cache full of NaN, and what should come."""
 
-    def __init__(self, kv_heads, group, head_dim, contexts=CONTEXTS, quantized=False):
+    def __init__(  # noqa: PLR0917
+        self, kv_heads, group, head_dim, contexts=CONTEXTS, quantized=False, dtype=torch.float32
+    ):
         generator = torch.Generator().manual_seed(5)
 
         def random(*shape):
-            return torch.randn(shape, generator=generator)
+            return torch.randn(shape, generator=generator).to(dtype).float()
 
         self.cache = KvCache(
             num_blocks=45, num_layers=2, num_kv_heads=kv_heads, block_size=BLOCK_SIZE,
-            head_dim=head_dim, dtype=torch.float32, device=DEVICE, quantized=quantized,
+            head_dim=head_dim, dtype=dtype, device=DEVICE, quantized=quantized,
         )  # fmt: skip
         self.cache.pool[1:] = 0x7F if quantized else torch.nan
         free = iter(range(44, 0, -1))
@@ -56,12 +58,12 @@ class World:
                 torch.cat((query, known[s.start :]), dim=2)
                 for s, query, known in zip(self.batch, queries, self.keys_and_values, strict=True)
             ]
-        ).to(DEVICE)
+        ).to(DEVICE, dtype)
         self.queries = queries
         for s, known in zip(self.batch, self.keys_and_values, strict=True):
             slots = [s.block_table[p // 16] * 16 + p % 16 for p in range(s.start)]
             index = self.cache.write_index(torch.tensor(slots, dtype=torch.long, device=DEVICE))
-            self.cache.write(LAYER, index, known[: s.start].to(DEVICE))
+            self.cache.write(LAYER, index, known[: s.start].to(DEVICE, dtype))
 
     def attend(self, room=None, window=None, softcap=None):
         step = PackedStep(self.batch, BLOCK_SIZE, room).to(DEVICE)
@@ -108,6 +110,14 @@ def test_attention_equals_float64_with_nan_in_all_other_slots(heads, options):
     torch.testing.assert_close(
         world.attend(**options), world.expected(**options), rtol=0, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_attention_in_16_bits_is_as_exact_as_16_bits_are(dtype, quantized):
+    world = World(1, 2, 32, quantized=quantized, dtype=dtype)
+    error = world.attend().float() - world.expected()
+    assert error.abs().max() < (0.15 if quantized else 0.02)
 
 
 def test_rows_that_fill_a_step_up_change_nothing():
