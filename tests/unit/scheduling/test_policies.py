@@ -3,6 +3,11 @@
 import pytest
 from fixed_costs import Driver, arrived, make_scheduler, names
 
+from fastserve_mega.scheduling.policies.level_queues import LevelQueues
+from fastserve_mega.scheduling.policies.queues import RequestQueues, SortedQueues
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+from fastserve_mega.types import RequestId
+
 
 def completion_times(policy, requests, **options):
     """Run (arrival, prompt, output) to the end; completion time of each since its arrival."""
@@ -83,3 +88,25 @@ def test_srpt_without_the_oracle_says_so():
 def test_worked_example_by_hand(policy, expected):
     requests = [(0.0, 80, 4), (0.0, 5, 2), (0.0, 5, 1)]
     assert completion_times(policy, requests, max_batch_size=1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "queues", [SortedQueues(lambda each: (each.arrival_number,)), LevelQueues(1, lambda _: None)]
+)
+def test_places_are_merged_by_rank_with_those_who_come_in_any_case(queues: RequestQueues):
+    requests = [Request(RequestId(f"r{i}"), 1, 1, 0, i, 1) for i in range(12)]
+    for request in requests:
+        queues.add(request)
+    for i in (0, 2, 3, 4, 9, 10):
+        queues.put(requests[i], RequestStatus.READY)
+    for i in (2, 10):
+        queues.put(requests[i], RequestStatus.SWAPPED)
+    waiting_and_residents = (Place.WAITING, Place.RESIDENT)
+
+    def merged(places: tuple[Place, ...], limit: int, *also: int) -> list[int]:
+        come = queues.merged(places, limit, [requests[i] for i in also])
+        return [request.arrival_number for request in come]
+
+    assert merged(waiting_and_residents, 2) == [0, 1, 3, 4, 5, 9]
+    assert merged(waiting_and_residents, 2, 8, 1, 6) == [0, 1, 3, 4, 5, 6, 8, 9]
+    assert merged((*waiting_and_residents, Place.SWAPPED), 2, 11) == [0, 1, 2, 3, 4, 5, 9, 10, 11]
