@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Streams for a long time, with a process lost now and then: what grows, and what fails.
 
-    python tests/system/soak.py --config configs/smollm2-135m-cpu.yaml --minutes 60
+    python -m tests.system.soak --config configs/smollm2-135m-cpu.yaml --minutes 60
 
 Prints a line a minute: streams so far, lost ones and ones with other tokens, restarts, and of each
 process its resident memory in MB and its open files. Exit status 1 when a stream was lost or wrong.
@@ -20,6 +20,8 @@ from fastserve_mega.drill.drill import serving
 from fastserve_mega.drill.processes import named_processes, victims
 from fastserve_mega.drill.rounds import Drill, Served, Tally
 from fastserve_mega.system.config_file import load_config
+
+from .asked import Figure, tell
 
 PAGE_BYTES = 4096
 SERVE = "serve"
@@ -59,8 +61,8 @@ async def soak(served: Served, num_ranks: int, options: argparse.Namespace) -> b
                 f"{total.wrong} wrong, {restarts} restarts; {sizes(served)}",
                 flush=True,
             )
-    print(f"{total.streams} streams, {total.lost} lost, {total.wrong} wrong, {restarts} restarts")
-    return total.is_clean
+    print(f"{total.streams} streams, {restarts} restarts; {sizes(served)}")
+    return tell([Figure("lost streams", total.lost, 0), Figure("wrong ones", total.wrong, 0)])
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def test_a_prefill_that_has_run_counts_no_more():
 def test_a_conversation_stays_where_its_prefix_is_cached():
     schedulers = make_schedulers(2)
     placement = Placement(schedulers)
-    hashes = tuple(bytes([i]) * 16 for i in range(20))
+    hashes = tuple(f"{i:032x}" for i in range(20))
     first = arrival(0, prompt_tokens=81, hashes=hashes)
     plan = schedulers[1].step(0.0, [first])
     while plan:
@@ -77,7 +77,7 @@ def test_a_conversation_stays_where_its_prefix_is_cached():
 
 def test_unless_the_other_replica_is_much_less_busy():
     schedulers = make_schedulers(2)
-    hashes = tuple(bytes([i]) * 16 for i in range(20))
+    hashes = tuple(f"{i:032x}" for i in range(20))
     plan = schedulers[1].step(0.0, [arrival(0, prompt_tokens=81, hashes=hashes)])
     assert plan
     schedulers[1].step(1.0, [StepDone(plan.step_id, 1.0, finished=("r0",))])
