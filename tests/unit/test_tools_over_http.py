@@ -237,7 +237,7 @@ def test_the_tokens_of_a_conversation_are_counted_with_its_tools(api, shared, sa
     assert counted["tokens"] == list(submit.prompt)
     for wrong, sentence in (
         ({"messages": [{"role": "fool"}]}, "messages.0.role: input should be"),
-        ({"tools": TOOLS}, "send either prompt or messages"),
+        ({"tools": TOOLS}, "messages: field required"),
         ({"prompt": "x", "tools": TOOLS}, "send either prompt or messages"),
     ):
         told = httpx.post(f"{shared[1]}/tokenize", json=wrong, timeout=WAIT_S)
