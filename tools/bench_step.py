@@ -1,16 +1,21 @@
 """Times steps of one rank in this process, the native engine and torch's in turns.
 
 Each round has every engine run every case; the best of all rounds counts, since other processes
-only ever add time.
+only ever add time. With `--beside` it tells instead how much of its speed the native engine keeps
+beside processes that never wait.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.types import RequestId, SamplingParams
@@ -86,6 +91,42 @@ def measure(arguments: argparse.Namespace) -> dict[tuple[str, str], float]:
     return best
 
 
+@contextmanager
+def spinning(count: int) -> Iterator[None]:
+    """So many processes that never wait."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def rate(runner: MegatronRunner, batch: Sequence[SequenceInput], times: int) -> float:
+    """Steps per second, all of them counted."""
+    began = time.perf_counter()
+    for _ in range(times):
+        runner.execute(batch)
+    return times / (time.perf_counter() - began)
+
+
+def tell_beside(arguments: argparse.Namespace) -> None:
+    """Print each case's steps per second beside others, as a share of those alone."""
+    runner = open_runner("native", arguments)
+    for case, batch in CASES.items():
+        rates: dict[int, list[float]] = {count: [] for count in (0, *arguments.beside)}
+        seconds(runner, batch, 3)
+        for _ in range(arguments.rounds):
+            for count, found in rates.items():
+                with spinning(count):
+                    found.append(rate(runner, batch, arguments.steps))
+        for count in arguments.beside:
+            share = median(rates[count]) / median(rates[0])
+            print(f"{case}, beside {count}: {share:.2f} of alone")
+    runner.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="directory")
@@ -97,8 +138,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each case and round")
     parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
+    parser.add_argument("--beside", nargs="+", type=int, metavar="PROCESSES")
     parser.add_argument("--json", action="store_true", help="seconds of each case and engine")
     arguments = parser.parse_args()
+    if arguments.beside:
+        tell_beside(arguments)
+        return
     best = measure(arguments)
     if arguments.json:
         print(json.dumps({f"{case}, {engine}": took for (case, engine), took in best.items()}))

@@ -1,8 +1,15 @@
 #!/usr/bin/env bash
-# The native step under the address, undefined-behaviour and thread sanitizers.
+# The native step under clang-tidy, where it is (pip install clang-tidy), and under the address,
+# undefined-behaviour and thread sanitizers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 native=fastserve_mega/worker/native
+if command -v clang-tidy > /dev/null; then
+    echo "== clang-tidy"
+    clang-tidy --quiet "$native"/*.cpp -- -std=gnu++17 "-I$native"
+else
+    echo "== no clang-tidy"
+fi
 for sanitizers in address,undefined thread; do
     echo "== $sanitizers"
     mkdir -p "build/$sanitizers"

@@ -7,6 +7,7 @@
 #include "matrices.inl"
 #include "attention.inl"
 #include "placing.inl"
+#include "entering.inl"
 #include "run.inl"
 #include "sampling.inl"
 

@@ -3,93 +3,6 @@
 // Rows that a thread takes through a layer by itself in a long step.
 constexpr int ROWS_APART = 3 * MAX_ROWS;
 
-// Sum what is added over the ranks that share the layers, in their order: a row's sum does not
-// depend on its step. Afterwards each thread has its share of the rows.
-static void sum_over_ranks(Stage& stage, int thread, int rows) {
-  const Workspace& work = stage.work;
-  const size_t all = static_cast<size_t>(rows) * work.hidden_width;
-  wait_for_team(stage);
-  if (thread == 0) gather_rows(stage, rows);
-  wait_for_team(stage);
-  int from, to;
-  share(stage, thread, rows, from, to);
-  for (size_t i = static_cast<size_t>(from) * work.hidden_width;
-       i < static_cast<size_t>(to) * work.hidden_width; i += LANES) {
-    Vec sum = load(work.gathered + i);
-    for (int rank = 1; rank < stage.config.ranks; rank++) sum += load(work.gathered + rank * all + i);
-    store(work.added + i, sum);
-  }
-}
-
-// A token's row of the embedding table, zeros where another rank has it. Where the table is the
-// output matrix, it is only there packed.
-template <class T>
-static void embed_row(const Stage& stage, int token, float* out) {
-  const StageConfig& c = stage.config;
-  const int size = c.hidden, row = token - c.first_token;
-  if (c.ranks > 1 && (row < 0 || row >= c.vocabulary)) {
-    memset(out, 0, sizeof(float) * size);
-  } else if (stage.embedding) {
-    const T* table = static_cast<const T*>(stage.embedding) + static_cast<size_t>(row) * size;
-    for (int k = 0; k < size; k++) out[k] = to_float(table[k]);
-  } else {
-    const Matrix& matrix = stage.layers[c.layers].matrices[OUTPUT];
-    if (matrix.byte_groups) return unpack_bytes(matrix, row, out);
-    const Unit* at = matrix.units_at(row / PANEL) + row % PANEL;
-    for (int u = 0; u < matrix.units; u++) {
-      T values[per_unit<T>()];
-      memcpy(values, at + static_cast<size_t>(u) * PANEL, sizeof(Unit));
-      for (int i = 0; i < per_unit<T>(); i++) out[u * per_unit<T>() + i] = to_float(values[i]);
-    }
-  }
-}
-
-// The residual of a thread's share of the tokens, from the tables.
-template <class T>
-static void embed_rows(Stage& stage, int thread, int from, int to) {
-  const StageConfig& c = stage.config;
-  const int width = stage.work.hidden_width;
-  float* found = c.ranks > 1 ? stage.work.added : stage.work.hidden;
-  for (int row = from; row < to; row++)
-    embed_row<T>(stage, stage.step.token_ids[row], rows_of<float>(found, row, width));
-  if (c.ranks > 1) sum_over_ranks(stage, thread, stage.step.tokens);
-  for (int row = from; row < to; row++) {
-    float* hidden = rows_of<float>(stage.work.hidden, row, width);
-    if (c.ranks > 1) memcpy(hidden, rows_of<float>(found, row, width), sizeof(float) * c.hidden);
-    if (stage.position_table) {
-      const T* table = static_cast<const T*>(stage.position_table) +
-                       static_cast<size_t>(stage.step.positions[row]) * c.hidden;
-      for (int k = 0; k < c.hidden; k++) hidden[k] += to_float(table[k]);
-    }
-    if (c.embedding_scale != 1.0f)
-      for (int k = 0; k < c.hidden; k++) hidden[k] *= c.embedding_scale;
-  }
-}
-
-template <class T>
-static void enter(Stage& stage, int thread) {
-  const StageConfig& c = stage.config;
-  const int half = c.head_dim / 2;
-  int from, to;
-  share(stage, thread, stage.step.tokens, from, to);
-  if (c.first) embed_rows<T>(stage, thread, from, to);
-  for (int row = from; row < to; row++) {
-    if (!c.first)
-      memcpy(rows_of<float>(stage.work.hidden, row, stage.work.hidden_width),
-             stage.step.hidden_in + static_cast<size_t>(row) * c.hidden, sizeof(float) * c.hidden);
-    for (int n = 0; n < c.ropes; n++) {
-      const Rope& rope = stage.ropes[n];
-      const size_t at = (static_cast<size_t>(n) * stage.work.capacity + row) * half;
-      for (int i = 0; i < half; i++) {
-        const float angle = static_cast<float>(stage.step.positions[row]) * rope.frequencies[i];
-        stage.work.cosines[at + i] = cosf(angle) * rope.factor;
-        stage.work.sines[at + i] = sinf(angle) * rope.factor;
-      }
-    }
-  }
-  wait_for_team(stage);
-}
-
 // Norm rows of the residual, or those in `chosen`. Returns where they are: in a small step each
 // thread has its own, so that none has to wait.
 template <class T>
@@ -209,17 +122,52 @@ static void after_attention(Stage& stage, int thread, int number, const Rows& ro
                  rows);
 }
 
+// Whether some rows of a step end with their keys and values in the last layer: nobody reads what
+// else would become of them.
+static bool drops_rows(const Stage& stage) {
+  return stage.config.last && stage.step.samples < stage.step.tokens;
+}
+
+// The rows that go on after the attention of the last layer; where some are dropped, these come to
+// the front. Through other buffers, since they can be in any order.
+template <class T>
+static Rows rows_after_last_attention(Stage& stage, int thread) {
+  const StepInput& step = stage.step;
+  const Workspace& work = stage.work;
+  if (!drops_rows(stage)) return Rows{0, step.tokens, true};
+  const size_t hidden_bytes = sizeof(float) * work.hidden_width;
+  const size_t attended_bytes = sizeof(T) * work.heads_width;
+  int from, to;
+  share(stage, thread, step.samples, from, to);
+  for (int i = from; i < to; i++) {
+    const int row = step.sample_rows[i];
+    memcpy(rows_of<float>(work.added, i, work.hidden_width),
+           rows_of<float>(work.hidden, row, work.hidden_width), hidden_bytes);
+    memcpy(rows_of<T>(work.query, i, work.heads_width),
+           rows_of<T>(work.attended, row, work.heads_width), attended_bytes);
+  }
+  wait_for_team(stage);
+  memcpy(rows_of<float>(work.hidden, from, work.hidden_width),
+         rows_of<float>(work.added, from, work.hidden_width), hidden_bytes * (to - from));
+  memcpy(rows_of<T>(work.attended, from, work.heads_width),
+         rows_of<T>(work.query, from, work.heads_width), attended_bytes * (to - from));
+  wait_for_team(stage);
+  return Rows{0, step.samples, true};
+}
+
 // All layers with the threads at the same rows: each reads its part of the weights once.
 template <class T>
 static void run_together(Stage& stage, int thread) {
   const Rows rows{0, stage.step.tokens, true};
-  for (int layer = 0; layer < stage.config.layers; layer++) {
+  const int layers = stage.config.layers;
+  for (int layer = 0; layer < layers; layer++) {
     // All threads meet within the next line, and again before the next layer asks.
     if (thread == 0 && stage.verdict == UNKNOWN) stage.verdict = stage.step.ask();
     before_attention<T>(stage, thread, layer, rows);
     if (stage.verdict == ABANDON) return;
     run_attention<T>(stage, thread, layer);
-    after_attention<T>(stage, thread, layer, rows);
+    after_attention<T>(stage, thread, layer,
+                       layer + 1 < layers ? rows : rows_after_last_attention<T>(stage, thread));
   }
 }
 
@@ -230,6 +178,8 @@ static void run_apart(Stage& stage, int thread) {
   const int layers = stage.config.layers, tokens = stage.step.tokens;
   for (int layer = -1; layer < layers; layer++) {
     if (layer >= 0) run_attention<T>(stage, thread, layer);
+    if (layer + 1 == layers && drops_rows(stage))
+      return after_attention<T>(stage, thread, layer, rows_after_last_attention<T>(stage, thread));
     Part part;
     while (take_part(stage, tokens, ROWS_APART, part)) {
       const Rows rows{part.from, part.to - part.from, false};
@@ -255,15 +205,16 @@ static void leave(Stage& stage, int thread) {
     return;
   }
   if (!step.samples) return;
+  const int32_t* chosen = drops_rows(stage) ? nullptr : step.sample_rows;
   if (step.normed) {
     int from, to;
     share(stage, thread, step.samples, from, to);
     for (int row = from; row < to; row++)
-      normalize<float>(c, rows_of<float>(stage.work.hidden, step.sample_rows[row], stage.work.hidden_width),
+      normalize<float>(c, rows_of<float>(stage.work.hidden, chosen ? chosen[row] : row, stage.work.hidden_width),
                        end.vectors + FINAL_NORM, c.hidden, step.normed + static_cast<size_t>(row) * c.hidden);
   }
   const Rows rows{0, step.samples, true};
-  const T* normed = norm_rows<T>(stage, thread, end.vectors + FINAL_NORM, rows, step.sample_rows);
+  const T* normed = norm_rows<T>(stage, thread, end.vectors + FINAL_NORM, rows, chosen);
   multiply_matrix<T>(stage, thread, end.matrices[OUTPUT], nullptr, normed, stage.work.hidden_width,
                      rows,
                      [&](int panel, int first, int count, const float* out) {

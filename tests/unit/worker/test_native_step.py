@@ -205,13 +205,13 @@ def open_stages(directory, num_stages, dtype):
     return engines
 
 
-def sequence(tokens, start=0, table=range(1, 20)):
+def sequence(tokens, start=0, table=range(1, 20), samples=True):
     return SequenceInput(
         request_id=RequestId("one"),
         token_ids=tokens,
         start=start,
         block_table=table,
-        samples=True,
+        samples=samples,
         params=SamplingParams(),
         seed=0,
         prompt_tokens=1,
@@ -235,6 +235,21 @@ def test_a_long_step_has_the_bits_of_short_ones(directory, family, dtype, instru
     torch.distributed.destroy_process_group()
     assert together.shape == (4, 131)
     assert torch.equal(together.view(torch.int32), alone.view(torch.int32))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_rows_that_nobody_samples_leave_their_keys_and_values(directory, family):
+    """They end in the last layer, of which the next token must find all that it reads."""
+    prompt, other = prompts()[1], sequence([5, 6, 7], table=range(40, 60))
+    (engine,) = open_stages(directory(family), 1, torch.bfloat16)
+    expected = engine.run([sequence(prompt)], lambda: None)
+    first = [sequence(prompt[:-1], samples=False), other]
+    assert torch.equal(engine.run(first, lambda: None), engine.run([other], lambda: None))
+    last = engine.run([sequence(prompt[-1:], start=len(prompt) - 1)], lambda: None)
+    assert engine.run([sequence(prompt, samples=False)], lambda: None).shape[0] == 0
+    engine.close()
+    torch.distributed.destroy_process_group()
+    assert torch.equal(last.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
