@@ -108,7 +108,7 @@ def test_all_who_need_a_block_share_what_one_preemption_frees():
     driver.step([arrived("a", 8), arrived("b", 8), arrived("c", 8), arrived("d", 15)])
     while names(driver.step()):
         assert driver.now < 20
-    assert scheduler.memory.preemptions == 1  # d leaves with four blocks
+    assert scheduler.memory.swapper.preemptions == 1  # d leaves with four blocks
     assert names(driver.step()) == ["a", "b", "c"]
 
 
