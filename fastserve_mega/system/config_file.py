@@ -81,6 +81,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _parse(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def _refuse_infinity(plain: object, name: str = "") -> None:
     """YAML has infinite numbers; no setting does."""
     if isinstance(plain, dict):
@@ -91,7 +99,7 @@ def _refuse_infinity(plain: object, name: str = "") -> None:
 
 
 def _settings_of(text: str, section: str | None) -> dict[str, Any]:
-    raw = yaml.load(text, _Loader)
+    raw = _parse(text)
     if not isinstance(raw, dict):
         raise ValueError("the top level must be a mapping of settings")
     return raw if section is None else {section: raw}
@@ -133,6 +141,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise ValueError(f"{section!r} is not a section")
         node = child
     try:
-        node[leaf] = yaml.load(text, _Loader)
+        node[leaf] = _parse(text)
     except yaml.YAMLError as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None

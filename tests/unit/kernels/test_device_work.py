@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import kernel_device  # noqa: F401  (skips where Triton is missing)
 import pytest
 import torch
 import torch.distributed as dist
