@@ -12,7 +12,7 @@ from fake_server import VOCAB, WAIT_MS, expected_tokens
 
 from fastserve_mega.client import Client
 from fastserve_mega.coordinator.event_log import EventLogWriter, StepCall, read_event_log
-from fastserve_mega.scheduling.events import Arrived
+from fastserve_mega.scheduling.events import Arrived, StepDone
 from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import FinishReason, SamplingParams
 
@@ -192,9 +192,10 @@ def story(log, name):
 def test_the_story_of_a_request_of_a_log(tmp_path):
     log = tmp_path / "run.jsonl"
     log.write_bytes(gzip.decompress((RECORDED / "proactive_one_rank.jsonl.gz").read_bytes()))
-    _, calls = read_event_log(log)
-    ids = [e.request_id for call in calls for e in call.events if isinstance(e, Arrived)]
-    told = {name: story(log, name) for name in (ids[1], ids[-1])}
+    events = [event for call in read_event_log(log)[1] for event in call.events]
+    ids = [event.request_id for event in events if isinstance(event, Arrived)]
+    finished = [name for each in events if isinstance(each, StepDone) for name in each.finished]
+    told = {name: story(log, name) for name in (finished[0], finished[-1])}
     unknown = story(log, "nobody")
     for name, done in told.items():
         assert (done.returncode, done.stderr) == (0, "")

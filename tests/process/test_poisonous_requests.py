@@ -12,7 +12,7 @@ from fastserve_mega.client import Client, InvalidRequestError, ServerError
 from fastserve_mega.messaging.frames import MAX_FRAME_BYTES
 from fastserve_mega.messaging.messages import Finished, Ping, Pong, Submit, Tokens
 from fastserve_mega.types import FinishReason, SamplingParams, StructuredOutput
-from fastserve_mega.worker import filters
+from fastserve_mega.worker import drawing
 
 BASE = {"max_tokens": 8, "temperature": 1.0, "seed": 7, "ignore_eos": True}
 POISON_PROMPT = (9, 9, 9)
@@ -57,14 +57,14 @@ def test_extreme_parameters_are_answered_and_harm_nobody(start_server, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_row_that_cannot_be_sampled_ends_its_request_only(start_server, ranks, monkeypatch):
-    threshold = filters._top_p_threshold
+    threshold = drawing._top_p_threshold
 
     def broken(weights, top_p):
         if top_p == CURSED_TOP_P:
             raise IndexError("index -1 is out of bounds")
         return threshold(weights, top_p)
 
-    monkeypatch.setattr(filters, "_top_p_threshold", broken)
+    monkeypatch.setattr(drawing, "_top_p_threshold", broken)
     with (
         start_server(make_runner=NanRunner, ranks=ranks) as server,
         Client(server.endpoint) as client,
