@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from msgspec import structs
 from rich.console import Console
 from rich.table import Table
 
-from fastserve_mega.experiments.standing_set import at_rate, find_workload, saturation_rate
-from fastserve_mega.simulator.main import simulate, with_policy
+from fastserve_mega.experiments.standing_set import at_rate, find_workload
+from fastserve_mega.simulator.main import simulate
 from fastserve_mega.simulator.report import Distribution, distribution
 from fastserve_mega.types import BACKGROUND_PRIORITY
 
@@ -24,14 +23,14 @@ WORKLOADS = (
 
 @dataclass(frozen=True, slots=True)
 class BackgroundCost:
-    """Of the requests that somebody waits for, without the batch and beside it; seconds."""
+    """Latencies of requests that somebody waits for, without the batch and beside it; seconds."""
 
     ttft_alone: Distribution
     ttft_beside: Distribution
     jct_alone: Distribution
     jct_beside: Distribution
     batch_tokens_per_s: float
-    """That the batch was answered with meanwhile."""
+    """Tokens of the answers to the batch that were complete when the last of the others came."""
 
 
 def background_cost(
@@ -48,9 +47,7 @@ def background_cost(
         count: of these requests.
     """
     chosen = replace(find_workload(workload), system=system)
-    config = chosen.load()
-    measured = structs.replace(config.workload, warmup_requests=0, cooldown_requests=0)
-    config = with_policy(structs.replace(config, workload=measured), policy)
+    config = chosen.under(policy)
     waited_for = [
         each._replace(client="people") for each in at_rate(chosen.draw(1, count), rate * load)
     ]
@@ -88,7 +85,7 @@ def main() -> None:
     for name in ("workload", "policy", "load", "TTFT P95", "", "JCT mean", "", "batch tokens/s"):
         table.add_column(name)
     for workload, system in WORKLOADS:
-        rate = saturation_rate(replace(find_workload(workload), system=system), options.requests)
+        rate = replace(find_workload(workload), system=system).saturation_rate(options.requests)
         for policy in options.policies.split(","):
             for load in map(float, options.loads.split(",")):
                 cost = background_cost(

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from msgspec.structs import replace
 from rich.console import Console
 from rich.progress import Progress
 
@@ -21,10 +20,9 @@ from fastserve_mega.experiments.standing_set import (
     StandingWorkload,
     at_rate,
     find_workload,
-    saturation_rate,
 )
 from fastserve_mega.printing import print_sentence
-from fastserve_mega.simulator.main import simulate, with_policy
+from fastserve_mega.simulator.main import simulate
 from fastserve_mega.simulator.report import summarize
 from fastserve_mega.slo import Slo
 
@@ -91,7 +89,7 @@ def run_comparison(options: CompareOptions) -> int:
     }
     log = RunLog(options.json_path, settings)
     rates = {
-        each.name: partial(saturation_rate, each, options.count(each), options.data)
+        each.name: partial(each.saturation_rate, options.count(each), options.data)
         for each in workloads
         if each.name not in log.saturation_rates
     }
@@ -128,9 +126,7 @@ def measure(run: Run, saturated_rate: float, options: CompareOptions) -> dict[st
     cooldown = round(COOLDOWN_SHARE * count) if steady else 0
     rate = run.load * saturated_rate
     requests = at_rate(workload.draw(run.seed, warmup + count + cooldown, options.data), rate)
-    config = workload.load()
-    phases = replace(config.workload, warmup_requests=warmup, cooldown_requests=cooldown)
-    config = with_policy(replace(config, workload=phases), run.policy)
+    config = workload.under(run.policy, warmup=warmup, cooldown=cooldown)
     try:
         result = simulate(config, requests, slo=options.slo)
         return dataclasses.asdict(summarize(result, run.policy, rate))

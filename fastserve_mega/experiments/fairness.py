@@ -6,12 +6,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from msgspec import structs
 from rich.console import Console
 from rich.table import Table
 
-from fastserve_mega.experiments.standing_set import at_rate, find_workload, saturation_rate
-from fastserve_mega.simulator.main import simulate, with_policy
+from fastserve_mega.experiments.standing_set import at_rate, find_workload
+from fastserve_mega.simulator.main import simulate
 from fastserve_mega.simulator.report import Distribution, distribution
 
 STEADY = "steady"
@@ -41,9 +40,7 @@ def flood_cost(policy: str, system: str, load: float, count: int, rate: float) -
     """
     workload = replace(find_workload("burst-flood"), system=system)
     requests = at_rate(workload.draw(1, count), rate * load)
-    config = workload.load()
-    measured = structs.replace(config.workload, warmup_requests=0, cooldown_requests=0)
-    config = with_policy(structs.replace(config, workload=measured), policy)
+    config = workload.under(policy)
 
     def ttft(clients: Sequence[str], *, named: bool = True) -> Distribution:
         sent = [each for each in requests if each.client in clients]
@@ -65,7 +62,7 @@ def main() -> None:
     parser.add_argument("--policies", default="skip_join_mlfq,fcfs,srpt")
     options = parser.parse_args()
     workload = replace(find_workload("burst-flood"), system=options.system)
-    rate = saturation_rate(workload, options.requests)
+    rate = workload.saturation_rate(options.requests)
     table = Table(title=f"TTFT mean / P95 of the steady client, s ({options.system})")
     for name in ("policy", "alone", "flood, clients unknown", "flood, fair shares"):
         table.add_column(name)

@@ -110,7 +110,7 @@ class OfLengths:
     prompt: Lognormal
     output: Lognormal
     longest: int = LONGEST_PROMPT
-    """Of a prompt, and of an answer."""
+    """Tokens that no prompt and no answer exceeds."""
     burstiness: float = 1.0
     """Coefficient of variation of the times between arrivals (gamma); 1 is Poisson's."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import socket
 import tempfile
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from fastserve_mega import launcher
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.coordinator.event_log import SchedulerSetup, StepCall, read_event_log
+from fastserve_mega.launcher.processes import free_port
 from fastserve_mega.simulator.records import RequestRecord
 from fastserve_mega.simulator.workload import RequestSpec
 from fastserve_mega.slo import Slo, largest_gap, lateness
@@ -50,10 +50,7 @@ def run_live(config_path: str, sets: Sequence[str], specs: Sequence[RequestSpec]
     """Start a deployment, send the requests at their times, and read its event log."""
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "events.jsonl"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        endpoint = f"tcp://127.0.0.1:{port}"
+        endpoint = f"tcp://127.0.0.1:{free_port()}"
         more = (f"coordinator.client_endpoint={endpoint}", f"coordinator.event_log={log}")
         sets = [*sets, *more]
         config = load_config(config_path, sets)

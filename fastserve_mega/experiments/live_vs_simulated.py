@@ -68,10 +68,10 @@ class StepTimes:
     """As the engine model has them, each alone on the ranks."""
 
 
-def saturation_rate(
+def drain_rate(
     setup: SchedulerSetup, engine: ProfiledEngine, specs: Sequence[RequestSpec]
 ) -> float:
-    """Requests per second when all of them are there from the beginning."""
+    """Return the requests per second when all are there from the beginning, to the last answer."""
     records = simulate(setup, engine, [spec._replace(arrival_s=0.0) for spec in specs])
     return len(records) / max(record.finish_s for record in records)
 
@@ -165,7 +165,7 @@ def run(options: argparse.Namespace, profile_path: Path) -> dict[str, object]:
     layers = [len(stage) for stage in split_layers(num_layers, config.parallel)]
     specs = draw_specs(options)
     engine = ProfiledEngine(profile, layers)
-    rate = options.load * saturation_rate(expected_setup(config, profile, specs), engine, specs)
+    rate = options.load * drain_rate(expected_setup(config, profile, specs), engine, specs)
     specs = [spec._replace(arrival_s=spec.arrival_s / rate) for spec in specs]
     live = run_live(options.config, sets, specs)
     clients = live.clients

@@ -43,9 +43,7 @@ from fastserve_mega.experiments.sweep import (
     SEARCH_SPAN,
     Measure,
     RateSearch,
-    mean_normalized_latency,
-    p95_normalized_latency,
-    saturation_rate,
+    backlog_rate,
 )
 from fastserve_mega.experiments.systems import load_system
 from fastserve_mega.simulator.config import SimulationConfig
@@ -216,7 +214,10 @@ SECTIONS: dict[str, Callable[[Options], list[Line]]] = {
     "ratios": length_ratios,
 }
 
-MEASURES: dict[str, Measure] = {"mean": mean_normalized_latency, "P95": p95_normalized_latency}
+MEASURES: dict[str, Measure] = {
+    "mean": lambda report: report.normalized_latency_s.mean,
+    "P95": lambda report: report.normalized_latency_s.p95,
+}
 
 
 def load(
@@ -239,7 +240,7 @@ def search(
         name += " (stand-in)"
         Console(stderr=True).print(f"{name}: lengths of {lengths.origin}", soft_wrap=True)
     runs = RateSearch(config, lengths, tuple(prompts), options.tolerance)
-    start = 0.8 * saturation_rate(config, lengths, num_requests=200)
+    start = 0.8 * backlog_rate(config, lengths, num_requests=200)
     lines = [
         Line(name, measure, lengths.means, SEARCH_SPAN * start, {p: [] for p in options.policies})
         for measure in measures

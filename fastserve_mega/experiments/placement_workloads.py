@@ -101,7 +101,7 @@ class PlacementWorkload:
     about: str
     generate: Generator
     fast_share: float = 0.0
-    """Of the replicas: those with a faster device, and more KV blocks."""
+    """Share of the replicas that have a faster device, and more KV blocks."""
     outage: tuple[float, float] | None = None
     """The part of the run in which the first replica is missing."""
 

@@ -45,6 +45,12 @@ class StandingWorkload:
         shipped = self.source if isinstance(self.source, str) else "synthetic"
         return load_system(self.system, shipped, self.overrides)
 
+    def under(self, policy: str, *, warmup: int = 0, cooldown: int = 0) -> SimulationConfig:
+        """Return the system under a policy; so many first and last requests are not measured."""
+        config = self.load()
+        phases = replace(config.workload, warmup_requests=warmup, cooldown_requests=cooldown)
+        return with_policy(replace(config, workload=phases), policy)
+
     def draw(self, seed: int, count: int, data: Path | None = None) -> list[RequestSpec]:
         """Return requests that arrive once a second on average; the same for the same seed.
 
@@ -78,6 +84,18 @@ class StandingWorkload:
     @property
     def _is_trace(self) -> bool:
         return self.load().workload.rate is None
+
+    def saturation_rate(self, count: int, data: Path | None = None) -> float:
+        """Return how many requests per second fcfs completes when there is always more to do.
+
+        Twice `count` arrive at once; what counts is the time in which the middle half of them
+        finish, so neither the filling of the first batch does, nor what runs alone at the end.
+        """
+        requests = [each._replace(arrival_s=0.0) for each in self.draw(0, 2 * count, data)]
+        result = simulate(self.under("fcfs"), requests)
+        finished = sorted(record.finish_s for record in result.records)
+        quarter = len(finished) // 4
+        return 2 * quarter / (finished[3 * quarter] - finished[quarter])
 
 
 STANDING_SET = (
@@ -221,18 +239,3 @@ def find_workload(name: str) -> StandingWorkload:
 def at_rate(requests: Sequence[RequestSpec], rate: float) -> list[RequestSpec]:
     """Return requests that arrive once a second at another rate, in requests per second."""
     return [each._replace(arrival_s=each.arrival_s / rate) for each in requests]
-
-
-def saturation_rate(workload: StandingWorkload, count: int, data: Path | None = None) -> float:
-    """Return how many requests per second fcfs completes when there is always more to do.
-
-    Twice `count` arrive at once; what counts is the time in which the middle half of them finish,
-    so neither the filling of the first batch does, nor what runs alone at the end.
-    """
-    requests = [each._replace(arrival_s=0.0) for each in workload.draw(0, 2 * count, data)]
-    config = workload.load()
-    measured = replace(config.workload, warmup_requests=0, cooldown_requests=0)
-    result = simulate(with_policy(replace(config, workload=measured), "fcfs"), requests)
-    finished = sorted(record.finish_s for record in result.records)
-    quarter = len(finished) // 4
-    return 2 * quarter / (finished[3 * quarter] - finished[quarter])

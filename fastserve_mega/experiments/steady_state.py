@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve_mega.experiments.sweep import saturation_rate
+from fastserve_mega.experiments.sweep import backlog_rate
 from fastserve_mega.experiments.systems import load_system
 from fastserve_mega.simulator.config import SimulationConfig
 from fastserve_mega.simulator.lengths import LengthTable
@@ -72,7 +72,7 @@ def loads(
 ) -> list[Report]:
     """All policies at fractions of the saturation rate."""
     lengths = load_lengths(config.workload, data)
-    saturation = saturation_rate(config, lengths, num_requests=round(1000 * share))
+    saturation = backlog_rate(config, lengths, num_requests=round(1000 * share))
     reports = []
     for load in LOADS:
         workload = replace(
@@ -126,7 +126,7 @@ def _fcfs_ttft_s(config: SimulationConfig, lengths: LengthTable, speedup: float)
 def run_policies(
     config: SimulationConfig, lengths: LengthTable, policies: Sequence[PolicyName], name: str
 ) -> list[Report]:
-    """The same requests under each policy."""
+    """Simulate the same requests under each policy."""
     requests = draw_requests(config.workload, lengths)
     reports = []
     with Progress(console=Console(stderr=True), transient=True) as progress:

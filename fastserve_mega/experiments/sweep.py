@@ -23,18 +23,8 @@ SEARCH_SPAN = 8.0
 """A search for a crossing gives up at the start times or divided by this."""
 
 
-def mean_normalized_latency(report: Report) -> float:
-    """Seconds per output token, the paper's measure."""
-    return report.normalized_latency_s.mean
-
-
-def p95_normalized_latency(report: Report) -> float:
-    """Seconds per output token that 95 % of the requests stay below."""
-    return report.normalized_latency_s.p95
-
-
-def saturation_rate(config: SimulationConfig, table: LengthTable, num_requests: int) -> float:
-    """Requests per second that fcfs completes when there is always more to do.
+def backlog_rate(config: SimulationConfig, table: LengthTable, num_requests: int) -> float:
+    """Return the requests per second that fcfs completes from an empty system with a long queue.
 
     As many requests again wait behind the measured ones, so that the batch stays full.
     """

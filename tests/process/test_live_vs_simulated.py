@@ -65,7 +65,7 @@ def test_a_punctual_engine_is_simulated_closely(start_server, tmp_path):
     for row in steps:
         assert row.steps > 0
         assert row.live_s > 0.9 * row.expected_s  # never faster than the runner sleeps
-    everything_at_once = experiment.saturation_rate(setup, engine, specs)
+    everything_at_once = experiment.drain_rate(setup, engine, specs)
     assert everything_at_once > len(specs) / max(record.finish_s for record in simulated)
 
 

@@ -19,7 +19,6 @@ from fastserve_mega.experiments.standing_set import (
     StandingWorkload,
     at_rate,
     find_workload,
-    saturation_rate,
 )
 from fastserve_mega.simulator.config import make_pools
 from fastserve_mega.simulator.workload import RequestSpec
@@ -88,7 +87,7 @@ def test_a_rate_divides_the_times():
 
 
 def test_twice_the_saturation_rate_cannot_be_served(tiny_set):
-    rate = saturation_rate(TINY, 20)
+    rate = TINY.saturation_rate(20)
     served = {
         load: measure(Run("tiny", load, "fcfs", 0), rate, OPTIONS)["requests_per_s"]
         for load in (0.5, 2.0)

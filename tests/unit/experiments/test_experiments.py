@@ -9,7 +9,7 @@ import pytest
 
 from fastserve_mega.experiments import paper, steady_state
 from fastserve_mega.experiments.rate_tables import Line
-from fastserve_mega.experiments.sweep import RateSearch, saturation_rate
+from fastserve_mega.experiments.sweep import RateSearch, backlog_rate
 from fastserve_mega.experiments.systems import SETTINGS, load_system
 from fastserve_mega.simulator.config import make_pools
 from fastserve_mega.simulator.workload import load_lengths
@@ -51,7 +51,7 @@ def test_a_crossing_is_found_and_interpolated(monkeypatch):
 def test_skip_join_is_faster_than_fcfs_in_a_crowded_run():
     config = load_system("opt-13b-a100", "paper-sharegpt")
     lengths = load_lengths(config.workload)
-    rate = 2 * saturation_rate(config, lengths, num_requests=50)
+    rate = 2 * backlog_rate(config, lengths, num_requests=50)
     search = RateSearch(config, lengths, ((1, 100),))
     fcfs, skip_join = (
         paper.MEASURES["mean"](search.report(policy, rate, 0))
