@@ -176,12 +176,8 @@ class Coordinator:
 
     def _step_done(self, replica: Replica, result: StepResult, now: float) -> StepDone:
         """Hand out the tokens of a step, and end the requests whose last ones they are."""
-        step = replica.take_step(result)
-        sampled = [
-            live
-            for live, piece in zip(step.requests, step.plan.batch, strict=True)
-            if piece.samples
-        ]
+        step = replica.take_step(result, self._welcome.vocab_size)
+        sampled = step.sampling
         finished: list[RequestId] = []
         filled: list[tuple[RequestId, BlockHash]] = []
         logprobs = result.logprobs or (None,) * len(sampled)
