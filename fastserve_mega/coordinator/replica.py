@@ -39,14 +39,18 @@ class DispatchedStep:
             if piece.samples
         ]
 
+    @property
+    def embedding(self) -> list[LiveRequest]:
+        """Those of them that are to get an embedding."""
+        return [live for live in self.sampling if live.params.embeds]
+
     def flaw(self, result: StepResult, vocab_size: int) -> str | None:
         """What a rank's result has that none of this step can have; None: nothing."""
-        sampling = self.sampling
-        count, embeddings = len(sampling), sum(live.params.embeds for live in sampling)
+        count = len(self.sampling)
         for what, yielded, wanted in (
             ("tokens", len(result.token_ids), count),
             ("log probabilities", len(result.logprobs) or count, count),
-            ("embeddings", len(result.embeddings), embeddings),
+            ("embeddings", len(result.embeddings), len(self.embedding)),
         ):
             if yielded != wanted:
                 return f"{yielded} {what} for {wanted} requests"

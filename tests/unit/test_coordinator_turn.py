@@ -160,6 +160,28 @@ def test_a_flood_is_answered_in_several_turns(world):
     assert answers == [Pong("e")] * 10
 
 
+@pytest.mark.parametrize("timeout_s", [None, 1.0])
+def test_what_very_many_requests_leave_behind_ends_in_several_turns(timeout_s):
+    world = World(max_wait_s=math.inf)
+    names = [f"r{number}" for number in range(10)]
+    world.turn(*(Submit(name, (5,), SamplingParams(), timeout_s=timeout_s) for name in names))
+    send = world.coordinator._reply
+
+    def slowly(client, message):
+        world.now += 0.015  # what the end of each of them takes
+        send(client, message)
+
+    world.coordinator._reply = slowly
+    world.now, world.lost = 1.0, [] if timeout_s else [(b"client", "went")]
+    ended = []
+    for _ in range(4):
+        log = world.turn()
+        world.lost = []
+        ended += [m.request_id for m in log if isinstance(m, Finished)]
+    assert ended == names
+    assert world.turn() == [("poll", 10.0)]  # for the step that runs still
+
+
 def test_more_prompt_tokens_than_may_wait_are_rejected(world):
     long = [Submit(name, (5,) * 40, SamplingParams(max_tokens=9)) for name in "abcd"]
     log = world.turn(*long[:3])
