@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
@@ -20,7 +20,6 @@ from fastserve_mega.messaging.messages import (
     Message,
     Ping,
     Pong,
-    Refused,
     Restarting,
     Submit,
     Welcome,
@@ -32,7 +31,8 @@ from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.types import BlockHash, FinishReason, RequestId
 
 _LISTEN_S = 0.02
-"""Of a turn, for what clients send; the rest of it waits for the next turn."""
+"""Of a turn, for what clients send, and twice that until what they left behind has ended; the rest
+of it waits for the next turn."""
 
 
 class Coordinator:
@@ -72,6 +72,8 @@ class Coordinator:
         self._clock = clock
         self._poll = poll
         self._requests = LiveRequests()
+        self._lost: dict[Identity, str] = {}
+        """Clients whose requests are to end, and why."""
         self._reports = Reports(replicas, metrics)
         self._replies: list[tuple[Identity, Message | bytes]] = []
         self._intake = Intake(
@@ -102,16 +104,15 @@ class Coordinator:
         now = self._clock()
         for replica in self._replicas:
             self._take_results(replica, now)
-        for client, message in self._front_door.receive(now):
-            self._answer(client, message, now)
+        for client, question in self._front_door.receive(now):
+            self._answer(client, question, now)
             if self._clock() - now >= _LISTEN_S:
                 break
-        for client, reason in self._front_door.take_lost(now):
-            for live in self._requests.of_client(client):
-                self._abort(live, FinishReason.ABORT, reason)
-        for live in self._requests.take_overdue(now):
-            reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
-            self._abort(live, FinishReason.TIMEOUT, reason)
+        self._lost.update(self._front_door.take_lost(now))
+        for live, reason, message in self._unwanted(now):
+            self._abort(live, reason, message)
+            if self._clock() - now >= 2 * _LISTEN_S:
+                break
         newcomers = self._intake.gate.pass_through()
         for live in newcomers:
             self._place(live, now)
@@ -151,9 +152,19 @@ class Coordinator:
             suspects = tuple(sorted(names & computing))
             self._front_door.send(client, Restarting(within_s, reason, suspects))
 
+    def _unwanted(self, now: float) -> Iterator[tuple[LiveRequest, FinishReason, str]]:
+        """Requests that must end, and why: of lost clients, and those out of time."""
+        for client, reason in list(self._lost.items()):
+            for live in self._requests.of_client(client):
+                yield live, FinishReason.ABORT, reason
+            del self._lost[client]
+        for live in self._requests.take_overdue(now):
+            reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
+            yield live, FinishReason.TIMEOUT, reason
+
     def _next_deadline(self) -> float | None:
         """When a turn has something to do though nothing arrives."""
-        deadlines = [self._requests.next_deadline()]
+        deadlines = [self._requests.next_deadline(), self._clock() if self._lost else None]
         deadlines += [replica.deadline for replica in self._replicas]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
@@ -176,20 +187,15 @@ class Coordinator:
 
     def _step_done(self, replica: Replica, result: StepResult, now: float) -> StepDone:
         """Hand out the tokens of a step, and end the requests whose last ones they are."""
-        step = replica.take_step(result)
-        sampled = [
-            live
-            for live, piece in zip(step.requests, step.plan.batch, strict=True)
-            if piece.samples
-        ]
+        step = replica.take_step(result, self._welcome.vocab_size)
+        sampled = step.sampling
         finished: list[RequestId] = []
         filled: list[tuple[RequestId, BlockHash]] = []
         logprobs = result.logprobs or (None,) * len(sampled)
         for scored in result.scored:
             if (live := step.requests[scored.index]) in self._requests:
                 self._reply(live.client, live.score(scored.start, scored.logprobs))
-        asking = [live for live in sampled if live.params.embeds]
-        for live, embedding in zip(asking, result.embeddings, strict=True):
+        for live, embedding in zip(step.embedding, result.embeddings, strict=True):
             live.embedding = embedding
         failures = {failure.index: failure for failure in result.failures}
         for index, (live, token) in enumerate(zip(sampled, result.token_ids, strict=True)):
@@ -222,7 +228,8 @@ class Coordinator:
             case Submit():
                 self._intake.submit(client, message, now)
             case Cancel():
-                self._cancel(client, message)
+                if live := self._intake.find(client, message):
+                    self._abort(live, FinishReason.ABORT)
             case Hello():
                 self._reply(client, self._welcome)
             case Ping():
@@ -231,15 +238,6 @@ class Coordinator:
                 self._reply(client, self._reports.metrics(now))
             case GetSnapshot():
                 self._reply(client, self._reports.snapshot(message.max_requests, now))
-
-    def _cancel(self, client: Identity, cancel: Cancel) -> None:
-        live = self._requests.get(cancel.request_id)
-        if live is None or live.client != client:
-            # It may have finished while the message travelled: an answer, but no harm done.
-            message = f"no unfinished request {cancel.request_id!r} of this client"
-            self._reply(client, Refused(message, cancel.request_id))
-            return
-        self._abort(live, FinishReason.ABORT)
 
     def _place(self, live: LiveRequest, now: float) -> None:
         arrived = live.arrived()

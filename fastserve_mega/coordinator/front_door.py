@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -36,12 +37,14 @@ ClientMessage = Hello | Submit | Cancel | Ping | GetMetrics | GetSnapshot
 _SWEEP_INTERVAL_S = 1.0
 _UNREAD_MESSAGES = 1_000
 """Messages of a client held here; what is more waits at the client."""
+_MOST_OWED = 100_000
+"""Last words for a client that does not read; to what it asks beyond this nobody listens."""
 
 
 @dataclass(slots=True)
 class _Session:
     last_heard: float
-    owed: list[Message] = field(default_factory=list)
+    owed: deque[bytes] = field(default_factory=deque)
     """Last words for a client whose buffer is full; sent when it shows life again."""
 
 
@@ -87,6 +90,8 @@ class FrontDoor:
                 session = self._sessions[client] = _Session(now)
             session.last_heard = now
             self._settle(client, session)
+            if len(session.owed) >= _MOST_OWED:
+                continue
             try:
                 message = self._decode(frames)
             except OtherVersionError as error:
@@ -107,7 +112,7 @@ class FrontDoor:
         frame = message if isinstance(message, bytes) else encode(message)
         delivered = self._send_frame(client, frame)
         if not delivered and isinstance(message, Finished) and client in self._sessions:
-            self._sessions[client].owed.append(message)
+            self._sessions[client].owed.append(frame)
 
     def _send_frame(self, client: Identity, frame: bytes) -> bool:
         """False when the client's buffer is full."""
@@ -140,9 +145,8 @@ class FrontDoor:
         self._router.close()
 
     def _settle(self, client: Identity, session: _Session) -> None:
-        owed, session.owed = session.owed, []
-        for message in owed:
-            self.send(client, message)
+        while session.owed and self._send_frame(client, session.owed[0]):
+            session.owed.popleft()
 
     @staticmethod
     def _decode(frames: list[bytes]) -> ClientMessage:

@@ -11,13 +11,16 @@ from fastserve_mega.coordinator.heap import HeapTrimmer
 from fastserve_mega.coordinator.kept_answers import KeptAnswer, KeptAnswers
 from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
 from fastserve_mega.messaging.frames import Identity
-from fastserve_mega.messaging.messages import Finished, Message, Refused, Submit
+from fastserve_mega.messaging.messages import Cancel, Finished, Message, Refused, Submit
 from fastserve_mega.metrics.requests import RequestMetrics
 from fastserve_mega.types import FinishReason, Usage
 
 
 class Intake:
-    """Answers `Submit`. A request that it takes is among the live ones, and waits at the gate."""
+    """Answers `Submit`, and `Cancel` of what is not there.
+
+    A request that it takes is among the live ones, and waits at the gate.
+    """
 
     def __init__(
         self,
@@ -62,6 +65,16 @@ class Intake:
             self._repeat(client, kept, submit, now)
             return
         self._accept(client, submit, now)
+
+    def find(self, client: Identity, cancel: Cancel) -> LiveRequest | None:
+        """The request that a client wants to end, or say that there is none."""
+        live = self._requests.get(cancel.request_id)
+        if live is not None and live.client == client:
+            return live
+        # It may have finished while the message travelled: an answer, but no harm done.
+        message = f"no unfinished request {cancel.request_id!r} of this client"
+        self._reply(client, Refused(message, cancel.request_id))
+        return None
 
     def forget(self, live: LiveRequest, reason: FinishReason, now: float) -> None:
         """Take in that a request has ended, whose answer may be kept."""

@@ -6,7 +6,7 @@ import heapq
 import itertools
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -284,12 +284,10 @@ class LiveRequests:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def take_overdue(self, now: float) -> list[LiveRequest]:
+    def take_overdue(self, now: float) -> Iterator[LiveRequest]:
         """Requests whose deadline has come, the earliest first; each is named once."""
-        overdue = []
         while (deadline := self.next_deadline()) is not None and deadline <= now:
-            overdue.append(heapq.heappop(self._deadlines)[2])
-        return overdue
+            yield heapq.heappop(self._deadlines)[2]
 
     def _leave_client(self, live: LiveRequest) -> None:
         requests = self._by_client[live.client]

@@ -30,6 +30,43 @@ class DispatchedStep:
     requests: tuple[LiveRequest, ...]
     """One for each slice of the plan's batch, in its order."""
 
+    @property
+    def sampling(self) -> list[LiveRequest]:
+        """The requests that are to get a token, in order."""
+        return [
+            live
+            for live, piece in zip(self.requests, self.plan.batch, strict=True)
+            if piece.samples
+        ]
+
+    @property
+    def embedding(self) -> list[LiveRequest]:
+        """Those of them that are to get an embedding."""
+        return [live for live in self.sampling if live.params.embeds]
+
+    def flaw(self, result: StepResult, vocab_size: int) -> str | None:
+        """What a rank's result has that none of this step can have; None: nothing."""
+        count = len(self.sampling)
+        for what, yielded, wanted in (
+            ("tokens", len(result.token_ids), count),
+            ("log probabilities", len(result.logprobs) or count, count),
+            ("embeddings", len(result.embeddings), len(self.embedding)),
+        ):
+            if yielded != wanted:
+                return f"{yielded} {what} for {wanted} requests"
+        failed = {failure.index for failure in result.failures}
+        scored = {each.index for each in result.scored}
+        for what, indices, most in (
+            ("failures", failed, count),
+            ("log probabilities of prompts", scored, len(self.requests)),
+        ):
+            if indices and max(indices) >= most:
+                return f"{what} of request {max(indices)} of {most}"
+        for index, token in enumerate(result.token_ids):
+            if not 0 <= token < vocab_size and index not in failed:
+                return f"token {token} of a vocabulary of {vocab_size}"
+        return None
+
 
 @dataclass(slots=True)
 class _CopyInFlight:
@@ -151,34 +188,32 @@ class Replica:
             self._copies[copy.copy_id] = _CopyInFlight(copy, now, set(self.workers.ranks))
         self.workers.dispatch(StepCommand(plan, tuple(token_ids), tuple(started)))
 
-    def take_step(self, result: StepResult) -> DispatchedStep:
+    def take_step(self, result: StepResult, vocab_size: int) -> DispatchedStep:
         """The step that a result belongs to.
 
         Raises:
-            WorkersLostError: it is not the oldest one, or has another number of tokens.
+            WorkersLostError: it is not the oldest one, or cannot be the result of that.
         """
         if not self._steps or self._steps[0].plan.step_id != result.step_id:
             raise WorkersLostError(f"the workers answered step {result.step_id} out of order")
-        step = self._steps.popleft()
-        wanted = sum(piece.samples for piece in step.plan.batch)
-        if wanted != len(result.token_ids):
-            raise WorkersLostError(
-                f"step {result.step_id} yielded {len(result.token_ids)} tokens for "
-                f"{wanted} requests"
-            )
-        return step
+        # Still one of the steps while it is looked at: its requests are suspects.
+        if flaw := self._steps[0].flaw(result, vocab_size):
+            raise WorkersLostError(f"step {result.step_id} yielded {flaw}")
+        self._check_duration(max(result.ahead_s, result.copy_wait_s), f"step {result.step_id}")
+        return self._steps.popleft()
 
     def take_copy(self, result: CopyResult) -> None:
         """Note that a rank has made a copy; the last one's report becomes an event.
 
         Raises:
-            WorkersLostError: the rank was not asked for it.
+            WorkersLostError: the rank was not asked for it, or cannot have taken so long.
         """
         flying = self._copies.get(result.copy_id)
         if flying is None or result.rank not in flying.ranks:
             raise WorkersLostError(
                 f"rank {result.rank} reported copy {result.copy_id}, which it was not asked for"
             )
+        self._check_duration(result.copy_s, f"copy {result.copy_id}")
         flying.ranks.remove(result.rank)
         flying.copy_s = max(flying.copy_s, result.copy_s)
         if not flying.ranks:
@@ -214,6 +249,14 @@ class Replica:
                 )
         if self._steps and now - self._steps[0].dispatched_at > self._step_timeout_s:
             raise WorkersLostError(f"step {self._steps[0].plan.step_id} has not returned {limit}")
+
+    def _check_duration(self, claimed_s: float, what: str) -> None:
+        """Raise WorkersLostError when a rank claims to have taken longer than it may."""
+        if claimed_s > self._step_timeout_s:
+            raise WorkersLostError(
+                f"a rank says that {what} took it {claimed_s:g} s, the limit is "
+                f"{self._step_timeout_s:g} s (coordinator.step_timeout_s)"
+            )
 
     def _observe_stall(self, now: float) -> None:
         """Count the time in which nothing is computed since what could be is being copied."""

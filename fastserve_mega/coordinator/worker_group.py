@@ -38,6 +38,7 @@ from fastserve_mega.messaging.rank_messages import (
 
 _BUFFERED_STEPS = 10_000
 _LONGEST_NAME = 40
+_LONGEST_REASON = 500
 _KEEP_ALIVE_S = 2.0
 """A rank that dies is noticed within this time, also when there is nothing to do."""
 
@@ -179,8 +180,13 @@ class ZmqWorkers:
     def _take(self, peer: Identity, rank: int, message: Message) -> None:
         match message:
             case WorkerFailed():
-                raise WorkersLostError(f"rank {rank} failed: {message.message}")
-            case WorkerReady() if message.rank == rank:
+                told = " ".join(message.message[:_LONGEST_REASON].split())
+                raise WorkersLostError(f"rank {rank} failed: {told}")
+            case WorkerReady() | CopyResult() if message.rank != rank:
+                raise WorkersLostError(
+                    f"rank {rank} sent {type(message).__name__} of rank {message.rank}"
+                )
+            case WorkerReady() if peer not in self._ready:
                 self._ready[peer] = message
                 self._connected.add(rank)
             case StepResult() | CopyResult() if peer in self._ready:

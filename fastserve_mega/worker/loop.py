@@ -101,6 +101,9 @@ class WorkerLoop:
         self._report_step = faults.at("rank.after_step", self._send_result)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._cuts = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        """libzmq connects again, and tells nobody that what was on its way is lost."""
+        self._poller.register(self._cuts, zmq.POLLIN)
         self._poller.register(self._copies.fileno(), zmq.POLLIN)
         self._send(WorkerReady(rank, runner.device_blocks, runner.host_blocks, runner.block_bytes))
 
@@ -111,7 +114,7 @@ class WorkerLoop:
             Whether this is a normal end; False when another rank was lost.
 
         Raises:
-            CoordinatorLostError: the coordinator has ended or is silent.
+            CoordinatorLostError: the coordinator has ended or is silent, or was out of reach.
             PlanError: it sent nonsense.
             CopyFailedError: a copy failed; the coordinator has been told.
             Exception: whatever the runner raised; the coordinator has been told.
@@ -135,6 +138,8 @@ class WorkerLoop:
             self._send(WorkerFailed(self._rank, f"{type(error).__name__}: {error}"))
             raise
         finally:
+            self._socket.disable_monitor()
+            self._cuts.close()
             self._socket.close()
 
     def _execute(self, command: StepCommand) -> None:
@@ -217,8 +222,12 @@ class WorkerLoop:
                 self._report_copies()
             if self._socket in ready:
                 return self._take_message()
-            if not ready and not self._coordinator_alive():
+            # If that was its end, it is known by then.
+            is_cut = self._cuts in ready and not self._socket.poll(_LOOK_AROUND_MS)
+            if (is_cut or not ready) and not self._coordinator_alive():
                 raise CoordinatorLostError("the coordinator has ended without a word")
+            if is_cut:
+                raise CoordinatorLostError("the connection to the coordinator was cut")
             if time.monotonic() > give_up_at:
                 raise CoordinatorLostError(
                     f"nothing heard from the coordinator for {self._patience_s:g} s "

@@ -9,8 +9,8 @@ from fake_server import RawClient, fake_server
 from fastserve_mega.client import Client, InvalidRequestError
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.messaging.frames import client_frame_limit
-from fastserve_mega.messaging.messages import Ping
-from fastserve_mega.types import SamplingParams
+from fastserve_mega.messaging.messages import Finished, Ping
+from fastserve_mega.types import FinishReason, SamplingParams, Usage
 
 WAIT_MS = 20_000
 ONE = SamplingParams(max_tokens=1, ignore_eos=True)
@@ -30,6 +30,45 @@ def test_a_client_is_not_silent_while_its_messages_wait_to_be_read():
         assert len(list(door.receive(101.0))) == 1
         assert list(door.take_lost(130.0)) == []
         assert [why for _, why in door.take_lost(132.0)] == ["the client went away"]
+    finally:
+        client.close()
+        door.close()
+        context.term()
+
+
+def test_a_client_that_does_not_read_costs_little_and_is_told_all_when_it_does(monkeypatch):
+    monkeypatch.setattr("fastserve_mega.coordinator.front_door._MOST_OWED", 500)
+    context = zmq.Context()
+    door = FrontDoor(context, "tcp://127.0.0.1:0", buffer=10, timeout_s=30.0)
+    client = RawClient(door.endpoint, receive_buffer=10)
+    tries = []
+
+    def ask():
+        client.send(Ping())
+        assert door.socket.poll(WAIT_MS)
+        return [peer for peer, _ in door.receive(0.0)]
+
+    try:
+        (peer,) = ask()
+        # More than the buffers of TCP hold.
+        told = [
+            Finished(f"r{i}", FinishReason.ABORT, Usage(1, 0), "x" * 19_999) for i in range(1_500)
+        ]
+        for finished in told:
+            door.send(peer, finished)
+        send = door._router.send_frame
+        monkeypatch.setattr(
+            door._router, "send_frame", lambda *frame: tries.append(frame) or send(*frame)
+        )
+        assert [ask() for _ in range(20)] == [[]] * 20  # nobody listens to what it will not hear
+        assert len(tries) < 100
+        names = set()
+        for _ in told:
+            if not client._socket.poll(2):
+                ask()
+            names.add(client.receive().request_id)
+        assert names == {finished.request_id for finished in told}
+        assert ask() == [peer]
     finally:
         client.close()
         door.close()

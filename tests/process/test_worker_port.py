@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
+from concurrent import futures
 
 import pytest
 import zmq
-from fake_server import RawClient, fake_server
+from fake_server import VOCAB, RawClient, fake_server
 from zmq.utils.monitor import recv_monitor_message
 
 from fastserve_mega.client import Client
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.logs import LogLimiter
-from fastserve_mega.messaging.frames import encode, without_key, worker_identity
-from fastserve_mega.messaging.rank_messages import StepResult, WorkerReady
+from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, encode, without_key, worker_identity
+from fastserve_mega.messaging.rank_messages import CopyResult, StepResult, WorkerFailed, WorkerReady
 from fastserve_mega.types import SamplingParams
-from fastserve_mega.worker.loop import connect_to_coordinator
+from fastserve_mega.worker.fake_runner import FakeModelRunner
+from fastserve_mega.worker.loop import CoordinatorLostError, WorkerLoop, connect_to_coordinator
 
 WAIT_MS = 20_000
 READY = WorkerReady(0, 8, 0, 16)
@@ -68,6 +70,13 @@ def refusal(context, address, configure=lambda dealer: None):
     return event
 
 
+def await_ranks(workers, missing):
+    """Receive until so many ranks only are missing."""
+    while len(workers.missing_ranks) > missing:
+        assert workers.wait(WAIT_MS / 1000)
+        workers.receive()
+
+
 def with_foreign_key(dealer):
     dealer.curve_serverkey, _ = zmq.curve_keypair()
     dealer.curve_publickey, dealer.curve_secretkey = zmq.curve_keypair()
@@ -116,12 +125,42 @@ def test_who_has_the_key_but_no_ranks_name_is_dropped_with_one_line(workers, con
     assert line.startswith("dropped 1 messages to the ranks' port")
 
 
-@pytest.mark.parametrize("message", [StepResult(1, ()), WorkerReady(1, 8, 0, 16)])
-def test_a_rank_that_says_what_is_not_its_turn_is_lost(workers, connect, message):
-    connect(0).send(encode(message))
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([StepResult(1, ())], "rank 0 sent StepResult, out of turn"),
+        ([WorkerReady(1, 8, 0, 16)], "rank 0 sent WorkerReady of rank 1"),
+        ([READY, CopyResult(1, 1, 0.1)], "rank 0 sent CopyResult of rank 1"),
+        ([READY, READY], "rank 0 sent WorkerReady, out of turn"),  # it has lost its KV
+        ([WorkerFailed(0, "all\n is lost")], "rank 0 failed: all is lost"),
+    ],
+)
+def test_a_rank_that_says_what_is_not_its_turn_is_lost(workers, connect, messages, reason):
+    dealer = connect(0)
+    for message in messages:
+        dealer.send(encode(message))
+    with pytest.raises(WorkersLostError, match=reason):
+        await_ranks(workers, 0)
+
+
+def test_a_second_process_in_the_name_of_a_rank_is_not_heard(workers, connect):
+    connect(0).send(encode(READY))
     assert workers.wait(WAIT_MS / 1000)
-    with pytest.raises(WorkersLostError, match=f"rank 0 sent {type(message).__name__}"):
-        workers.receive()
+    workers.receive()
+    connect(0).send(encode(WorkerFailed(0, "not me")))
+    connect(1).send(encode(WorkerReady(1, 8, 0, 16)))
+    await_ranks(workers, 0)
+
+
+def test_a_rank_whose_connection_is_cut_ends_though_it_is_made_again(workers, context):
+    runner = FakeModelRunner(device_blocks=8, block_size=4, vocab_size=VOCAB)
+    rank = connect_to_coordinator(context, workers.endpoint, 0)
+    with contextlib.closing(runner), futures.ThreadPoolExecutor() as threads:
+        ended = threads.submit(WorkerLoop(rank, 0, runner, lambda: True).run)
+        await_ranks(workers, 1)
+        workers.send(worker_identity(0), b"x" * (MAX_FRAME_BYTES + 1))  # is not taken
+        with pytest.raises(CoordinatorLostError, match="the connection to the coordinator was cut"):
+            ended.result(WAIT_MS / 1000)
 
 
 def test_a_line_stands_for_those_that_were_kept_back():

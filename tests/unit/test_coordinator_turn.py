@@ -10,6 +10,7 @@ from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.kept_answers import RecentAnswers
 from fastserve_mega.coordinator.replica import Replica
+from fastserve_mega.coordinator.worker_group import WorkersLostError
 from fastserve_mega.messaging.frames import decode
 from fastserve_mega.messaging.messages import (
     Finished,
@@ -17,11 +18,17 @@ from fastserve_mega.messaging.messages import (
     Ping,
     Pong,
     Refused,
+    Restarting,
     Submit,
     Tokens,
     Welcome,
 )
-from fastserve_mega.messaging.rank_messages import SamplingFailure, StepResult
+from fastserve_mega.messaging.rank_messages import (
+    CopyResult,
+    SamplingFailure,
+    ScoredPrompt,
+    StepResult,
+)
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.cost_model import (
     DecodePoint,
@@ -153,6 +160,28 @@ def test_a_flood_is_answered_in_several_turns(world):
     assert answers == [Pong("e")] * 10
 
 
+@pytest.mark.parametrize("timeout_s", [None, 1.0])
+def test_what_very_many_requests_leave_behind_ends_in_several_turns(timeout_s):
+    world = World(max_wait_s=math.inf)
+    names = [f"r{number}" for number in range(10)]
+    world.turn(*(Submit(name, (5,), SamplingParams(), timeout_s=timeout_s) for name in names))
+    send = world.coordinator._reply
+
+    def slowly(client, message):
+        world.now += 0.015  # what the end of each of them takes
+        send(client, message)
+
+    world.coordinator._reply = slowly
+    world.now, world.lost = 1.0, [] if timeout_s else [(b"client", "went")]
+    ended = []
+    for _ in range(4):
+        log = world.turn()
+        world.lost = []
+        ended += [m.request_id for m in log if isinstance(m, Finished)]
+    assert ended == names
+    assert world.turn() == [("poll", 10.0)]  # for the step that runs still
+
+
 def test_more_prompt_tokens_than_may_wait_are_rejected(world):
     long = [Submit(name, (5,) * 40, SamplingParams(max_tokens=9)) for name in "abcd"]
     log = world.turn(*long[:3])
@@ -209,6 +238,31 @@ def test_a_token_that_cannot_be_sampled_ends_its_request_and_says_who_is_to_blam
     (finished,) = world.turn(result=StepResult(0, (0,), failures=(failure,)))[1:]
     assert (finished.reason, finished.message) == (FinishReason.ERROR, "too complex")
     assert finished.is_invalid == is_invalid
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (StepResult(7, (1,)), "answered step 7 out of order"),
+        (StepResult(0, ()), "step 0 yielded 0 tokens for 1 requests"),
+        (StepResult(0, (99,)), "step 0 yielded token 99 of a vocabulary of 99"),
+        (StepResult(0, (-1,)), "token -1 of"),
+        (StepResult(0, (2**63,)), f"token {2**63} of"),
+        (StepResult(0, (1,), logprobs=(None, None)), "2 log probabilities for 1 requests"),
+        (StepResult(0, (1,), embeddings=(b"",)), "1 embeddings for 0 requests"),
+        (StepResult(0, (1,), failures=(SamplingFailure(1, ""),)), "failures of request 1 of 1"),
+        (StepResult(0, (1,), scored=(ScoredPrompt(3, 1, ()),)), "prompts of request 3 of 1"),
+        (StepResult(0, (1,), ahead_s=math.inf), "step 0 took it inf s, the limit is 10 s"),
+        (CopyResult(5, 0, 0.1), "rank 0 reported copy 5, which it was not asked for"),
+    ],
+)
+def test_a_result_that_cannot_be_loses_its_ranks_and_leaves_the_request(world, result, reason):
+    world.turn(submit(max_tokens=9))
+    with pytest.raises(WorkersLostError, match=reason):
+        world.turn(result=result)
+    world.log.clear()
+    world.coordinator.announce_restart(1.0, reason)
+    assert world.log == [Restarting(1.0, reason, suspects=("r",))]
 
 
 def test_max_tokens_beyond_the_context_is_refused_with_both_numbers(world):

@@ -25,9 +25,9 @@ def test_the_earliest_deadline_comes_first():
     )
     added(requests, "without a limit")
     assert requests.next_deadline() == 3.0
-    assert requests.take_overdue(2.9) == []
-    assert requests.take_overdue(5.0) == [early, middle, too]
-    assert requests.take_overdue(5.0) == []
+    assert [*requests.take_overdue(2.9)] == []
+    assert [*requests.take_overdue(5.0)] == [early, middle, too]
+    assert [*requests.take_overdue(5.0)] == []
     assert requests.next_deadline() == 9.0
 
 
@@ -38,7 +38,7 @@ def test_what_has_ended_is_not_overdue():
     assert requests.next_deadline() == 2.0
     again = added(requests, "a", 3.0)  # the same id, another request
     assert first not in requests
-    assert requests.take_overdue(9.0) == [second, again]
+    assert [*requests.take_overdue(9.0)] == [second, again]
 
 
 def test_ended_requests_with_long_limits_are_forgotten():
@@ -47,7 +47,7 @@ def test_ended_requests_with_long_limits_are_forgotten():
     for i in range(10_000):
         requests.remove(added(requests, f"r{i}", 1e6 + i))
     assert len(requests._deadlines) < 100
-    assert requests.take_overdue(2e9) == [first]
+    assert [*requests.take_overdue(2e9)] == [first]
 
 
 def test_requests_are_found_by_their_client_until_they_end():
