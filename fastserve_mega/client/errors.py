@@ -37,7 +37,7 @@ class ServerError(ClientError):
 
 
 class SentAgainError(ServerError):
-    """The same request was sent again, and goes on there."""
+    """Says that the same request was sent again, and goes on there."""
 
 
 class ServerUnavailableError(ClientError, ConnectionError):

@@ -69,7 +69,7 @@ class AnswerSoFar:
 
     @property
     def embedding(self) -> bytes:
-        """Of the prompt, when asked for and once the token is here: 32-bit floats, little-endian.
+        """That of the prompt, if asked for, once the token is here: 32-bit floats, little-endian.
 
         `array.array("f", generation.embedding)` has the numbers.
         """
@@ -125,7 +125,7 @@ class AsyncGeneration(AnswerSoFar):
         self._cancel(self._state)
 
     async def aclose(self) -> None:
-        """The same as `cancel`, for `contextlib.aclosing`."""
+        """Cancel, for `contextlib.aclosing`."""
         self.cancel()
 
     def __del__(self) -> None:

@@ -31,8 +31,8 @@ from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.types import BlockHash, FinishReason, RequestId
 
 _LISTEN_S = 0.02
-"""Of a turn, for what clients send, and twice that until what they left behind has ended; the rest
-of it waits for the next turn."""
+"""So long a turn reads what clients send, and twice that until what they left behind has ended; the
+rest waits for the next turn."""
 
 
 class Coordinator:

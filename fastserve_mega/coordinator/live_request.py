@@ -94,7 +94,7 @@ class LiveRequest:
     scored: list[PromptLogprobs] = field(default_factory=list)
     """What its client was told of its prompt."""
     embedding: bytes = b""
-    """Of its prompt, once it has its token, if it asks for that."""
+    """What its prompt is embedded as, once it has its token; empty unless it asks for that."""
     away: tuple[float, bool] | None = None
     """While it is preempted: since when, and whether its KV is in host memory."""
     interruptions: list[Interruption] = field(default_factory=list)
@@ -231,7 +231,7 @@ class LiveRequests:
         """A heap; the number makes entries comparable."""
         self._numbers = itertools.count()
         self.num_prompt_tokens = 0
-        """Of all of them together."""
+        """How many tokens the prompts of all of them have together."""
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 _MEMORY_S = 60.0
-"""Of waiting, over which the rate is taken."""
+"""The rate is taken over so much waiting."""
 _FEW_STARTS = 16
 """So many requests have to have started while others waited before their rate is believed."""
 _BURST_SHARE = 0.1

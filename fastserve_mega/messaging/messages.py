@@ -111,7 +111,7 @@ class Tokens(_Answer, frozen=True):
     """One for each token when the request asks for them, else empty. None for a token that the
     client must have received before it submitted the request to this coordinator."""
     embedding: bytes = b""
-    """Of the prompt when the request asks for it, else empty: numbers of 32 bits, little-endian."""
+    """That of the prompt when the request asks for it, else empty: 32-bit floats, little-endian."""
 
 
 class PromptLogprobs(_Answer, frozen=True):

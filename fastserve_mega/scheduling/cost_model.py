@@ -82,8 +82,8 @@ class Profile(Record, frozen=True):
     first: tuple[FirstPoint, ...] = ()
     """A CPU's matrix products are compiled for each number of rows when it first occurs."""
     pipelined: Profile | None = None
-    """The same steps with one in each pipeline stage: seconds from result to result. All other
-    times are from dispatch to result of a step alone. None with one stage."""
+    """What the same steps take with one in each pipeline stage: seconds from result to result. All
+    other times are from dispatch to result of a step alone. None with one stage."""
 
     def __post_init__(self) -> None:
         if not self.prefill or not self.decode:

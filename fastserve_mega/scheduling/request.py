@@ -154,11 +154,11 @@ class ClientShare:
     step: int = -1
     """The last step that looked at a request of it."""
     places_left: int = 0
-    """Of its share of that step."""
+    """Places of its share of that step that are left."""
     tokens: int = 0
     """That it was given of its share of that step."""
     tokens_left: int = 0
-    """Of its share of that step; below 0 when its first request there took more."""
+    """Tokens of its share that are left; below 0 when its first request there took more."""
     is_spent: bool = False
     """Nothing is left of its share of that step."""
 

@@ -42,7 +42,7 @@ class ChatChoice:
         self._parser = parser
         self._new_call_id = new_call_id
         self._arguments: str | None = None
-        """Of the last call so far; None before the first."""
+        """What the last call has so far; None before the first call."""
 
     def whole(self, chunk: Chunk, reason: str) -> Json:
         content = reasoning = ""

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from fastserve_mega.server.protocol import Neutral, Strict, short
 
 MAX_MESSAGES = 4096
-"""Of a conversation; the template takes some 30 microseconds for each."""
+"""A conversation has no more; the template takes some 30 microseconds for each."""
 _OTHER_MEDIA = {"image": "images", "audio": "recordings", "video": "videos", "file": "files"}
 """What a part's type may name, and how that is called."""
 _UNSUPPORTED_MESSAGE: Neutral = {
@@ -75,7 +75,7 @@ class ToolCall(Strict):
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
-    """Of the call in its answer: clients that put a stream together send it back."""
+    """Which call of its answer it was: clients that put a stream together send it back."""
 
 
 class ChatMessage(Strict):

@@ -99,7 +99,7 @@ class CompletionChoice:
     """The prompt's text, where the answer is to begin with it."""
     logprobs: Callable[[Chunk], Json | None]
     prompt_logprobs: Callable[[], Json | None]
-    """Of the prompt, where they are asked for; to be called first."""
+    """Tells those of the prompt, where they are asked for; to be called first."""
 
     def whole(self, chunk: Chunk, reason: str) -> Json:
         of_prompt = self.prompt_logprobs()

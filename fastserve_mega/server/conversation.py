@@ -132,7 +132,7 @@ class Conversations:
         )
 
     def _variables(self, body: ChatRequest) -> Mapping[str, Any]:
-        """Of the template, as the request sets them; the more exact way of asking wins."""
+        """Return the template's, as the request sets them; the more exact way of asking wins."""
         try:
             effort = body.reasoning_effort
             of_effort = self._dialect.effort_variables(effort) if effort else {}

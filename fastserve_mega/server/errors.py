@@ -73,7 +73,7 @@ class ApiError(Exception):
 
     @property
     def anthropic_body(self) -> dict[str, Any]:
-        """The same in Anthropic's shape: `{"type": "error", "error": {"type", "message"}}`."""
+        """The error in Anthropic's shape: `{"type": "error", "error": {"type", "message"}}`."""
         kind = _ANTHROPIC_KINDS.get(self.status, "api_error")
         return {"type": "error", "error": {"type": kind, "message": str(self)}}
 

@@ -56,7 +56,7 @@ class SyntheticLengths(Record, frozen=True, kw_only=True):
     """Drawn once, always the same; what a file would have."""
 
     def draw(self) -> Lengths:
-        """The same rows each time."""
+        """Draw the rows, the same each time."""
         random = np.random.default_rng(0)
         columns = [each.draw(random, self.rows) for each in (self.prompt, self.output)]
         return np.stack(columns, axis=1)

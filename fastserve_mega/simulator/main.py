@@ -49,14 +49,14 @@ def simulate(
 
 
 def with_policy(config: SimulationConfig, policy: str) -> SimulationConfig:
-    """The same simulation under another policy."""
+    """Return the same simulation under another policy."""
     deployment = config.deployment
     scheduler = replace(deployment.scheduler, policy=policy)
     return replace(config, deployment=replace(deployment, scheduler=scheduler))
 
 
 def with_rate(config: SimulationConfig, rate: float | None) -> SimulationConfig:
-    """The same simulation at another rate."""
+    """Return the same simulation at another rate."""
     return replace(config, workload=replace(config.workload, rate=rate))
 
 

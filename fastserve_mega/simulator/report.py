@@ -71,7 +71,7 @@ class Report:
     goodput: float
     """Share of the measured requests that met the SLO."""
     paper_goodputs: tuple[float, ...]
-    """The same for each of `PAPER_SLOS`."""
+    """Share of them that met each of `PAPER_SLOS`."""
     play: float
     """Share of the measured requests none of whose tokens came later than the SLO's TTFT after the
     arrival, and its TPOT more for each token before it."""

@@ -25,7 +25,7 @@ class ApiKey(Record, frozen=True, kw_only=True):
     name: str
     """What metrics and the scheduler call its owner."""
     sha256: str
-    """Of the secret, in hexadecimal. A secret is 256 random bits, so nothing slower is needed."""
+    """Hash of the secret, in hexadecimal; a slower one is not needed for 256 random bits."""
     weight: Weight = 1.0
     """Its share of the server, in proportion to the weights of the others."""
     requests_per_minute: PositiveInt | None = None

@@ -29,7 +29,7 @@ class ModelConfig(Record, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """auto: bfloat16 where the hardware computes in it, else float32."""
     quantization: Literal["none", "fp8", "int8"] = "none"
-    """Of the weights of linear layers (not of embeddings, norms, routers and the output layer):
+    """How linear layers keep their weights (not embeddings, norms, routers and the output layer):
     fp8 is 8 bits (e4m3) with a scale for each output, read from a checkpoint in fp8 or made while
     others are loaded, and products in 8 bits on GPUs that have them; none is dtype, which a
     checkpoint in fp8 becomes as well (docs/checkpoints.md). int8 is for the native step on CPUs,
@@ -137,9 +137,10 @@ class KvCacheConfig(Record, frozen=True, kw_only=True):
     block_size: PositiveInt = 16
     """Tokens in a block."""
     dtype: Literal["auto", "fp8"] = "auto"
-    """Of keys and values: auto is that of the model; fp8 is 8 bits (e4m3) with a scale for each
-    token and head, so that nearly twice the tokens fit on device and host, and half the bytes move
-    between them (docs/memory.md). On a CPU torch computes with it, not the native step."""
+    """Precision of keys and values: auto is that of the model; fp8 is 8 bits (e4m3) with a scale
+    for each token and head, so that nearly twice the tokens fit on device and host, and half the
+    bytes move between them (docs/memory.md). On a CPU torch computes with it, not the native
+    step."""
     device_blocks: Annotated[int, Meta(ge=2, description="block 0 is the null block")] | None = None
     """Blocks on the device, the null block included; None sizes the pool by memory."""
     device_memory_gb: PositiveFloat | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastserve_mega.system.config import CoordinatorConfig
 
 _KEY_CHARACTERS = 40
-"""Of a CURVE key in Z85."""
+"""A CURVE key in Z85 has so many."""
 
 
 @dataclass(frozen=True, slots=True)

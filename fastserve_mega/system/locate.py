@@ -26,7 +26,7 @@ Download = Callable[..., str]
 def resolve_model(
     model: ModelConfig, *, weights: bool, download: Download | None = None
 ) -> ModelConfig:
-    """The same model with the path of a local directory; done once, when a process starts.
+    """Return the model with the path of a local directory; done once, when a process starts.
 
     A name like `Qwen/Qwen2.5-0.5B` that is no directory is looked up in the cache of
     huggingface_hub. What is there in whole is used as it is, without a look at the network; else

@@ -14,11 +14,11 @@ VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
 CPU_POOL_GB = 1.0
 """GiB of a rank's KV pool on a CPU, where it shares the memory with everything else."""
 _WEIGHT_SCALE_BYTES = 4
-"""Of the scale that an output of a quantized weight has."""
+"""What the scale takes that an output of a quantized weight has."""
 _BYTE_WEIGHT_BYTES = 1 + 4 / 64
-"""Of an int8 weight, of which 64 share a scale."""
+"""What an int8 weight takes, of which 64 share a scale."""
 _KV_SCALE_BYTES = 2
-"""Of the scale that a head's quantized key or value of a token has."""
+"""What the scale takes that a head's quantized key or value of a token has."""
 _HIDDEN_COPIES = 8
 """Activations of a layer that live at once, in hidden sizes: residual, normed, query, key, value,
 attention output, and two of the allocator's leftovers."""

@@ -34,8 +34,8 @@ _ASCII_CLASSES = {"d": "[[:digit:]]", "w": "[[:word:]]", "s": "[[:space:]]"}
 _FORMATS = frozenset(
     {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
 )
-"""Of strings, which llguidance holds the output to. Any other is an annotation, as the standard
-has it: pydantic writes `password`, `binary` and `path`."""
+"""Strings of these formats llguidance holds the output to. Any other is an annotation, as the
+standard has it: pydantic writes `password`, `binary` and `path`."""
 _LIMITS = {
     "max_items_in_row": 2 * MAX_CHOICES,
     "initial_lexer_fuel": 1_000_000,

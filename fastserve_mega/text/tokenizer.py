@@ -174,7 +174,7 @@ def _add_special_tokens(backend: Backend, settings: Mapping[str, Any]) -> None:
 
 
 def _convert(directory: Path) -> Backend:
-    """Of a directory that has a tokenizer in another form, such as SentencePiece's."""
+    """Convert the tokenizer of a directory that has it in another form, such as SentencePiece's."""
     try:
         from transformers import AutoTokenizer
     except ImportError:

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 LARGEST_FLOAT8 = 448.0
-"""Of float8_e4m3fn, which has no infinity: what is larger becomes NaN."""
+"""The largest number of float8_e4m3fn, which has no infinity: what is larger becomes NaN."""
 LEAST_SCALED = 1e-30
 """Keeps the scale of a row of zeros from being 0."""
 _TILE = 16
 """The sizes of a weight that torch multiplies in 8 bits are multiples of this."""
 FIRST_FLOAT8_CAPABILITY = (8, 9)
-"""Of CUDA devices that compute in 8 bits: Ada and Hopper."""
+"""CUDA devices compute in 8 bits from this one on: Ada and Hopper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Float8Rows:
     scales: Tensor
     """[rows] in float32, by which the values are to be multiplied."""
     dtype: torch.dtype
-    """Of what it stands for, and of products with it."""
+    """Precision of what it stands for, and of products with it."""
 
 
 def quantize_rows(x: Tensor) -> Float8Rows:

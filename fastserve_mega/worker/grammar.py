@@ -27,14 +27,14 @@ from fastserve_mega.worker.transfer import to_device
 T = TypeVar("T")
 _LONGEST_MESSAGE = 300
 COMPILE_LIMIT_S = 0.75
-"""Of a grammar, from the beginning of its first step; all others of the step wait for it. What
-llguidance limits is counted in other units, and not all of it is counted."""
+"""A grammar has so long from the beginning of its first step; all others of the step wait for it.
+What llguidance limits is counted in other units, and not all of it is counted."""
 MASK_LIMIT_S = 0.25
 """CPU time for the allowed tokens of one step, in which all others wait. A request that has taken
 more ends, so that it does so once."""
 _STACK_BYTES = 256 * 2**20
-"""Of a thread that compiles. 65,536 characters of definitions that refer to each other need up to
-30 MiB; who compiles them on a usual stack of 8 MiB takes the rank down."""
+"""A thread that compiles has so much stack. 65,536 characters of definitions that refer to each
+other need up to 30 MiB; who compiles them on a usual stack of 8 MiB takes the rank down."""
 _FOLLOW_LIMIT_S = 0.001
 """More for each token that is followed, of which there are many after a restart."""
 _MOST_OVERDUE = 4

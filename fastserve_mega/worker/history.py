@@ -69,7 +69,7 @@ class TokenHistory:
         """Empty where nothing depends on it."""
         self.output = list(output)
         self.compilation: Compilation | None = None
-        """Of its grammar, which knows where in it the output stands; the sampler's."""
+        """Its compiled grammar, which knows where in it the output stands; the sampler's."""
         self.counts = TokenCounts(prompt)
         self.counts.add(output)
 

@@ -78,7 +78,7 @@ class PromptScores:
         )
 
     def _all_rows(self) -> Iterator[tuple[int, int, int]]:
-        """Of each row the index of its sequence, the token that follows it, and how many tops."""
+        """Yield each row's index of its sequence, the token that follows it, and how many tops."""
         for index, sequence in self._asking:
             assert sequence.history is not None
             first = sequence.start + 1

@@ -142,7 +142,7 @@ class LaunchedStep:
 
     step: Launched
     rows: Sequence[int]
-    """Of the step, of the sequences that the command asks for."""
+    """Where in the step the sequences stand that the command asks for."""
     ahead_s: float = 0.0
     """How long the device had computed it when the command came."""
 

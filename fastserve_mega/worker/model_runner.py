@@ -84,7 +84,7 @@ class StepOutput:
     failures: tuple[SamplingFailure, ...] = ()
     """Sequences that got no token."""
     scored: tuple[ScoredPrompt, ...] = ()
-    """Of the sequences that ask for the probabilities of their prompts."""
+    """What the sequences are told that ask for the probabilities of their prompts."""
     embeddings: tuple[bytes, ...] = ()
     """One for each sequence with `embeds`, in order, as in `Tokens`."""
 

@@ -52,18 +52,18 @@ class StepShape:
     rows: int
     sequences: int
     blocks: int
-    """Of the longest block table."""
+    """Blocks of the longest block table."""
     fresh_blocks: int
     samples: int
 
     @classmethod
     def of_decodes(cls, sequences: int, blocks: int) -> StepShape:
-        """Of a step in which each sequence has one new token that is sampled."""
+        """Return that of a step in which each sequence has one new token that is sampled."""
         return cls(sequences, sequences, blocks, sequences, sequences)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the arrays of a step, in the order in which they are packed."""
+        """How many numbers each array of a step has, in the order in which they are packed."""
         rows, sequences = self.rows, self.sequences
         table = sequences * self.blocks
         return (rows, rows, rows, table, sequences, sequences + 1, self.fresh_blocks, self.samples)

@@ -18,7 +18,7 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
 
 
 def copy_to_device(host: Tensor, target: Tensor) -> None:
-    """The same into a tensor that is there already."""
+    """Copy into a tensor of the device that is there already."""
     if target.device.type == "cuda":
         host = host.pin_memory()
     target.copy_(host, non_blocking=True)

@@ -53,13 +53,13 @@ class FairShare:
         others."""
         self._step = 0
         self._rests: list[tuple[int, Iterator[Request]]] = []
-        """Of the walks of this step: those over their client's share that were not reached, with
-        the number of their clients."""
+        """What the walks of this step did not reach: requests over their client's share, with the
+        number of their clients."""
         self._walks = 0
-        """Of this step."""
+        """How many walks this step has begun."""
         self._whole_walks = 0
-        """Of this step; of the others, which ended among the requests within their shares, nothing
-        is known of the rest."""
+        """How many of them came to the end; the others ended among the requests within their
+        shares, and know nothing of the rest."""
 
     @property
     def keeps_order(self) -> bool:

@@ -132,7 +132,7 @@ class Reclaimer:
         self._held: list[tuple[Request, int]] = []
         """Requests that come back from the host soon, and the blocks that takes."""
         self._held_ranks: list[tuple[Any, int, Request]] | None = None
-        """The same with their ranks, once somebody has asked in this step."""
+        """What `_held` has, with ranks, once somebody has asked in this step."""
 
     def begin_step(self, step_id: int, now: float) -> None:
         """Forget what was found out for the step before."""

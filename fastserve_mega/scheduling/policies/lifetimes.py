@@ -20,7 +20,8 @@ _FIRST_GUESS_TOKENS = 128.0
 _DOUBT = 2.0
 """Ends in a bucket below which the mean of all buckets outweighs what was seen there."""
 _DOUBT_OF_PART = 8.0
-"""The same for a part of the answers, which goes by the answers that it is a part of."""
+"""Ends in a bucket of a part of the answers below which the whole that it is a part of outweighs
+them."""
 _PROMPT_KINDS = 20
 """Prompts are told apart by powers of two."""
 _HINT_KINDS = 40

@@ -193,7 +193,7 @@ def forwards(queue: list[T], start: int = 0, end: int | None = None) -> Iterator
 
 
 def backwards(queue: list[T]) -> Iterator[list[T]]:
-    """The same from its end."""
+    """Yield the pieces of a queue from its end, each of them backwards."""
     end = len(queue)
     while end > 0:
         yield queue[max(end - _PIECE, 0) : end][::-1]

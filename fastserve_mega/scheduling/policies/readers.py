@@ -21,12 +21,13 @@ from fastserve_mega.system.config import SchedulerConfig
 _GAP_S = 0.3
 """Longest planned pause of an answer whose KV is on the device."""
 _GAP_AWAY_S = 1.25
-"""The same on the host: it costs two copies, so a turn should yield many tokens."""
+"""Longest planned pause of one on the host: it costs two copies, so a turn should yield many
+tokens."""
 _GAP_GIVEN_UP_S = 5.0
-"""The same for an answer that was given up."""
+"""Longest planned pause of an answer that was given up."""
 _WITHIN_TPOT = 0.85
-"""Of `tpot_s`, what the slowest reader takes for a token: a mean that is just kept is missed by
-whoever is a little late."""
+"""The slowest reader takes this share of `tpot_s` for a token: a mean that is just kept is missed
+by whoever is a little late."""
 _BEHIND = 4 / 3
 """A reader waits when its last token was due so long ago, in times of `tpot_s`."""
 _TYPICAL_CONTEXT = 256
@@ -51,11 +52,11 @@ class Reader:
     due_s: float
     """When the token after the first `num_tokens` is wanted; those after it follow at the pace."""
     num_tokens: int
-    """Of prompt and answer."""
+    """Tokens of prompt and answer."""
     bucket: int
-    """Of the tokens so far, in `EDGES`."""
+    """Where the number of tokens so far lies in `EDGES`."""
     lifetimes: Lifetimes
-    """Of answers like this one."""
+    """How long answers like this one go on."""
     work_s: float = 0.0
     """Expected rest of its service when that was last looked at, seconds of the whole batch."""
     attained_s: float = 0.0

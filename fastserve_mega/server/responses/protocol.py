@@ -14,7 +14,7 @@ from fastserve_mega.server.structured import JsonObjectFormat, NamedSchema, Text
 from fastserve_mega.server.tools.protocol import MAX_TOOLS
 
 Message = dict[str, Any]
-"""Of a chat completion."""
+"""A message of a chat completion."""
 _UNSUPPORTED: Neutral = {
     "background": (False,),
     "context_management": (),

@@ -31,7 +31,7 @@ class Qwen3CoderParser:
         self._text = ""
         """Not told yet."""
         self._name: str | None = None
-        """Of the call that is being read."""
+        """Which function the call that is being read names."""
         self._in_call = False
         self._num_arguments = 0
         self._calls = 0

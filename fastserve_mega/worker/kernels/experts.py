@@ -12,7 +12,7 @@ from torch import Tensor
 from fastserve_mega.worker.kernels import launching
 
 _ROWS, _COLUMNS, _DEPTH = 16, 64, 64
-"""Of a program's tile: choices, outputs, and inputs at a time."""
+"""A program's tile has so many choices, outputs, and inputs at a time."""
 
 
 @triton.jit

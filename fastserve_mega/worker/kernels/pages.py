@@ -22,7 +22,7 @@ class Pages:
     data: Tensor
     """All of it, in the type of the keys and values."""
     scales: Tensor
-    """The same memory as bfloat16 where keys and values have 8 bits, else `data` again."""
+    """That memory as bfloat16 where keys and values have 8 bits, else `data` again."""
     block_size: int
     page_size: int
     """Elements of `data` from one page to the next."""
@@ -62,7 +62,7 @@ class Turns:
     frequencies: Tensor
     """[head_dim / 2] radians per position, float32."""
     factor: float
-    """Of cosines and sines."""
+    """Cosines and sines are multiplied by it."""
 
 
 @triton.jit

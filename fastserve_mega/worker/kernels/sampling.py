@@ -22,7 +22,7 @@ _COLUMNS = 4096
 
 @triton.jit
 def _weight(logits, token, real, largest, temperature, floor):
-    """Of tokens that have passed the filters so far: those whose weight is not below the floor."""
+    """Weigh tokens that passed the filters so far: 0 for those whose weight is below the floor."""
     value = tl.load(logits + token, mask=real, other=float("-inf")).to(tl.float32)
     weight = tl.exp((value - largest) / temperature)
     return tl.where(real & (weight >= floor), weight, 0.0)

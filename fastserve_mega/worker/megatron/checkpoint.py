@@ -31,7 +31,8 @@ _FUSED_EXPERTS = ".experts.gate_up_proj"
 _CONSTANTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names of tensors that follow from config.json: angles and masks."""
 _SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".k_scale", ".v_scale")
-"""Of scales: a weight is read with its own, and what is multiplied or cached is scaled as it is."""
+"""Ends of names of scales: a weight is read with its own, and what is multiplied or cached is
+scaled as it is."""
 _log = logging.getLogger(__name__)
 
 Report = Callable[[int], None]

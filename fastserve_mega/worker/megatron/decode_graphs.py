@@ -23,7 +23,7 @@ _FINE, _COARSE = 8, 16
 """Between numbers of sequences that are recorded, up to 64 and beyond."""
 
 Compute = Callable[[StepBatch, Tensor | None], Tensor]
-"""Of a step and what the stage before hands over: the work on the device."""
+"""Does the work of a step on the device, with what the stage before hands over."""
 Results = tuple[Tensor, Tensor | None]
 """What a step computes, and what was drawn of it where that is logits."""
 

@@ -25,7 +25,7 @@ from fastserve_mega.worker.sampler import Draw
 _MAX_HEAD_DIM = 512
 _MAX_KERNEL_HEAD_DIM = 256
 _FIRST_KERNEL_CAPABILITY = (8, 0)
-"""Of CUDA devices for which Triton multiplies in bfloat16: Ampere."""
+"""Triton multiplies in bfloat16 for CUDA devices from this one on: Ampere."""
 _LONGEST_REASON = 200
 _READ_AHEAD_BYTES = 64
 """The kernels read that much behind the keys of a head."""

@@ -67,7 +67,7 @@ class StoredTensor:
         return _DTYPES[self.kind]
 
     def as_table(self) -> StoredTensor:
-        """The same values with two axes at most."""
+        """Return the same values with two axes at most."""
         if len(self.shape) <= 2:
             return self
         shape = (math.prod(self.shape[:-1]), self.shape[-1])

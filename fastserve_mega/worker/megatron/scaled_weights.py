@@ -16,7 +16,7 @@ from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
 _SCALES = ("_scale", "_scale_inv")
 """Ends of the names of scales, behind that of their weight."""
 _ELEMENTS_AT_ONCE = 2**22
-"""Of a weight, on its way from one precision to another."""
+"""So much of a weight is on its way from one precision to another."""
 
 
 class ScaledWeights:

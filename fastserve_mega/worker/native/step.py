@@ -57,7 +57,7 @@ class StepArrays:
             for row in range(sequence.scored)
         ]
         self.scored = len(scored)
-        """Of the rows whose logits are computed, the first so many tell of prompts."""
+        """So many of the rows whose logits are computed, the first ones, tell of prompts."""
         lists["sample_rows"] = scored + lists["sample_rows"]
         self.samples = len(lists["sample_rows"])
         self._numbers = np.array([n for name in _ARRAYS for n in lists[name]], dtype=np.int32)
