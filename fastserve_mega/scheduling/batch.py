@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.clients.fair_share import FairShare
-from fastserve_mega.scheduling.kv.admission import Admission
+from fastserve_mega.scheduling.kv.admission import MemoryOutcome
 from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import UNDER_WAY, KvState, Place, Request, RequestStatus
@@ -195,8 +195,8 @@ class BatchBuilder:
             if self._growth_ended:
                 self._pass_over(request)
                 return False
-            admission = self._memory.grow(request, tokens)
-            if admission is Admission.NO_MEMORY:
+            outcome = self._memory.grow(request, tokens)
+            if outcome is MemoryOutcome.NO_MEMORY:
                 self._growth_ended = (
                     self._memory.reclaimer.growth_ended(request) and self._fair_share.keeps_order
                 )
@@ -206,18 +206,18 @@ class BatchBuilder:
             leaves_room = waits and self._fair_share.leaves_room(request)
             if leaves_room and not self._leaving_left:
                 return False
-            admission = self._memory.make_resident(
+            outcome = self._memory.make_resident(
                 request, reserve=len(self.requests), leaves_room=leaves_room
             )
-            if leaves_room and admission is Admission.NOT_STARTED:
+            if leaves_room and outcome is MemoryOutcome.NOT_STARTED:
                 request.num_passed_over += 1
                 self._leaving_left -= 1
                 return False  # others need not wait for it
-        if admission is Admission.NO_MEMORY:
+        if outcome is MemoryOutcome.NO_MEMORY:
             self._pass_over(request)
-        elif admission is Admission.NOT_STARTED:
+        elif outcome is MemoryOutcome.NOT_STARTED:
             self._leave_unstarted(request)
-        return admission is Admission.READY
+        return outcome is MemoryOutcome.READY
 
     def _chunk(self, request: Request, pending: int) -> int:
         """Tokens of a prefill in this step; after one that does not get all, there are none."""

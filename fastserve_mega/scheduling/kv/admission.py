@@ -77,7 +77,7 @@ class KvProjection:
         return requests * peak + margin * math.sqrt(requests / 3) * mean
 
 
-class Admission(Enum):
+class MemoryOutcome(Enum):
     """What became of a request that asked for memory."""
 
     READY = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from fastserve_mega.scheduling.block_hashes import BlockHashes
 from fastserve_mega.scheduling.cost_model import CostModel
-from fastserve_mega.scheduling.kv.admission import Admission, KvProjection, StartedRequests
+from fastserve_mega.scheduling.kv.admission import KvProjection, MemoryOutcome, StartedRequests
 from fastserve_mega.scheduling.kv.copies import Copy
 from fastserve_mega.scheduling.kv.pool import BlockPool, PoolSizes
 from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
@@ -120,7 +120,7 @@ class KvManager:
 
     def make_resident(
         self, request: Request, reserve: int, *, leaves_room: bool = False
-    ) -> Admission:
+    ) -> MemoryOutcome:
         """Admit a request, or bring it back from the host for this very step.
 
         Args:
@@ -131,33 +131,33 @@ class KvManager:
         if request.place is Place.SWAPPED:
             # It may not have quite left.
             if request.kv.num_copies:
-                return Admission.COMING
+                return MemoryOutcome.COMING
             came = self.bring_back(request, reserve, self._step_id)
-            return Admission.READY if came else Admission.NO_MEMORY
+            return MemoryOutcome.READY if came else MemoryOutcome.NO_MEMORY
         if request.kv.block_hashes:
             return self._admit_with_prefix(request, reserve, leaves_room)
         wanted = self._blocks_wanted(request)
         if not self.started.may_start(request, wanted, leaves_room=leaves_room):
-            return Admission.NOT_STARTED
+            return MemoryOutcome.NOT_STARTED
         table = self.reclaimer.take(request, wanted, reserve + self.reclaimer.held_before(request))
         if table is None:
-            return Admission.NO_MEMORY
+            return MemoryOutcome.NO_MEMORY
         self._settle(request, table, RequestStatus.READY)
-        return Admission.READY
+        return MemoryOutcome.READY
 
     def filled(self, request: Request, block_hash: BlockHash) -> None:
         """Take in the hash of a block that a new token filled."""
         request.kv.block_hashes.append(block_hash)
         request.steady_until = 0
 
-    def grow(self, request: Request, tokens: int) -> Admission:
+    def grow(self, request: Request, tokens: int) -> MemoryOutcome:
         """Let a resident request hold `tokens` tokens."""
         missing = -(-tokens // self.block_size) - len(request.kv.block_table)
         added = self.reclaimer.take(request, missing, 0)
         if added is None:
-            return Admission.NO_MEMORY
+            return MemoryOutcome.NO_MEMORY
         request.kv.block_table.extend(added)
-        return Admission.READY
+        return MemoryOutcome.READY
 
     def grow_ahead(self, request: Request) -> None:
         """Give a resident whose blocks this step fills the next one, where all could have one."""
@@ -239,23 +239,25 @@ class KvManager:
 
     # --- within --------------------------------------------------------------------------------
 
-    def _admit_with_prefix(self, request: Request, reserve: int, leaves_room: bool) -> Admission:
+    def _admit_with_prefix(
+        self, request: Request, reserve: int, leaves_room: bool
+    ) -> MemoryOutcome:
         """Take the leading blocks that exist, from the host if need be, and room for the rest."""
         cache = self.prefix_cache
         found = cache.find(request)
         if cache.is_being_computed(request, len(found.table)):
             cache.give_up(found)
-            return Admission.COMING
+            return MemoryOutcome.COMING
         wanted = self._blocks_wanted(request) - len(found.table)
         if not self.started.may_start(request, wanted, leaves_room=leaves_room):
             cache.give_up(found)
-            return Admission.NOT_STARTED
+            return MemoryOutcome.NOT_STARTED
         filled = self._fill(
             request, found.table + [None] * wanted, reserve + self.reclaimer.held_before(request)
         )
         if filled is None:
             self.host.free(found.host_blocks)
-            return Admission.NO_MEMORY
+            return MemoryOutcome.NO_MEMORY
         request.num_computed_tokens = len(found.table) * self.block_size
         is_ahead = self._strategy == "proactive" and bool(found.host_blocks)
         step = None if is_ahead else self._step_id
@@ -264,7 +266,7 @@ class KvManager:
         if found.host_blocks:
             targets = [filled[index] for index, block in enumerate(found.table) if block is None]
             self.swapper.swap_in(request, found.host_blocks, targets, step, found.host_blocks)
-        return Admission.COMING if is_ahead else Admission.READY
+        return MemoryOutcome.COMING if is_ahead else MemoryOutcome.READY
 
     def _fill(self, request: Request, table: list[int | None], reserve: int) -> list[int] | None:
         """Replace each None by a block of its own; None, and all given up, without memory."""
