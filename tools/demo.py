@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import socket
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.launcher import Deployment, LaunchError
+from fastserve_mega.launcher.processes import free_port
 from fastserve_mega.printing import FittedTable, print_sentence
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.config_file import load_config
@@ -154,9 +154,7 @@ async def burst(endpoint: str, policy: str, console: Console) -> Outcome:
 
 
 def run_policy(path: str, given: Sequence[str], policy: str, console: Console) -> Outcome:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
     overrides = [
         *given,
         *SCARCE,
