@@ -26,14 +26,14 @@ LONGEST_CONVERSATION = (1024, 1024)
 
 
 def long_prompts(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """Documents of 12,000 tokens on average (lognormal, cv 1.5), answers of 340 (cv 0.6)."""
+    """Draw documents of 12,000 tokens on average (lognormal, cv 1.5), answers of 340 (cv 0.6)."""
     prompts = Lognormal(mean=12_000, cv=1.5).draw(random, count)
     outputs = Lognormal(mean=340, cv=0.6).draw(random, count)
     return _specs(_poisson(random, count), np.minimum(prompts, LONGEST_PROMPT), outputs)
 
 
 def prompt_bursts(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """Bursts of 256 prompts of about 2,000 tokens (cv 0.5), each answered with 28.
+    """Draw bursts of 256 prompts of about 2,000 tokens (cv 0.5), each answered with 28.
 
     There is one burst in each time in which 256 requests come on average, anywhere in it.
     """
@@ -45,7 +45,7 @@ def prompt_bursts(random: np.random.Generator, count: int) -> list[RequestSpec]:
 
 
 def bimodal(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """Nine answers of about 40 tokens to one of about 1,000, behind prompts of 128."""
+    """Draw nine answers of about 40 tokens to one of about 1,000, behind prompts of 128."""
     short = Lognormal(mean=40, cv=0.5).draw(random, count)
     long = Lognormal(mean=1000, cv=0.3).draw(random, count)
     outputs = np.where(_one_in(10, random, count), np.minimum(long, 1800), short)
@@ -53,7 +53,7 @@ def bimodal(random: np.random.Generator, count: int) -> list[RequestSpec]:
 
 
 def flood(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """One client's 19 short requests (64 in, 16 out) for each long one (512, 1,000) of another."""
+    """Draw one client's 19 short requests (64 in, 16 out) to another's long one (512, 1,000)."""
     is_long = _one_in(20, random, count)
     return _specs(
         _poisson(random, count),
@@ -64,7 +64,7 @@ def flood(random: np.random.Generator, count: int) -> list[RequestSpec]:
 
 
 def burst_flood(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """One client's conversations, one request in five, beside another's, in bursts of 256.
+    """Draw a client's conversations, one request in five, beside another's, in bursts of 256.
 
     The lengths of both are like ShareGPT's.
     """
@@ -81,19 +81,19 @@ def burst_flood(random: np.random.Generator, count: int) -> list[RequestSpec]:
 
 
 def one_long_answer(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """One answer of 32,768 tokens beside short ones of about 128; it comes as the third tenth."""
+    """Draw one answer of 32,768 tokens, after three tenths of short ones of about 128."""
     outputs = Lognormal(mean=128, cv=0.5).draw(random, count)
     outputs[count * 3 // 10] = LONGEST_ANSWER
     return _specs(_poisson(random, count), np.full(count, 128), outputs)
 
 
 def conversations(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """Lengths like ShareGPT's, at most 1,024 tokens each of prompt and answer."""
+    """Draw lengths like ShareGPT's, at most 1,024 tokens each of prompt and answer."""
     return _specs(_poisson(random, count), *_conversation_lengths(random, count))
 
 
 def priorities(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """Lengths like ShareGPT's: one in four urgent (priority 0), the others background work (4)."""
+    """Draw lengths like ShareGPT's: one in four urgent (priority 0), the others of priority 4."""
     is_urgent = _one_in(4, random, count)
     return _specs(
         _poisson(random, count),
@@ -123,7 +123,7 @@ class OfLengths:
 
 
 def rag_and_chat(random: np.random.Generator, count: int) -> list[RequestSpec]:
-    """Three documents of about 8,000 tokens (200 out) to seven chats (100 in, 300 out)."""
+    """Draw three documents of about 8,000 tokens (200 out) to seven chats (100 in, 300 out)."""
     documents = random.random(count) < 0.3
     prompts = np.where(
         documents,

@@ -66,7 +66,7 @@ def arguments_of(config_path: str, sets: Sequence[str]) -> list[str]:
 
 
 async def send_all(endpoint: str, specs: Sequence[RequestSpec]) -> ClientRun:
-    """All requests, each at its time."""
+    """Send all requests, each at its time."""
     numbers = random.Random(0)
     async with AsyncClient(endpoint) as client:
         vocab_size = (await client.info()).vocab_size
@@ -86,7 +86,7 @@ async def send_all(endpoint: str, specs: Sequence[RequestSpec]) -> ClientRun:
 
 
 async def _delivery_s(client: AsyncClient) -> float:
-    """Mean time of a ping while tokens stream to the client, as they will in the run."""
+    """Measure the mean time of a ping while tokens stream to the client, as in the run."""
     params = SamplingParams(max_tokens=_CALIBRATION_TOKENS, temperature=0.0, ignore_eos=True)
     answers = [await client.submit([1], params) for _ in range(_CALIBRATION_REQUESTS)]
     streams = asyncio.gather(*(answer.wait() for answer in answers))

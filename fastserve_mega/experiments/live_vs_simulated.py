@@ -82,7 +82,7 @@ def drain_rate(
 def compare(
     live: Sequence[RequestRecord], simulated: Sequence[RequestRecord]
 ) -> tuple[Comparison, ...]:
-    """Mean and P95 of both latencies."""
+    """Return mean and P95 of both latencies."""
     metrics: dict[str, Callable[[RequestRecord], float]] = {
         "TTFT": lambda record: record.ttft_s,
         "JCT": lambda record: record.jct_s,
@@ -103,7 +103,7 @@ def compare(
 
 
 def step_times(calls: Sequence[StepCall], engine: ProfiledEngine) -> tuple[StepTimes, ...]:
-    """All steps together, by kind: as they ran, and as a fresh engine model has them."""
+    """Sum up the steps by kind: as they ran, and as a fresh engine model has them."""
     work = {
         call.plan.step_id: step_work(call.plan.batch)
         for call in calls
@@ -130,7 +130,7 @@ def render(comparisons: Sequence[Comparison]) -> FittedTable:
 
 
 def draw_specs(options: argparse.Namespace) -> list[RequestSpec]:
-    """Lengths, and Poisson arrivals at one request per second."""
+    """Draw lengths, and Poisson arrivals at one request per second."""
     workload = {
         "source": options.lengths,
         "max_prompt_tokens": options.max_prompt,
@@ -145,7 +145,7 @@ def draw_specs(options: argparse.Namespace) -> list[RequestSpec]:
 def expected_setup(
     config: Config, profile: Profile, specs: Sequence[RequestSpec]
 ) -> SchedulerSetup:
-    """What the live scheduler will be made of, as far as it is known before the ranks are."""
+    """Return what the live scheduler will be made of, as far as is known before the ranks are."""
     tokens = sum(spec.prompt_tokens + spec.output_tokens for spec in specs)
     return SchedulerSetup(
         scheduler=config.scheduler,

@@ -46,7 +46,7 @@ class Recording:
 
     @property
     def specs(self) -> list[RequestSpec]:
-        """The requests, to be simulated."""
+        """Return the requests, to be simulated."""
         return [
             RequestSpec(record.arrival_s, record.prompt_tokens, record.output_tokens)
             for record in self.records
@@ -123,7 +123,7 @@ def simulate_policy(
 
 
 def latencies(records: Sequence[RequestRecord]) -> Latencies:
-    """Mean and percentiles of what the clients of these requests saw."""
+    """Return mean and percentiles of what the clients of these requests saw."""
     return {
         "TTFT": distribution([record.ttft_s for record in records]),
         "JCT": distribution([record.jct_s for record in records]),
@@ -141,7 +141,7 @@ class _Request:
     end_s: float | None = None
 
     def record(self, begin_s: float) -> RequestRecord:
-        """What its client saw, on a clock that began at `begin_s`."""
+        """Return what its client saw, on a clock that began at `begin_s`."""
         times_s, end_s = self.token_times_s, self.end_s
         tokens = len(times_s)
         return RequestRecord(
@@ -187,7 +187,7 @@ class _Reader:
                 self._copies[copy.copy_id] = (copy, call.now)
 
     def recording(self) -> Recording:
-        """What was read."""
+        """Return what was read."""
         ended = [each for each in self._all if each.token_times_s and each.end_s is not None]
         if not ended:
             raise ValueError("no request of the log got a token")

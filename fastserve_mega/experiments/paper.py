@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def paper_table(options: Options) -> list[Line]:
-    """The six rows at mean and at P95 normalized latency <= 0.3 s/token."""
+    """Search the six rows at mean and at P95 normalized latency <= 0.3 s/token."""
     tables = [
         Table(title=f"Maximum rate (requests/s) at {name} normalized latency <= {LIMIT_S} s/token")
         for name in ("mean", "P95")
@@ -152,7 +152,7 @@ def paper_table(options: Options) -> list[Line]:
 
 
 def large_batches(options: Options) -> list[Line]:
-    """OPT-13B, ShareGPT, batches of 64 and 128; the paper has 1.29 and 1.17 times fcfs."""
+    """Search with OPT-13B, ShareGPT, batches of 64 and 128; the paper: 1.29 and 1.17 times fcfs."""
     table = Table(title=f"OPT-13B ShareGPT, larger batches, mean <= {LIMIT_S} s/token")
     add_columns(table, options.policies)
     lines = []
@@ -166,7 +166,7 @@ def large_batches(options: Options) -> list[Line]:
 
 
 def swap_strategies(options: Options) -> list[Line]:
-    """Skip-join under each way to treat the KV of the preempted."""
+    """Search with skip-join under each way to treat the KV of the preempted."""
     policies: tuple[PolicyName, ...] = ("skip_join_mlfq",)
     options = dataclasses.replace(options, policies=policies)
     table = Table(title=f"OPT-13B ShareGPT, swap strategies, mean <= {LIMIT_S} s/token")
@@ -184,7 +184,7 @@ def swap_strategies(options: Options) -> list[Line]:
 
 
 def length_ratios(options: Options) -> list[Line]:
-    """Skip-join against naive MLFQ and fixed priority; the paper has up to 1.87 and 13.9 times."""
+    """Compare skip-join with naive MLFQ and fixed priority (the paper: up to 1.87, 13.9 times)."""
     policies: tuple[PolicyName, ...] = ("skip_join_mlfq", "mlfq", "fixed_priority")
     options = dataclasses.replace(options, policies=policies)
     table = Table(title=f"OPT-13B over input/output length ratios, mean <= {LIMIT_S} s/token")
@@ -223,7 +223,7 @@ MEASURES: dict[str, Measure] = {
 def load(
     name: str, options: Options, *overrides: str, workload: str = "paper-sharegpt"
 ) -> SimulationConfig:
-    """A shipped system, changed by what the command line and the caller say."""
+    """Load a shipped system, changed by what the command line and the caller say."""
     return load_system(name, workload, (*AS_IN_THE_PAPER, *options.overrides, *overrides))
 
 
@@ -234,7 +234,7 @@ def search(
     prompts: Sequence[tuple[float, int]],
     measures: Sequence[str] = ("mean", "P95"),
 ) -> list[Line]:
-    """Maximum rates of all policies and seeds, one line per measure."""
+    """Search the maximum rates of all policies and seeds, one line per measure."""
     lengths = load_lengths(config.workload, options.data)
     if lengths.is_synthetic:
         name += " (stand-in)"
@@ -261,7 +261,7 @@ def search(
 def _crossings(
     runs: RateSearch, measures: tuple[str, ...], start: float, case: tuple[PolicyName, int]
 ) -> list[float]:
-    """The maximum rate of each measure, for a policy and a seed; in a process of its own."""
+    """Find the maximum rate of each measure for a policy and a seed; in a process of its own."""
     policy, seed = case
     return [runs.max_rate(policy, seed, MEASURES[name], LIMIT_S, start) for name in measures]
 

@@ -51,7 +51,7 @@ def add_columns(
     with_paper: bool = False,
     baseline: PolicyName = "fcfs",
 ) -> None:
-    """A column for each policy, and for its ratio to a baseline."""
+    """Add a column for each policy, and for its ratio to a baseline."""
     table.add_column("system", no_wrap=True)
     table.add_column("mean in/out", justify="right")
     for heading in (*policies, f"skip_join_mlfq / {baseline}"):
@@ -69,7 +69,7 @@ def add_line(
     baseline: PolicyName = "fcfs",
     more: Sequence[str] = (),
 ) -> None:
-    """The rates of one system, beside the paper's if it has them."""
+    """Add the rates of one system, beside the paper's if it has them."""
     ratio = "-"
     if {"skip_join_mlfq", baseline} <= set(policies) and line.mean(baseline) > 0:
         ratio = f"{line.mean('skip_join_mlfq') / line.mean(baseline):.2f}"
@@ -82,7 +82,7 @@ def add_line(
 
 
 def print_tables(*tables: Table) -> None:
-    """To the terminal, wide enough for all columns."""
+    """Print to the terminal, wide enough for all columns."""
     console = Console(width=max(Console().width, 180))
     for table in tables:
         console.print(table)

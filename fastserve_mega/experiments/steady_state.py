@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def loads(
     config: SimulationConfig, data: Path | None, policies: Sequence[PolicyName], share: float
 ) -> list[Report]:
-    """All policies at fractions of the saturation rate."""
+    """Simulate all policies at fractions of the saturation rate."""
     lengths = load_lengths(config.workload, data)
     saturation = backlog_rate(config, lengths, num_requests=round(1000 * share))
     reports = []
@@ -89,7 +89,7 @@ def loads(
 def trace(
     config: SimulationConfig, data: Path | None, policies: Sequence[PolicyName], share: float
 ) -> list[Report]:
-    """All policies on a trace, at the speed where fcfs begins to queue."""
+    """Simulate all policies on a trace, at the speed where fcfs begins to queue."""
     workload = config.workload
     workload = replace(
         workload,
@@ -107,7 +107,7 @@ def trace(
 
 
 def queueing_speedup(config: SimulationConfig, lengths: LengthTable) -> float:
-    """How fast the trace is replayed when fcfs begins to queue."""
+    """Find how fast the trace is replayed when fcfs begins to queue."""
     speedup = 1.0
     while speedup < FASTEST:
         busy, light = (_fcfs_ttft_s(config, lengths, speedup * load) for load in (1.0, LIGHT_LOAD))
@@ -137,7 +137,7 @@ def run_policies(
 
 
 def show(reports: Sequence[Report], name: str) -> None:
-    """All figures, and how far each policy is from the oracle."""
+    """Print all figures, and how far each policy is from the oracle."""
     console = Console()
     for view in make_tables(reports, name):
         console.print(view)

@@ -50,7 +50,7 @@ class RateSearch:
     _reports: dict[tuple[PolicyName, float, int], Report] = field(default_factory=dict)
 
     def report(self, policy: PolicyName, rate: float, seed: int) -> Report:
-        """One finite run."""
+        """Simulate one finite run."""
         key = (policy, rate, seed)
         if key not in self._reports:
             config = with_rate(with_policy(self.config, policy), rate)
@@ -64,7 +64,7 @@ class RateSearch:
     def max_rate(
         self, policy: PolicyName, seed: int, measure: Measure, limit: float, start: float
     ) -> float:
-        """Highest rate before `measure` first exceeds `limit`.
+        """Find the highest rate before `measure` first exceeds `limit`.
 
         Rates grow by a quarter from `start` until they cross the limit; the crossing is then
         bisected, and interpolated linearly in what remains.

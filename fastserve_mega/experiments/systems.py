@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def load_system(name: str, workload: str, overrides: Sequence[str] = ()) -> SimulationConfig:
-    """A shipped deployment under a shipped workload.
+    """Load a shipped deployment under a shipped workload.
 
     Args:
         name: of the deployment.
