@@ -6,7 +6,9 @@ One JSON object per line. The first has what a `Scheduler` is made of; each othe
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -90,8 +92,12 @@ class EventLogWriter:
     def _write(self, record: object) -> None:
         if self._file is None:
             return
+        line = self._encoder.encode(record) + b"\n"
         try:
-            self._file.write(self._encoder.encode(record) + b"\n")
+            written = self._file.write(line)
+            if written != len(line):  # what the disk has room for
+                self._file.truncate(self._file.tell() - (written or 0))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             _log.error("the event log ends here: %s", error)
             self.close()

@@ -95,11 +95,18 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
             open for `server.max_connections`.
         SystemExit: the address is taken; uvicorn has logged why.
     """
-    tokenizer = Tokenizer(config.model.directory)
-    client = AsyncClient(client_address(config.coordinator), tokenizer)
+    server: _Server | None = None
+
+    def stop(*_: object) -> None:
+        if server is None:
+            raise SystemExit(0)  # there is nothing to drain yet
+        server.should_exit = True
+
     # uvicorn takes these signals, drains, and raises them once more for the handlers before it.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, stop)
+    tokenizer = Tokenizer(config.model.directory)
+    client = AsyncClient(client_address(config.coordinator), tokenizer)
     key_file = config.server.api_key_file
     app = create_app(
         client,
@@ -110,7 +117,7 @@ def run_server(config: Config, listener: socket.socket | None = None) -> int:
         live_view=config.server.live_view,
         api_keys=ApiKeys(Path(key_file).expanduser()) if key_file else None,
         cors_origins=config.server.cors_origins,
-        stopping=lambda: server.should_exit,
+        stopping=lambda: server is not None and server.should_exit,
         max_body_bytes=config.server.max_body_bytes or body_limit(_max_context(config)),
         tracing=_tracing(),
     )

@@ -21,6 +21,8 @@ ACCEPTED_AT_ONCE = 64
 _FREE_PIECES = 2048
 _PIECE_BYTES = 256
 """For so many bytes of a body there may be one piece more; TCP's own pieces are larger."""
+_MOST_UNWANTED = 16 * 2**20
+"""Bytes of bodies that are read after their answer, so that a client that sends first reads it."""
 _OTHER_FILES = 100
 """Files that the server has open besides its connections, at most."""
 _RESERVED_FILES = _OTHER_FILES + 4 * ACCEPTED_AT_ONCE
@@ -101,6 +103,7 @@ class BoundedConnection(H11Protocol):
     _awaited: str | None = None
     _timer: asyncio.TimerHandle | None = None
     _idle_since = 0.0
+    _unwanted = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
@@ -114,6 +117,10 @@ class BoundedConnection(H11Protocol):
         super().data_received(data)
         state = self.conn.their_state
         self._await("head" if state is h11.IDLE else "body" if state is h11.SEND_BODY else None)
+        if state is h11.SEND_BODY and self.cycle and self.cycle.response_complete:
+            self._unwanted += len(data)
+            if self._unwanted > _MOST_UNWANTED:
+                self.transport.abort()  # close would read on
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

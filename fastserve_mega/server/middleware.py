@@ -109,7 +109,7 @@ class Turns:
 
 
 class LimitBody:
-    """Refuses a body as soon as it has become too long, whatever its headers promise.
+    """Refuses a body that says it is too long, or as soon as it has become so.
 
     A compressed one at once: what it would become is not known. When many have become complete at
     once, one is looked at in each turn of the event loop: running streams come in between.
@@ -131,17 +131,21 @@ class LimitBody:
 
         async def limited() -> Message:
             nonlocal size
-            message = await receive()
+            self._check(int(Headers(scope=scope).get("Content-Length", 0)))
+            message = await receive()  # what a client that expects 100 Continue waits for
             size += len(message.get("body", b""))
-            if size > self._limit:
-                raise HTTPException(
-                    413, f"the body is longer than {self._limit} bytes (server.max_body_bytes)"
-                )
+            self._check(size)
             if not message.get("more_body") and size:
                 await self._turns.take()
             return message
 
         await self._app(scope, limited if scope["type"] == "http" else receive, send)
+
+    def _check(self, size: int) -> None:
+        if size > self._limit:
+            raise HTTPException(
+                413, f"the body is longer than {self._limit} bytes (server.max_body_bytes)"
+            )
 
 
 def _content_coding(scope: Scope) -> str:

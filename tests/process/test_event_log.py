@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,23 @@ def test_a_full_disk_ends_the_log_and_not_the_server(tmp_path, caplog):
     writer.record(StepCall(1.0, (), None))
     assert len(caplog.records) == 1
     writer.close()
+
+
+def test_a_disk_with_room_for_part_of_a_line_leaves_whole_lines(tmp_path, caplog):
+    path = tmp_path / "log.jsonl"
+    writer = EventLogWriter(path)
+    writer.record(StepCall(0.0, (), None))
+    line, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) * 2 - 5, limits[1]))
+    try:
+        writer.record(StepCall(1.0, (), None))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.record(StepCall(2.0, (), None))
+    assert path.read_bytes() == line
+    assert [record.message for record in caplog.records] == [
+        "the event log ends here: [Errno 28] No space left on device"
+    ]
 
 
 def test_a_log_that_cannot_be_written_is_told_before_anything_starts(start_server, tmp_path):

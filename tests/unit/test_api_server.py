@@ -28,13 +28,24 @@ sys.exit(run_server(convert(raw, Config)))
 """
 
 
+TOLD_TO_STOP = """
+import signal
+from fastserve_mega.server import api_server
+def create_app(*_, **__):
+    signal.raise_signal(signal.SIGTERM)
+    raise AssertionError("it goes on")
+api_server.create_app = create_app
+"""
+"""While it starts."""
+
+
 @contextlib.contextmanager
-def running(endpoint, directory):
+def running(endpoint, directory, before=""):
     """The process, and an HTTP client that waits until it listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(directory), endpoint, str(port)],
+        [sys.executable, "-c", before + PROGRAM, str(directory), endpoint, str(port)],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -55,6 +66,12 @@ def test_it_serves_until_sigterm_and_exits_with_0(fake_coordinator, tiny_tokeniz
         _, log = server.communicate(timeout=WAIT_S)
     assert server.returncode == 0
     assert "Traceback" not in log
+
+
+def test_sigterm_while_it_starts_ends_it_at_once(fake_coordinator, tiny_tokenizer_dir):
+    with running(fake_coordinator.endpoint, tiny_tokenizer_dir, TOLD_TO_STOP) as (server, _):
+        _, log = server.communicate(timeout=WAIT_S)
+    assert (server.returncode, log) == (0, "")
 
 
 def test_the_models_own_sampling_defaults_are_used(fake_coordinator, tiny_tokenizer_dir, tmp_path):

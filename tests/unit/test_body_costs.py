@@ -10,6 +10,7 @@ import pytest
 from fake_coordinator import start_fake_coordinator
 from http_server import serving
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
@@ -17,7 +18,7 @@ from fastserve_mega.server.chat_messages import MAX_MESSAGES
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.completions import CompletionRequest
 from fastserve_mega.server.messages.protocol import MessagesRequest
-from fastserve_mega.server.middleware import Turns
+from fastserve_mega.server.middleware import LimitBody, Turns
 from fastserve_mega.server.protocol import MAX_ANSWERS
 from fastserve_mega.server.responses.protocol import ResponsesRequest
 from fastserve_mega.server.service import one_by_one
@@ -132,10 +133,22 @@ def test_long_texts_are_tokenized_off_the_event_loop(server, path, body):
     assert thread.startswith("asyncio")
 
 
-def test_a_body_beyond_the_limit_is_refused_unread(server):
-    response = server[2].post("/v1/completions", content=b" " * (2**20 + 1))
+def test_a_body_beyond_the_limit_is_refused(server):
+    response = server[2].post("/v1/completions", content=iter([b" " * (2**20 + 1)]))  # in chunks
     assert response.status_code == 413
     assert "1048576 bytes (server.max_body_bytes)" in response.json()["error"]["message"]
+
+
+def test_a_body_that_says_it_is_too_long_is_not_waited_for():
+    async def read(scope, receive, send):
+        await receive()
+
+    async def receive():
+        raise AssertionError("it is asked to go on")
+
+    scope = {"type": "http", "headers": [(b"content-length", b"10")]}
+    with pytest.raises(HTTPException, match="longer than 9 bytes"):
+        asyncio.run(LimitBody(read, limit=9)(scope, receive, None))
 
 
 @pytest.mark.parametrize("body", [{"prompt": "x", "k" * 100_000: 1}, {"model": "m" * 100_000}])

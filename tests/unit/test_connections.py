@@ -126,6 +126,21 @@ def test_a_body_that_does_not_come_ends_the_connection(connect):
     assert transport.closed
 
 
+def test_a_body_that_goes_on_long_after_its_answer_ends_the_connection(connect):
+    made, transport = connect()
+    made.data_received(HEAD.replace(b"5", b"1000000000"))
+    piece = b" " * 2**20
+    for _ in range(20):
+        made.data_received(piece)
+    assert not transport.closed
+    made.cycle.response_complete = True
+    for _ in range(16):
+        made.data_received(piece)
+    assert not transport.closed
+    made.data_received(piece)
+    assert transport.closed
+
+
 def test_a_whole_request_may_be_answered_for_as_long_as_it_takes(connect):
     made, transport = connect()
     made.data_received(HEAD + b"12345")
