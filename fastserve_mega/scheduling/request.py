@@ -204,7 +204,8 @@ class Request:
     """Yielded a token since it last became resident. Until then its blocks are not taken away,
     so that each admission makes progress."""
     preemption_credit_s: float = 0.0
-    """Time it has to run before its blocks are taken away, in return for having been recomputed."""
+    """Time it has to run before its blocks go to one that has none, in return for having been
+    recomputed, or for copies that a step waits for."""
 
     steady_until: int = 0
     """While `num_computed_tokens` is below this, a step that takes it has only to count: it

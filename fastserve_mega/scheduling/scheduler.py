@@ -164,8 +164,7 @@ class Scheduler:
                 if request := self._requests.get(event.request_id):
                     self._end(request)
             case CopyDone():
-                if copy := self._memory.copy_done(event.copy_id):
-                    self._planner.observe_copy(copy, now)
+                self._memory.copy_done(event.copy_id, now)
             case WorkersLost():
                 self._lose_workers(now)
 

@@ -9,6 +9,8 @@ from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.scheduling.request import Request
 from fastserve_mega.types import BlockHash
 
+_SMOOTHING = 0.1
+
 
 @dataclass(slots=True)
 class Copy:
@@ -41,6 +43,8 @@ class CopyLedger:
         """Device blocks that become free when their copies are done."""
         self.copying_out = 0
         """Copies to the host under way."""
+        self.block_s = 0.0
+        """Seconds that a copy takes for each of its blocks, smoothed; 0 until one was done."""
         self._outstanding: dict[int, Copy] = {}
         self._planned: list[BlockCopy] = []
         self._next_id = 0
@@ -80,10 +84,14 @@ class CopyLedger:
             self._outstanding[block_copy.copy_id].started_s = now
         return tuple(planned)
 
-    def done(self, copy_id: int) -> Copy | None:
+    def done(self, copy_id: int, now: float) -> Copy | None:
         """Strike off and return a finished copy; None for one from before the ranks were lost."""
         copy = self._outstanding.pop(copy_id, None)
         if copy is not None:
+            if copy.num_blocks:
+                # Its time includes that spent in the ranks' queues.
+                measured = (now - copy.started_s) / copy.num_blocks
+                self.block_s += (_SMOOTHING if self.block_s else 1.0) * (measured - self.block_s)
             if copy.request:
                 copy.request.kv.num_copies -= 1
             self.leaving_blocks -= len(copy.leaving)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from fastserve_mega.scheduling.block_hashes import BlockHashes
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv.admission import KvProjection, MemoryOutcome, StartedRequests
-from fastserve_mega.scheduling.kv.copies import Copy
 from fastserve_mega.scheduling.kv.pool import BlockPool, PoolSizes
 from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
 from fastserve_mega.scheduling.kv.reclaim import Reclaimer
@@ -18,8 +17,9 @@ from fastserve_mega.system.config import SchedulerConfig, SwapStrategy
 from fastserve_mega.types import BlockHash
 
 _PAYBACK = 4
-"""Time a recomputed request runs before it can be preempted again, in times of its share of a
-batch: so recomputing takes at most a fifth of the time, however many requests there are."""
+"""Time a request runs before it is preempted for one without device blocks, in times of its share
+of a batch, for the time that its recomputation or, with `reactive`, its two copies take of all: so
+that is at most a fifth, however many requests there are."""
 
 _WHILE_COPIED = {True: RequestStatus.SWAPPING_IN, False: RequestStatus.READY}
 """By whether no step waits: the status of a request that KV is copied to."""
@@ -36,7 +36,8 @@ class KvManager:
 
     - `proactive`, `reactive`: its KV moves to host blocks. Blocks whose copy is clean are free at
       once, the others when all ranks have reported the copy done. With `reactive` the step that
-      needs the blocks waits for the copies instead (`BlockCopy.precedes_step`).
+      needs the blocks waits for the copies instead (`BlockCopy.precedes_step`), so that who has
+      blocks keeps them until it has made up for that.
     - `recompute`: its KV is dropped and prefilled again later. The others fall back to this when
       the host pool is exhausted.
     - `none`: nobody is preempted; a request is admitted with the blocks of its longest answer.
@@ -202,17 +203,16 @@ class KvManager:
 
     # --- ends ----------------------------------------------------------------------------------
 
-    def copy_done(self, copy_id: int) -> Copy | None:
-        """Take in that all ranks have finished a copy; one from before they were lost is None."""
-        copy = self.copies.done(copy_id)
+    def copy_done(self, copy_id: int, now: float) -> None:
+        """Take in that all ranks have finished a copy, perhaps one from before they were lost."""
+        copy = self.copies.done(copy_id, now)
         if copy is None:
-            return None
+            return
         if copy.request in self.unreleased:
             self.release(copy.request)
         else:
             self.swapper.finish(copy)
         self.swapper.release(copy)
-        return copy
 
     def release(self, request: Request) -> None:
         """Take all blocks of an ended request, as soon as nothing uses them any more."""
@@ -289,11 +289,13 @@ class KvManager:
         request.has_progressed = False
         request.steady_until = 0
         self.swapper.is_dropped_no_more(request)
-        if dropped := request.kv.num_dropped_tokens:
-            # It has to be prefilled again, and the time for that to be paid back.
+        dropped, request.kv.num_dropped_tokens = request.kv.num_dropped_tokens, 0
+        is_reactive = self._strategy == "reactive"
+        if dropped or is_reactive:
             tokens = max(dropped - request.num_computed_tokens, 0)
-            request.kv.num_dropped_tokens = 0
             self.swapper.recomputed_tokens += tokens
-            paid_s = self._payback * self._prefill_s(tokens) if tokens else 0.0
-            request.preemption_credit_s = paid_s
+            cost_s = self._prefill_s(tokens) if tokens else 0.0
+            if is_reactive:  # steps wait while its KV leaves and comes back
+                cost_s = max(cost_s, 2 * len(table) * self.copies.block_s)
+            request.preemption_credit_s = self._payback * cost_s
         self._queues.put(request, status)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from fastserve_mega.scheduling.kv.copies import Copy
 from fastserve_mega.scheduling.kv.manager import KvManager
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place
@@ -14,7 +13,6 @@ _DEMAND_WINDOW_S = 10.0
 """The arrival rate is an exponential average over about this long."""
 _MAX_RESERVE = 0.25
 """Share of the device pool that is kept for arrivals at most."""
-_SMOOTHING = 0.1
 _EMPTY_SHARE = 0.1
 """Below this share of empty device blocks, the oldest of the prefix cache moves to the host."""
 _MAX_SWAP_INS = 8
@@ -44,7 +42,6 @@ class SwapPlanner:
         self._queues = policy.queues
         self._demand_blocks_per_s = 0.0
         self._last_arrival: float | None = None
-        self._copy_s_per_block = 0.0
         self._looks_to_skip = 0
 
     def observe_arrival(self, blocks: int, now: float) -> None:
@@ -53,13 +50,6 @@ class SwapPlanner:
         self._last_arrival = now
         self._demand_blocks_per_s *= math.exp(-elapsed_s / _DEMAND_WINDOW_S)
         self._demand_blocks_per_s += blocks / _DEMAND_WINDOW_S
-
-    def observe_copy(self, copy: Copy, now: float) -> None:
-        """Learn from a copy that is done; its time includes that spent in the ranks' queues."""
-        if copy.num_blocks:
-            measured = (now - copy.started_s) / copy.num_blocks
-            smoothing = _SMOOTHING if self._copy_s_per_block else 1.0
-            self._copy_s_per_block += smoothing * (measured - self._copy_s_per_block)
 
     def make_way(self, now: float, places: int) -> None:
         """Preempt for the soonest on the host when a step would take all residents.
@@ -79,7 +69,7 @@ class SwapPlanner:
             return
         for request in self._policy.soonest_swapped(now, 1):
             if not request.kv.num_copies and self._policy.enst(now)(request) <= 0:
-                turn_s = _COPIES_PER_TURN * self._copy_s_per_block
+                turn_s = _COPIES_PER_TURN * self._memory.copies.block_s
                 memory.reclaimer.exchange(request, memory.blocks_for(request.num_tokens), turn_s)
 
     def plan(self, now: float) -> None:
@@ -97,7 +87,7 @@ class SwapPlanner:
         """Blocks that the arrivals of one swap time will ask for."""
         capacity = self._memory.device.capacity
         # One swap moves about what one request holds.
-        swap_s = self._copy_s_per_block * capacity / max(self._queues.count(Place.RESIDENT), 1)
+        swap_s = self._memory.copies.block_s * capacity / max(self._queues.count(Place.RESIDENT), 1)
         return min(int(self._demand_blocks_per_s * swap_s), int(capacity * _MAX_RESERVE))
 
     def _bring_back(self, now: float, reserve: int) -> None:
@@ -110,7 +100,7 @@ class SwapPlanner:
             if request.kv.num_copies or request.place is not Place.SWAPPED:
                 continue
             blocks = memory.blocks_for(request.num_tokens)
-            lead_s = _LEAD * blocks * self._copy_s_per_block
+            lead_s = _LEAD * blocks * self._memory.copies.block_s
             fits = blocks + reserve <= memory.device.free_count
             if not fits and self._policy.enst(now)(request) > lead_s:
                 break

@@ -14,7 +14,7 @@ from rank_memory import BLOCK_SIZE, RankMemory
 
 from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, StepDone, WorkersLost
 from fastserve_mega.system.config import SwapConfig
-from fastserve_mega.types import RequestId
+from fastserve_mega.types import BACKGROUND_PRIORITY, RequestId
 
 BLOCKS = 24
 BATCH_TOKENS = 24
@@ -138,15 +138,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         outputs=st.tuples(
             st.integers(1, 30), st.sampled_from([0, 0, 7]), st.sampled_from([0, 0, 0, 5])
         ),
-        priority=st.sampled_from([0, 0, -1, 2]),
+        priority=st.sampled_from([0, 0, 0, -1, 2, BACKGROUND_PRIORITY]),
         again=st.sampled_from([None, None, None, "again0", "again1"]),
         begins_like=st.tuples(st.integers(1, 6), st.integers(0, 60)),
         client=st.sampled_from([("", 1.0), ("", 1.0), ("a", 1.0), ("a", 3.0), ("b", 0.1)]),
+        says=st.sampled_from([(None, ""), (None, ""), (30, ""), (1, "s"), (None, "s")]),
     )
     def arrive(  # noqa: PLR0917 - drawn by name
-        self, prompt, outputs, priority, again, begins_like, client
+        self, prompt, outputs, priority, again, begins_like, client, says=(None, "")
     ):
-        """Some end before their `max_tokens` (`unused`), some are resumed (`received`)."""
+        """Some end before their `max_tokens` (`unused`), some are resumed (`received`).
+
+        Args:
+            says: the length that the client expects, and the session.
+        """
         output, unused, received = outputs
         received = min(received, output - 1)
         max_tokens = output + unused
@@ -168,9 +173,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.left[key], self.content[key] = output - received, tokens
         oracle = output if self.policy == "srpt" else None
         hashes = self.block_hashes(tokens)
+        sender = (*client, *says)
         self.tell(
             Arrived(
-                RequestId(name), prompt, max_tokens, received, priority, hashes, oracle, *client
+                RequestId(name), prompt, max_tokens, received, priority, hashes, oracle, *sender
             )
         )
 
