@@ -269,12 +269,9 @@ async def fuzz(url: str, endpoint: str, bodies: int, num_frames: int, seed: int)
         ):
             begin = time.monotonic()
             outcomes = await sending
-            took_s = time.monotonic() - begin
-            gap_s = max(honest.gaps, default=0.0)
-            print(
-                f"{what}: {dict(sorted(outcomes.items()))} in {took_s:.0f} s; {honest.noticed()}",
-                flush=True,
-            )
+            took, gap_s = f"{time.monotonic() - begin:.0f} s", max(honest.gaps, default=0.0)
+            noticed, counted = honest.noticed(), dict(sorted(outcomes.items()))
+            print(f"{what}: {counted} in {took}; {noticed}", flush=True)
             figures.append(Figure(f"largest gap beside {what}, s", gap_s, 1))
             if what == "bodies":
                 bad = sum(n for key, n in outcomes.items() if key == "500" or not key.isdigit())
@@ -294,12 +291,9 @@ def main() -> int:
     parser.add_argument("--frames", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    arguments = ["--config", options.config]
-    with serving(load_config(options.config), arguments, "fake") as served:
-        ok = asyncio.run(
-            fuzz(served.url, served.endpoint, options.bodies, options.frames, options.seed)
-        )
-    return 0 if ok else 1
+    counts = (options.bodies, options.frames, options.seed)
+    with serving(load_config(options.config), ["--config", options.config], "fake") as served:
+        return 0 if asyncio.run(fuzz(served.url, served.endpoint, *counts)) else 1
 
 
 if __name__ == "__main__":

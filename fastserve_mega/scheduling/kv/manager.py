@@ -17,9 +17,8 @@ from fastserve_mega.system.config import SchedulerConfig, SwapStrategy
 from fastserve_mega.types import BlockHash
 
 _PAYBACK = 4
-"""Time a request runs before it is preempted for one without device blocks, in times of its share
-of a batch, for the time that its recomputation or, with `reactive`, its two copies take of all: so
-that is at most a fifth, however many requests there are."""
+"""How much longer than its recomputation (with `reactive`: its two copies) a request runs before one
+without device blocks preempts it, in shares of a batch: so that costs at most a fifth of the time."""
 
 _WHILE_COPIED = {True: RequestStatus.SWAPPING_IN, False: RequestStatus.READY}
 """By whether no step waits: the status of a request that KV is copied to."""

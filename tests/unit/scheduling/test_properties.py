@@ -71,8 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = make_scheduler(**self.options)
         self.plain = make_plain(make_scheduler(**self.options))  # the same events: same plans
         self.window = window
-        self.now = 0.0
-        self.count = 0
+        self.now, self.count = 0.0, 0
         # By key, "name#use": a name may be used again as soon as its request has ended.
         self.left: dict[str, int] = {}
         self.content: dict[str, list[str]] = {}
@@ -86,8 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.memory = RankMemory()
         self.host_blocks = host_blocks
         self.batch = batch
-        self.copies_each_step = copies_each_step
-        self.decode_s = decode_s
+        self.copies_each_step, self.decode_s = copies_each_step, decode_s
         self.next_step_id = 0
 
     def key(self, name):
