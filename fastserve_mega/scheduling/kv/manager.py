@@ -17,8 +17,8 @@ from fastserve_mega.system.config import SchedulerConfig, SwapStrategy
 from fastserve_mega.types import BlockHash
 
 _PAYBACK = 4
-"""How much longer than its recomputation (with `reactive`: its two copies) a request runs before one
-without device blocks preempts it, in shares of a batch: so that costs at most a fifth of the time."""
+"""How much longer than its recomputation (with `reactive`: two copies) a request runs before one
+that has no device blocks preempts it, in shares of a batch: at most a fifth of the time is lost."""
 
 _WHILE_COPIED = {True: RequestStatus.SWAPPING_IN, False: RequestStatus.READY}
 """By whether no step waits: the status of a request that KV is copied to."""
