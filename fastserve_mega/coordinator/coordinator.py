@@ -113,9 +113,7 @@ class Coordinator:
             self._abort(live, reason, message)
             if self._clock() - now >= 2 * _LISTEN_S:
                 break
-        newcomers = self._intake.gate.pass_through()
-        for live in newcomers:
-            self._place(live, now)
+        newcomers = [(live, self._place(live, now)) for live in self._intake.gate.pass_through()]
         # Of many replicas only a few have results in a turn.
         for replica in [each for each in self._replicas if each.has_turn(now)]:
             replica.check_deadlines(now)
@@ -124,8 +122,8 @@ class Coordinator:
                 replica.dispatch(plan, self._requests, now)
                 events = ()
             replica.end_turn(now)
-        for live in newcomers:
-            self._let_in(live, now)
+        for live, replica in newcomers:
+            self._let_in(live, replica, now)
         self._placement.settle()
         self._send_replies()
         self._intake.end_turn()
@@ -239,15 +237,16 @@ class Coordinator:
             case GetSnapshot():
                 self._reply(client, self._reports.snapshot(message.max_requests, now))
 
-    def _place(self, live: LiveRequest, now: float) -> None:
+    def _place(self, live: LiveRequest, now: float) -> Replica:
         arrived = live.arrived()
         live.replica = self._placement.choose(arrived)
-        self._replicas[live.replica].place(live, arrived, now)
+        replica = self._replicas[live.replica]
+        replica.place(live, arrived, now)
+        return replica
 
-    def _let_in(self, live: LiveRequest, now: float) -> None:
+    def _let_in(self, live: LiveRequest, replica: Replica, now: float) -> None:
         """Take a request that was placed, or reject it: its policy says how long it would wait."""
-        replica, limit_s = self._replicas[live.replica or 0], self._max_wait_s
-        if (excess_s := replica.excess_wait_s(live, limit_s, now)) is None:
+        if (excess_s := replica.excess_wait_s(live, self._max_wait_s, now)) is None:
             self._metrics.requests.observe_arrival(len(live.prompt))
             return
         told = f"it would wait about {excess_s:.0f} s longer than scheduler.max_wait_s allows"

@@ -153,8 +153,6 @@ class NativeStage:
 
     def _gather(self, own: int, everywhere: int, count: int) -> int:
         """Called within a step, on its thread; an exception cannot pass through C++."""
-        if not count:  # no row goes on, on any rank
-            return 0
         try:
             parts = _floats(everywhere, count * self._config.ranks).chunk(self._config.ranks)
             dist.all_gather(list(parts), _floats(own, count), group=self._group)

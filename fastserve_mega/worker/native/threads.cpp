@@ -133,6 +133,7 @@ bool take_part(Stage& stage, int total, int chunk, Part& part) {
 int first_of_own(const Stage& stage, int total) { return stage.team->first_of_own(total); }
 
 void gather_rows(Stage& stage, int rows) {
+  if (!rows) return;  // nor has any other rank: without samples no row goes on to the end
   const Workspace& work = stage.work;
   const int64_t count = static_cast<int64_t>(rows) * work.hidden_width;
   // Once one is lost nobody answers any more: the rest of the step is for nothing.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_coordinator import start_fake_coordinator
-from http_server import serving
 from templates import with_template
 
 from fastserve_mega.messaging.messages import Submit
@@ -34,14 +32,6 @@ def tokenizer(tiny_tokenizer_dir, tmp_path_factory):
     }
     path.write_text(json.dumps(backend), encoding="utf-8")
     return Tokenizer(directory)
-
-
-@pytest.fixture(scope="module")
-def shared(tokenizer):
-    coordinator = start_fake_coordinator()
-    with serving(coordinator, tokenizer) as url:
-        yield coordinator, url
-    coordinator.close()
 
 
 def tokens_of(http, **body):
