@@ -9,9 +9,8 @@ tokens stays within 0.3 s. Beyond saturation a finite run flatters policies that
 wait; `fastserve_mega.experiments.steady_state` shows the other side.
 
 The lengths are scaled to the paper's means (161 in, 338 out; Alpaca 19 and 58): first turns of
-ShareGPT conversations have 137 and 468, Alpaca 18 and 57. Alpaca's are not shipped (its licence is
-CC-BY-NC-4.0): a stand-in with their means and variation takes their place unless --data has
-alpaca_lengths.csv.
+ShareGPT conversations have 137 and 468, Alpaca 18 and 57. Alpaca's (CC-BY-NC-4.0) are not shipped:
+a stand-in with their means and variation takes their place unless --data has alpaca_lengths.csv.
 """
 
 from __future__ import annotations
@@ -41,13 +40,15 @@ from fastserve_mega.experiments.rate_tables import (
 )
 from fastserve_mega.experiments.sweep import (
     SEARCH_SPAN,
-    Measure,
+    Bound,
     RateSearch,
     backlog_rate,
 )
 from fastserve_mega.experiments.systems import load_system
 from fastserve_mega.simulator.config import SimulationConfig
+from fastserve_mega.simulator.report import Report
 from fastserve_mega.simulator.workload import load_lengths
+from fastserve_mega.slo import PAPER_SLOS
 from fastserve_mega.system.config import PolicyName
 
 DESCRIPTION = "The FastServe paper's comparison, by its own protocol, on the simulator."
@@ -72,6 +73,7 @@ RATIOS = (0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 RATIO_TOTAL_TOKENS = 500
 """Mean of prompt and output together in the comparison over their ratio: the paper's ShareGPT."""
 
+SLO_SYSTEMS = ("opt-13b-a100", "opt-66b-4xa100", "opt-175b-16xa100", "llama-3-8b-a100")
 
 ROWS = (
     Row("opt-13b-a100", "ShareGPT", 2.41, 4.89),
@@ -207,17 +209,45 @@ def length_ratios(options: Options) -> list[Line]:
     return lines
 
 
+def slo_attainment(options: Options) -> list[Line]:
+    """Search the rates at which 95 % of the requests are good (the paper: 1.5 to 2.1 times fcfs).
+
+    By each of the SLOs of the paper's later version, whose Llama-3-8B is a row as well.
+    """
+    tables = [Table(title=f"Maximum rate at which 95 % are within {slo}") for slo in PAPER_SLOS]
+    for table in tables:
+        add_columns(table, options.policies)
+    lines = []
+    for system in SLO_SYSTEMS:
+        prompts = SHAREGPT_PROMPTS if system.startswith("opt") else LARGE_BATCH_PROMPTS
+        names = [f"missed {slo}" for slo in PAPER_SLOS]
+        found = search(f"{system} ShareGPT", load(system, options), options, prompts, names)
+        lines += found
+        for table, line in zip(tables, found, strict=True):
+            add_line(table, line, options.policies)
+    print_tables(*tables)
+    return lines
+
+
 SECTIONS: dict[str, Callable[[Options], list[Line]]] = {
     "table": paper_table,
     "batches": large_batches,
     "swapping": swap_strategies,
     "ratios": length_ratios,
+    "slo": slo_attainment,
 }
 
-MEASURES: dict[str, Measure] = {
-    "mean": lambda report: report.normalized_latency_s.mean,
-    "P95": lambda report: report.normalized_latency_s.p95,
+
+def _missed(number: int, report: Report) -> float:
+    return 1 - report.paper_goodputs[number]
+
+
+BOUNDS = {
+    "mean": Bound(lambda report: report.normalized_latency_s.mean, LIMIT_S),
+    "P95": Bound(lambda report: report.normalized_latency_s.p95, LIMIT_S),
+    **{f"missed {slo}": Bound(partial(_missed, i), 0.05) for i, slo in enumerate(PAPER_SLOS)},
 }
+"""By measure of a report."""
 
 
 def load(
@@ -263,7 +293,7 @@ def _crossings(
 ) -> list[float]:
     """Find the maximum rate of each measure for a policy and a seed; in a process of its own."""
     policy, seed = case
-    return [runs.max_rate(policy, seed, MEASURES[name], LIMIT_S, start) for name in measures]
+    return [runs.max_rate(policy, seed, BOUNDS[name], start) for name in measures]
 
 
 if __name__ == "__main__":

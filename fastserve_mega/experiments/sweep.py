@@ -15,7 +15,14 @@ from fastserve_mega.simulator.report import Report, summarize
 from fastserve_mega.simulator.workload import draw_requests
 from fastserve_mega.system.config import PolicyName
 
-Measure = Callable[[Report], float]
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a rate must keep to."""
+
+    measure: Callable[[Report], float]
+    limit: float
+
 
 _ALL_AT_ONCE = 1e9
 """Requests per second: the whole workload has arrived before the first step."""
@@ -61,10 +68,8 @@ class RateSearch:
             self._reports[key] = summarize(result, policy, rate)
         return self._reports[key]
 
-    def max_rate(
-        self, policy: PolicyName, seed: int, measure: Measure, limit: float, start: float
-    ) -> float:
-        """Find the highest rate before `measure` first exceeds `limit`.
+    def max_rate(self, policy: PolicyName, seed: int, bound: Bound, start: float) -> float:
+        """Find the highest rate before the measure first exceeds its limit.
 
         Rates grow by a quarter from `start` until they cross the limit; the crossing is then
         bisected, and interpolated linearly in what remains.
@@ -73,6 +78,7 @@ class RateSearch:
             Requests per second; at least `SEARCH_SPAN` times `start` when the limit holds even
             there, 0 when it holds nowhere.
         """
+        measure, limit = bound.measure, bound.limit
         low = start
         while (low_value := measure(self.report(policy, low, seed))) > limit:
             if low < start / SEARCH_SPAN:

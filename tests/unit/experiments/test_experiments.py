@@ -9,7 +9,7 @@ import pytest
 
 from fastserve_mega.experiments import paper, steady_state
 from fastserve_mega.experiments.rate_tables import Line
-from fastserve_mega.experiments.sweep import RateSearch, backlog_rate
+from fastserve_mega.experiments.sweep import Bound, RateSearch, backlog_rate
 from fastserve_mega.experiments.systems import SETTINGS, load_system
 from fastserve_mega.simulator.config import make_pools
 from fastserve_mega.simulator.workload import load_lengths
@@ -42,10 +42,11 @@ def test_a_crossing_is_found_and_interpolated(monkeypatch):
     def latency_s(report):
         return report.rate / 10
 
-    assert search.max_rate("fcfs", 0, latency_s, 0.3, start=1.0) == pytest.approx(3.0)
-    assert search.max_rate("fcfs", 0, latency_s, 0.3, start=20.0) == pytest.approx(3.0)
-    assert search.max_rate("fcfs", 0, lambda report: 0.0, 0.3, start=1.0) >= 8.0
-    assert search.max_rate("fcfs", 0, lambda report: 1.0, 0.3, start=1.0) == 0.0
+    bound = Bound(latency_s, 0.3)
+    assert search.max_rate("fcfs", 0, bound, start=1.0) == pytest.approx(3.0)
+    assert search.max_rate("fcfs", 0, bound, start=20.0) == pytest.approx(3.0)
+    assert search.max_rate("fcfs", 0, Bound(lambda report: 0.0, 0.3), start=1.0) >= 8.0
+    assert search.max_rate("fcfs", 0, Bound(lambda report: 1.0, 0.3), start=1.0) == 0.0
 
 
 def test_skip_join_is_faster_than_fcfs_in_a_crowded_run():
@@ -54,10 +55,23 @@ def test_skip_join_is_faster_than_fcfs_in_a_crowded_run():
     rate = 2 * backlog_rate(config, lengths, num_requests=50)
     search = RateSearch(config, lengths, ((1, 100),))
     fcfs, skip_join = (
-        paper.MEASURES["mean"](search.report(policy, rate, 0))
+        paper.BOUNDS["mean"].measure(search.report(policy, rate, 0))
         for policy in ("fcfs", "skip_join_mlfq")
     )
     assert 0 < skip_join < fcfs
+
+
+def test_more_requests_are_out_of_time_by_a_stricter_slo_and_at_a_higher_rate():
+    config = load_system("opt-13b-a100", "paper-sharegpt")
+    lengths = load_lengths(config.workload)
+    search = RateSearch(config, lengths, ((1, 100),))
+    names = [f"missed {slo}" for slo in paper.PAPER_SLOS]
+    strict, medium, loose = (
+        paper.BOUNDS[name].measure(search.report("fcfs", 4.0, 0)) for name in names
+    )
+    assert 1 >= strict >= medium >= loose > 0
+    assert paper.BOUNDS[names[0]].measure(search.report("fcfs", 0.5, 0)) < strict
+    assert 0.5 < search.max_rate("fcfs", 0, paper.BOUNDS[names[0]], start=1.0) < 4.0
 
 
 def test_rates_of_several_seeds_are_told_by_mean_and_range():
