@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +80,50 @@ def test_rates_of_several_seeds_are_told_by_mean_and_range():
     assert line.mean("fcfs") == 2.0
     assert line.spread("fcfs") == "2.00 (1.00-3.00)"
     assert line.spread("srpt") == "> 8.0"
+
+
+class SerialPool:
+    """Stands for the pool of processes."""
+
+    def __init__(self, jobs):
+        assert jobs == 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    map = staticmethod(map)
+
+
+def test_the_papers_comparisons_are_told_beside_its_figures(tmp_path, monkeypatch, capsys):
+    limits = {}
+
+    def max_rate(search, policy, seed, bound, start):
+        limits.setdefault(bound.limit, set()).add(search.config.deployment.model.path)
+        return 2.0 + 3.0 * (policy == "skip_join_mlfq") + seed
+
+    monkeypatch.setattr(paper, "ProcessPoolExecutor", SerialPool)
+    monkeypatch.setattr(paper, "backlog_rate", lambda config, lengths, num_requests: 1.0)
+    monkeypatch.setattr(RateSearch, "max_rate", max_rate)
+    path = tmp_path / "rates.json"
+    options = ["--seeds", "2", "--jobs", "1", "--json", str(path)]
+    paper.main([*options, "--policies", "skip_join_mlfq", "fcfs"])
+
+    shown = capsys.readouterr().out
+    assert {"5.50", "(5.00-6.00)", "2.50", "(2.00-3.00)", "2.20"} <= set(shown.split())
+    assert "2.41, 4.89, 2.03" in shown  # the paper's first row
+    lines = json.loads(path.read_text())
+    names = Counter(line["measure"] for line in lines)
+    slos = {f"missed {slo}": len(paper.SLO_SYSTEMS) for slo in paper.PAPER_SLOS}
+    swaps_and_ratios = len(paper.SWAP_RATES) + len(paper.RATIOS)
+    assert names == {"mean": len(paper.ROWS) + 2 + swaps_and_ratios, "P95": len(paper.ROWS), **slos}
+    assert {tuple(line["rates"]) for line in lines if line["measure"] == "P95"} == {
+        ("skip_join_mlfq", "fcfs")
+    }
+    assert set(limits) == {paper.LIMIT_S, 0.05}
+    assert len(limits[0.05]) == len(paper.SLO_SYSTEMS)
 
 
 def test_the_steady_state_compares_policies_at_each_load(tmp_path, monkeypatch, capsys):
