@@ -20,6 +20,15 @@ HERE = Path(__file__).parent
 ENDPOINT = "tcp://127.0.0.1:5673"
 MAX_TOKENS = 8
 START_S = 90
+PROGRAM = """
+import json, sys
+from fastserve_mega import LLM, SamplingParams
+model, max_tokens, prompts = sys.argv[1:]
+settings = ["model.dtype=float32", "kv_cache.device_blocks=64"]
+params = SamplingParams(max_tokens=int(max_tokens), temperature=0.0, ignore_eos=True)
+with LLM(model, tensor=2, settings=settings) as llm:
+    print([each.token_ids for each in llm.generate(json.loads(prompts), params)])
+"""
 
 
 def why_not() -> str:
@@ -55,15 +64,16 @@ def cluster(tmp_path_factory):
         subprocess.run([script, "stop", str(directory)], check=True)
 
 
-def slurm(cluster: str, *command: str, **variables: str) -> str:
+def slurm(cluster: str, *command: str, timeout_s: float = 30, **variables: str) -> str:
     done = subprocess.run(
         command,
         env=environment(SLURM_CONF=cluster, **variables),
         capture_output=True,
         text=True,
-        timeout=30,
-        check=True,
+        timeout=timeout_s,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -102,3 +112,16 @@ def test_a_batch_job_serves_and_is_cancelled(cluster, tmp_path):
         assert time.monotonic() < deadline, "the job does not end"
         time.sleep(0.2)
     assert "Traceback" not in log.read_text()
+
+
+def test_a_program_with_a_model_inside_runs_as_tasks(cluster, tmp_path):
+    reference = make_model("llama", tmp_path / "llama")
+    expected = [tuple(greedy(reference, prompt, MAX_TOKENS)) for prompt in prompts()]
+    command = ("srun", "--ntasks=2", "--kill-on-bad-exit=1", sys.executable, "-c", PROGRAM)
+    told = slurm(
+        cluster,
+        *command,
+        *(str(tmp_path / "llama"), str(MAX_TOKENS), json.dumps(prompts())),
+        timeout_s=START_S + 60,
+    )
+    assert told.strip() == str(expected)
