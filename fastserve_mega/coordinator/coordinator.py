@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.intake import Intake
-from fastserve_mega.coordinator.kept_answers import Reports
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
 from fastserve_mega.coordinator.replica import Replica
+from fastserve_mega.coordinator.reports import Reports
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import (
     Cancel,
@@ -208,8 +208,8 @@ class Coordinator:
             self._intake.gate.clear(live)
             self._metrics.requests.observe_token(live, now)
             live.append(token, logprobs[index], now)
-            if live.block_hashes:
-                filled += [(live.request_id, each) for each in live.block_hashes.extend((token,))]
+            if (block_hash := live.hash_of_filled_block()) is not None:
+                filled.append((live.request_id, block_hash))
             self._reply(live.client, live.tokens_from(len(live.output) - 1))
             if reason := self._end_reason(live):
                 finished.append(live.request_id)

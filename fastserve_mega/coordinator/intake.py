@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
 from fastserve_mega.coordinator.admission import Admission, Gate
-from fastserve_mega.coordinator.heap import HeapTrimmer
-from fastserve_mega.coordinator.kept_answers import KeptAnswer, KeptAnswers
-from fastserve_mega.coordinator.live_request import BlockHashChain, LiveRequest, LiveRequests
+from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import Cancel, Finished, Message, Refused, Submit
 from fastserve_mega.metrics.requests import RequestMetrics
-from fastserve_mega.types import FinishReason, Usage
+from fastserve_mega.types import FinishReason, RequestId, Usage
+
+_KEPT_S = 60.0
+_MOST_TOKENS = 2_000_000
+"""Tokens of all kept answers and their prompts, 4 to 40 bytes each; the oldest make room."""
+_LOGPROBS_WEIGHT = 50
+"""Log probabilities of a token take the memory of so many tokens."""
+_NUMBER_BYTES = 4
+_WORTH_TOKENS = 1_000_000
+"""A queue is worth the trouble when so many prompt tokens of it have gone: some megabytes."""
+_LEFT_SHARE = 0.5
+"""The rest of it is less than this."""
 
 
 class Intake:
@@ -100,10 +112,10 @@ class Intake:
             self._reply(client, Finished(request_id, FinishReason.REJECTED, usage, busy))
             self._metrics.observe_rejection()
             return None
-        live = LiveRequest(submit, client, now, list(submit.received))
         # KV that is there already has no logits.
-        if self._prefix_block_size and not submit.params.prompt_logprobs:
-            live.block_hashes = BlockHashChain(self._prefix_block_size, submit.cache_salt)
+        shares_kv = not submit.params.prompt_logprobs
+        block_size = self._prefix_block_size if shares_kv else None
+        live = LiveRequest(submit, client, now, list(submit.received), block_size)
         self._requests.add(live)
         self.gate.enter(live, now)
         return live
@@ -144,3 +156,97 @@ class Intake:
     def _refuse_id(self, client: Identity, submit: Submit) -> None:
         message = f"request id {submit.request_id!r} is in use by another request"
         self._reply(client, Refused(message, submit.request_id, in_use=True))
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswer:
+    """A request as it was when it ended, or when its client went away."""
+
+    live: LiveRequest
+    reason: FinishReason
+    until: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left to compute."""
+        return self.reason in (FinishReason.STOP, FinishReason.LENGTH)
+
+    @property
+    def weight(self) -> int:
+        """Memory that it takes, in tokens."""
+        logprobs = _LOGPROBS_WEIGHT * len(self.live.logprobs)
+        embedding = len(self.live.embedding) // _NUMBER_BYTES
+        return len(self.live.prompt) + len(self.live.output) + logprobs + embedding
+
+
+class KeptAnswers:
+    """Remembers what was computed, for clients that lost their connection. Time is an argument."""
+
+    def __init__(self, most_tokens: int = _MOST_TOKENS) -> None:
+        """Nothing is kept yet.
+
+        Args:
+            most_tokens: of all answers together.
+        """
+        self._answers: OrderedDict[RequestId, KeptAnswer] = OrderedDict()
+        """The oldest first."""
+        self._most_tokens = most_tokens
+        self._tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def keep(self, live: LiveRequest, reason: FinishReason, now: float) -> None:
+        """Keep a request that ends, unless it has failed or nobody may ask for it again."""
+        if not live.submit.fingerprint or reason in (FinishReason.ERROR, FinishReason.REJECTED):
+            return
+        self.take(live.request_id, now)
+        kept = self._answers[live.request_id] = KeptAnswer(live, reason, now + _KEPT_S)
+        self._tokens += kept.weight
+        while self._tokens > self._most_tokens:
+            self._forget_oldest()
+
+    def get(self, request_id: RequestId, now: float) -> KeptAnswer | None:
+        """The answer of a request, if it is kept still."""
+        while self._answers and next(iter(self._answers.values())).until <= now:
+            self._forget_oldest()
+        return self._answers.get(request_id)
+
+    def take(self, request_id: RequestId, now: float) -> None:
+        """Forget an answer, since its request goes on."""
+        if self.get(request_id, now) is not None:
+            self._tokens -= self._answers.pop(request_id).weight
+
+    def _forget_oldest(self) -> None:
+        _, kept = self._answers.popitem(last=False)
+        self._tokens -= kept.weight
+
+
+class HeapTrimmer:
+    """Has the C library return what is free, once most of a long queue has gone.
+
+    It keeps what is freed for later: what a full queue took would stay with the process for ever.
+
+    Args:
+        trim: does that; None takes glibc's, and nothing where there is another library.
+    """
+
+    def __init__(self, trim: Callable[[], object] | None = None) -> None:
+        self._trim = trim or _find_trim()
+        self._most = 0
+        """Most tokens since the last time."""
+
+    def observe(self, tokens: int) -> None:
+        """Take in how many prompt tokens wait; trim where that is worth it."""
+        self._most = max(self._most, tokens)
+        if self._most - tokens > _WORTH_TOKENS and tokens < _LEFT_SHARE * self._most:
+            self._most = tokens
+            self._trim()
+
+
+def _find_trim() -> Callable[[], object]:
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda: None
+    return lambda: malloc_trim(ctypes.c_size_t(0))

@@ -15,7 +15,6 @@ import msgspec
 from fastserve_mega.messaging.frames import Identity
 from fastserve_mega.messaging.messages import PromptLogprobs, Submit, Tokens
 from fastserve_mega.messaging.rank_messages import SequenceStart
-from fastserve_mega.plan import SequenceSlice
 from fastserve_mega.scheduling.events import Arrived
 from fastserve_mega.types import (
     BlockHash,
@@ -33,38 +32,23 @@ _FEW_DEADLINES = 64
 _MOST_INTERRUPTIONS = 50
 
 
-class BlockHashChain:
-    """Hashes the tokens of one request block by block, each with the hash of the one before.
+def hash_blocks(tokens: Sequence[int], block_size: int, before: bytes) -> list[bytes]:
+    """Hash each full block of some tokens (0 to 2**32 - 1), together with the hash before it.
 
-    They name KV blocks for the prefix cache, since the scheduler sees no tokens: equal hashes mean
-    equal tokens from the start of the prompt on, and the same salt.
+    The hashes name KV blocks for the prefix cache, since the scheduler sees no tokens: equal ones
+    mean equal tokens from the start of the prompt on, and the same salt.
+
+    Args:
+        tokens: from the beginning of a block on.
+        block_size: tokens of a block.
+        before: the hash of the block before; of the salt at the start.
     """
-
-    def __init__(self, block_size: int, salt: str) -> None:
-        """Start before the first token.
-
-        Args:
-            block_size: tokens of a block.
-            salt: requests with different salts share nothing.
-        """
-        self._block_size = block_size
-        self._digest = blake2b(salt.encode(), digest_size=_DIGEST_BYTES).digest()
-        self._partial: list[int] = []
-
-    def extend(self, tokens: Sequence[int]) -> tuple[BlockHash, ...]:
-        """Append tokens (0 to 2**32 - 1); returns the hashes of the blocks that they fill."""
-        pending = self._partial
-        pending += tokens
-        if len(pending) < self._block_size:
-            return ()
-        full = len(pending) - len(pending) % self._block_size
-        hashes = []
-        for start in range(0, full, self._block_size):
-            block = array("I", pending[start : start + self._block_size]).tobytes()
-            self._digest = blake2b(self._digest + block, digest_size=_DIGEST_BYTES).digest()
-            hashes.append(BlockHash(self._digest.hex()))
-        self._partial = pending[full:]
-        return tuple(hashes)
+    hashes = []
+    for start in range(0, len(tokens) - block_size + 1, block_size):
+        block = array("I", tokens[start : start + block_size]).tobytes()
+        before = blake2b(before + block, digest_size=_DIGEST_BYTES).digest()
+        hashes.append(before)
+    return hashes
 
 
 @dataclass(slots=True, eq=False)
@@ -78,8 +62,10 @@ class LiveRequest:
     """All times are the coordinator's clock's, in seconds."""
     output: list[int]
     """All output tokens, those the client brought along included."""
-    block_hashes: BlockHashChain | None = None
-    """Hashes all its tokens; None without prefix cache."""
+    block_size: int | None = None
+    """Tokens of a block whose hash the scheduler is told; None where it shares no KV."""
+    last_hash: bytes = b""
+    """Of the last full block of its tokens."""
     replica: int | None = None
     """Where it was placed; None while no replica knows of it."""
     num_cached_tokens: int = 0
@@ -130,19 +116,36 @@ class LiveRequest:
 
     def arrived(self) -> Arrived:
         """What a scheduler is told of it, once: of lengths, and not of tokens."""
-        chain = self.block_hashes
         return Arrived(
             self.request_id,
             num_prompt_tokens=len(self.prompt),
             max_tokens=self.params.max_tokens,
             num_received_tokens=len(self.output),
             priority=self.submit.priority,
-            block_hashes=chain.extend((*self.prompt, *self.output)) if chain else (),
+            block_hashes=self._hash_all(),
             client=self.submit.client or self.client.hex(),
             weight=self.submit.weight,
             expected_output_tokens=self.submit.expected_output_tokens,
             session=self.submit.session,
         )
+
+    def _hash_all(self) -> tuple[BlockHash, ...]:
+        if self.block_size is None:
+            return ()
+        salt = self.submit.cache_salt.encode()
+        self.last_hash = blake2b(salt, digest_size=_DIGEST_BYTES).digest()
+        hashes = hash_blocks((*self.prompt, *self.output), self.block_size, self.last_hash)
+        self.last_hash = hashes[-1] if hashes else self.last_hash
+        return tuple(BlockHash(each.hex()) for each in hashes)
+
+    def hash_of_filled_block(self) -> BlockHash | None:
+        """The hash of the block that its newest token fills; None when it fills none."""
+        end = len(self.prompt) + len(self.output)
+        if self.block_size is None or end % self.block_size:
+            return None
+        tokens = self.tokens(end - self.block_size, end)
+        [self.last_hash] = hash_blocks(tokens, self.block_size, self.last_hash)
+        return BlockHash(self.last_hash.hex())
 
     @property
     def sequence_start(self) -> SequenceStart:
@@ -162,10 +165,9 @@ class LiveRequest:
         self.started_at = now
         self.num_cached_tokens = min(num_computed_tokens, len(self.prompt))
 
-    def input_tokens(self, piece: SequenceSlice) -> tuple[int, ...]:
-        """The tokens of a slice, from the prompt and the output so far."""
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens [start, end), from the prompt and the output so far."""
         prompt = self.prompt
-        start, end = piece.start, piece.start + piece.num_tokens
         begun = len(prompt)
         if start >= begun:
             return tuple(self.output[start - begun : end - begun])

@@ -173,7 +173,7 @@ class Replica:
         token_ids = []
         started = []
         for live, piece in zip(batch, plan.batch, strict=True):
-            token_ids.append(live.input_tokens(piece))
+            token_ids.append(live.tokens(piece.start, piece.start + piece.num_tokens))
             if live.started_at is None:
                 started.append(live.sequence_start)
                 live.begin(piece.start, now)

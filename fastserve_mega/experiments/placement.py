@@ -23,6 +23,7 @@ from fastserve_mega.experiments.run_log import Run, RunLog
 from fastserve_mega.experiments.systems import load_system
 from fastserve_mega.printing import FittedTable
 from fastserve_mega.scheduling.events import Arrived
+from fastserve_mega.scheduling.placement import ExpectedWork
 from fastserve_mega.simulator.config import SimulationConfig, make_replicas
 from fastserve_mega.simulator.replica import Outage, SimulatedReplica
 from fastserve_mega.simulator.report import Report, summarize
@@ -93,8 +94,8 @@ def full_rate(workload: PlacementWorkload, replicas: int) -> float:
         known[name] = spec.preamble_tokens or spec.prompt_tokens + spec.output_tokens
     answer = fmean(spec.output_tokens for spec in requests)
     mean = Arrived(RequestId(""), round(new_tokens / len(requests)), 1)
-    schedulers = [replica.scheduler for replica in build(workload, replicas)]
-    return sum(1 / (each.work.prefill_s(mean) + each.work.decode_s(answer)) for each in schedulers)
+    work = [ExpectedWork(replica.scheduler) for replica in build(workload, replicas)]
+    return sum(1 / (each.prefill_s(mean) + each.decode_s(answer)) for each in work)
 
 
 def _configure(device: str, replicas: int) -> SimulationConfig:

@@ -33,6 +33,40 @@ class Placer(Protocol):
         """Choose it again: its ranks are back, with empty memory."""
 
 
+class ExpectedWork:
+    """How long what a scheduler has to do will take, by its cost model.
+
+    Args:
+        scheduler: whose work it is.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def queued_prefill_s(self) -> float:
+        """Time to prefill what no step has read yet."""
+        chunk = self._scheduler.config.max_batch_tokens
+        tokens = self._scheduler.num_unread_tokens
+        return tokens * self._scheduler.cost_model.prefill_s(chunk) / chunk
+
+    def prefill_s(self, arrived: Arrived) -> float:
+        """What the prefill of a request that has not been added would take, less what is cached."""
+        tokens = arrived.num_prompt_tokens + arrived.num_received_tokens
+        cached = self._scheduler.memory.prefix_cache.tokens_of(arrived.block_hashes)
+        return self._scheduler.cost_model.prefill_s(max(tokens - cached, 1))
+
+    def decode_s(self, output_tokens: float) -> float:
+        """Time of one answer of a mean length in tokens, in full batches.
+
+        It is also about what is left of a request that is being answered, when the lengths are
+        exponentially distributed, which forget how much there has been; those of conversations
+        nearly are.
+        """
+        batch = self._scheduler.config.max_batch_size
+        step_s = self._scheduler.cost_model.decode_s(batch, round(output_tokens))
+        return output_tokens * step_s / batch
+
+
 class Placement:
     """Sends each request to the replica where its first token costs least.
 
@@ -51,6 +85,7 @@ class Placement:
     def __init__(self, schedulers: Sequence[Scheduler]) -> None:
         """One scheduler per replica."""
         self._schedulers = schedulers
+        self._work = [ExpectedWork(scheduler) for scheduler in schedulers]
         self._replicas = list(range(len(schedulers)))
         self._output_tokens = _FIRST_GUESS_TOKENS
         self._finished = 0
@@ -60,22 +95,24 @@ class Placement:
         """See `Placer`. Only those are looked at closely that could be chosen for their work."""
         if len(self._replicas) == 1:
             return self._replicas[0]
-        output_tokens, schedulers = self._output_tokens, self._schedulers
+        output_tokens, work = self._output_tokens, self._work
         work_s = [
-            each.work.queued_prefill_s()
-            + self.DECODE_WEIGHT * each.unfinished * each.work.decode_s(output_tokens)
+            each.queued_prefill_s()
+            + self.DECODE_WEIGHT * scheduler.unfinished * each.decode_s(output_tokens)
             + promised_s
-            for each, promised_s in zip(schedulers, self._promised_s, strict=True)
+            for each, scheduler, promised_s in zip(
+                work, self._schedulers, self._promised_s, strict=True
+            )
         ]
         chosen, least_s, prefill_s = -1, float("inf"), 0.0
         for replica in sorted(self._replicas, key=work_s.__getitem__):
             if work_s[replica] >= least_s:
                 break
-            own_s = schedulers[replica].work.prefill_s(arrived)
+            own_s = work[replica].prefill_s(arrived)
             cost_s = work_s[replica] + self.PREFILL_WEIGHT * own_s
             if cost_s < least_s:
                 chosen, least_s, prefill_s = replica, cost_s, own_s
-        decode_s = schedulers[chosen].work.decode_s(output_tokens)
+        decode_s = work[chosen].decode_s(output_tokens)
         self._promised_s[chosen] += prefill_s + self.DECODE_WEIGHT * decode_s
         return chosen
 

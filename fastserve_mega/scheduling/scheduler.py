@@ -24,7 +24,6 @@ from fastserve_mega.scheduling.policies import make_policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus, Turn
 from fastserve_mega.scheduling.validate import validate_all, validate_blocks
 from fastserve_mega.scheduling.view import view_replica
-from fastserve_mega.scheduling.work import ExpectedWork
 from fastserve_mega.snapshot import ReplicaView
 from fastserve_mega.system.config import SchedulerConfig, SwapConfig
 from fastserve_mega.types import RequestId
@@ -57,20 +56,21 @@ class Scheduler:
             window: steps in flight at once, the number of pipeline stages.
             first_step_id: of the first plan.
         """
-        self._config = config
-        self._cost_model = cost_model
+        self.config = config
+        self.cost_model = cost_model
         self._policy = make_policy(config, cost_model)
         self._queues = self._policy.queues
         self.fair_share = FairShare(config, self._policy)
         swap = swap or SwapConfig()
-        self._memory = KvManager(pools, swap.strategy, self._policy, cost_model, config)
-        self._planner = SwapPlanner(swap, self._memory, self._policy)
+        self.memory = KvManager(pools, swap.strategy, self._policy, cost_model, config)
+        self._planner = SwapPlanner(swap, self.memory, self._policy)
         self._is_proactive = swap.strategy == "proactive"
         self._window = window
         self._requests: dict[RequestId, Request] = {}
         self._in_flight: dict[int, list[Request]] = {}
         self._released: list[RequestId] = []
-        self.work = ExpectedWork(config, cost_model, self._memory.prefix_cache)
+        self.num_unread_tokens = 0
+        """Tokens that the unfinished requests came with and no step has read."""
         self._arrivals = 0
         self._next_step_id = first_step_id
         self._promoted_at = -math.inf
@@ -115,7 +115,7 @@ class Scheduler:
     @property
     def preempted(self) -> Iterable[Request]:
         """Requests that lost their device blocks, or their KV on the host, for the last plan."""
-        return self._memory.swapper.preempted
+        return self.memory.swapper.preempted
 
     @property
     def unfinished(self) -> int:
@@ -124,10 +124,6 @@ class Scheduler:
     @property
     def steps_in_flight(self) -> int:
         return len(self._in_flight)
-
-    @property
-    def memory(self) -> KvManager:
-        return self._memory
 
     def level_lengths(self) -> tuple[int, ...]:
         """Unfinished requests of each level, the highest first."""
@@ -141,16 +137,17 @@ class Scheduler:
 
     def view(self, now: float, max_requests: int) -> ReplicaView:
         """What is going on, with at most so many requests."""
-        return view_replica(self._policy, self._memory, self._in_flight.values(), now, max_requests)
+        return view_replica(self._policy, self.memory, self._in_flight.values(), now, max_requests)
 
     def check_integrity(self) -> None:
         """Raise RuntimeError when the state contradicts itself."""
-        validate_blocks(self._memory, self._queues)
-        self.work.check_integrity(self._requests.values())
+        validate_blocks(self.memory, self._queues)
+        if self.num_unread_tokens != sum(r.num_unread_tokens for r in self._requests.values()):
+            raise RuntimeError("the tokens not yet read are miscounted")
         queued = [request for place in Place for request in self._queues.walk(place)]
         queued += self.fair_share.lines.held()
         in_steps = [request for batch in self._in_flight.values() for request in batch]
-        validate_all(self._requests.values(), queued, in_steps, self._memory.block_size)
+        validate_all(self._requests.values(), queued, in_steps, self.memory.block_size)
 
     # --- events --------------------------------------------------------------------------------
 
@@ -164,7 +161,7 @@ class Scheduler:
                 if request := self._requests.get(event.request_id):
                     self._end(request)
             case CopyDone():
-                self._memory.copy_done(event.copy_id, now)
+                self.memory.copy_done(event.copy_id, now)
             case WorkersLost():
                 self._lose_workers(now)
 
@@ -186,15 +183,17 @@ class Scheduler:
             offered_at=now,
             waiting_since=now,
         )
-        self._memory.look_up(request, event.block_hashes)
-        self.work.add(request)
+        self.memory.look_up(request, event.block_hashes)
+        request.num_unread_tokens = request.num_tokens - request.kv.num_cached_tokens
+        self.num_unread_tokens += request.num_unread_tokens
         self._requests[request.request_id] = request
         self.fair_share.lines.add(request, now)
-        self._planner.observe_arrival(self._memory.blocks_for(request.num_tokens), now)
+        if self._is_proactive:
+            self._planner.observe_arrival(self.memory.blocks_for(request.num_tokens), now)
 
     def _step_done(self, event: StepDone, now: float) -> None:
         for request_id, block_hash in event.filled:
-            self._memory.filled(self._requests[request_id], block_hash)
+            self.memory.filled(self._requests[request_id], block_hash)
         for request_id in event.finished:
             if request := self._requests.get(request_id):
                 request.steady_until = 0
@@ -212,7 +211,7 @@ class Scheduler:
             else:
                 context_tokens += request.num_computed_tokens
             if request.status is RequestStatus.FINISHED:  # aborted while the step ran
-                self._memory.release(request)
+                self.memory.release(request)
                 gone.add(request)
             elif request.request_id in finished:
                 self._end(request)
@@ -222,10 +221,10 @@ class Scheduler:
                 request.has_progressed = True
                 self._read(request, request.num_unread_tokens)  # some of it may have been cached
                 sampled += 1
-        self._memory.started.projection.observe(sampled + len(finished), len(finished))
+        self.memory.started.projection.observe(sampled + len(finished), len(finished))
         decodes = len(batch) - prefills
         context = context_tokens // max(decodes, 1)
-        self._cost_model.observe(prefill_tokens, decodes, context, elapsed_s)
+        self.cost_model.observe(prefill_tokens, decodes, context, elapsed_s)
         going_on = [each for each in batch if each not in gone] if gone else batch
         self._policy.charge(going_on, elapsed_s)
 
@@ -239,13 +238,16 @@ class Scheduler:
         request.preemption_credit_s -= elapsed_s
         if request.status is RequestStatus.RUNNING:
             request.status = RequestStatus.READY
-            if self._memory.shares_prefixes:
-                self._memory.prefix_cache.publish(request)
+            if self.memory.shares_prefixes:
+                self.memory.prefix_cache.publish(request)
 
     def _read(self, request: Request, tokens: int) -> None:
+        """Take in that so many tokens of a request, or what it has, need not be read any more."""
         if request.turn is Turn.OFFERED:
             self.fair_share.lines.started(request)
-        self.work.read(request, tokens)
+        read = min(tokens, request.num_unread_tokens)
+        request.num_unread_tokens -= read
+        self.num_unread_tokens -= read
 
     def _end(self, request: Request) -> None:
         if request.turn is not Turn.HELD:
@@ -256,7 +258,7 @@ class Scheduler:
         self._read(request, request.num_unread_tokens)
         del self._requests[request.request_id]
         self._released.append(request.request_id)
-        self._memory.release(request)
+        self.memory.release(request)
 
     def _lose_workers(self, now: float) -> None:
         for batch in self._in_flight.values():
@@ -264,21 +266,21 @@ class Scheduler:
                 request.num_scheduled_tokens = 0
                 request.waiting_since = now
         self._in_flight.clear()
-        self._memory.lose_everything()
+        self.memory.lose_everything()
         self._released.clear()
 
     def _plan_step(self, now: float) -> Plan | None:
         step_id = self._next_step_id
-        self._memory.begin_step(step_id, now)
+        self.memory.begin_step(step_id, now)
         # An even share for each step of the window, so that no pipeline stage idles.
         share = -(-len(self._requests) // self._window)
-        places = min(self._config.max_batch_size, share)
+        places = min(self.config.max_batch_size, share)
         if self._is_proactive:
             self._planner.make_way(now, places)
         self.fair_share.begin_step(places)
         batch = BatchBuilder(
-            self._config,
-            self._memory,
+            self.config,
+            self.memory,
             self._policy,
             self.fair_share,
             max_requests=places,
@@ -288,7 +290,7 @@ class Scheduler:
         self.fair_share.charge(batch.requests)
         if self._is_proactive:
             self._planner.plan(now)
-        copies = self._memory.copies.take_planned(now)
+        copies = self.memory.copies.take_planned(now)
         if not batch.requests and not copies:
             return None
         self._next_step_id += 1

@@ -18,6 +18,7 @@ from fastapi.responses import StreamingResponse
 
 from fastserve_mega.client import AsyncGeneration, Chunk, ClientError
 from fastserve_mega.server.errors import ApiError, from_client_error
+from fastserve_mega.server.protocol import GenerationRequest
 from fastserve_mega.types import FinishReason, Usage
 
 Json = dict[str, Any]
@@ -63,11 +64,13 @@ class AnswerShape(Protocol):
 class Answer:
     """What an HTTP request gets: its generations."""
 
+    body: GenerationRequest
+    """Of the request, in the form of a completion or chat completion."""
+    answer_id: str
+    model: str
+    """The served model's name."""
     generations: Sequence[AsyncGeneration]
-    """`answers_per_prompt` for each prompt, in their order."""
-    answers_per_prompt: int = 1
-    only_prompts: bool = False
-    """What was generated is no part of it: the request has asked for no token."""
+    """`body.answers_per_prompt` for each prompt, in their order."""
     on_end: Callable[[int], None] | None = None
     """Told of the tokens that were generated, perhaps more than once."""
     begun_at_ns: int = field(default_factory=time.time_ns)
@@ -77,23 +80,23 @@ class Answer:
     def usage(self) -> Usage:
         """Token counts so far; a prompt with several answers counts once."""
         usages = [generation.progress for generation in self.generations]
-        prompts = usages[:: self.answers_per_prompt]
+        prompts = usages[:: self.body.answers_per_prompt]
         return Usage(
             sum(usage.prompt_tokens for usage in prompts),
-            0 if self.only_prompts else sum(usage.completion_tokens for usage in usages),
+            0 if self.body.only_prompts else sum(usage.completion_tokens for usage in usages),
             sum(usage.cached_tokens for usage in prompts),
         )
 
     def text_and_tokens(self, index: int) -> Chunk:
         """All of a generation as one piece."""
-        if self.only_prompts:
+        if self.body.only_prompts:
             return Chunk("", ())
         generation = self.generations[index]
         return Chunk(generation.text, generation.token_ids, generation.logprobs)
 
     def reason(self, index: int) -> str:
         """Why a generation has ended."""
-        if self.only_prompts:
+        if self.body.only_prompts:
             return FinishReason.LENGTH.value
         return (self.generations[index].finish_reason or FinishReason.ERROR).value
 
@@ -105,19 +108,18 @@ class Answer:
             self.on_end(sum(each.progress.completion_tokens for each in self.generations))
 
 
-async def respond(http: Request, answer: Answer, shape: AnswerShape, *, stream: bool) -> Response:
+async def respond(http: Request, answer: Answer, shape: AnswerShape) -> Response:
     """Answer with what the generations yield; they are cancelled when the HTTP client goes away.
 
     Args:
         http: the request, to notice that its sender has gone.
         answer: what to answer with.
         shape: writes it.
-        stream: as server-sent events.
 
     Raises:
         ClientError: a generation failed, and nothing was sent yet.
     """
-    if not stream:
+    if not answer.body.stream:
         return await respond_whole(http, answer, shape.whole)
     watch = asyncio.create_task(_cancel_on_disconnect(http, answer))
     events = _events(answer, shape, watch)
@@ -159,7 +161,7 @@ async def _events(
                     opened.add(index)
                     for event in shape.opening(index):
                         yield event
-                if chunk is not None and answer.only_prompts:
+                if chunk is not None and answer.body.only_prompts:
                     continue
                 for event in shape.closing(index) if chunk is None else shape.delta(index, chunk):
                     yield event

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypedDict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -167,8 +167,8 @@ class KeyHolder:
         return f"the key {self.key.name!r} has a limit of {most} ({limit}): {happened}"
 
 
-class Identity(NamedTuple):
-    """Who asks, as the scheduler knows it."""
+class Identity(TypedDict):
+    """Who asks, as the scheduler knows it; a part of `RequestOptions`."""
 
     client: str
     weight: float
@@ -182,12 +182,13 @@ def identify(holder: KeyHolder | None, user: str | None, priority: int | None) -
         ApiError: the key is not allowed to be as urgent; status 403.
     """
     if holder is not None:
-        client = f"key:{holder.key.name}"
-        return Identity(client, holder.key.weight, holder.priority_of(priority))
+        client, weight = f"key:{holder.key.name}", holder.key.weight
+        return {"client": client, "weight": weight, "priority": holder.priority_of(priority)}
     known_by = user or ""
     if len(known_by) > _LONGEST_USER:
         known_by = hash_secret(known_by)
-    return Identity(f"user:{known_by}" if known_by else "", 1.0, priority or 0)
+    client = f"user:{known_by}" if known_by else ""
+    return {"client": client, "weight": 1.0, "priority": priority or 0}
 
 
 class Admitted:

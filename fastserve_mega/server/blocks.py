@@ -6,15 +6,14 @@ OpenAI's responses and Anthropic's messages are made of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fastserve_mega.client import Chunk
-from fastserve_mega.server.answers import Event, Json
-from fastserve_mega.server.conversation import ChatAnswer
+from fastserve_mega.server.answers import Answer, Event, Json
 from fastserve_mega.server.errors import ApiError
-from fastserve_mega.server.tools.pieces import CallPiece, Piece, Reasoning
+from fastserve_mega.server.tools.pieces import CallPiece, Piece, Reasoning, ToolParser
 
 BlockKind = Literal["reasoning", "text", "call"]
 
@@ -37,17 +36,20 @@ class BlockShape(ABC):
     """Writes the one generation of an answer block by block; a stream and a whole are the same.
 
     Args:
-        chat: what is written.
+        answer: what is written.
+        parser: reads it.
+        new_call_id: names a tool call.
     """
 
     last_words = b""
 
-    def __init__(self, chat: ChatAnswer) -> None:
-        self.chat = chat
+    def __init__(self, answer: Answer, parser: ToolParser, new_call_id: Callable[[], str]) -> None:
+        self.answer = answer
+        self.new_call_id = new_call_id
         self.blocks: list[Block] = []
         self.all_told = False
         """Nothing will be added to any block."""
-        self._parser = chat.new_parser()
+        self._parser = parser
         self._is_open = False
 
     # --- what an API writes --------------------------------------------------------------------
@@ -82,12 +84,12 @@ class BlockShape(ABC):
 
     def new_item_id(self, kind: BlockKind) -> str:
         """Names a block."""
-        return self.chat.new_call_id() if kind == "call" else ""
+        return self.new_call_id() if kind == "call" else ""
 
     # --- what has happened ---------------------------------------------------------------------
 
     def whole(self) -> Json:
-        chunk = self.chat.answer.text_and_tokens(0)
+        chunk = self.answer.text_and_tokens(0)
         for _ in (*self.opening(0), *self.delta(0, chunk), *self.closing(0)):
             pass
         return self.body()

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from fastapi import APIRouter, Request, Response
 
 from fastserve_mega.client import Chunk
-from fastserve_mega.server.answers import Json
+from fastserve_mega.server.answers import Answer, Json
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
-from fastserve_mega.server.conversation import ChatAnswer, Conversations
+from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.logprobs import chat_logprobs
 from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.schemas import ChatCompletion
@@ -139,20 +139,15 @@ def chat_router(conversations: Conversations) -> APIRouter:
         ends = await service.end_token_ids(body)
 
         def logprobs(chunk: Chunk) -> Json | None:
+            if not chunk.logprobs:
+                return None
             return chat_logprobs(chunk, service.tokenizer.token_bytes, ends)
 
-        def shape(chat: ChatAnswer) -> ChoicesShape:
-            return ChoicesShape(
-                chat.answer,
-                ENDPOINT,
-                answer_id=chat.answer_id,
-                model=chat.model,
-                stream=bool(body.stream),
-                choice=lambda index: ChatChoice(
-                    index, logprobs, chat.new_parser(), chat.new_call_id
-                ),
-                usage=body.usage_in_stream,
-            )
+        def shape(answer: Answer, new_parser: Callable[[], ToolParser]) -> ChoicesShape:
+            def choice(index: int) -> ChatChoice:
+                return ChatChoice(index, logprobs, new_parser(), conversations.new_call_id)
+
+            return ChoicesShape(answer, ENDPOINT, choice)
 
         return await conversations.answer(http, body, shape, ENDPOINT.new_id())
 

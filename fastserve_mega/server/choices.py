@@ -6,13 +6,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Answer, Event, Json
 from fastserve_mega.server.errors import ApiError
-
-UsageInStream = Literal["never", "at the end", "always"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +47,21 @@ class ChoicesShape:
     Args:
         answer: what is written.
         endpoint: names it.
-        answer_id: of the endpoint's `new_id`.
-        model: the served name.
-        stream: whether it is written as a stream.
         choice: writes the generation of an index.
-        usage: when a stream tells the token counts; `always` is with each piece.
     """
 
     last_words = b"data: [DONE]\n\n"
 
-    def __init__(
-        self,
-        answer: Answer,
-        endpoint: Endpoint,
-        *,
-        answer_id: str,
-        model: str,
-        stream: bool,
-        choice: Callable[[int], Choice],
-        usage: UsageInStream,
-    ) -> None:
+    def __init__(self, answer: Answer, endpoint: Endpoint, choice: Callable[[int], Choice]) -> None:
         self._answer = answer
         self._choices: Sequence[Choice] = [choice(i) for i in range(len(answer.generations))]
-        self._usage = usage
+        self._usage = answer.body.usage_in_stream
+        is_stream = answer.body.stream
         self._head: Json = {
-            "id": answer_id,
-            "object": endpoint.chunk_object_name if stream else endpoint.object_name,
+            "id": answer.answer_id,
+            "object": endpoint.chunk_object_name if is_stream else endpoint.object_name,
             "created": int(time.time()),
-            "model": model,
+            "model": answer.model,
         }
 
     def whole(self) -> Json:

@@ -175,7 +175,7 @@ def completions_router(service: Service) -> APIRouter:
             async for _, prompt in one_by_one(body.prompts)
         ]
         ends = await service.end_token_ids(body)
-        answer_id, model = ENDPOINT.new_id(), await service.check_model(body.model)
+        await service.check_model(body.model)
 
         def shape(answer: Answer) -> ChoicesShape:
             def choice(index: int) -> CompletionChoice:
@@ -188,18 +188,10 @@ def completions_router(service: Service) -> APIRouter:
 
                 return CompletionChoice(index, echoes[number], logprobs, of_prompt)
 
-            return ChoicesShape(
-                answer,
-                ENDPOINT,
-                answer_id=answer_id,
-                model=model,
-                stream=bool(body.stream),
-                choice=choice,
-                usage=body.usage_in_stream,
-            )
+            return ChoicesShape(answer, ENDPOINT, choice)
 
         return await service.answer(
-            http, body, prompts, shape, answer_id=answer_id, decoder=decoder
+            http, body, prompts, shape, answer_id=ENDPOINT.new_id(), decoder=decoder
         )
 
     return router

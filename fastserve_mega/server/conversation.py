@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -14,23 +13,9 @@ from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.dialect import Dialect, describe_tools
 from fastserve_mega.server.errors import ApiError, from_validation
 from fastserve_mega.server.reasoning import ThinkParser
-from fastserve_mega.server.service import RenderedChat, Service
+from fastserve_mega.server.service import Service
 from fastserve_mega.server.tools.formats import new_call_id
 from fastserve_mega.server.tools.pieces import PLAIN_TEXT, ToolParser
-
-
-@dataclass(frozen=True, slots=True)
-class ChatAnswer:
-    """What a shape is made from."""
-
-    answer: Answer
-    answer_id: str
-    model: str
-    new_parser: Callable[[], ToolParser]
-    """Reads one generation."""
-    new_call_id: Callable[[], str]
-    count_tokens: Callable[[str], int]
-    """Tokens of a text of the answer."""
 
 
 class Conversations:
@@ -43,6 +28,8 @@ class Conversations:
 
     def __init__(self, service: Service, dialect: Dialect) -> None:
         self.service = service
+        self.new_call_id = dialect.tools.new_call_id if dialect.tools else new_call_id
+        """Names a tool call."""
         self._dialect = dialect
 
     @staticmethod
@@ -54,8 +41,8 @@ class Conversations:
             errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
             raise from_validation(errors, body) from None
 
-    async def render(self, body: ChatRequest) -> RenderedChat:
-        """The conversation as the model reads it."""
+    async def render(self, body: ChatRequest) -> tuple[str, list[int]]:
+        """The conversation as the model reads it: as text, and its tokens."""
         dialect = self._dialect
         if body.continue_final_message and dialect.is_harmony:
             raise ApiError(
@@ -84,7 +71,7 @@ class Conversations:
         self,
         http: Request,
         body: ChatRequest,
-        shape: Callable[[ChatAnswer], AnswerShape],
+        shape: Callable[[Answer, Callable[[], ToolParser]], AnswerShape],
         answer_id: str,
     ) -> Response:
         """Answer a conversation in the shape of an endpoint.
@@ -92,16 +79,16 @@ class Conversations:
         Args:
             http: the request.
             body: of the request, in the form of a chat completion.
-            shape: writes the answer.
+            shape: writes the answer; it is given what makes a parser for one generation.
             answer_id: names it.
         """
-        model = await self.service.check_model(body.model)
-        prompt = await self.render(body)
-        max_tokens = await self.service.max_tokens_of(prompt.token_ids, body.max_tokens_asked)
+        await self.service.check_model(body.model)
+        text, prompt = await self.render(body)
+        max_tokens = await self.service.max_tokens_of(prompt, body.max_tokens_asked)
         is_structured = _is_structured(body)
         think = self._dialect.think
         after = self.service.tokenizer.token_id(think.end) if think else None
-        opened = think is not None and think.opened_by(prompt.text, _begun(body))
+        opened = think is not None and think.opened_by(text, _begun(body))
         # A form begins behind the reasoning, where the prompt has begun that.
         structure_after = after if is_structured and opened else None
 
@@ -114,18 +101,11 @@ class Conversations:
                 return parser
             return ThinkParser(think, parser, opened=opened)
 
-        tools = self._dialect.tools
-
-        def of_answer(answer: Answer) -> AnswerShape:
-            new_id = tools.new_call_id if tools else new_call_id
-            count = self.service.count_tokens
-            return shape(ChatAnswer(answer, answer_id, model, new_parser, new_id, count))
-
         return await self.service.answer(
             http,
             body,
-            [(prompt.token_ids, max_tokens)],
-            of_answer,
+            [(prompt, max_tokens)],
+            lambda answer: shape(answer, new_parser),
             answer_id=answer_id,
             decoder=self.service.decoder_of(body, self._dialect.marks),
             structure_after=structure_after,

@@ -62,7 +62,7 @@ def embeddings_router(service: Service) -> APIRouter:
     )
     async def create_embeddings(http: Request, body: EmbeddingRequest) -> Response:
         asked = body.completion()
-        model = await service.check_model(body.model)
+        await service.check_model(body.model)
         try:
             prompts = await encode_prompts(service, asked)
         except ApiError as error:
@@ -79,7 +79,7 @@ def embeddings_router(service: Service) -> APIRouter:
                     {"object": "embedding", "index": index, "embedding": written(each.embedding)}
                     for index, each in enumerate(answer.generations)
                 ],
-                "model": model,
+                "model": answer.model,
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
 

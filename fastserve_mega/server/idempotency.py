@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 from fastapi import Request
 
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.middleware import KEY_HEADERS
 
-HEADER = "Idempotency-Key"
+IDEMPOTENCY_KEY = "Idempotency-Key"
 _MAX_LENGTH = 255
 
 
-@dataclass(frozen=True, slots=True)
-class Repeatable:
-    """What a request is known by when it is sent again, to whichever HTTP server."""
+async def identity_of(http: Request) -> tuple[str, str]:
+    """What a request with the header is known by when it is sent again, to whichever HTTP server.
 
-    request_id: str
-    """Hash of the key and of who sent it: the keys of two users are never the same request."""
-    fingerprint: str
-    """Hash of the path and the body."""
-
-
-async def repeatable(http: Request) -> Repeatable | None:
-    """What a request with the header is known by; None without it.
+    Returns:
+        Its id, a hash of the key and of who sent it: the keys of two users are never the same
+        request. And its fingerprint, a hash of the path and the body.
 
     Raises:
         ApiError: the header cannot be used.
     """
-    if (key := http.headers.get(HEADER)) is None:
-        return None
+    key = http.headers[IDEMPOTENCY_KEY]
     if not (1 <= len(key) <= _MAX_LENGTH and key.isascii() and key.isprintable()):
         raise ApiError(
             400,
-            f"{HEADER} must have 1 to {_MAX_LENGTH} printable ASCII characters, got {len(key)}",
+            f"{IDEMPOTENCY_KEY} must have 1 to {_MAX_LENGTH} printable ASCII characters, "
+            f"got {len(key)}",
         )
-    return Repeatable(
-        _digest(*(http.headers.get(name, "") for name in KEY_HEADERS), key),
-        _digest(http.url.path, (await http.body()).decode("latin-1")),
-    )
+    sender = (http.headers.get(name, "") for name in KEY_HEADERS)
+    fingerprint = _digest(http.url.path, (await http.body()).decode("latin-1"))
+    return _digest(*sender, key), fingerprint
 
 
 def _digest(*parts: str) -> str:

@@ -16,8 +16,8 @@ _LEAST = -9999.0
 TokenBytes = Callable[[int], bytes]
 
 
-def chat_logprobs(chunk: Chunk, token_bytes: TokenBytes, ends: Collection[int]) -> Json | None:
-    """The `logprobs` of a chat completion's choice; None when the chunk has none.
+def chat_logprobs(chunk: Chunk, token_bytes: TokenBytes, ends: Collection[int]) -> Json:
+    """The `logprobs` of a chat completion's choice.
 
     Args:
         chunk: tokens and their log probabilities.
@@ -39,7 +39,7 @@ def chat_logprobs(chunk: Chunk, token_bytes: TokenBytes, ends: Collection[int]) 
         }
         for token_id, told in _spoken(chunk, ends)
     ]
-    return {"content": content, "refusal": None} if chunk.logprobs else None
+    return {"content": content, "refusal": None}
 
 
 class CompletionLogprobs:

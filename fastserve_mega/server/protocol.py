@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
-from fastserve_mega.server.choices import UsageInStream
 from fastserve_mega.server.structured import (
     ResponseFormat,
     Schema,
@@ -170,12 +169,15 @@ class GenerationRequest(Common):
             ValueError: several are asked for, or one that is too long.
         """
         asked = (self.response_format, self.structured_outputs)
+        guided = (self.guided_json, self.guided_regex, self.guided_choice)
+        if all(each is None for each in (*asked, *guided)):
+            return None
         found = [form for each in asked if each and (form := each.structured()) is not None]
-        guided = all_forms(self.guided_json, self.guided_regex, self.guided_choice)
-        return only_one([*found, *guided])
+        return only_one([*found, *all_forms(*guided)])
 
     @property
-    def usage_in_stream(self) -> UsageInStream:
+    def usage_in_stream(self) -> Literal["never", "at the end", "always"]:
+        """When a stream tells the token counts; `always` is with each piece."""
         options = self.stream_options
         if options is None or not options.include_usage:
             return "never"

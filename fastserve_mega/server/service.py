@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from msgspec.structs import replace
 
-from fastserve_mega.client import AsyncClient, AsyncGeneration
+from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Answer, AnswerShape, respond
-from fastserve_mega.server.api_keys import Identity, KeyHolder, identify
+from fastserve_mega.server.api_keys import KeyHolder, identify
 from fastserve_mega.server.errors import ApiError, invalid_value
-from fastserve_mega.server.idempotency import Repeatable, repeatable
+from fastserve_mega.server.idempotency import IDEMPOTENCY_KEY, identity_of
 from fastserve_mega.server.protocol import MAX_ANSWERS, GenerationRequest
 from fastserve_mega.server.structure_check import StructureChecker
 from fastserve_mega.text.chat_template import PromptEnd
@@ -36,13 +36,6 @@ async def one_by_one(items: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
         if index:
             await asyncio.sleep(0)
         yield index, item
-
-
-class RenderedChat(NamedTuple):
-    """A conversation as the chat template has written it."""
-
-    text: str
-    token_ids: list[int]
 
 
 class Service:
@@ -92,17 +85,20 @@ class Service:
         tools: Sequence[dict[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
         end: PromptEnd = "answer",
-    ) -> RenderedChat:
-        """A conversation as the model reads it, without holding up other requests."""
+    ) -> tuple[str, list[int]]:
+        """A conversation as the model reads it: as text, and its tokens.
+
+        Others are not held up.
+        """
         length = sum(len(message["content"]) for message in messages)
         await self._check_length(length)
         max_context = (await self.client.info()).max_context
 
-        def render() -> RenderedChat:
+        def render() -> tuple[str, list[int]]:
             text = self.tokenizer.render_chat(messages, tools, variables, end)
             # Tools and variables make it longer than its messages are.
             self._refuse_long(len(text), max_context)
-            return RenderedChat(text, self.tokenizer.encode_rendered(text))
+            return text, self.tokenizer.encode_rendered(text)
 
         work = length + _MESSAGE_LENGTH * len(messages)
         return await self._tokenize(render, _LONG_TEXT if tools else work)
@@ -202,7 +198,7 @@ class Service:
             decoder=decoder,
             structure_after=structure_after,
         )
-        return await respond(http, answer, shape(answer), stream=bool(body.stream))
+        return await respond(http, answer, shape(answer))
 
     async def begin(
         self,
@@ -225,53 +221,42 @@ class Service:
             structure_after: the token behind which the output is held to the form asked for; None
                 is from its beginning.
         """
-        repeat = await repeatable(http)
+        request_id, fingerprint = answer_id, ""
+        if IDEMPOTENCY_KEY in http.headers:
+            request_id, fingerprint = await identity_of(http)
         submissions = await self._submissions(body, prompts, structure_after)
         holder: KeyHolder | None = getattr(http.state, "key_holder", None)
         identity = identify(holder, body.user, body.priority)
         prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
         admitted = holder.admit(prompt_tokens, len(submissions)) if holder else None
         try:
-            generations = await self._start(
-                body, submissions, repeat or Repeatable(answer_id, ""), decoder, identity
-            )
+            generations = [
+                await self.client.submit(
+                    prompt,
+                    params,
+                    stop=body.stops,
+                    cache_salt=body.cache_salt or "",
+                    timeout_s=body.timeout,
+                    request_id=f"{request_id}-{index}",
+                    fingerprint=fingerprint,
+                    decoder=decoder,
+                    continues_text=body.continues_text,
+                    tells_stop=bool(body.include_stop_str_in_output),
+                    expected_output_tokens=body.expected_output_tokens,
+                    session=body.session or "",
+                    **identity,
+                )
+                async for index, (prompt, params) in one_by_one(submissions)
+            ]
         except BaseException:
             if admitted:
                 admitted.end(0)
             raise
         on_end = admitted.end if admitted else None
-        answer = Answer(generations, body.answers_per_prompt, body.only_prompts, on_end)
-        http.state.asked, http.state.answer = body, answer  # for those who trace it
+        model = (await self.client.info()).model_name
+        answer = Answer(body, answer_id, model, generations, on_end)
+        http.state.answer = answer  # for those who trace it
         return answer
-
-    async def _start(
-        self,
-        body: GenerationRequest,
-        submissions: Sequence[tuple[Sequence[int], SamplingParams]],
-        named: Repeatable,
-        decoder: TokenDecoder,
-        identity: Identity,
-    ) -> list[AsyncGeneration]:
-        return [
-            await self.client.submit(
-                prompt,
-                params,
-                stop=body.stops,
-                cache_salt=body.cache_salt or "",
-                timeout_s=body.timeout,
-                request_id=f"{named.request_id}-{index}",
-                fingerprint=named.fingerprint,
-                decoder=decoder,
-                continues_text=body.continues_text,
-                tells_stop=bool(body.include_stop_str_in_output),
-                client=identity.client,
-                weight=identity.weight,
-                priority=identity.priority,
-                expected_output_tokens=body.expected_output_tokens,
-                session=body.session or "",
-            )
-            async for index, (prompt, params) in one_by_one(submissions)
-        ]
 
     async def _submissions(
         self,

@@ -56,7 +56,7 @@ def tokens_router(conversations: Conversations) -> APIRouter:
             asked = conversations.chat_request(
                 {**body.conversation, "add_special_tokens": body.add_special_tokens}
             )
-            tokens = (await conversations.render(asked)).token_ids
+            _, tokens = await conversations.render(asked)
         welcome = await service.client.info()
         return {"tokens": tokens, "count": len(tokens), "max_model_len": welcome.max_context}
 

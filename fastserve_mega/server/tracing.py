@@ -138,7 +138,7 @@ class _TraceRequests:
             if span.is_recording():
                 _tell_status(span, status)
                 if (answer := state.get("answer")) is not None:
-                    _tell_request(span, operation, state["asked"])
+                    _tell_request(span, operation, answer.body)
                     _tell_answer(span, answer)
             span.end()
 

@@ -8,8 +8,8 @@ import pytest
 
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
-from fastserve_mega.coordinator.kept_answers import RecentAnswers
 from fastserve_mega.coordinator.replica import Replica
+from fastserve_mega.coordinator.reports import RecentAnswers
 from fastserve_mega.coordinator.worker_group import WorkersLostError
 from fastserve_mega.messaging.frames import decode
 from fastserve_mega.messaging.messages import (

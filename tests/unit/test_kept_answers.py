@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastserve_mega.coordinator.kept_answers import KeptAnswers
+from fastserve_mega.coordinator.intake import KeptAnswers
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.messaging.messages import Submit
 from fastserve_mega.types import FinishReason, SamplingParams

@@ -8,10 +8,10 @@ import tracemalloc
 from test_coordinator_turn import World
 
 from fastserve_mega.coordinator.admission import Admission
-from fastserve_mega.coordinator.heap import HeapTrimmer
+from fastserve_mega.coordinator.intake import HeapTrimmer
 from fastserve_mega.messaging.frames import decode, encode
 from fastserve_mega.messaging.messages import Cancel, Submit
-from fastserve_mega.scheduling.block_hashes import BlockHashes
+from fastserve_mega.scheduling.request import BlockHashes
 from fastserve_mega.system.config import SchedulerConfig
 from fastserve_mega.types import SamplingParams
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from fastserve_mega.scheduling.block_hashes import BlockHashes
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv.admission import KvProjection, MemoryOutcome, StartedRequests
 from fastserve_mega.scheduling.kv.pool import BlockPool, PoolSizes
@@ -12,7 +11,7 @@ from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
 from fastserve_mega.scheduling.kv.reclaim import Reclaimer
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.scheduling.policies.policy import Policy
-from fastserve_mega.scheduling.request import Place, Request, RequestStatus
+from fastserve_mega.scheduling.request import BlockHashes, Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig, SwapStrategy
 from fastserve_mega.types import BlockHash
 
@@ -243,28 +242,29 @@ class KvManager:
     ) -> MemoryOutcome:
         """Take the leading blocks that exist, from the host if need be, and room for the rest."""
         cache = self.prefix_cache
-        found = cache.find(request)
-        if cache.is_being_computed(request, len(found.table)):
-            cache.give_up(found)
+        found, host_blocks = cache.find(request)
+        if cache.is_being_computed(request, len(found)):
+            cache.give_up(found, host_blocks)
             return MemoryOutcome.COMING
-        wanted = self._blocks_wanted(request) - len(found.table)
+        wanted = self._blocks_wanted(request) - len(found)
         if not self.started.may_start(request, wanted, leaves_room=leaves_room):
-            cache.give_up(found)
+            cache.give_up(found, host_blocks)
             return MemoryOutcome.NOT_STARTED
         filled = self._fill(
-            request, found.table + [None] * wanted, reserve + self.reclaimer.held_before(request)
+            request, found + [None] * wanted, reserve + self.reclaimer.held_before(request)
         )
         if filled is None:
-            self.host.free(found.host_blocks)
+            self.host.free(host_blocks)
             return MemoryOutcome.NO_MEMORY
-        request.num_computed_tokens = len(found.table) * self.block_size
-        is_ahead = self._strategy == "proactive" and bool(found.host_blocks)
+        request.num_computed_tokens = len(found) * self.block_size
+        is_ahead = self._strategy == "proactive" and bool(host_blocks)
         step = None if is_ahead else self._step_id
         self._settle(request, filled, _WHILE_COPIED[step is None])
-        cache.admitted(request, found)
-        if found.host_blocks:
-            targets = [filled[index] for index, block in enumerate(found.table) if block is None]
-            self.swapper.swap_in(request, found.host_blocks, targets, step, found.host_blocks)
+        cache.admitted(request, len(found))
+        if host_blocks:
+            request.kv.num_published_blocks = 0
+            targets = [filled[index] for index, block in enumerate(found) if block is None]
+            self.swapper.swap_in(request, host_blocks, targets, step, host_blocks)
         return MemoryOutcome.COMING if is_ahead else MemoryOutcome.READY
 
     def _fill(self, request: Request, table: list[int | None], reserve: int) -> list[int] | None:

@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from fastserve_mega.scheduling.kv.pool import BlockPool
 from fastserve_mega.scheduling.request import Request
 from fastserve_mega.types import BlockHash
-
-
-@dataclass(slots=True)
-class Found:
-    """Leading blocks of a request whose KV exists. The request owns them from now on."""
-
-    table: list[int | None] = field(default_factory=list)
-    """Device blocks; None where the KV has to be copied from the host."""
-    host_blocks: list[int] = field(default_factory=list)
-    """The host blocks to copy from, in order."""
-
-    @property
-    def shared(self) -> list[int]:
-        """The device blocks that were found."""
-        return [block for block in self.table if block is not None]
 
 
 class PrefixCache:
@@ -64,23 +48,29 @@ class PrefixCache:
             middle = (found + missing) // 2
         return found * self._block_size
 
-    def find(self, request: Request) -> Found:
-        """Become an owner of the leading blocks that exist, on the device or on the host."""
-        found = Found()
+    def find(self, request: Request) -> tuple[list[int | None], list[int]]:
+        """Make a request an owner of the leading blocks that exist.
+
+        Returns:
+            Device blocks, None where the KV has to be copied from the host; and the host blocks to
+            copy from, in order.
+        """
+        table: list[int | None] = []
+        host_blocks: list[int] = []
         for block_hash in request.kv.block_hashes[: self._usable(request)]:
             block = self._device.share(block_hash)
             if block is None:
                 host_block = self._host.share(block_hash)
                 if host_block is None:
                     break
-                found.host_blocks.append(host_block)
-            found.table.append(block)
-        return found
+                host_blocks.append(host_block)
+            table.append(block)
+        return table, host_blocks
 
-    def give_up(self, found: Found) -> None:
-        """Own them no more."""
-        self._device.free(found.shared)
-        self._host.free(found.host_blocks)
+    def give_up(self, table: Sequence[int | None], host_blocks: Sequence[int]) -> None:
+        """Give back what `find` has found."""
+        self._device.free([block for block in table if block is not None])
+        self._host.free(host_blocks)
 
     def is_being_computed(self, request: Request, blocks: int) -> bool:
         """Whether a step that is under way computes the block after the first `blocks`."""
@@ -92,13 +82,13 @@ class PrefixCache:
         end = other.num_computed_tokens + other.num_scheduled_tokens
         return other.num_computed_tokens < (blocks + 1) * self._block_size <= end
 
-    def admitted(self, request: Request, found: Found) -> None:
-        """It computes what was not found."""
-        for block_hash in request.kv.block_hashes[len(found.table) :]:
+    def admitted(self, request: Request, found: int) -> None:
+        """Take in that a request computes what is behind the leading blocks that were found."""
+        for block_hash in request.kv.block_hashes[found:]:
             self._computing.setdefault(block_hash, request)
         self.queried_tokens += request.num_tokens
-        self.hit_tokens += len(found.table) * self._block_size
-        request.kv.num_published_blocks = 0 if found.host_blocks else len(found.table)
+        self.hit_tokens += found * self._block_size
+        request.kv.num_published_blocks = found
 
     def publish(self, request: Request) -> None:
         """Let others find the full device blocks that it has computed since the last call."""

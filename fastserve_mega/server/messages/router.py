@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request, Response
 
 from fastserve_mega.server import schemas
-from fastserve_mega.server.answers import Event, Json
+from fastserve_mega.server.answers import Answer, Event, Json
 from fastserve_mega.server.blocks import Block, BlockShape
 from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.errors import ANTHROPIC_PATH, ApiError
 from fastserve_mega.server.messages.protocol import CountRequest, MessagesRequest
 from fastserve_mega.server.openapi import ANTHROPIC_ERRORS, answers_with
+from fastserve_mega.server.tools.pieces import ToolParser
 
 _NOT_JSON = "INVALID_JSON"
 """Where Anthropic's documentation puts arguments that were cut."""
@@ -27,10 +28,10 @@ class MessageShape(BlockShape):
     def body(self) -> Json:
         has_ended = self.all_told
         return {
-            "id": self.chat.answer_id,
+            "id": self.answer.answer_id,
             "type": "message",
             "role": "assistant",
-            "model": self.chat.model,
+            "model": self.answer.model,
             "content": [_whole(block) for block in self.blocks],
             "stop_reason": self._stop_reason() if has_ended else None,
             "stop_sequence": self._stop_sequence() if has_ended else None,
@@ -58,10 +59,10 @@ class MessageShape(BlockShape):
         yield Event(error.anthropic_body, "error")
 
     def _stop_sequence(self) -> str | None:
-        return self.chat.answer.generations[0].stopped_by
+        return self.answer.generations[0].stopped_by
 
     def _stop_reason(self) -> str:
-        reason = self.chat.answer.reason(0)
+        reason = self.answer.reason(0)
         if reason == "stop" and self._stop_sequence() is not None:
             return "stop_sequence"
         if reason == "stop" and any(block.kind == "call" for block in self.blocks):
@@ -69,7 +70,7 @@ class MessageShape(BlockShape):
         return _STOP_REASONS.get(reason, reason)
 
     def _usage(self) -> Json:
-        usage = self.chat.answer.usage
+        usage = self.answer.usage
         return {
             "input_tokens": usage.prompt_tokens - usage.cached_tokens,
             "cache_creation_input_tokens": 0,
@@ -118,13 +119,16 @@ def messages_router(conversations: Conversations) -> APIRouter:
 
     @router.post(ANTHROPIC_PATH, responses=answers_with(schemas.Message, ANTHROPIC_ERRORS))
     async def create_message(http: Request, body: MessagesRequest) -> Response:
+        def shape(answer: Answer, new_parser: Callable[[], ToolParser]) -> MessageShape:
+            return MessageShape(answer, new_parser(), conversations.new_call_id)
+
         chat = conversations.chat_request(body.chat())
-        return await conversations.answer(http, chat, MessageShape, f"msg_{uuid.uuid4().hex}")
+        return await conversations.answer(http, chat, shape, f"msg_{uuid.uuid4().hex}")
 
     @router.post(f"{ANTHROPIC_PATH}/count_tokens", responses=ANTHROPIC_ERRORS)
     async def count_tokens(body: CountRequest) -> Json:
         await conversations.service.check_model(body.model)
-        prompt = await conversations.render(conversations.chat_request(body.chat()))
-        return {"input_tokens": len(prompt.token_ids)}
+        _, prompt = await conversations.render(conversations.chat_request(body.chat()))
+        return {"input_tokens": len(prompt)}
 
     return router

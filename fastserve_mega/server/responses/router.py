@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
 from fastserve_mega.server import schemas
-from fastserve_mega.server.answers import Json
-from fastserve_mega.server.conversation import ChatAnswer, Conversations
+from fastserve_mega.server.answers import Answer, Json
+from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.responses.protocol import Message, ResponsesRequest
 from fastserve_mega.server.responses.shape import ResponseShape
+from fastserve_mega.server.tools.pieces import ToolParser
 
 MAX_BYTES = 64 * 2**20
 
@@ -86,8 +88,15 @@ def responses_router(conversations: Conversations, store: ResponseStore) -> APIR
             if body.store is not False:
                 store.keep(response, [*messages, *said])
 
-        def shape(chat: ChatAnswer) -> ResponseShape:
-            return ResponseShape(chat, body, keep)
+        def shape(answer: Answer, new_parser: Callable[[], ToolParser]) -> ResponseShape:
+            return ResponseShape(
+                answer,
+                new_parser(),
+                conversations.new_call_id,
+                count_tokens=conversations.service.count_tokens,
+                request=body,
+                keep=keep,
+            )
 
         chat = conversations.chat_request(body.chat(messages))
         return await conversations.answer(http, chat, shape, f"resp_{uuid.uuid4().hex}")

@@ -6,11 +6,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 
-from fastserve_mega.server.answers import Event, Json
+from fastserve_mega.server.answers import Answer, Event, Json
 from fastserve_mega.server.blocks import Block, BlockKind, BlockShape
-from fastserve_mega.server.conversation import ChatAnswer
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.responses.protocol import Message, ResponsesRequest
+from fastserve_mega.server.tools.pieces import ToolParser
 
 _PREFIXES: dict[BlockKind, str] = {"reasoning": "rs", "text": "msg", "call": "fc"}
 _PARTS: dict[BlockKind, str] = {"reasoning": "reasoning_text", "text": "output_text"}
@@ -21,27 +21,35 @@ class ResponseShape(BlockShape):
     """Each event has a number and the name of its type.
 
     Args:
-        chat: what is written.
+        answer: what is written.
+        parser: reads it.
+        new_call_id: names a tool call.
+        count_tokens: of a text that the model has written.
         request: whose settings the response repeats.
         keep: takes the finished response, and what the assistant has said as messages.
     """
 
     def __init__(
         self,
-        chat: ChatAnswer,
+        answer: Answer,
+        parser: ToolParser,
+        new_call_id: Callable[[], str],
+        *,
+        count_tokens: Callable[[str], int],
         request: ResponsesRequest,
         keep: Callable[[Json, list[Message]], None],
     ) -> None:
-        super().__init__(chat)
+        super().__init__(answer, parser, new_call_id)
+        self._count_tokens = count_tokens
         self._keep = keep
         self._call_ids: dict[int, str] = {}
         self._events = 0
         self._status = "in_progress"
         self._error: Json | None = None
-        self._head = _head(chat, request)
+        self._head = _head(answer, request)
 
     def body(self) -> Json:
-        reason = self.chat.answer.reason(0)
+        reason = self.answer.reason(0)
         details = {"reason": "max_output_tokens" if reason == "length" else reason}
         items = [self._item(block) for block in self.blocks]
         return {
@@ -59,7 +67,7 @@ class ResponseShape(BlockShape):
 
     def began(self, block: Block) -> Iterable[Event]:
         if block.kind == "call":
-            self._call_ids[block.index] = self.chat.new_call_id()
+            self._call_ids[block.index] = self.new_call_id()
         item = self._item(block, "in_progress")
         yield self._event("response.output_item.added", output_index=block.index, item=item)
         if block.kind != "call":
@@ -78,7 +86,7 @@ class ResponseShape(BlockShape):
         yield self._event("response.output_item.done", output_index=block.index, item=item)
 
     def finished(self) -> Iterable[Event]:
-        self._status = _STATUS.get(self.chat.answer.reason(0), "incomplete")
+        self._status = _STATUS.get(self.answer.reason(0), "incomplete")
         body = self.body()
         self._keep(body, self._said())
         name = "completed" if self._status == "completed" else "incomplete"
@@ -107,7 +115,7 @@ class ResponseShape(BlockShape):
 
     def _item(self, block: Block, status: str = "") -> Json:
         is_last = self.all_told and block is self.blocks[-1]
-        is_cut = is_last and self.chat.answer.reason(0) != "stop"
+        is_cut = is_last and self.answer.reason(0) != "stop"
         status = status or ("incomplete" if is_cut else "completed")
         if block.kind == "call":
             return {
@@ -137,25 +145,25 @@ class ResponseShape(BlockShape):
         return [message]
 
     def _usage(self) -> Json:
-        usage = self.chat.answer.usage
+        usage = self.answer.usage
         thought = "".join(block.text for block in self.blocks if block.kind == "reasoning")
         return {
             "input_tokens": usage.prompt_tokens,
             # Nothing is charged for keeping KV.
             "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": self.chat.count_tokens(thought)},
+            "output_tokens_details": {"reasoning_tokens": self._count_tokens(thought)},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
 
 
-def _head(chat: ChatAnswer, request: ResponsesRequest) -> Json:
+def _head(answer: Answer, request: ResponsesRequest) -> Json:
     told = request.model_dump(mode="json", by_alias=True)
     return {
-        "id": chat.answer_id,
+        "id": answer.answer_id,
         "object": "response",
         "created_at": int(time.time()),
-        "model": chat.model,
+        "model": answer.model,
         "background": False,
         "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,

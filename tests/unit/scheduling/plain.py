@@ -21,7 +21,7 @@ def make_plain(scheduler: Scheduler) -> Scheduler:
     for every request that grows, and all pauses are looked at for one that has to end.
     """
     queues = scheduler._queues
-    reclaimer = scheduler._memory.reclaimer
+    reclaimer = scheduler.memory.reclaimer
     is_beyond_reach = reclaimer._is_beyond_reach
 
     plan_step = scheduler.step

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastserve_mega.scheduling.events import Arrived, StepDone
 from fastserve_mega.scheduling.kv.pool import BlockPool
 from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
-from fastserve_mega.scheduling.placement import Placement
+from fastserve_mega.scheduling.placement import ExpectedWork, Placement
 from fastserve_mega.types import BlockHash
 
 
@@ -53,12 +53,13 @@ def test_prefills_that_wait_count_by_their_length():
 def test_a_prefill_that_has_run_counts_no_more():
     schedulers = make_schedulers(2)
     busy = schedulers[0]
-    before = busy.work.queued_prefill_s()
+    work = ExpectedWork(busy)
+    before = work.queued_prefill_s()
     plan = busy.step(0.0, [arrival(0, prompt_tokens=100)])
-    waiting = busy.work.queued_prefill_s()
+    waiting = work.queued_prefill_s()
     busy.step(1.0, [StepDone(plan.step_id, 1.0)])
     assert before == 0.0
-    assert waiting - busy.work.queued_prefill_s() == pytest.approx(FixedCosts().prefill_s(100))
+    assert waiting - work.queued_prefill_s() == pytest.approx(FixedCosts().prefill_s(100))
     busy.check_integrity()
 
 
@@ -103,13 +104,19 @@ class Busy:
 
     def __init__(self, work_s, prefill_s, decode_s):
         self.work_s, self.prefill_s, self.decode_s = work_s, prefill_s, decode_s
-        self.work = SimpleNamespace(
-            queued_prefill_s=lambda: self.work_s,
-            prefill_s=lambda arrived: prefill_s,
-            decode_s=lambda output_tokens: decode_s,
+        self.cost_model = SimpleNamespace(
+            # A chunk is one token, and takes a second; an arrival is a longer prompt.
+            prefill_s=lambda tokens: 1 if tokens == 1 else prefill_s,
+            decode_s=lambda batch, output_tokens: decode_s * batch / output_tokens,
         )
 
+    config = SimpleNamespace(max_batch_size=128, max_batch_tokens=1)
+    memory = SimpleNamespace(prefix_cache=SimpleNamespace(tokens_of=len))
     unfinished = 0
+
+    @property
+    def num_unread_tokens(self):
+        return self.work_s
 
 
 TIMES = st.sampled_from([0, 1, 2, 5, 10, 30, 200])
