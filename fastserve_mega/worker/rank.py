@@ -54,13 +54,13 @@ def run_worker(
         coordinator_arguments: for the coordinator that rank 0 starts.
         runner: what computes tokens; `fake` needs no model and is for tests.
         supervised: SIGTERM means that another rank has died, which mpirun tells in this way, and
-            SIGUSR1 asks to stop; and this rank ends with what has started it.
+            SIGUSR1 asks to stop.
         on_ready: called by rank 0 before its first step.
     """
-    if supervised:
-        die_with_parent()
     try:
         topology = read_topology()
+        if supervised or (topology.launcher and topology.launcher.is_process):
+            die_with_parent()
         exchange = make_exchange(topology, config.parallel.timeout_s)
     except (ValueError, ImportError, OSError, MissingRanksError) as error:
         return _fail_alone(error)

@@ -22,6 +22,11 @@ class Launcher:
     sign: str = ""
     """A variable that must be there as well; empty: none."""
 
+    @property
+    def is_process(self) -> bool:
+        """Whether it stays as long as its ranks; not a person who sets variables in a shell."""
+        return bool(self.sign) or self.rank != "RANK"
+
     def can_use(self, mpi_library: str) -> bool:
         """Whether ranks with this MPI library, by its name, find each other."""
         is_open_mpi = mpi_library.startswith("Open MPI")

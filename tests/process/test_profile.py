@@ -1,8 +1,10 @@
 """`fastserve-mega profile` on fake ranks, and a server that starts from its file."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from fake_server import expected_tokens
@@ -10,6 +12,9 @@ from fake_server import expected_tokens
 from fastserve_mega.client import Client
 from fastserve_mega.coordinator.event_log import read_event_log
 from fastserve_mega.coordinator.profile_file import load_profile
+from fastserve_mega.drill.processes import named_processes
+from fastserve_mega.launcher import mpirun_command
+from fastserve_mega.process_tree import descendants, is_running
 from fastserve_mega.types import SamplingParams
 
 CONFIG = """
@@ -57,6 +62,30 @@ def test_a_profile_is_measured_and_served_from(start_server, config, tmp_path):
         answer = client.submit((1, 2, 3), SamplingParams(max_tokens=4, temperature=0.0))
         assert answer.wait().token_ids == expected_tokens((1, 2, 3), 4)
     assert read_event_log(log)[0].profile == profile
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_no_rank_goes_on_when_mpirun_is_killed(config, tmp_path):
+    ranks = [sys.executable, "-m", "fastserve_mega", "worker", "--runner", "fake"]
+    ranks += ["--config", str(config), "--set", "parallel.pipeline=2"]
+    slow = {**os.environ, "FASTSERVE_MEGA_FAULTS": "rank.before_step:delay=0.4"}
+    with subprocess.Popen(
+        [*mpirun_command(2), *ranks, "--profile-to", str(tmp_path / "profile.json")],
+        env=slow,
+    ) as mpirun:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while "coordinator" not in named_processes(mpirun.pid):
+            assert time.monotonic() < deadline, "the coordinator does not start"
+        everyone = descendants(mpirun.pid)
+        mpirun.kill()
+    deadline = time.monotonic() + 20  # the profile would take two minutes
+    while left := set(filter(is_running, everyone)):
+        if time.monotonic() > deadline:
+            for process_id in left:
+                os.kill(process_id, signal.SIGKILL)
+            pytest.fail(f"{len(left)} processes are left")
+        time.sleep(0.01)
 
 
 def test_errors_are_one_sentence(config, tmp_path):
