@@ -65,7 +65,7 @@ class Service:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, without holding up other requests."""
-        await self._check_length(len(text))
+        self._refuse_long(len(text), (await self.client.info()).max_context)
         encode = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self._tokenize(encode, len(text))
 
@@ -91,23 +91,20 @@ class Service:
         Others are not held up.
         """
         length = sum(len(message["content"]) for message in messages)
-        await self._check_length(length)
         max_context = (await self.client.info()).max_context
+        self._refuse_long(length, max_context)
 
         def render() -> tuple[str, list[int]]:
             text = self.tokenizer.render_chat(messages, tools, variables, end)
             # Tools and variables make it longer than its messages are.
             self._refuse_long(len(text), max_context)
-            return text, self.tokenizer.encode_rendered(text)
+            return text, self.tokenizer.encode(text, add_special_tokens=False)
 
         work = length + _MESSAGE_LENGTH * len(messages)
         return await self._tokenize(render, _LONG_TEXT if tools else work)
 
-    async def _check_length(self, characters: int) -> None:
-        """Refuse text that is too long in whatever way it is tokenized."""
-        self._refuse_long(characters, (await self.client.info()).max_context)
-
     def _refuse_long(self, characters: int, max_context: int) -> None:
+        """Refuse text that is too long in whatever way it is tokenized."""
         longest = self.tokenizer.longest_token
         if characters > max_context * longest:
             raise ApiError(
