@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from functools import partial
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Request
 from msgspec.structs import replace
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
-from fastserve_mega.server.answers import Answer, AnswerShape, respond
+from fastserve_mega.server.answers import Answer
 from fastserve_mega.server.api_keys import KeyHolder, identify
 from fastserve_mega.server.errors import ApiError, invalid_value
 from fastserve_mega.server.idempotency import IDEMPOTENCY_KEY, identity_of
@@ -174,28 +174,6 @@ class Service:
         if body.ignore_eos:
             return ends
         return ends | frozenset((await self.client.info()).eos_token_ids)
-
-    async def answer(
-        self,
-        http: Request,
-        body: GenerationRequest,
-        prompts: Sequence[tuple[Sequence[int], int]],
-        shape: Callable[[Answer], AnswerShape],
-        *,
-        answer_id: str,
-        decoder: TokenDecoder,
-        structure_after: int | None = None,
-    ) -> Response:
-        """Answer prompts in the shape of an endpoint, which writes the answer; see `begin`."""
-        answer = await self.begin(
-            http,
-            body,
-            prompts,
-            answer_id=answer_id,
-            decoder=decoder,
-            structure_after=structure_after,
-        )
-        return await respond(http, answer, shape(answer))
 
     async def begin(
         self,
