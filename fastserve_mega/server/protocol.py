@@ -24,6 +24,7 @@ from fastserve_mega.server.structured import (
     all_forms,
     only_one,
 )
+from fastserve_mega.system.api_keys import hash_secret
 from fastserve_mega.text.detokenizer import stop_strings
 from fastserve_mega.types import (
     MAX_BIASED_TOKENS,
@@ -33,6 +34,8 @@ from fastserve_mega.types import (
     seed_of,
 )
 
+_LONGEST_USER = 200
+"""Characters of `user` by which a client is known; a longer one is known by its hash."""
 MAX_ANSWERS = 1024
 """Answers of one HTTP request: prompts times n."""
 Number = TypeVar("Number", int, float)
@@ -82,6 +85,13 @@ class Common(Strict):
     def _little_metadata(cls, metadata: object) -> object:
         refuse_many_fields(metadata)
         return metadata
+
+    @property
+    def client(self) -> str:
+        """Who asks, as the scheduler is to know it; empty when that is not said."""
+        if not self.user:
+            return ""
+        return f"user:{self.user if len(self.user) <= _LONGEST_USER else hash_secret(self.user)}"
 
     def common(self) -> dict[str, Any]:
         """These fields of the request, for a request of another API."""

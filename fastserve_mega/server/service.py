@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.answers import Answer
-from fastserve_mega.server.api_keys import KeyHolder, identify
+from fastserve_mega.server.api_keys import KeyHolder
 from fastserve_mega.server.errors import ApiError, invalid_value
 from fastserve_mega.server.idempotency import IDEMPOTENCY_KEY, identity_of
 from fastserve_mega.server.protocol import MAX_ANSWERS, GenerationRequest
@@ -201,7 +201,10 @@ class Service:
             request_id, fingerprint = await identity_of(http)
         submissions = await self._submissions(body, prompts, structure_after)
         holder: KeyHolder | None = getattr(http.state, "key_holder", None)
-        identity = identify(holder, body.user, body.priority)
+        client, weight, priority = body.client, 1.0, body.priority or 0
+        if holder is not None:
+            client, weight = f"key:{holder.key.name}", holder.key.weight
+            priority = holder.priority_of(body.priority)
         prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
         admitted = holder.admit(prompt_tokens, len(submissions)) if holder else None
         try:
@@ -219,7 +222,9 @@ class Service:
                     tells_stop=bool(body.include_stop_str_in_output),
                     expected_output_tokens=body.expected_output_tokens,
                     session=body.session or "",
-                    **identity,
+                    client=client,
+                    weight=weight,
+                    priority=priority,
                 )
                 async for index, (prompt, params) in one_by_one(submissions)
             ]
