@@ -233,7 +233,7 @@ class AsyncClient:
             detokenizer.follow(submit.prompt)
         state = RequestState(submit, detokenizer, end_ids, submitted_at=time.monotonic())
         connection = self._started()
-        connection.start(state, submit)
+        connection.start(state)
         return AsyncGeneration(state, connection.cancel)
 
     def _started(self) -> Session:

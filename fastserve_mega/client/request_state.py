@@ -53,7 +53,8 @@ class RequestState:
         end_token_ids: frozenset[int],
         submitted_at: float,
     ) -> None:
-        self._submit = submit
+        self.submit = submit
+        """As the caller asked for it; see `resubmission`."""
         self._detokenizer = detokenizer
         self._end_token_ids = end_token_ids
         self._submitted_at = submitted_at
@@ -77,7 +78,7 @@ class RequestState:
 
     @property
     def request_id(self) -> RequestId:
-        return self._submit.request_id
+        return self.submit.request_id
 
     @property
     def done(self) -> bool:
@@ -86,7 +87,7 @@ class RequestState:
     @property
     def progress(self) -> Usage:
         """Token counts so far; what the prefix cache saved is known at the end only."""
-        return self.usage or Usage(len(self._submit.prompt), len(self.received))
+        return self.usage or Usage(len(self.submit.prompt), len(self.received))
 
     @property
     def text(self) -> str:
@@ -126,7 +127,7 @@ class RequestState:
         The other one ends with an error. False, and nothing happens, when they are not the same.
         """
         same = {"received": (), "timeout_s": None}
-        own, others = (msgspec.structs.replace(each._submit, **same) for each in (self, other))
+        own, others = (msgspec.structs.replace(each.submit, **same) for each in (self, other))
         if not own.fingerprint or own != others:
             return False
         other.fail(SentAgainError("the same request was sent again, and goes on there"))
@@ -159,7 +160,7 @@ class RequestState:
             self._add(Chunk(rest, ()))
         if self._detokenizer and self._detokenizer.stopped:
             reason = FinishReason.STOP
-        self.usage = usage or Usage(len(self._submit.prompt), len(self.received))
+        self.usage = usage or Usage(len(self.submit.prompt), len(self.received))
         self.finish_reason = reason
         self.changed.set()
 
@@ -181,14 +182,14 @@ class RequestState:
         if self.received and self.received[-1] in self._end_token_ids:
             self.finish(FinishReason.STOP)
             return None
-        if len(self.received) >= self._submit.params.max_tokens:
+        if len(self.received) >= self.submit.params.max_tokens:
             self.finish(FinishReason.LENGTH)
             return None
-        timeout_s = self._submit.timeout_s
+        timeout_s = self.submit.timeout_s
         if timeout_s is not None:
             timeout_s = max(timeout_s - (now - self._submitted_at), _SHORTEST_TIMEOUT_S)
         return msgspec.structs.replace(
-            self._submit,
+            self.submit,
             received=tuple(self.received),
             timeout_s=timeout_s,
             failed_attempts=self._failed_attempts,

@@ -29,7 +29,6 @@ from fastserve_mega.messaging.messages import (
     Refused,
     Restarting,
     Snapshot,
-    Submit,
     Tokens,
     Welcome,
 )
@@ -103,12 +102,13 @@ class Session:
         finally:
             waiting.remove(future)
 
-    def start(self, state: RequestState, submit: Submit) -> None:
+    def start(self, state: RequestState) -> None:
         """Send a request and follow it to its end.
 
         Raises:
             InvalidRequestError: its values cannot be sent, or its id is in use.
         """
+        submit = state.submit
         if (other := self._requests.get(state.request_id)) is not None:
             if not state.take_over(other):
                 raise RequestIdInUseError(f"request {state.request_id!r} is not finished yet")

@@ -22,7 +22,7 @@ from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.profile_grid import ProfileLimits
 from fastserve_mega.coordinator.profiler import Profiler
 from fastserve_mega.coordinator.replica import Replica
-from fastserve_mega.coordinator.worker_group import ZmqWorkerGroup
+from fastserve_mega.coordinator.worker_group import WorkerGroup
 from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.scheduling.cost_model import Profile
@@ -63,7 +63,7 @@ def within_pool(welcome: Welcome, device_blocks: int, block_size: int) -> Welcom
     return msgspec.structs.replace(welcome, max_context=capacity)
 
 
-def make_profiler(config: Config, welcome: Welcome, group: ZmqWorkerGroup) -> Profiler:
+def make_profiler(config: Config, welcome: Welcome, group: WorkerGroup) -> Profiler:
     """Measures the ranks of one replica."""
     limits = ProfileLimits(
         device_blocks=group.device_blocks,
@@ -80,7 +80,7 @@ def make_coordinator(
     config: Config,
     welcome: Welcome,
     front_door: FrontDoor,
-    groups: Sequence[ZmqWorkerGroup],
+    groups: Sequence[WorkerGroup],
     *,
     profile: Profile | None,
     event_logs: Sequence[EventLogWriter | None],
@@ -128,7 +128,7 @@ def make_coordinator(
 def _make_replicas(
     config: Config,
     welcome: Welcome,
-    groups: Sequence[ZmqWorkerGroup],
+    groups: Sequence[WorkerGroup],
     *,
     profile: Profile | None,
     metrics: ServingMetrics,
@@ -159,7 +159,7 @@ def _make_replicas(
 
 
 def _scheduler_setup(
-    config: Config, group: ZmqWorkerGroup, profile: Profile, *, first_step_id: int
+    config: Config, group: WorkerGroup, profile: Profile, *, first_step_id: int
 ) -> SchedulerSetup:
     return SchedulerSetup(
         scheduler=config.scheduler,

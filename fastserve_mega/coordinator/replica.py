@@ -27,22 +27,12 @@ class DispatchedStep:
 
     plan: Plan
     dispatched_at: float
-    requests: tuple[LiveRequest, ...]
+    requests: Sequence[LiveRequest]
     """One for each slice of the plan's batch, in its order."""
-
-    @property
-    def sampling(self) -> list[LiveRequest]:
-        """The requests that are to get a token, in order."""
-        return [
-            live
-            for live, piece in zip(self.requests, self.plan.batch, strict=True)
-            if piece.samples
-        ]
-
-    @property
-    def embedding(self) -> list[LiveRequest]:
-        """Those of them that are to get an embedding."""
-        return [live for live in self.sampling if live.params.embeds]
+    sampling: Sequence[LiveRequest]
+    """Those that are to get a token."""
+    embedding: Sequence[LiveRequest]
+    """Those of them that are to get an embedding."""
 
     def flaw(self, result: StepResult, vocab_size: int) -> str | None:
         """What a rank's result has that none of this step can have; None: nothing."""
@@ -166,13 +156,14 @@ class Replica:
         Raises:
             WorkersLostError: a rank does not take it.
         """
-        batch = tuple(requests[piece.request_id] for piece in plan.batch)
+        batch = [requests[piece.request_id] for piece in plan.batch]
         for request in self.scheduler.preempted:
             if (preempted := requests.get(request.request_id)) is not None:
                 preempted.go_away(now, swapped=request.place is Place.SWAPPED)
-        token_ids = []
-        started = []
+        token_ids, started, sampling = [], [], []
         for live, piece in zip(batch, plan.batch, strict=True):
+            if piece.samples:
+                sampling.append(live)
             token_ids.append(live.tokens(piece.start, piece.start + piece.num_tokens))
             if live.started_at is None:
                 started.append(live.sequence_start)
@@ -183,7 +174,8 @@ class Replica:
             elif live.away is not None:
                 live.come_back(now)
         if batch:
-            self._steps.append(DispatchedStep(plan, now, batch))
+            embedding = [live for live in sampling if live.params.embeds]
+            self._steps.append(DispatchedStep(plan, now, batch, sampling, embedding))
         for copy in plan.copies:
             self._copies[copy.copy_id] = _CopyInFlight(copy, now, set(self.workers.ranks))
         self.workers.dispatch(StepCommand(plan, tuple(token_ids), tuple(started)))

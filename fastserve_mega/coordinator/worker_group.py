@@ -6,7 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
 
 import msgspec
 import zmq
@@ -47,27 +46,6 @@ _log = logging.getLogger(__name__)
 
 class WorkersLostError(Exception):
     """A rank failed or fell silent; str() says which and why."""
-
-
-class WorkerGroup(Protocol):
-    """The ranks of one replica. They execute steps in the order of their dispatch."""
-
-    @property
-    def ranks(self) -> range:
-        """Numbers of its ranks among all ranks."""
-
-    def dispatch(self, command: StepCommand) -> None:
-        """Send a step to all of them."""
-
-    def results(self) -> Iterator[StepResult | CopyResult]:
-        """Results that have arrived, without waiting.
-
-        Raises:
-            WorkersLostError: a rank reported that it failed.
-        """
-
-    def wait(self, timeout_s: float) -> bool:
-        """Wait for a result; False when none came in time."""
 
 
 class ZmqWorkers:
@@ -112,7 +90,7 @@ class ZmqWorkers:
         self._connected: set[int] = set()
         self._next_keep_alive = 0.0
         self.groups = tuple(
-            ZmqWorkerGroup(self, range(first, first + ranks_per_replica))
+            WorkerGroup(self, range(first, first + ranks_per_replica))
             for first in range(0, self._world_size, ranks_per_replica)
         )
 
@@ -237,11 +215,12 @@ class ZmqWorkers:
         self._router.close()
 
 
-class ZmqWorkerGroup:
-    """The ranks of one replica; see `WorkerGroup`."""
+class WorkerGroup:
+    """The ranks of one replica: plans out, results in, in the order of their dispatch."""
 
     def __init__(self, workers: ZmqWorkers, ranks: range) -> None:
         self.ranks = ranks
+        """Their numbers among all ranks."""
         self.inbox: deque[StepResult | CopyResult] = deque()
         """Results of these ranks that `results` has not yielded yet."""
         self._workers = workers
@@ -262,16 +241,23 @@ class ZmqWorkerGroup:
         return sum(worker.block_bytes for _, worker in self._workers.members(self.ranks))
 
     def dispatch(self, command: StepCommand) -> None:
+        """Send a step to all of them."""
         for frame in _frames(command):
             for peer, _ in self._workers.members(self.ranks):
                 self._workers.send(peer, frame)
 
     def results(self) -> Iterator[StepResult | CopyResult]:
+        """Results that have arrived, without waiting.
+
+        Raises:
+            WorkersLostError: a rank reported that it failed.
+        """
         self._workers.receive()
         while self.inbox:
             yield self.inbox.popleft()
 
     def wait(self, timeout_s: float) -> bool:
+        """Wait for a result; False when none came in time."""
         return bool(self.inbox) or self._workers.wait(timeout_s)
 
 

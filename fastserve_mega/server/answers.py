@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import Request, Response
@@ -24,18 +24,12 @@ from fastserve_mega.types import FinishReason, Usage
 Json = dict[str, Any]
 
 
-class Event(NamedTuple):
-    """A server-sent event."""
-
-    data: Json
-    name: str = ""
-
-
 class AnswerShape(Protocol):
     """How an API writes an answer. An object writes one answer, in a stream or whole.
 
     In a stream its methods are called in the order in which things happen, so it may keep what it
-    needs to know of the pieces before. Generations are told by their index.
+    needs to know of the pieces before. They write server-sent events, see `encode_event`.
+    Generations are told by their index.
     """
 
     last_words: bytes
@@ -44,19 +38,19 @@ class AnswerShape(Protocol):
     def whole(self) -> Json:
         """The body of the response, when all generations have ended."""
 
-    def opening(self, index: int) -> Iterable[Event]:
+    def opening(self, index: int) -> Iterable[bytes]:
         """What comes before the first piece of a generation."""
 
-    def delta(self, index: int, chunk: Chunk) -> Iterable[Event]:
+    def delta(self, index: int, chunk: Chunk) -> Iterable[bytes]:
         """A piece of a generation."""
 
-    def closing(self, index: int) -> Iterable[Event]:
+    def closing(self, index: int) -> Iterable[bytes]:
         """The end of a generation."""
 
-    def end(self) -> Iterable[Event]:
+    def end(self) -> Iterable[bytes]:
         """The end of all."""
 
-    def failure(self, error: ApiError) -> Iterable[Event]:
+    def failure(self, error: ApiError) -> Iterable[bytes]:
         """An error after the stream has begun."""
 
 
@@ -151,7 +145,7 @@ async def _cancel_on_disconnect(http: Request, answer: Answer) -> None:
 
 async def _events(
     answer: Answer, shape: AnswerShape, watch: asyncio.Task[None]
-) -> AsyncIterator[Event]:
+) -> AsyncIterator[bytes]:
     """The events of a stream, in their order."""
     opened = set()
     try:
@@ -206,16 +200,16 @@ async def _merge(
 
 
 async def _server_sent(
-    first: Event, events: AsyncIterator[Event], shape: AnswerShape
+    first: bytes, events: AsyncIterator[bytes], shape: AnswerShape
 ) -> AsyncIterator[bytes]:
     """Server-sent events; an error in the middle is told as one, since the status is out."""
-    yield encode_event(*first)
+    yield first
     try:
         async for event in events:
-            yield encode_event(*event)
+            yield event
     except ClientError as error:
         for event in shape.failure(from_client_error(error)):
-            yield encode_event(*event)
+            yield event
     if shape.last_words:
         yield shape.last_words
 

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
@@ -18,8 +17,6 @@ _log = logging.getLogger(__name__)
 _LOOK_INTERVAL_S = 1.0
 """Between two looks whether the file has changed."""
 _MINUTE_S = 60.0
-_LONGEST_USER = 200
-"""Characters of `user` by which a client is known; a longer one is known by its hash."""
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency")
 
 
@@ -165,30 +162,6 @@ class KeyHolder:
     def _sentence(self, limit: str, happened: str) -> str:
         most = getattr(self.key, limit)
         return f"the key {self.key.name!r} has a limit of {most} ({limit}): {happened}"
-
-
-class Identity(TypedDict):
-    """Who asks, as the scheduler knows it; a part of `RequestOptions`."""
-
-    client: str
-    weight: float
-    priority: int
-
-
-def identify(holder: KeyHolder | None, user: str | None, priority: int | None) -> Identity:
-    """Return who asks: by the key if there is one, else by the `user` of the request.
-
-    Raises:
-        ApiError: the key is not allowed to be as urgent; status 403.
-    """
-    if holder is not None:
-        client, weight = f"key:{holder.key.name}", holder.key.weight
-        return {"client": client, "weight": weight, "priority": holder.priority_of(priority)}
-    known_by = user or ""
-    if len(known_by) > _LONGEST_USER:
-        known_by = hash_secret(known_by)
-    client = f"user:{known_by}" if known_by else ""
-    return {"client": client, "weight": 1.0, "priority": priority or 0}
 
 
 class Admitted:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastserve_mega.client import Chunk
-from fastserve_mega.server.answers import Answer, Event, Json
+from fastserve_mega.server.answers import Answer, Json
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.tools.pieces import CallPiece, Piece, Reasoning, ToolParser
 
@@ -59,27 +59,27 @@ class BlockShape(ABC):
         """The answer as far as it is known."""
 
     @abstractmethod
-    def started(self) -> Iterable[Event]:
+    def started(self) -> Iterable[bytes]:
         """Before the first block."""
 
     @abstractmethod
-    def began(self, block: Block) -> Iterable[Event]:
+    def began(self, block: Block) -> Iterable[bytes]:
         """A block has begun; its text is empty."""
 
     @abstractmethod
-    def grew(self, block: Block, text: str) -> Iterable[Event]:
+    def grew(self, block: Block, text: str) -> Iterable[bytes]:
         """Text was added to a block."""
 
     @abstractmethod
-    def ended(self, block: Block) -> Iterable[Event]:
+    def ended(self, block: Block) -> Iterable[bytes]:
         """A block is complete."""
 
     @abstractmethod
-    def finished(self) -> Iterable[Event]:
+    def finished(self) -> Iterable[bytes]:
         """After the last block."""
 
     @abstractmethod
-    def failure(self, error: ApiError) -> Iterable[Event]:
+    def failure(self, error: ApiError) -> Iterable[bytes]:
         """An error after the stream has begun."""
 
     def new_item_id(self, kind: BlockKind) -> str:
@@ -94,22 +94,22 @@ class BlockShape(ABC):
             pass
         return self.body()
 
-    def opening(self, index: int) -> Iterable[Event]:
+    def opening(self, index: int) -> Iterable[bytes]:
         return self.started()
 
-    def delta(self, index: int, chunk: Chunk) -> Iterable[Event]:
+    def delta(self, index: int, chunk: Chunk) -> Iterable[bytes]:
         return self._take(self._parser.push(chunk.text))
 
-    def closing(self, index: int) -> Iterable[Event]:
+    def closing(self, index: int) -> Iterable[bytes]:
         yield from self._take(self._parser.finish())
         self.all_told = True
         yield from self._close()
         yield from self.finished()
 
-    def end(self) -> Iterable[Event]:
+    def end(self) -> Iterable[bytes]:
         return []
 
-    def _take(self, pieces: Sequence[Piece]) -> Iterable[Event]:
+    def _take(self, pieces: Sequence[Piece]) -> Iterable[bytes]:
         for piece in pieces:
             kind = _kind(piece)
             is_new_call = isinstance(piece, CallPiece) and piece.name is not None
@@ -125,7 +125,7 @@ class BlockShape(ABC):
                 self.blocks[-1].text += text
                 yield from self.grew(self.blocks[-1], text)
 
-    def _close(self) -> Iterable[Event]:
+    def _close(self) -> Iterable[bytes]:
         if self._is_open:
             self._is_open = False
             yield from self.ended(self.blocks[-1])

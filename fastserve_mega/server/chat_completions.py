@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fastapi import APIRouter, Request, Response
 
@@ -72,7 +72,7 @@ class ChatChoice:
         return [self._piece({"role": "assistant", "content": ""})]
 
     def delta(self, chunk: Chunk) -> list[Json]:
-        deltas = self._deltas(self._parser.push(chunk.text))
+        deltas = [self._delta(piece) for piece in self._parser.push(chunk.text)]
         logprobs = self._logprobs(chunk)
         if not deltas and logprobs is None:
             return []
@@ -80,11 +80,8 @@ class ChatChoice:
         return [self._piece(first, logprobs), *map(self._piece, others)]
 
     def closing(self, reason: str) -> list[Json]:
-        rest = [self._piece(delta) for delta in self._deltas(self._parser.finish())]
+        rest = [self._piece(self._delta(piece)) for piece in self._parser.finish()]
         return [*rest, self._piece({}, None, self._reason(reason))]
-
-    def _deltas(self, pieces: Sequence[Piece]) -> list[Json]:
-        return [self._delta(piece) for piece in pieces]
 
     def _delta(self, piece: Piece) -> Json:
         if isinstance(piece, str):

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fastserve_mega.server.protocol import Neutral, Strict, short
+from fastserve_mega.server.strict import Neutral, Strict, short
 
 MAX_MESSAGES = 4096
 """A conversation has no more; the template takes some 30 microseconds for each."""

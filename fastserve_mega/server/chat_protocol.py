@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastserve_mega.server.chat_messages import Messages
-from fastserve_mega.server.protocol import UNSUPPORTED, GenerationRequest, Neutral
+from fastserve_mega.server.protocol import UNSUPPORTED, GenerationRequest
+from fastserve_mega.server.strict import Neutral
 from fastserve_mega.server.structured import from_schema
 from fastserve_mega.server.tools.forced import (
     NamedCall,

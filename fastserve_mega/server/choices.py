@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fastserve_mega.client import Chunk
-from fastserve_mega.server.answers import Answer, Event, Json
+from fastserve_mega.server.answers import Answer, Json, encode_event
 from fastserve_mega.server.errors import ApiError
 
 
@@ -71,28 +71,28 @@ class ChoicesShape:
         ]
         return {**self._head, "choices": choices, "usage": self._counts()}
 
-    def opening(self, index: int) -> Iterable[Event]:
+    def opening(self, index: int) -> Iterable[bytes]:
         return self._pieces(self._choices[index].opening())
 
-    def delta(self, index: int, chunk: Chunk) -> Iterable[Event]:
+    def delta(self, index: int, chunk: Chunk) -> Iterable[bytes]:
         return self._pieces(self._choices[index].delta(chunk))
 
-    def closing(self, index: int) -> Iterable[Event]:
+    def closing(self, index: int) -> Iterable[bytes]:
         return self._pieces(self._choices[index].closing(self._answer.reason(index)))
 
-    def end(self) -> Iterable[Event]:
+    def end(self) -> Iterable[bytes]:
         if self._usage == "never":
             return []
-        return [Event({**self._head, "choices": [], "usage": self._counts()})]
+        return [encode_event({**self._head, "choices": [], "usage": self._counts()})]
 
-    def failure(self, error: ApiError) -> Iterable[Event]:
-        return [Event(error.body)]
+    def failure(self, error: ApiError) -> Iterable[bytes]:
+        return [encode_event(error.body)]
 
-    def _pieces(self, choices: Sequence[Json]) -> Iterable[Event]:
+    def _pieces(self, choices: Sequence[Json]) -> Iterable[bytes]:
         told: Json = {}
         if self._usage != "never":
             told = {"usage": self._counts() if self._usage == "always" else None}
-        return [Event({**self._head, "choices": [choice], **told}) for choice in choices]
+        return [encode_event({**self._head, "choices": [choice], **told}) for choice in choices]
 
     def _counts(self) -> Json:
         usage = self._answer.usage

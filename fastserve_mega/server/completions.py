@@ -10,20 +10,15 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field, field_validator, model_validator
 
 from fastserve_mega.client import Chunk
-from fastserve_mega.server.answers import Answer, Json
+from fastserve_mega.server.answers import Json, respond
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.logprobs import CompletionLogprobs
 from fastserve_mega.server.openapi import answers_with
-from fastserve_mega.server.protocol import (
-    MAX_ANSWERS,
-    UNSUPPORTED,
-    GenerationRequest,
-    TokenIds,
-)
+from fastserve_mega.server.protocol import MAX_ANSWERS, UNSUPPORTED, GenerationRequest
 from fastserve_mega.server.schemas import Completion
 from fastserve_mega.server.service import Service, one_by_one
-from fastserve_mega.server.structured import Texts
+from fastserve_mega.server.strict import Texts, TokenIds
 from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.types import MAX_TOP_LOGPROBS
 
@@ -177,21 +172,19 @@ def completions_router(service: Service) -> APIRouter:
         ends = await service.end_token_ids(body)
         await service.check_model(body.model)
 
-        def shape(answer: Answer) -> ChoicesShape:
-            def choice(index: int) -> CompletionChoice:
-                logprobs = CompletionLogprobs(service.tokenizer.token_bytes, decoder, ends)
-                number = index // body.answers_per_prompt
+        def choice(index: int) -> CompletionChoice:
+            logprobs = CompletionLogprobs(service.tokenizer.token_bytes, decoder, ends)
+            number = index // body.answers_per_prompt
 
-                def of_prompt() -> Json | None:
-                    generation = answer.generations[index]
-                    return logprobs.of_prompt(prompts[number][0], generation.prompt_logprobs)
+            def of_prompt() -> Json | None:
+                generation = answer.generations[index]
+                return logprobs.of_prompt(prompts[number][0], generation.prompt_logprobs)
 
-                return CompletionChoice(index, echoes[number], logprobs, of_prompt)
+            return CompletionChoice(index, echoes[number], logprobs, of_prompt)
 
-            return ChoicesShape(answer, ENDPOINT, choice)
-
-        return await service.answer(
-            http, body, prompts, shape, answer_id=ENDPOINT.new_id(), decoder=decoder
+        answer = await service.begin(
+            http, body, prompts, answer_id=ENDPOINT.new_id(), decoder=decoder
         )
+        return await respond(http, answer, ChoicesShape(answer, ENDPOINT, choice))
 
     return router

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import ValidationError
 
-from fastserve_mega.server.answers import Answer, AnswerShape
+from fastserve_mega.server.answers import Answer, AnswerShape, respond
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.dialect import Dialect, describe_tools
 from fastserve_mega.server.errors import ApiError, from_validation
@@ -101,15 +101,15 @@ class Conversations:
                 return parser
             return ThinkParser(think, parser, opened=opened)
 
-        return await self.service.answer(
+        answer = await self.service.begin(
             http,
             body,
             [(prompt, max_tokens)],
-            lambda answer: shape(answer, new_parser),
             answer_id=answer_id,
             decoder=self.service.decoder_of(body, self._dialect.marks),
             structure_after=structure_after,
         )
+        return await respond(http, answer, shape(answer, new_parser))
 
     def _variables(self, body: ChatRequest) -> Mapping[str, Any]:
         """Return the template's, as the request sets them; the more exact way of asking wins."""

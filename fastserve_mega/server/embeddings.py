@@ -15,10 +15,9 @@ from fastserve_mega.server.answers import Json, respond_whole
 from fastserve_mega.server.completions import CompletionRequest, encode_prompts
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.openapi import ERRORS
-from fastserve_mega.server.protocol import Neutral, Strict, TokenIds
 from fastserve_mega.server.schemas import EmbeddingList
 from fastserve_mega.server.service import Service
-from fastserve_mega.server.structured import Texts
+from fastserve_mega.server.strict import Neutral, Strict, Texts, TokenIds
 from fastserve_mega.types import SamplingParams
 
 _UNSUPPORTED: Neutral = {"dimensions": ()}

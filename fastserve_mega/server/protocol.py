@@ -1,23 +1,30 @@
-"""Bodies of requests in OpenAI's shape. Nothing in them is ignored silently."""
+"""Bodies of requests in OpenAI's shape."""
 
 from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
+from fastserve_mega.server.strict import (
+    Neutral,
+    Strict,
+    Texts,
+    TokenIds,
+    refuse_many_fields,
+    short,
+)
 from fastserve_mega.server.structured import (
     ResponseFormat,
     Schema,
     StructuredOutputs,
-    Texts,
     all_forms,
     only_one,
-    refuse_many_fields,
 )
+from fastserve_mega.system.api_keys import hash_secret
 from fastserve_mega.text.detokenizer import stop_strings
 from fastserve_mega.types import (
     MAX_BIASED_TOKENS,
@@ -27,42 +34,20 @@ from fastserve_mega.types import (
     seed_of,
 )
 
+_LONGEST_USER = 200
+"""Characters of `user` by which a client is known; a longer one is known by its hash."""
 MAX_ANSWERS = 1024
 """Answers of one HTTP request: prompts times n."""
-TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Number = TypeVar("Number", int, float)
-Neutral = dict[str, tuple[Any, ...]]
-"""Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
-always does."""
-
 UNSUPPORTED: Neutral = {"use_beam_search": (False,), "spaces_between_special_tokens": (True,)}
+_UNSUPPORTED_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
-
-
-class Strict(BaseModel):
-    """Refuses unknown fields, wrong types, and what we do not support."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    unsupported: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        refuse_many_fields(data)
-        for name, value in data.items():
-            if name not in cls.unsupported or value is None:
-                continue
-            if value not in cls.unsupported[name]:
-                raise ValueError(f"{name}={short(value)} is not supported")
-        return {name: value for name, value in data.items() if name not in cls.unsupported}
 
 
 class StreamOptions(Strict):
     """What a stream tells besides text."""
 
-    unsupported = {"include_obfuscation": (False,)}
+    unsupported = _UNSUPPORTED_OPTIONS
     include_usage: bool = False
     continuous_usage_stats: bool = False
     """vLLM's: with each piece of the stream, not only at its end; needs include_usage."""
@@ -100,6 +85,13 @@ class Common(Strict):
     def _little_metadata(cls, metadata: object) -> object:
         refuse_many_fields(metadata)
         return metadata
+
+    @property
+    def client(self) -> str:
+        """Who asks, as the scheduler is to know it; empty when that is not said."""
+        if not self.user:
+            return ""
+        return f"user:{self.user if len(self.user) <= _LONGEST_USER else hash_secret(self.user)}"
 
     def common(self) -> dict[str, Any]:
         """These fields of the request, for a request of another API."""
@@ -251,8 +243,3 @@ def _by_token_id(bias: dict[str, float]) -> dict[int, float]:
 def _derived_seed(seed: int, number: int) -> int:
     """The seed of answer `number`; that of answer 0 is the seed itself."""
     return seed if number == 0 else seed_of(f"{seed} {number}")
-
-
-def short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from functools import partial
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Request
 from msgspec.structs import replace
 
 from fastserve_mega.client import AsyncClient
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
-from fastserve_mega.server.answers import Answer, AnswerShape, respond
-from fastserve_mega.server.api_keys import KeyHolder, identify
+from fastserve_mega.server.answers import Answer
+from fastserve_mega.server.api_keys import KeyHolder
 from fastserve_mega.server.errors import ApiError, invalid_value
 from fastserve_mega.server.idempotency import IDEMPOTENCY_KEY, identity_of
 from fastserve_mega.server.protocol import MAX_ANSWERS, GenerationRequest
@@ -65,7 +65,7 @@ class Service:
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, without holding up other requests."""
-        await self._check_length(len(text))
+        self._refuse_long(len(text), (await self.client.info()).max_context)
         encode = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return await self._tokenize(encode, len(text))
 
@@ -91,23 +91,20 @@ class Service:
         Others are not held up.
         """
         length = sum(len(message["content"]) for message in messages)
-        await self._check_length(length)
         max_context = (await self.client.info()).max_context
+        self._refuse_long(length, max_context)
 
         def render() -> tuple[str, list[int]]:
             text = self.tokenizer.render_chat(messages, tools, variables, end)
             # Tools and variables make it longer than its messages are.
             self._refuse_long(len(text), max_context)
-            return text, self.tokenizer.encode_rendered(text)
+            return text, self.tokenizer.encode(text, add_special_tokens=False)
 
         work = length + _MESSAGE_LENGTH * len(messages)
         return await self._tokenize(render, _LONG_TEXT if tools else work)
 
-    async def _check_length(self, characters: int) -> None:
-        """Refuse text that is too long in whatever way it is tokenized."""
-        self._refuse_long(characters, (await self.client.info()).max_context)
-
     def _refuse_long(self, characters: int, max_context: int) -> None:
+        """Refuse text that is too long in whatever way it is tokenized."""
         longest = self.tokenizer.longest_token
         if characters > max_context * longest:
             raise ApiError(
@@ -178,28 +175,6 @@ class Service:
             return ends
         return ends | frozenset((await self.client.info()).eos_token_ids)
 
-    async def answer(
-        self,
-        http: Request,
-        body: GenerationRequest,
-        prompts: Sequence[tuple[Sequence[int], int]],
-        shape: Callable[[Answer], AnswerShape],
-        *,
-        answer_id: str,
-        decoder: TokenDecoder,
-        structure_after: int | None = None,
-    ) -> Response:
-        """Answer prompts in the shape of an endpoint, which writes the answer; see `begin`."""
-        answer = await self.begin(
-            http,
-            body,
-            prompts,
-            answer_id=answer_id,
-            decoder=decoder,
-            structure_after=structure_after,
-        )
-        return await respond(http, answer, shape(answer))
-
     async def begin(
         self,
         http: Request,
@@ -226,7 +201,10 @@ class Service:
             request_id, fingerprint = await identity_of(http)
         submissions = await self._submissions(body, prompts, structure_after)
         holder: KeyHolder | None = getattr(http.state, "key_holder", None)
-        identity = identify(holder, body.user, body.priority)
+        client, weight, priority = body.client, 1.0, body.priority or 0
+        if holder is not None:
+            client, weight = f"key:{holder.key.name}", holder.key.weight
+            priority = holder.priority_of(body.priority)
         prompt_tokens = sum(len(prompt) for prompt, _ in prompts)
         admitted = holder.admit(prompt_tokens, len(submissions)) if holder else None
         try:
@@ -244,7 +222,9 @@ class Service:
                     tells_stop=bool(body.include_stop_str_in_output),
                     expected_output_tokens=body.expected_output_tokens,
                     session=body.session or "",
-                    **identity,
+                    client=client,
+                    weight=weight,
+                    priority=priority,
                 )
                 async for index, (prompt, params) in one_by_one(submissions)
             ]

@@ -5,40 +5,17 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
+from fastserve_mega.server.strict import Strict, Texts
 from fastserve_mega.types import StructuredOutput
 
 _ANY_OBJECT = {"type": "object"}
 Schema = dict[str, Any] | bool | str
 """A JSON schema, or its text."""
-# All lists of a body end at their first wrong element: pydantic would tell of each of them.
-Texts = Annotated[list[str], Field(fail_fast=True)]
-MAX_FIELDS = 128
-"""In an object of a body. Each one that is unknown costs an error message."""
 
 
-def refuse_many_fields(data: object) -> None:
-    """Look at the number of an object's fields before pydantic looks at each of them.
-
-    Raises:
-        ValueError: there are too many.
-    """
-    if isinstance(data, dict) and len(data) > MAX_FIELDS:
-        raise ValueError(f"an object has at most {MAX_FIELDS} fields, got {len(data)}")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_fields(cls, data: Any) -> Any:
-        refuse_many_fields(data)
-        return data
-
-
-class TextFormat(_Strict):
+class TextFormat(Strict):
     """No form at all."""
 
     type: Literal["text"]
@@ -47,7 +24,7 @@ class TextFormat(_Strict):
         return None
 
 
-class JsonObjectFormat(_Strict):
+class JsonObjectFormat(Strict):
     """Some JSON object."""
 
     type: Literal["json_object"]
@@ -56,7 +33,7 @@ class JsonObjectFormat(_Strict):
         return from_schema(_ANY_OBJECT)
 
 
-class NamedSchema(_Strict):
+class NamedSchema(Strict):
     """A JSON schema as OpenAI wraps it. It is always kept to, whatever `strict` says."""
 
     name: str
@@ -65,7 +42,7 @@ class NamedSchema(_Strict):
     strict: bool | None = None
 
 
-class JsonSchemaFormat(_Strict):
+class JsonSchemaFormat(Strict):
     """JSON that satisfies a schema."""
 
     type: Literal["json_schema"]
@@ -80,7 +57,7 @@ ResponseFormat = Annotated[
 ]
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's newer form of guided_json, guided_regex and guided_choice."""
 
     json_: Schema | None = Field(alias="json", default=None)

@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastserve_mega.server.answers import Json
 from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.errors import ApiError
-from fastserve_mega.server.protocol import Strict, TokenIds
+from fastserve_mega.server.strict import Strict, TokenIds
 
 
 class TokenizeRequest(Strict):

@@ -62,7 +62,9 @@ class Detokenizer:
         tells_stop: bool = False,
     ) -> None:
         self._decoder = decoder
-        self._filter = StopStringFilter(stops, tells_stop=tells_stop)
+        self._filter = StopStringFilter(stops, tells_stop=tells_stop) if stops else None
+        self.stopped_by: str | None = None
+        """The stop string that ended the text."""
         self._silent = frozenset() if tells_stop else frozenset(silent)
         self._tells_stop = tells_stop
         self._stop_tokens = stop_tokens
@@ -89,11 +91,6 @@ class Detokenizer:
         """A stop string was found; the rest of the answer does not matter."""
         return self.stopped_by is not None
 
-    @property
-    def stopped_by(self) -> str | None:
-        """The stop string that ended the text."""
-        return self._filter.matched
-
     def push(self, token_ids: Sequence[int]) -> str:
         """Add output tokens; returns the text that is now certain."""
         before = min(len(token_ids), self._held_to_run)
@@ -106,18 +103,27 @@ class Detokenizer:
         rest = self._decoder.decode(self._window)[self._emitted :]
         self._window = []
         self._emitted = self._aligned = 0
-        return self._filter.push(rest, may_stop=not self._held_to_run) + self._filter.flush()
+        text = self._until_stop(rest, may_stop=not self._held_to_run)
+        return text + self._filter.flush() if self._filter else text
 
     def _push(self, token_ids: Sequence[int], *, may_stop: bool) -> str:
         for position, token in enumerate(token_ids if may_stop else ()):
             if (stop := self._stop_tokens.get(token)) is not None:
                 text = self._push(token_ids[:position], may_stop=True) + self.flush()
-                if self._filter.matched is None:
-                    self._filter.matched = stop
+                if not self.stopped:
+                    self.stopped_by = stop
                     text += stop if self._tells_stop else ""
                 return text
         spoken = [token for token in token_ids if token not in self._silent]
-        return self._filter.push(self._decode(spoken), may_stop=may_stop)
+        return self._until_stop(self._decode(spoken), may_stop=may_stop)
+
+    def _until_stop(self, text: str, *, may_stop: bool) -> str:
+        if self.stopped:
+            return ""
+        if self._filter is not None:
+            text = self._filter.push(text, may_stop=may_stop)
+            self.stopped_by = self._filter.matched
+        return text
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         """Add tokens to the window; returns the characters that are now complete."""
@@ -190,7 +196,7 @@ class StopStringFilter:
     Text that may be the beginning of a stop string is held back until that is decided.
 
     Args:
-        stops: the stop strings, see `stop_strings`; with none of them all text passes at once.
+        stops: the stop strings, see `stop_strings`; at least one.
         tells_stop: the one that ends the text is passed on, too.
     """
 
@@ -209,8 +215,6 @@ class StopStringFilter:
         """
         if self.matched is not None:
             return ""
-        if not self._matchers:
-            return piece
         text = self._held + piece
         for position, character in enumerate(piece, start=len(self._held) + 1):
             complete = [m.stop for m in self._matchers if m.advance(character)]

@@ -67,12 +67,8 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Token ids of a conversation: those of `render_chat`."""
-        return self.encode_rendered(self.render_chat(messages, tools))
-
-    def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of what `render_chat` wrote, the special tokens included."""
-        return self.encode(text, add_special_tokens=False)
+        """Token ids of a conversation; `render_chat` writes the special tokens, too."""
+        return self.encode(self.render_chat(messages, tools), add_special_tokens=False)
 
     def render_chat(
         self,

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from fastserve_mega.server.chat_messages import MAX_MESSAGES, refuse_media
-from fastserve_mega.server.protocol import Common, Neutral, Strict
-from fastserve_mega.server.structured import Texts
+from fastserve_mega.server.protocol import Common
+from fastserve_mega.server.strict import Neutral, Strict, Texts
 from fastserve_mega.server.tools.protocol import MAX_TOOLS
 
 Message = dict[str, Any]

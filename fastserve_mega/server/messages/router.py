@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from fastapi import APIRouter, Request, Response
 
 from fastserve_mega.server import schemas
-from fastserve_mega.server.answers import Answer, Event, Json
+from fastserve_mega.server.answers import Answer, Json, encode_event
 from fastserve_mega.server.blocks import Block, BlockShape
 from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.errors import ANTHROPIC_PATH, ApiError
@@ -38,25 +38,25 @@ class MessageShape(BlockShape):
             "usage": self._usage(),
         }
 
-    def started(self) -> Iterable[Event]:
+    def started(self) -> Iterable[bytes]:
         yield _event("message_start", message=self.body())
 
-    def began(self, block: Block) -> Iterable[Event]:
+    def began(self, block: Block) -> Iterable[bytes]:
         yield _event("content_block_start", index=block.index, content_block=_empty(block))
 
-    def grew(self, block: Block, text: str) -> Iterable[Event]:
+    def grew(self, block: Block, text: str) -> Iterable[bytes]:
         yield _event("content_block_delta", index=block.index, delta=_delta(block, text))
 
-    def ended(self, block: Block) -> Iterable[Event]:
+    def ended(self, block: Block) -> Iterable[bytes]:
         yield _event("content_block_stop", index=block.index)
 
-    def finished(self) -> Iterable[Event]:
+    def finished(self) -> Iterable[bytes]:
         delta = {"stop_reason": self._stop_reason(), "stop_sequence": self._stop_sequence()}
         yield _event("message_delta", delta=delta, usage=self._usage())
         yield _event("message_stop")
 
-    def failure(self, error: ApiError) -> Iterable[Event]:
-        yield Event(error.anthropic_body, "error")
+    def failure(self, error: ApiError) -> Iterable[bytes]:
+        yield encode_event(error.anthropic_body, "error")
 
     def _stop_sequence(self) -> str | None:
         return self.answer.generations[0].stopped_by
@@ -79,8 +79,8 @@ class MessageShape(BlockShape):
         }
 
 
-def _event(name: str, **fields: object) -> Event:
-    return Event({"type": name, **fields}, name)
+def _event(name: str, **fields: object) -> bytes:
+    return encode_event({"type": name, **fields}, name)
 
 
 def _empty(block: Block) -> Json:

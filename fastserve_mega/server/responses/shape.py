@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 
-from fastserve_mega.server.answers import Answer, Event, Json
+from fastserve_mega.server.answers import Answer, Json, encode_event
 from fastserve_mega.server.blocks import Block, BlockKind, BlockShape
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.responses.protocol import Message, ResponsesRequest
@@ -61,11 +61,11 @@ class ResponseShape(BlockShape):
             "usage": None if self._status == "in_progress" else self._usage(),
         }
 
-    def started(self) -> Iterable[Event]:
+    def started(self) -> Iterable[bytes]:
         yield self._event("response.created", response=self.body())
         yield self._event("response.in_progress", response=self.body())
 
-    def began(self, block: Block) -> Iterable[Event]:
+    def began(self, block: Block) -> Iterable[bytes]:
         if block.kind == "call":
             self._call_ids[block.index] = self.new_call_id()
         item = self._item(block, "in_progress")
@@ -73,10 +73,10 @@ class ResponseShape(BlockShape):
         if block.kind != "call":
             yield self._of("response.content_part.added", block, part=_part(block, ""))
 
-    def grew(self, block: Block, text: str) -> Iterable[Event]:
+    def grew(self, block: Block, text: str) -> Iterable[bytes]:
         yield self._of(f"{_stem(block)}.delta", block, delta=text, **_logprobs(block))
 
-    def ended(self, block: Block) -> Iterable[Event]:
+    def ended(self, block: Block) -> Iterable[bytes]:
         name = "arguments" if block.kind == "call" else "text"
         yield self._of(f"{_stem(block)}.done", block, **{name: block.text}, **_logprobs(block))
         if block.kind != "call":
@@ -85,14 +85,14 @@ class ResponseShape(BlockShape):
         item = self._item(block)
         yield self._event("response.output_item.done", output_index=block.index, item=item)
 
-    def finished(self) -> Iterable[Event]:
+    def finished(self) -> Iterable[bytes]:
         self._status = _STATUS.get(self.answer.reason(0), "incomplete")
         body = self.body()
         self._keep(body, self._said())
         name = "completed" if self._status == "completed" else "incomplete"
         yield self._event(f"response.{name}", response=body)
 
-    def failure(self, error: ApiError) -> Iterable[Event]:
+    def failure(self, error: ApiError) -> Iterable[bytes]:
         told = error.body["error"]
         self._status, self._error = "failed", {"code": "server_error", "message": told["message"]}
         kinds = {name: told[name] for name in ("code", "message", "param")}
@@ -102,11 +102,11 @@ class ResponseShape(BlockShape):
     def new_item_id(self, kind: BlockKind) -> str:
         return f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"
 
-    def _event(self, name: str, **fields: object) -> Event:
+    def _event(self, name: str, **fields: object) -> bytes:
         self._events += 1
-        return Event({"type": name, "sequence_number": self._events - 1, **fields}, name)
+        return encode_event({"type": name, "sequence_number": self._events - 1, **fields}, name)
 
-    def _of(self, name: str, block: Block, **fields: object) -> Event:
+    def _of(self, name: str, block: Block, **fields: object) -> bytes:
         """An event about a block."""
         place = {"item_id": block.item_id, "output_index": block.index}
         if block.kind != "call":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fastserve_mega.server.protocol import Strict
+from fastserve_mega.server.strict import Strict
 
 MAX_TOOLS = 128
 

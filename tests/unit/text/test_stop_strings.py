@@ -14,7 +14,7 @@ from fastserve_mega.text.detokenizer import (
 )
 
 few_letters = st.text("aab", max_size=40)
-stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
+stop_lists = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4)
 
 
 def plain_search(text, stops):
@@ -45,7 +45,10 @@ def test_any_chunking_gives_the_plain_search(text, stops, lengths):
     assert run(stops, cut(text, lengths)) == plain_search(text, stops)
 
 
-@given(text=st.text(max_size=60), stops=st.lists(st.text(min_size=1, max_size=2), max_size=3))
+@given(
+    text=st.text(max_size=60),
+    stops=st.lists(st.text(min_size=1, max_size=2), min_size=1, max_size=3),
+)
 def test_any_text_one_character_at_a_time(text, stops):
     assert run(stops, list(text)) == plain_search(text, stops)
 
