@@ -49,7 +49,7 @@ from fastserve_mega.worker.memory import (
 from fastserve_mega.worker.model_runner import Ask, Launched, SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
-from fastserve_mega.worker.transfer import wait_for
+from fastserve_mega.worker.transfer import Stopwatch, wait_for
 from fastserve_mega.worker.trial_steps import largest_steps, varied_steps
 
 T = TypeVar("T")
@@ -182,14 +182,26 @@ class MegatronRunner:
     def launch(self, batch: Sequence[SequenceInput]) -> Launched:
         """Give the device a step. Raises like `execute`, here or where the result is waited for."""
         with plain_errors(self._device):
-            if not all(sequence.is_plain for sequence in batch):
-                return _Waiting(self._device, partial(_same, self._execute(batch)))
-            assert isinstance(self._engine, TakesDrawn), "it does not launch ahead"
-            drawn: list[Tensor] = []
-            logits = self._engine.run(batch, lambda: None, drawn=drawn.append)
-            tokens, wait = self._sampler.start(logits, batch, *drawn)
-            self._engine.keep_drawn(tokens)
-            return _Waiting(self._device, wait)
+            watch = Stopwatch(self._device)
+            if all(sequence.is_plain for sequence in batch):
+                wait = self._launch(batch)
+            else:
+                wait = partial(_same, self._execute(batch))
+            watch.stop()
+
+        def result() -> StepOutput:
+            with plain_errors(self._device):
+                return replace(wait(), compute_s=watch.seconds())
+
+        return result
+
+    def _launch(self, batch: Sequence[SequenceInput]) -> Callable[[], StepOutput]:
+        assert isinstance(self._engine, TakesDrawn), "it does not launch ahead"
+        drawn: list[Tensor] = []
+        logits = self._engine.run(batch, lambda: None, drawn=drawn.append)
+        tokens, wait = self._sampler.start(logits, batch, *drawn)
+        self._engine.keep_drawn(tokens)
+        return wait
 
     @torch.inference_mode()
     def execute_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> StepOutput | None:
@@ -263,18 +275,6 @@ class MegatronRunner:
             device=self._device,
             quantized=config.kv_cache.is_quantized,
         )
-
-
-class _Waiting:
-    """A step that has been launched; `wait` gives what it yields."""
-
-    def __init__(self, device: torch.device, wait: Callable[[], StepOutput]) -> None:
-        self._device = device
-        self._wait = wait
-
-    def result(self) -> StepOutput:
-        with plain_errors(self._device):
-            return self._wait()
 
 
 def _check_context(config: Config, architecture: Architecture) -> None:
