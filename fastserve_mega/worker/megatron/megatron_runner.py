@@ -24,7 +24,7 @@ from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.logprobs import PromptScores
 from fastserve_mega.worker.megatron.checkpoint import architecture_as_stored, open_checkpoint
 from fastserve_mega.worker.megatron.engine import StageEngine, TakeRows, TakesDrawn
-from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
+from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine, records_graphs
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
@@ -246,6 +246,9 @@ class MegatronRunner:
         )
         steps = largest_steps(config, self._max_context(config))
         taken = measure_activations(self._device, lambda: self._try(engine, steps))
+        if records_graphs(config.parallel, engine):
+            # What the largest of them takes stays theirs, beside what other steps take.
+            taken += measure_activations(self._device, lambda: self._try(engine, steps[1:]))
         engine.close()
         return taken
 

@@ -256,6 +256,29 @@ def test_where_triton_compiles_nothing_torch_computes_and_draws(open_engine, mon
     engine_choice._triton_obstacle.cache_clear()
 
 
+def test_all_ranks_of_a_layer_compute_alike(open_engine, monkeypatch, caplog):
+    """Where one of them has no compiler, none uses kernels: they wait for each other in a layer."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(launching, "launch", lambda *arguments, **constants: None)
+    parts = hopper(monkeypatch, open_engine(2))
+    group = parts[0].groups.tensor
+    monkeypatch.setattr(engine_choice.dist, "get_world_size", lambda asked: 2 * (asked is group))
+    asked = []
+
+    def sum_up(obstacles, group):
+        asked.append((obstacles.device, group))
+        obstacles += 1
+
+    monkeypatch.setattr(engine_choice.dist, "all_reduce", sum_up)
+    monkeypatch.setattr(torch.Tensor, "item", lambda _: 1)
+    engine = engine_choice._open_on_cuda(
+        Config(model=ModelConfig(path="x")), *parts, is_trial=False
+    )
+    assert type(engine) is TorchEngine
+    assert asked == [(META, group)]
+    assert "steps on the GPU: torch (another rank cannot compute so)" in caplog.text
+
+
 def test_what_goes_to_the_next_stage_is_not_overwritten_by_the_next_step(open_engine, monkeypatch):
     engine = open_engine(2)
     monkeypatch.setattr(launching, "launch", lambda *arguments, **constants: None)
