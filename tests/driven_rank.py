@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import zmq
 
@@ -29,16 +30,20 @@ from fastserve_mega.worker.loop import WorkerLoop
 BLOCK_SIZE, BLOCKS, VOCAB = 4, 16, 50
 PROFILE = Profile((PrefillPoint(1, 0.1),), (DecodePoint(1, 16, 0.1),))
 STOPS = (3, 7, 11, 13)
-PARAMS = (
-    {},
-    {"stop_token_ids": STOPS},
-    {"frequency_penalty": 0.5},  # sampled by the rank's own history
-    {"structured": StructuredOutput(regex="a*"), "stop_token_ids": STOPS},
-)
+PLAIN, STOPPED = {}, {"stop_token_ids": STOPS}
+PENALIZED = {"frequency_penalty": 0.5}  # sampled by the rank's own history
+STRUCTURED = {"structured": StructuredOutput(regex="a*"), "stop_token_ids": STOPS}
+PARAMS = (PLAIN, STOPPED, PENALIZED, STRUCTURED)
+STEP_S = 0.03
+"""What a step takes by the clock of a device."""
 
 
 class HistoryRunner(FakeModelRunner):
-    """Its tokens depend on the history as well, where there is one."""
+    """Its tokens depend on the history as well, where there is one; its device has a clock."""
+
+    def launch(self, batch):
+        output = super().launch(batch)()
+        return lambda: replace(output, compute_s=STEP_S)
 
     def execute(self, batch):
         output = super().execute(batch)
@@ -65,6 +70,21 @@ class DrivenLoop(WorkerLoop):
     """Lets the coordinator have turns whenever it looks around, or nothing has come."""
 
     world: World
+    ahead = 0
+    """Steps that were begun before their commands came."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        for guess in filter(None, (self._look_ahead, self._launch_ahead)):
+            guess.take = self._counted(guess.take)
+
+    def _counted(self, take):
+        def counted(command):
+            taken = take(command)
+            self.ahead += taken is not None
+            return taken
+
+        return counted
 
     def _receive(self):
         while not (self._came or self._socket.poll(0)):
@@ -89,7 +109,6 @@ class World:
         self.requests, self.cancels = list(requests), 0.0
         self.tokens = {each.request_id: [] for each in requests}
         self.ended = {}
-        self.ahead = 0
         self.calls = []
         options.setdefault("max_batch_size", 3)
         self.setup = SchedulerSetup(
@@ -137,7 +156,6 @@ class World:
         while self._rank.poll(0):
             message = decode(self._rank.recv())
             if isinstance(message, StepResult | CopyResult):
-                self.ahead += isinstance(message, StepResult) and message.ahead_s > 0
                 yield message
 
     def dispatch(self, command):
@@ -184,12 +202,12 @@ def opened(rng, requests, *, looks_ahead=True, launches_ahead=False, **options):
             yield loop.world, loop, runner
 
 
-def submits(rng, count, most_tokens=20):
+def submits(rng, count, most_tokens=20, rules=PARAMS):
     return [
         Submit(
             f"r{index}",
             tuple(rng.choice((1, 2)) for _ in range(rng.randint(1, 20))),
-            SamplingParams(max_tokens=rng.randint(1, most_tokens), **rng.choice(PARAMS)),
+            SamplingParams(max_tokens=rng.randint(1, most_tokens), **rng.choice(rules)),
         )
         for index in range(count)
     ]

@@ -126,7 +126,7 @@ class Check:
         def step() -> None:
             nonlocal pending
             last, pending = pending, runner.launch(following)
-            last.result()
+            last()
 
         return self.seconds(lambda: [step() for _ in range(30)], 3) / 30
 

@@ -215,7 +215,7 @@ class Coordinator:
                 finished.append(live.request_id)
                 self._placement.observe_finish(len(live.output))
                 self._finish(live, reason)
-        elapsed_s = now - step.dispatched_at + result.ahead_s
+        elapsed_s = result.compute_s or now - step.dispatched_at
         self._metrics.observe_step(step.plan, elapsed_s, result.copy_wait_s)
         return StepDone(step.plan.step_id, elapsed_s, tuple(finished), tuple(filled))
 

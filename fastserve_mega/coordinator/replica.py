@@ -191,7 +191,7 @@ class Replica:
         # Still one of the steps while it is looked at: its requests are suspects.
         if flaw := self._steps[0].flaw(result, vocab_size):
             raise WorkersLostError(f"step {result.step_id} yielded {flaw}")
-        self._check_duration(max(result.ahead_s, result.copy_wait_s), f"step {result.step_id}")
+        self._check_duration(max(result.compute_s, result.copy_wait_s), f"step {result.step_id}")
         return self._steps.popleft()
 
     def take_copy(self, result: CopyResult) -> None:

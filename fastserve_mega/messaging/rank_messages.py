@@ -87,8 +87,9 @@ class StepResult(Record, frozen=True, tag=True):
     scored: tuple[ScoredPrompt, ...] = ()
     embeddings: tuple[bytes, ...] = ()
     """One for each of the tokens whose request asks for it, as in `Tokens`."""
-    ahead_s: Seconds = 0.0
-    """How long that rank had computed the step when its command came."""
+    compute_s: Seconds = 0.0
+    """What the step took that rank, measured there, where steps overlap with what is said of them;
+    0: as long as from its dispatch to its result."""
 
 
 class CopyResult(Record, frozen=True, tag=True):

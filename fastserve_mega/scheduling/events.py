@@ -45,7 +45,7 @@ class StepDone(_Event, frozen=True):
 
     step_id: Count
     elapsed_s: Seconds
-    """From dispatch to result."""
+    """From dispatch to result; what it took the ranks where it was begun ahead of its dispatch."""
     finished: tuple[RequestId, ...] = ()
     """Requests whose last token this step yielded."""
     filled: tuple[tuple[RequestId, BlockHash], ...] = ()

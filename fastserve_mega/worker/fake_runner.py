@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fastserve_mega.messaging.rank_messages import ScoredPrompt
 from fastserve_mega.plan import BlockCopy, CopyDirection
@@ -107,7 +107,7 @@ class FakeModelRunner:
         ]
         output = self.execute(known)
         self._drawn = list(output.token_ids)
-        return _Computed(output)
+        return lambda: output
 
     def move(self, copy: BlockCopy) -> None:
         """Execute a copy, in the thread of the copy engine; tests override its moment."""
@@ -126,14 +126,6 @@ class FakeModelRunner:
             self._pool[sequence.block_table[position // size]][position % size]
             for position in range(sequence.context)
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Computed:
-    output: StepOutput
-
-    def result(self) -> StepOutput:
-        return self.output
 
 
 def _fake_scores(sequence: SequenceInput) -> tuple[TokenLogprobs, ...]:

@@ -34,6 +34,17 @@ class Float8Rows:
     dtype: torch.dtype
     """Precision of what it stands for, and of products with it."""
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int], like: Tensor) -> Float8Rows:
+        """Room for what stands for rows of the precision of `like`, and on its device."""
+        values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=like.device)
+        scales = torch.empty(shape[0], dtype=torch.float32, device=like.device)
+        return cls(values, scales, like.dtype)
+
+    def part(self, rows: slice) -> Float8Rows:
+        """Some of its rows, in the same memory."""
+        return Float8Rows(self.values[rows], self.scales[rows], self.dtype)
+
 
 def quantize_rows(x: Tensor) -> Float8Rows:
     """Scale each row of x [rows, columns] so that its largest number is the largest of 8 bits."""

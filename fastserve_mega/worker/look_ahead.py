@@ -13,15 +13,6 @@ from fastserve_mega.types import RequestId
 from fastserve_mega.worker.model_runner import Ask, Launched, SequenceInput, StepOutput
 
 
-@dataclass(frozen=True, slots=True)
-class AheadOutput:
-    """What a step yields that was computed ahead of its command."""
-
-    output: StepOutput
-    ahead_s: float
-    """How long it had been computed when the command came."""
-
-
 class _Guess:
     """Who takes part in the next step, each with its new token.
 
@@ -101,7 +92,6 @@ class LookAhead(_Guess):
         super().__init__(block_size)
         self._compute = compute
         self._output: StepOutput | None = None
-        self._began_at = self._ended_at = 0.0
 
     def go_on(self, batch: Sequence[SequenceInput], output: StepOutput, ask: Ask) -> None:
         """Compute what follows a step, unless it cannot be told, or the last guess was wrong.
@@ -115,25 +105,20 @@ class LookAhead(_Guess):
         self._guess = self._following(batch, output.token_ids, failed)
         if not self._guess or not self._was_right:
             return
-        self._began_at = time.monotonic()
-        self._output = self._compute(list(self._guess.values()), ask)
-        self._ended_at = time.monotonic()
+        began_at = time.monotonic()
+        if done := self._compute(list(self._guess.values()), ask):
+            self._output = replace(done, compute_s=time.monotonic() - began_at)
 
-    def take(self, command: StepCommand, came_at: float) -> AheadOutput | None:
+    def take(self, command: StepCommand) -> StepOutput | None:
         """What was computed ahead of a command; None when that is not what it asks for.
 
         Call it before the command changes any block table.
-
-        Args:
-            command: the one that follows.
-            came_at: by `time.monotonic`.
         """
         output, self._output = self._output, None
         guess = self._guess
         if not self._judge(command) or output is None:
             return None
-        ahead_s = min(came_at, self._ended_at) - self._began_at
-        return AheadOutput(_part(output, _wanted(command, guess)), ahead_s)
+        return _part(output, _wanted(command, guess))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +128,10 @@ class LaunchedStep:
     step: Launched
     rows: Sequence[int]
     """Where in the step the sequences stand that the command asks for."""
-    ahead_s: float = 0.0
-    """How long the device had computed it when the command came."""
 
     def result(self) -> StepOutput:
         """Wait for what the sequences yield."""
-        return _part(self.step.result(), self.rows)
+        return _part(self.step(), self.rows)
 
 
 class LaunchAhead(_Guess):
@@ -169,7 +152,6 @@ class LaunchAhead(_Guess):
         self._launch = launch
         self._step: Launched | None = None
         self._order: dict[RequestId, SequenceInput] = {}
-        self._began_at = 0.0
 
     def launch(self, batch: Sequence[SequenceInput]) -> LaunchedStep:
         """Give the device the step that a command asks for."""
@@ -194,7 +176,6 @@ class LaunchAhead(_Guess):
 
     def learn(self, batch: Sequence[SequenceInput], output: StepOutput) -> None:
         """Take the tokens of the step before the one that is being computed."""
-        self._began_at = time.monotonic()
         failed = {failure.index for failure in output.failures}
         self._guess = {
             guessed.request_id: replace(guessed, token_ids=(token,))
@@ -202,13 +183,12 @@ class LaunchAhead(_Guess):
             if row not in failed and (guessed := self._guess.get(sequence.request_id))
         }
 
-    def take(self, command: StepCommand, came_at: float) -> LaunchedStep | None:
+    def take(self, command: StepCommand) -> LaunchedStep | None:
         """As `LookAhead.take`; the step may still be computed."""
         step, self._step = self._step, None
         if not self._judge(command) or step is None:
             return None
-        ahead_s = max(came_at - self._began_at, 0.0)
-        return LaunchedStep(step, _wanted(command, self._order), ahead_s)
+        return LaunchedStep(step, _wanted(command, self._order))
 
 
 def _wanted(command: StepCommand, guess: Iterable[RequestId]) -> list[int]:
@@ -222,10 +202,11 @@ def _part(output: StepOutput, rows: Sequence[int]) -> StepOutput:
     if list(rows) == list(range(len(output.token_ids))):
         return output
     failures = {failure.index: failure for failure in output.failures}
-    return StepOutput(
-        [output.token_ids[row] for row in rows],
-        tuple(output.logprobs[row] for row in rows) if output.logprobs else (),
-        tuple(
+    return replace(
+        output,
+        token_ids=[output.token_ids[row] for row in rows],
+        logprobs=tuple(output.logprobs[row] for row in rows) if output.logprobs else (),
+        failures=tuple(
             msgspec.structs.replace(failures[row], index=index)
             for index, row in enumerate(rows)
             if row in failures

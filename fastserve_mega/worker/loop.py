@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import zmq
@@ -97,7 +98,6 @@ class WorkerLoop:
         self._launch_ahead = on_device if runner.launches_ahead else None
         self._came: Message | None = None
         """Received while a step was computed ahead."""
-        self._came_at = 0.0
         self._report_step = faults.at("rank.after_step", self._send_result)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -146,26 +146,29 @@ class WorkerLoop:
         if self._launch_ahead:
             self._execute_on_device(command, self._launch_ahead)
             return
-        plan = command.plan
-        ahead = self._look_ahead.take(command, self._came_at) if self._look_ahead else None
+        output = self._look_ahead.take(command) if self._look_ahead else None
         batch = self._begin(command)
         if not batch:
             return
-        output = ahead.output if ahead else self._compute(batch)
-        self._report_step(plan.step_id, output, ahead.ahead_s if ahead else 0.0)
+        if output is None:
+            began_at = time.monotonic()
+            output = self._compute(batch)
+            if self._look_ahead:  # as those that are computed ahead are measured
+                output = replace(output, compute_s=time.monotonic() - began_at)
+        self._report_step(command.plan.step_id, output)
         if self._look_ahead:
             self._look_ahead.go_on(batch, output, partial(self._look_around, self._look_ahead))
 
     def _execute_on_device(self, command: StepCommand, launch_ahead: LaunchAhead) -> None:
         """The device has the next step before the host knows the tokens of this one."""
-        step = launch_ahead.take(command, self._came_at)
+        step = launch_ahead.take(command)
         batch = self._begin(command)
         if not batch:
             return
         step = step or launch_ahead.launch(batch)
         launch_ahead.go_on(batch, step)
         output = step.result()
-        self._report_step(command.plan.step_id, output, step.ahead_s)
+        self._report_step(command.plan.step_id, output)
         launch_ahead.learn(batch, output)
 
     def _begin(self, command: StepCommand) -> list[SequenceInput]:
@@ -189,7 +192,7 @@ class WorkerLoop:
             return Verdict.GO_ON if fits else Verdict.ABANDON
         return Verdict.UNKNOWN
 
-    def _send_result(self, step_id: int, output: StepOutput, ahead_s: float) -> None:
+    def _send_result(self, step_id: int, output: StepOutput) -> None:
         # Copies first: the blocks they free can then be given away in the next plan.
         self._report_copies()
         if self._runner.is_sampling_rank:
@@ -203,7 +206,7 @@ class WorkerLoop:
                     output.failures,
                     output.scored,
                     output.embeddings,
-                    ahead_s,
+                    output.compute_s,
                 )
             )
 
@@ -235,9 +238,7 @@ class WorkerLoop:
                 )
 
     def _take_message(self) -> Message:
-        message = decode(self._receive_frame())
-        self._came_at = time.monotonic()
-        return message
+        return decode(self._receive_frame())
 
     def _send(self, message: Message) -> None:
         self._send_frame(encode(message))

@@ -87,6 +87,8 @@ class StepOutput:
     """What the sequences are told that ask for the probabilities of their prompts."""
     embeddings: tuple[bytes, ...] = ()
     """One for each sequence with `embeds`, in order, as in `Tokens`."""
+    compute_s: float = 0.0
+    """What the step took, where that is not the time for which it was waited."""
 
 
 class Verdict(IntEnum):
@@ -101,11 +103,8 @@ class Verdict(IntEnum):
 Ask = Callable[[], Verdict]
 
 
-class Launched(Protocol):
-    """A step that the device has been given."""
-
-    def result(self) -> StepOutput:
-        """Wait for what it yields; call it once, or never."""
+Launched = Callable[[], StepOutput]
+"""Waits for what a step yields that the device has been given; called once, or never."""
 
 
 class ModelRunner(Protocol):

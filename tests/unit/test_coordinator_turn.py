@@ -252,7 +252,7 @@ def test_a_token_that_cannot_be_sampled_ends_its_request_and_says_who_is_to_blam
         (StepResult(0, (1,), embeddings=(b"",)), "1 embeddings for 0 requests"),
         (StepResult(0, (1,), failures=(SamplingFailure(1, ""),)), "failures of request 1 of 1"),
         (StepResult(0, (1,), scored=(ScoredPrompt(3, 1, ()),)), "prompts of request 3 of 1"),
-        (StepResult(0, (1,), ahead_s=math.inf), "step 0 took it inf s, the limit is 10 s"),
+        (StepResult(0, (1,), compute_s=math.inf), "step 0 took it inf s, the limit is 10 s"),
         (CopyResult(5, 0, 0.1), "rank 0 reported copy 5, which it was not asked for"),
     ],
 )

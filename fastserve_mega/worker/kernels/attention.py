@@ -5,21 +5,25 @@ values are read once for all of them. A page holds the tokens of one head in one
 values: [block_size, head_dim], and behind them in an 8-bit cache [block_size] scales.
 
 The long context of a decoding sequence is split among several programs, each of which leaves its
-part of the softmax (largest score, sum, weighted values); `_merge` puts them together.
+part of the softmax (largest score, sum, weighted values); `_merge` puts them together, and scales
+what is to have 8 bits.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastserve_mega.worker.float8 import Float8Rows
 from fastserve_mega.worker.kernels import launching
 from fastserve_mega.worker.kernels.launching import padded
 from fastserve_mega.worker.kernels.pages import Pages
+from fastserve_mega.worker.kernels.rows import Rows, float8_range, scale_rows, store_scaled
 from fastserve_mega.worker.step_batch import StepBatch
 
 _FULL_DEVICE = 512
@@ -135,25 +139,37 @@ def _attend(
 
 @triton.jit
 def _merge(
-    partial, maxima, sums, out,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr,
+    partial, maxima, sums, like, out, scales,
+    COUNT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    SPLITS: tl.constexpr, SCALED: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
 ):  # fmt: skip
-    """One row: its splits to its output."""
-    row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS)
+    """COUNT heads of a token, all of them where it is scaled: their splits to their output."""
+    head = tl.arange(0, HEADS)
     dims = tl.arange(0, DIM)
-    real = dims < HEAD_DIM
-    largest = tl.load(maxima + row * SPLITS + splits)
-    highest = tl.max(largest, 0)
+    real = head < COUNT
+    own = real[:, None] & (dims < HEAD_DIM)[None, :]
+    row = tl.program_id(0).to(tl.int64) * COUNT + head
+    highest = tl.full([HEADS], float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        largest = tl.load(maxima + row * SPLITS + split, mask=real, other=float("-inf"))
+        highest = tl.maximum(highest, largest)
     base = tl.where(highest == float("-inf"), 0.0, highest)
-    share = tl.exp(largest - base)
-    total = tl.sum(share * tl.load(sums + row * SPLITS + splits), 0)
-    parts = tl.load(
-        partial + (row * SPLITS + splits)[:, None] * HEAD_DIM + dims[None, :],
-        mask=real[None, :], other=0.0,
-    )  # fmt: skip
-    mixed = tl.sum(parts * share[:, None], 0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + row * HEAD_DIM + dims, mixed.to(out.dtype.element_ty), mask=real)
+    total = tl.zeros([HEADS], tl.float32)
+    mixed = tl.zeros([HEADS, DIM], tl.float32)
+    for split in tl.static_range(SPLITS):
+        part = row * SPLITS + split
+        share = tl.exp(tl.load(maxima + part, mask=real, other=float("-inf")) - base)
+        total += share * tl.load(sums + part, mask=real, other=0.0)
+        at = partial + part[:, None] * HEAD_DIM + dims[None, :]
+        mixed += share[:, None] * tl.load(at, mask=own, other=0.0)
+    mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
+    to = out + row[:, None] * HEAD_DIM + dims[None, :]
+    if SCALED:
+        # Rounded as between two operations.
+        mixed = mixed.to(like.dtype.element_ty).to(tl.float32)
+        store_scaled(mixed, to, scales + tl.program_id(0), own, LARGEST, LEAST)
+    else:
+        tl.store(to, mixed.to(out.dtype.element_ty), mask=own)
 
 
 def attend(
@@ -165,7 +181,8 @@ def attend(
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> Tensor:
+    is_scaled: bool = False,
+) -> Rows:
     """Attend from all rows of a step to what the cache holds, their own tokens included.
 
     Args:
@@ -176,26 +193,21 @@ def attend(
         scale: of the scores.
         window: a token attends to this many tokens at most; None is no limit.
         softcap: scores stay between minus and plus this; None is no limit.
+        is_scaled: the result has 8 bits, since it is multiplied by weights that have.
 
     Returns:
         [tokens, kv_heads * group * head_dim].
     """
     tokens, kv_heads, columns, head_dim = qkv.shape
     group = columns - 2
-    out = torch.empty((tokens, kv_heads * group * head_dim), dtype=qkv.dtype, device=qkv.device)
-    decodes, sequences = step.num_decodes, step.block_tables.shape[0]
+    shape = (tokens, kv_heads * group * head_dim)
+    out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+    scaled = Float8Rows.empty(shape, qkv) if is_scaled else None
     tile_rows, keys = _tile(padded(head_dim), qkv.dtype.itemsize)
-    spans = [span.rows.stop - span.rows.start for span in step.prefill]
-    parts = []
-    if decodes:
-        longest = step.block_tables.shape[1] * pages.block_size
-        splits = _splits(decodes * kv_heads, longest, keys)
-        parts.append((0, decodes, padded(group), 1, splits))
-    if spans:
-        rows = max(tile_rows, padded(group))
-        tiles = math.ceil(max(spans) * group / rows)
-        parts.append((decodes, sequences - decodes, rows, tiles, 1))
-    for first, count, rows, tiles, splits in parts:
+    longest = step.block_tables.shape[1] * pages.block_size
+    most_splits = _splits(step.num_decodes * kv_heads, longest, keys)
+    merged = 0
+    for first, count, rows, tiles, splits in _parts(step, group, tile_rows, most_splits):
         partial, maxima, sums = _room_for_splits(out, count * kv_heads * group, head_dim, splits)
         launching.launch(
             _attend, (tiles * splits, kv_heads, count),
@@ -208,11 +220,41 @@ def attend(
             QUANTIZED=pages.is_quantized, num_warps=8 if rows > 32 else 4,
         )  # fmt: skip
         if splits > 1:
-            launching.launch(
-                _merge, (count * kv_heads * group,), partial, maxima, sums, out,
-                HEAD_DIM=head_dim, DIM=padded(head_dim), SPLITS=splits,
-            )  # fmt: skip
-    return out
+            merged = count
+            _put_together((partial, maxima, sums), count, head_dim, out, scaled)
+    if scaled is None:
+        return out
+    if merged < tokens:
+        scale_rows(out[merged:], scaled.part(slice(merged, None)))
+    return scaled
+
+
+def _parts(
+    step: StepBatch, group: int, tile_rows: int, splits: int
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """First sequence, sequences, rows of a tile, tiles of a sequence, and splits, of each kind."""
+    decodes = step.num_decodes
+    if decodes:
+        yield 0, decodes, padded(group), 1, splits
+    if step.prefill:
+        rows = max(tile_rows, padded(group))
+        most = max(span.rows.stop - span.rows.start for span in step.prefill)
+        yield decodes, len(step.prefill), rows, math.ceil(most * group / rows), 1
+
+
+def _put_together(
+    splits: tuple[Tensor, ...], rows: int, head_dim: int, out: Tensor, scaled: Float8Rows | None
+) -> None:
+    """Merge the splits of the first rows, to 8 bits where those are given."""
+    heads, num_splits = splits[1].shape[0] // rows, splits[1].shape[1]
+    count = heads if scaled else 1
+    target, scales = (scaled.values, scaled.scales) if scaled else (out, out)
+    launching.launch(
+        _merge, (rows * heads // count,), *splits, out, target, scales,
+        COUNT=count, HEADS=padded(count, 1), HEAD_DIM=head_dim, DIM=padded(head_dim),
+        SPLITS=num_splits, num_warps=16 if count * head_dim > 1024 else 4,
+        **float8_range(scaled is not None),
+    )  # fmt: skip
 
 
 def _tile(dims: int, itemsize: int) -> tuple[int, int]:
@@ -227,7 +269,7 @@ def _tile(dims: int, itemsize: int) -> tuple[int, int]:
 
 def _splits(programs: int, longest_context: int, keys: int) -> int:
     """Into how many parts contexts are split; a power of 2, by what is known before the step."""
-    wanted = min(_FULL_DEVICE // programs, longest_context // (2 * keys), _MOST_SPLITS)
+    wanted = min(_FULL_DEVICE // max(programs, 1), longest_context // (2 * keys), _MOST_SPLITS)
     return 1 << (wanted.bit_length() - 1) if wanted > 1 else 1
 
 

@@ -38,15 +38,16 @@ class Norm:
 
 
 @triton.jit
-def _store_scaled(values, out, scales, real, LARGEST: tl.constexpr, LEAST: tl.constexpr):
-    """One row, as `worker.float8.quantize_rows` scales it."""
-    scale = tl.maximum(tl.max(tl.abs(values), 0), LEAST) / LARGEST
+def store_scaled(values, out, scales, real, LARGEST: tl.constexpr, LEAST: tl.constexpr) -> None:
+    """What is real of one row, else 0, as `worker.float8.quantize_rows` scales it."""
+    scale = tl.maximum(tl.max(tl.abs(values)), LEAST) / LARGEST
     small = tl.clamp(values / scale, -LARGEST, LARGEST)
     tl.store(out, small.to(out.dtype.element_ty), mask=real)
     tl.store(scales, scale)
 
 
-@triton.jit
+# The scales of a step's last rows begin anywhere.
+@triton.jit(do_not_specialize_on_alignment=["scales"])
 def _scale(
     x, out, scales,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr,
@@ -56,7 +57,7 @@ def _scale(
     columns = tl.arange(0, COLUMNS)
     real = columns < WIDTH
     values = tl.load(x + row * WIDTH + columns, mask=real, other=0.0).to(tl.float32)
-    _store_scaled(values, out + row * WIDTH + columns, scales + row, real, LARGEST, LEAST)
+    store_scaled(values, out + row * WIDTH + columns, scales + row, real, LARGEST, LEAST)
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _norm(
     if SCALED:
         # Rounded as between two operations.
         wide = wide.to(x.dtype.element_ty).to(tl.float32)
-        _store_scaled(wide, out + row + columns, scales + tl.program_id(0), real, LARGEST, LEAST)
+        store_scaled(wide, out + row + columns, scales + tl.program_id(0), real, LARGEST, LEAST)
     else:
         tl.store(out + row + columns, wide.to(out.dtype.element_ty), mask=real)
 
@@ -118,7 +119,7 @@ def _activate(
         value = value * tl.load(at + WIDTH, mask=real, other=0.0).to(tl.float32)
     if SCALED:
         value = value.to(x.dtype.element_ty).to(tl.float32)
-        _store_scaled(value, out + row * WIDTH + columns, scales + row, real, LARGEST, LEAST)
+        store_scaled(value, out + row * WIDTH + columns, scales + row, real, LARGEST, LEAST)
     else:
         tl.store(out + row * WIDTH + columns, value.to(out.dtype.element_ty), mask=real)
 
@@ -142,8 +143,8 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weights: Norm, total: Tenso
         weights.weight if weights.bias is None else weights.bias, out, total, scales,
         weights.epsilon, weights.offset,
         HIDDEN=hidden, COLUMNS=padded(hidden), CENTERED=weights.is_centered,
-        BIASED=weights.bias is not None, ADDED=residual is not None, **_range(weights.is_scaled),
-        num_warps=4 if hidden <= 2048 else 8,
+        BIASED=weights.bias is not None, ADDED=residual is not None,
+        num_warps=4 if hidden <= 2048 else 8, **float8_range(weights.is_scaled),
     )  # fmt: skip
     return made
 
@@ -155,22 +156,20 @@ def activate(x: Tensor, kind: str, *, gated: bool, is_scaled: bool = False) -> R
     columns = padded(width) if is_scaled else min(_COLUMNS, padded(width))
     launching.launch(
         _activate, (tokens, -(-width // columns)), x, out, scales,
-        WIDTH=width, COLUMNS=columns, KIND=_KINDS[kind], GATED=gated, **_range(is_scaled),
+        WIDTH=width, COLUMNS=columns, KIND=_KINDS[kind], GATED=gated, **float8_range(is_scaled),
         num_warps=4 if columns <= 4096 else 16,
     )  # fmt: skip
     return made
 
 
-def scale(x: Tensor) -> Rows:
-    """Each row of x [tokens, width] in 8 bits, as `worker.float8.quantize_rows` makes it."""
+def scale_rows(x: Tensor, made: Float8Rows) -> None:
+    """Make each row of x [tokens, width] one of 8 bits, as `worker.float8.quantize_rows` does."""
     tokens, width = x.shape
-    made, out, scales = _room((tokens, width), x, is_scaled=True)
     launching.launch(
-        _scale, (tokens,), x, out, scales,
+        _scale, (tokens,), x, made.values, made.scales,
         WIDTH=width, COLUMNS=padded(width), LARGEST=LARGEST_FLOAT8, LEAST=LEAST_SCALED,
         num_warps=4 if width <= 4096 else 8,
     )  # fmt: skip
-    return made
 
 
 def _room(shape: tuple[int, int], like: Tensor, *, is_scaled: bool) -> tuple[Rows, Tensor, Tensor]:
@@ -178,10 +177,9 @@ def _room(shape: tuple[int, int], like: Tensor, *, is_scaled: bool) -> tuple[Row
     if not is_scaled:
         out = torch.empty(shape, dtype=like.dtype, device=like.device)
         return out, out, out
-    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=like.device)
-    scales = torch.empty(shape[0], dtype=torch.float32, device=like.device)
-    return Float8Rows(out, scales, like.dtype), out, scales
+    made = Float8Rows.empty(shape, like)
+    return made, made.values, made.scales
 
 
-def _range(is_scaled: bool) -> dict[str, float | bool]:
+def float8_range(is_scaled: bool) -> dict[str, float | bool]:
     return {"SCALED": is_scaled, "LARGEST": LARGEST_FLOAT8, "LEAST": LEAST_SCALED}

@@ -56,7 +56,10 @@ class CudaRecorder:
             compute()  # kernels are compiled and workspaces taken, which cannot be recorded
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=aside):
+        # NCCL's watchdog asks for its events meanwhile, in a thread of its own.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"
+        ):
             result = compute()
         self._pool = graph.pool()
 
@@ -106,6 +109,9 @@ class DecodeGraphs:
         self._recorder = recorder
         self._draw = draw
         self._recorded: list[_Recorded] = []
+        self._result: Tensor | None = None
+        """What the largest step computes. The others leave theirs in its first rows: logits that
+        each of them kept would take a gigabyte together."""
 
     def record(self, max_sequences: int, max_context: int) -> int:
         """Record steps of up to so many sequences and tokens of each; returns how many."""
@@ -163,12 +169,15 @@ class DecodeGraphs:
         if self._hidden is not None:
             width, dtype = self._hidden
             hidden = torch.zeros((shape.rows, width), dtype=dtype, device=self._device)
+        is_largest = not self._recorded
 
         def compute() -> Results:
             result = self._compute(step, hidden)
-            if self._draw is None:
-                return result, None
-            return result, self._draw(result, rules.view(RULES, -1))
+            drawn = None if self._draw is None else self._draw(result, rules.view(RULES, -1))
+            if is_largest or self._result is None:
+                self._result = result
+                return result, drawn
+            return self._result[: shape.sequences].copy_(result), drawn
 
         replay = self._recorder.record(compute)
         return _Recorded(shape, numbers, hidden, replay)

@@ -15,7 +15,7 @@ from fastserve_mega.system.config import Config, ModelConfig, ParallelConfig
 from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.float8 import FIRST_FLOAT8_CAPABILITY
 from fastserve_mega.worker.kv_cache import KvCache
-from fastserve_mega.worker.megatron.engine import StageEngine, TorchEngine
+from fastserve_mega.worker.megatron.engine import StageEngine, TakesDrawn, TorchEngine
 from fastserve_mega.worker.megatron.layers import ColumnLinear
 from fastserve_mega.worker.megatron.model import Stage
 from fastserve_mega.worker.megatron.native_engine import NativeEngine
@@ -30,6 +30,7 @@ _LONGEST_REASON = 200
 _READ_AHEAD_BYTES = 64
 """The kernels read that much behind the keys of a head."""
 
+_CPU = torch.device("cpu")
 _log = logging.getLogger(__name__)
 
 
@@ -87,6 +88,11 @@ def choose_draw(parallel: ParallelConfig, device: torch.device) -> Draw | None:
     return draw
 
 
+def records_graphs(parallel: ParallelConfig, engine: StageEngine) -> bool:
+    """Whether decoding steps of an engine on CUDA are recorded."""
+    return isinstance(engine, TakesDrawn) and parallel.cuda_engine != "kernels"
+
+
 def _open_on_cuda(
     config: Config,
     stage: Stage,
@@ -99,7 +105,8 @@ def _open_on_cuda(
     wanted = config.parallel.cuda_engine
     obstacle = "parallel.cuda_engine=torch"
     if wanted != "torch":
-        obstacle = _kernel_obstacle(stage, architecture, cache) or ""
+        own = _kernel_obstacle(stage, architecture, cache)
+        obstacle = _agreed(own, stage.groups.tensor, cache.pool.device) or ""
         if obstacle and wanted != "auto":
             raise ValueError(f"parallel.cuda_engine={wanted}, but {obstacle}")
     is_first = partition.is_first_stage and partition.tensor_rank == 0 and not is_trial
@@ -111,7 +118,7 @@ def _open_on_cuda(
     from fastserve_mega.worker.megatron.kernel_engine import KernelEngine
 
     engine = KernelEngine(stage, architecture, partition, cache)
-    has_graphs = wanted != "kernels"
+    has_graphs = records_graphs(config.parallel, engine)
     if is_first:
         told = "recording graphs of decoding steps" if has_graphs else "cuda_engine=kernels"
         _log.info("steps on the GPU: kernels (%s)", told)
@@ -126,7 +133,7 @@ def _open_on_cuda(
 
 
 def _kernel_obstacle(stage: Stage, architecture: Architecture, cache: KvCache) -> str | None:
-    """Why the kernels cannot be used, None if they can; the same on all ranks."""
+    """Why this rank cannot use the kernels, None if it can."""
     if obstacle := _triton_obstacle(cache.pool.device):
         return obstacle
     linear = stage.layers[0].self_attention.linear_qkv
@@ -197,12 +204,16 @@ def _obstacle(
     return None if found is None else f"the native step has {found}"
 
 
-def _agreed(obstacle: str | None) -> str | None:
-    """The obstacle of this rank, or that another one has some."""
-    if dist.get_world_size() == 1:
+def _agreed(
+    obstacle: str | None,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device = _CPU,
+) -> str | None:
+    """The obstacle of this rank, or that another one of a group (None: of all) has some."""
+    if dist.get_world_size(group) == 1:
         return obstacle
-    obstacles = torch.tensor([0 if obstacle is None else 1])
-    dist.all_reduce(obstacles)
+    obstacles = torch.tensor([0 if obstacle is None else 1], device=device)
+    dist.all_reduce(obstacles, group=group)
     if obstacle is None and obstacles.item():
-        return "another rank cannot compute natively"
+        return "another rank cannot compute so"
     return obstacle

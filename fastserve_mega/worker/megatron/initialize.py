@@ -272,4 +272,6 @@ def lost_connection(error: RuntimeError) -> str | None:
         return None
     lines = text.splitlines() or [type(error).__name__]
     named = (line for line in lines if line.startswith("nccl") and ": " in line)
-    return next(named, lines[0]).rpartition("] ")[2]
+    # What NCCL says behind its general words is the cause, such as ranks that share a device.
+    cause = lines[lines.index("Last error:") + 1 :] if "Last error:" in lines else []
+    return next(iter(cause), next(named, lines[0])).rpartition("] ")[2]

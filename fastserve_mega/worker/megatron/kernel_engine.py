@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -47,8 +48,20 @@ class KernelAttention:
         self._window = window
         self._softcap = softcap
 
-    def attend(self, layer: int, qkv: Tensor, scale: float, norm: HeadNorm | None = None) -> Tensor:
-        """As StepAttention; with `norm`, queries and keys are normed first."""
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        scale: float,
+        norm: HeadNorm | None = None,
+        *,
+        is_scaled: bool = False,
+    ) -> Any:
+        """As StepAttention; with `norm`, queries and keys are normed first.
+
+        Returns:
+            `Rows`, in 8 bits if `is_scaled`.
+        """
         step = self._step
         rotate_and_write(
             qkv, self._pages, layer, step.slots, step.positions, turns=self._turns, norm=norm
@@ -61,6 +74,7 @@ class KernelAttention:
             scale=scale,
             window=self._window,
             softcap=self._softcap,
+            is_scaled=is_scaled,
         )
 
 

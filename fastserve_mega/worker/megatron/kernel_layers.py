@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from fastserve_mega.worker.kernels.experts import ExpertWeights, multiply_groups
 from fastserve_mega.worker.kernels.pages import HeadNorm
-from fastserve_mega.worker.kernels.rows import Norm, Rows, activate, add_and_norm, norm, scale
+from fastserve_mega.worker.kernels.rows import Norm, Rows, activate, add_and_norm, norm
 from fastserve_mega.worker.megatron.attention import StepAttention
 from fastserve_mega.worker.megatron.experts import ExpertMixture, route
 from fastserve_mega.worker.megatron.layers import InferenceLayer, ZeroCenteredRMSNorm
@@ -41,7 +41,10 @@ class KernelLayer:
         ]
         self._qkv = attention.linear_qkv
         self._qkv_shape = layer.qkv_shape
-        self._head_norm = _head_norm_of(attention) if layer.config.qk_layernorm else None
+        self._attention_options = {
+            "norm": _head_norm_of(attention) if layer.config.qk_layernorm else None,
+            "is_scaled": self._is_float8,
+        }
         self._number: int = attention.core_attention.layer
         self._scale: float = attention.core_attention.scale
         self._projection = attention.linear_proj
@@ -67,9 +70,8 @@ class KernelLayer:
             The residual with the layer's addends, normed by `following` and itself.
         """
         qkv = self._qkv(normed).view(self._qkv_shape)
-        options: dict[str, Any] = {} if self._head_norm is None else {"norm": self._head_norm}
-        heads = step.attend(self._number, qkv, self._scale, **options)
-        attended = self._projection(scale(heads) if self._is_float8 else heads)
+        heads = step.attend(self._number, qkv, self._scale, **self._attention_options)
+        attended = self._projection(heads)
         after_attention, after_feed_forward = self._post_norms
         if after_attention is not None:
             attended = cast(Tensor, norm(attended, after_attention))

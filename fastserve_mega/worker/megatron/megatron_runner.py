@@ -24,7 +24,7 @@ from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.logprobs import PromptScores
 from fastserve_mega.worker.megatron.checkpoint import architecture_as_stored, open_checkpoint
 from fastserve_mega.worker.megatron.engine import StageEngine, TakeRows, TakesDrawn
-from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine
+from fastserve_mega.worker.megatron.engine_choice import choose_draw, open_engine, records_graphs
 from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
@@ -49,7 +49,7 @@ from fastserve_mega.worker.memory import (
 from fastserve_mega.worker.model_runner import Ask, Launched, SequenceInput, StepOutput
 from fastserve_mega.worker.sampler import Sampler
 from fastserve_mega.worker.topology import Topology
-from fastserve_mega.worker.transfer import wait_for
+from fastserve_mega.worker.transfer import Stopwatch, wait_for
 from fastserve_mega.worker.trial_steps import largest_steps, varied_steps
 
 T = TypeVar("T")
@@ -182,14 +182,26 @@ class MegatronRunner:
     def launch(self, batch: Sequence[SequenceInput]) -> Launched:
         """Give the device a step. Raises like `execute`, here or where the result is waited for."""
         with plain_errors(self._device):
-            if not all(sequence.is_plain for sequence in batch):
-                return _Waiting(self._device, partial(_same, self._execute(batch)))
-            assert isinstance(self._engine, TakesDrawn), "it does not launch ahead"
-            drawn: list[Tensor] = []
-            logits = self._engine.run(batch, lambda: None, drawn=drawn.append)
-            tokens, wait = self._sampler.start(logits, batch, *drawn)
-            self._engine.keep_drawn(tokens)
-            return _Waiting(self._device, wait)
+            watch = Stopwatch(self._device)
+            if all(sequence.is_plain for sequence in batch):
+                wait = self._launch(batch)
+            else:
+                wait = partial(_same, self._execute(batch))
+            watch.stop()
+
+        def result() -> StepOutput:
+            with plain_errors(self._device):
+                return replace(wait(), compute_s=watch.seconds())
+
+        return result
+
+    def _launch(self, batch: Sequence[SequenceInput]) -> Callable[[], StepOutput]:
+        assert isinstance(self._engine, TakesDrawn), "it does not launch ahead"
+        drawn: list[Tensor] = []
+        logits = self._engine.run(batch, lambda: None, drawn=drawn.append)
+        tokens, wait = self._sampler.start(logits, batch, *drawn)
+        self._engine.keep_drawn(tokens)
+        return wait
 
     @torch.inference_mode()
     def execute_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> StepOutput | None:
@@ -234,6 +246,9 @@ class MegatronRunner:
         )
         steps = largest_steps(config, self._max_context(config))
         taken = measure_activations(self._device, lambda: self._try(engine, steps))
+        if records_graphs(config.parallel, engine):
+            # What the largest of them takes stays theirs, beside what other steps take.
+            taken += measure_activations(self._device, lambda: self._try(engine, steps[1:]))
         engine.close()
         return taken
 
@@ -263,18 +278,6 @@ class MegatronRunner:
             device=self._device,
             quantized=config.kv_cache.is_quantized,
         )
-
-
-class _Waiting:
-    """A step that has been launched; `wait` gives what it yields."""
-
-    def __init__(self, device: torch.device, wait: Callable[[], StepOutput]) -> None:
-        self._device = device
-        self._wait = wait
-
-    def result(self) -> StepOutput:
-        with plain_errors(self._device):
-            return self._wait()
 
 
 def _check_context(config: Config, architecture: Architecture) -> None:

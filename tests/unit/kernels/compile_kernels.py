@@ -21,11 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastserve_mega.types import RequestId, SamplingParams
+from fastserve_mega.worker.float8 import Float8Rows
 from fastserve_mega.worker.kernels import launching
 from fastserve_mega.worker.kernels.attention import attend
 from fastserve_mega.worker.kernels.experts import ExpertWeights, multiply_groups
 from fastserve_mega.worker.kernels.pages import HeadNorm, Pages, Turns, rotate_and_write
-from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, scale
+from fastserve_mega.worker.kernels.rows import Norm, activate, add_and_norm, scale_rows
 from fastserve_mega.worker.kernels.sampling import draw
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.model_runner import SequenceInput
@@ -74,9 +75,10 @@ def started() -> dict[str, tuple[Any, Any, Any]]:
     wide = x.new_empty((4, 2 * 14336))
     activate(wide, "silu", gated=True)
     title = "scaled"
+    _attend(1, 4, False, is_scaled=True)
     add_and_norm(x, x, Norm(x[0], None, 1e-5, False, 0.0, is_scaled=True))
     activate(wide, "silu", gated=True, is_scaled=True)
-    scale(x)
+    scale_rows(x, Float8Rows.empty((4, 4096), x))
     experts = ExpertWeights(
         torch.empty((8, 2048, 4096), dtype=torch.float8_e4m3fn, device=META),
         torch.empty((8, 2048), device=META),
@@ -92,6 +94,7 @@ def started() -> dict[str, tuple[Any, Any, Any]]:
 def _attend(  # noqa: PLR0917
     tokens: int, count: int, quantized: bool,
     head_dim: int = 128, group: int = 4, dtype: torch.dtype = torch.bfloat16,
+    is_scaled: bool = False,
 ) -> None:  # fmt: skip
     cache = KvCache(
         num_blocks=64, num_layers=32, num_kv_heads=8, block_size=16, head_dim=head_dim,
@@ -109,7 +112,8 @@ def _attend(  # noqa: PLR0917
     norm = HeadNorm(qkv[0, 0, 0], qkv[0, 0, 0], 1e-6, 1.0) if has_all else None
     rotate_and_write(qkv, pages, 3, step.slots, step.positions, turns=turns, norm=norm)
     window, softcap = (512, 30.0) if has_all else (None, None)
-    attend(qkv, pages, 3, step, scale=0.1, window=window, softcap=softcap)
+    options = {"window": window, "softcap": softcap, "is_scaled": is_scaled}
+    attend(qkv, pages, 3, step, scale=0.1, **options)
 
 
 def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_device import DEVICE
+from kernel_device import DEVICE, assert_scaled
 
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker.kernels.attention import attend
@@ -65,14 +65,18 @@ class World:
             index = self.cache.write_index(torch.tensor(slots, dtype=torch.long, device=DEVICE))
             self.cache.write(LAYER, index, known[: s.start].to(DEVICE, dtype))
 
-    def attend(self, room=None, window=None, softcap=None):
+    def attend(self, room=None, window=None, softcap=None, is_scaled=False):
         step = PackedStep(self.batch, BLOCK_SIZE, room).to(DEVICE)
         pages = Pages.of(self.cache)
         qkv = self.qkv
         if room is not None:
             qkv = torch.cat((qkv, qkv.new_zeros(room.rows - len(qkv), *qkv.shape[1:])))
         rotate_and_write(qkv, pages, LAYER, step.slots, step.positions, turns=None, norm=None)
-        return attend(qkv, pages, LAYER, step, scale=SCALE, window=window, softcap=softcap).cpu()
+        out = attend(
+            qkv, pages, LAYER, step,
+            scale=SCALE, window=window, softcap=softcap, is_scaled=is_scaled,
+        )  # fmt: skip
+        return out if is_scaled else out.cpu()
 
     def expected(self, window=None, softcap=None):
         return torch.cat(
@@ -118,6 +122,13 @@ def test_attention_in_16_bits_is_as_exact_as_16_bits_are(dtype, quantized):
     world = World(1, 2, 32, quantized=quantized, dtype=dtype)
     error = world.attend().float() - world.expected()
     assert error.abs().max() < (0.15 if quantized else 0.02)
+
+
+@pytest.mark.parametrize("contexts", [CONTEXTS, CONTEXTS[1:2], CONTEXTS[3:]])
+def test_what_weights_in_8_bits_are_multiplied_with_is_scaled_by_token(contexts):
+    """Where splits are merged, where there are none, and both in a step."""
+    world = World(1, 3, 24, contexts=contexts, dtype=torch.bfloat16)
+    assert_scaled(world.attend(is_scaled=True), world.attend().to(DEVICE))
 
 
 def test_rows_that_fill_a_step_up_change_nothing():

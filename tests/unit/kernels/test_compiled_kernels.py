@@ -45,6 +45,6 @@ def test_kernels_load_sixteen_bytes_at_a_time(kernels):
     for title, share in (
         ("decode_attend", 0.5), ("prefill_attend", 0.5), ("8 bits_attend", 0.15), ("_norm", 0.9),
         ("_activate", 0.9), ("_draw", 0.8), ("scaled_norm", 0.9), ("scaled_activate", 0.9),
-        ("scaled_scale", 0.9), ("scaled_multiply_groups", 0.3),
+        ("scaled_scale", 0.9), ("scaled_merge", 0.3), ("scaled_multiply_groups", 0.3),
     ):  # fmt: skip
         assert kernels[title]["wide_loads"] >= share * kernels[title]["loads"], title

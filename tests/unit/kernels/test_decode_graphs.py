@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from decode_steps import Again, decodes
@@ -9,7 +11,7 @@ from kernel_device import DEVICE
 
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.kernels.sampling import draw
-from fastserve_mega.worker.megatron.decode_graphs import DecodeGraphs, recorded_sizes
+from fastserve_mega.worker.megatron.decode_graphs import CudaRecorder, DecodeGraphs, recorded_sizes
 from fastserve_mega.worker.sampler import Sampler
 
 
@@ -81,6 +83,60 @@ def test_what_is_drawn_in_the_graph_does_not_count_where_requests_change_the_log
     object.__setattr__(batch[0], "params", greedy)
     drawn = torch.tensor([[3.0, 0.0]], dtype=torch.float64, device=DEVICE)
     assert Sampler((), draw=draw)(logits, batch, drawn).token_ids == [5]
+
+
+def test_all_sizes_leave_what_they_compute_in_the_same_memory():
+    graphs = DecodeGraphs(
+        lambda step, hidden: step.contexts[:, None] * torch.ones(1, 150),
+        block_size=16, device=torch.device("cpu"), hidden=None, recorder=Again(),
+    )  # fmt: skip
+    graphs.record(max_sequences=16, max_context=160)
+    results = []
+    for count in (16, 1, 2, 7):
+        result, _ = graphs.run(decodes(count, 90 + count), lambda: None)
+        assert torch.equal(result, torch.full((count, 150), 90.0 + count))
+        results.append(result)
+    assert len({result.data_ptr() for result in results}) == 1
+
+
+def test_a_graph_is_recorded_behind_a_first_run_on_a_stream_of_its_own(monkeypatch):
+    """And nothing that another thread asks of the device meanwhile spoils it."""
+    log = []
+
+    class Stream:
+        def __init__(self, name="aside"):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def recording(graph, *, pool, stream, capture_error_mode):
+        log.append(f"begin {pool} {stream.name} {capture_error_mode}")
+        yield
+        log.append("end")
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    recorder = CudaRecorder()
+    for _ in range(2):
+        replay = recorder.record(lambda: log.append("compute"))
+    replay()
+    once = ["aside waits for main", "compute", "main waits for aside"]
+    assert log == [
+        *once, "begin None aside thread_local", "compute", "end",
+        *once, "begin pool aside thread_local", "compute", "end", "replay",
+    ]  # fmt: skip
 
 
 def test_few_graphs_for_any_number_of_sequences():

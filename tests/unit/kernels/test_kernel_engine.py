@@ -111,7 +111,7 @@ def test_steps_take_their_tokens_from_where_the_last_ones_were_drawn(
     launched.append(runner.launch([step(1, row, (-1 - row,)) for row in (1, 0)]))
     launched.append(runner.launch([step(2, row, (-1 - at,)) for at, row in enumerate((1, 0))]))
     launched.append(runner.launch([step(3, 0, (-2,))]))
-    told = [each.result().token_ids for each in launched]
+    told = [wait().token_ids for wait in launched]
     assert [told[0][0], told[1][1], told[2][1], told[3][0]] == expected[0]
     assert [told[0][1], told[1][0], told[2][0]] == expected[1][:3]
 

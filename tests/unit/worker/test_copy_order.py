@@ -19,6 +19,7 @@ from fastserve_mega.plan import BlockCopy, CopyDirection
 from fastserve_mega.worker import host_pool
 from fastserve_mega.worker.copy_engine import CopyEngine
 from fastserve_mega.worker.host_pool import CudaCopyEngine
+from fastserve_mega.worker.transfer import Stopwatch
 
 BLOCKS = 12
 
@@ -225,3 +226,29 @@ def test_the_thread_that_waits_for_copies_knows_its_device(monkeypatch):
     assert engine._await_event(BlockCopy(7, CopyDirection.SWAP_OUT, (1,), (1,), None)) == 0.04
     assert selected == [torch.device("cpu"), "waits"]
     engine.close()
+
+
+def test_a_device_tells_what_it_took_without_what_it_was_given_before_or_after(monkeypatch):
+    clock, told = [0.0], []
+
+    class Timed:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def synchronize(self):
+            told.append(self.at)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Timed)
+    clock[0] = 40.0
+    watch = Stopwatch(torch.device("cuda", 1))
+    clock[0] = 65.0
+    watch.stop()
+    clock[0] = 90.0
+    assert (watch.seconds(), told) == (0.025, [65.0])
+    assert Stopwatch(torch.device("cpu")).seconds() == 0.0

@@ -93,8 +93,18 @@ def test_stages_meet_before_the_first_step(monkeypatch):
             "exited or there was a network error, NCCL version 2.21.5\n"
             "ncclRemoteError: A call failed possibly due to a network error or a remote process "
             "exiting prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer",
-            "ncclRemoteError: A call failed possibly due to a network error or a remote process "
-            "exiting prematurely.",
+            "socketProgress: Connection closed by remote peer",
+        ),
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:3690, invalid usage, NCCL version 2.27.5\n"
+            "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+            "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+        ),
+        (
+            "NCCL error in: NCCLUtils.hpp:268, unhandled system error, NCCL version 2.21.5\n"
+            "ncclSystemError: System call (e.g. socket, malloc) failed.",
+            "ncclSystemError: System call (e.g. socket, malloc) failed.",
         ),
         ("[Rank 1] NCCL communicator was aborted.", "NCCL communicator was aborted."),
     ],

@@ -82,16 +82,18 @@ def test_the_largest_steps_fill_a_step_and_the_longest_context():
     assert len(decodes) == wanted.scheduler.max_batch_size
     assert {len(each.token_ids) for each in decodes} == {1}
     assert {each.context for each in decodes} == {4096}
+    assert {each.changes_logits and each.params.logprobs for each in decodes} == {20}
     ((short,), _) = largest_steps(wanted, 100)
     assert (short.context, short.start) == (100, 0)
 
 
 def test_steps_that_compile_have_each_power_of_two_of_context_beside_a_chunk():
     for longest, count in ((20, 5), (131_072, 14)):
-        steps = varied_steps(config(), longest)
+        *steps, (changed,) = varied_steps(config(), longest)
         assert [decode.context for decode, _ in steps] == [2**n for n in range(count)]
         assert {len(chunk.token_ids) for _, chunk in steps} == {17}
-    ((_, chunk),) = varied_steps(config(), 1)
+        assert changed.changes_logits
+    ((_, chunk), _) = varied_steps(config(), 1)
     assert chunk.context == 1
 
 
