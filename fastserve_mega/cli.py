@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -31,7 +34,7 @@ from fastserve_mega.commands import (
     worker,
 )
 from fastserve_mega.commands.command import CommandParser, Group, add_command, fail
-from fastserve_mega.logs import set_up_logging
+from fastserve_mega.logs import discard_output, set_up_logging
 
 GROUPS: tuple[Group, ...] = (
     Group(
@@ -64,6 +67,8 @@ GROUPS: tuple[Group, ...] = (
     Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
     Group("the shell", (completion.COMMAND,)),
 )
+_INTERRUPTED = 130
+"""What a shell says of a program that Ctrl-C has ended."""
 _FIRST_STEPS = """\
 first steps:
   fastserve-mega doctor MODEL     is everything there?
@@ -76,6 +81,19 @@ first steps:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse and run one command; returns the exit status."""
+    _prepare_standard_files()
+    try:
+        status = _run(arguments)
+        print(end="", flush=True)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        discard_output()  # its reader wants no more, as `head`
+        return 1
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.command is None:
@@ -90,6 +108,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return fail(options, f"it needs {module}: pip install 'fastserve_mega[{options.extra}]'")
     return status
+
+
+def _prepare_standard_files() -> None:
+    """Make sure that what is printed disturbs nothing, however this was started.
+
+    Where stdin, stdout or stderr is closed, a socket would get its number, and lose it again. What
+    the encoding of a locale lacks is printed as an escape.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            stays_open = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stays_open)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -51,6 +51,16 @@ def _log_uncaught(
         sys.__excepthook__(kind, error, traceback)
 
 
+def discard_output() -> None:
+    """Let what is still to be written to stdout go nowhere, when its reader has gone.
+
+    Python would try it once more at exit, and complain.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 class LogLimiter:
     """Lets one line of a kind through in a while, which tells how many it stands for.
 

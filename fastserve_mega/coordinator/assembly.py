@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.coordinator.worker_group import WorkerGroup
 from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.metrics import ServingMetrics
+from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.system.config import Config
@@ -47,6 +48,27 @@ def open_event_logs(path: str | None, replicas: int) -> list[EventLogWriter | No
         EventLogWriter(whole.with_name(f"{whole.stem}.replica-{replica}{whole.suffix}"))
         for replica in range(replicas)
     ]
+
+
+def make_welcome(config: Config, epoch: str | None, *, is_supervised: bool) -> Welcome:
+    """What clients are told before the size of the KV pool is known.
+
+    Raises:
+        ValueError, OSError: the model or its configuration is not usable.
+    """
+    architecture = load_architecture(config.model.directory)
+    limit = config.model.max_context
+    if limit is not None and limit > architecture.max_context:
+        raise ValueError(f"model.max_context is {limit}, the model has {architecture.max_context}")
+    return Welcome(
+        epoch=epoch or uuid.uuid4().hex,
+        model_name=config.model.name,
+        model_path=str(config.model.directory.resolve()),
+        max_context=limit or architecture.max_context,
+        vocab_size=architecture.vocab_size,
+        eos_token_ids=architecture.eos_token_ids,
+        restart_within_s=config.coordinator.startup_timeout_s if is_supervised else 0.0,
+    )
 
 
 def within_pool(welcome: Welcome, device_blocks: int, block_size: int) -> Welcome:
@@ -84,6 +106,7 @@ def make_coordinator(
     *,
     profile: Profile | None,
     event_logs: Sequence[EventLogWriter | None],
+    clock: Callable[[], float],
     poll: Callable[[float | None], None],
 ) -> Coordinator:
     """A coordinator whose ranks are warm.
@@ -120,7 +143,7 @@ def make_coordinator(
             max_wait_s=config.scheduler.max_wait_s or math.inf,
         ),
         prefix_block_size=config.kv_cache.block_size if config.kv_cache.prefix_cache else None,
-        clock=time.monotonic,
+        clock=clock,
         poll=poll,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from msgspec import structs
+
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.intake import Intake
@@ -133,8 +135,11 @@ class Coordinator:
         return len(self._requests)
 
     def drain(self) -> None:
-        """Accept nothing new from here on."""
+        """Accept nothing new from here on; clients learn that nobody starts this again."""
         self._intake.draining = True
+        self._welcome = structs.replace(self._welcome, restart_within_s=0.0)
+        for client in self._requests.clients():
+            self._front_door.send(client, self._welcome)
 
     def end_all(self, reason: FinishReason, message: str) -> None:
         """End every request, as the last thing that is done for clients."""
@@ -146,8 +151,8 @@ class Coordinator:
         """Leave every request unfinished, for its client to submit again to the next epoch."""
         computing = set[RequestId]().union(*(replica.computing for replica in self._replicas))
         for client in self._requests.clients():
-            names = {live.request_id for live in self._requests.of_client(client)}
-            suspects = tuple(sorted(names & computing))
+            own = {live.request_id for live in self._requests.of_client(client)}
+            suspects = tuple(sorted(own & computing))
             self._front_door.send(client, Restarting(within_s, reason, suspects))
 
     def _unwanted(self, now: float) -> Iterator[tuple[LiveRequest, FinishReason, str]]:
@@ -289,8 +294,6 @@ class Coordinator:
         now = self._clock()
         self._intake.forget(live, reason, now)
         self._metrics.requests.observe_finish(reason, live, now)
-        timings = live.timings(now)
-        told = Finished(
-            live.request_id, reason, live.usage, message, is_invalid, timings, retry_after_s
-        )
+        usage, timings = live.usage, live.timings(now)
+        told = Finished(live.request_id, reason, usage, message, is_invalid, timings, retry_after_s)
         self._reply(live.client, told)

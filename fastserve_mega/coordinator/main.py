@@ -9,21 +9,25 @@ import select
 import signal
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import zmq
 
-from fastserve_mega.coordinator.assembly import make_coordinator, make_profiler, open_event_logs
+from fastserve_mega.coordinator.assembly import (
+    make_coordinator,
+    make_profiler,
+    make_welcome,
+    open_event_logs,
+)
+from fastserve_mega.coordinator.clock import AwakeClock
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.profile_file import load_profile, save_profile
 from fastserve_mega.coordinator.profiler import measure
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
+from fastserve_mega.logs import discard_output
 from fastserve_mega.messaging.frames import client_frame_limit
-from fastserve_mega.messaging.messages import Welcome
 from fastserve_mega.messaging.rank_messages import STOP_WORD
-from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.process_tree import is_running
 from fastserve_mega.scheduling.cost_model import Profile
 from fastserve_mega.system.config import Config
@@ -74,7 +78,7 @@ class CoordinatorProcess:
         if config.scheduler.policy == "srpt":
             raise ValueError("scheduler.policy srpt needs to know the future: simulator only")
         self._config = config
-        self._welcome = _describe(config, epoch, is_supervised=supervisor is not None)
+        self._welcome = make_welcome(config, epoch, is_supervised=supervisor is not None)
         options = config.coordinator
         self._profile = load_profile(config.scheduler.profile) if config.scheduler.profile else None
         self._event_logs = open_event_logs(options.event_log, config.parallel.data)
@@ -96,6 +100,7 @@ class CoordinatorProcess:
         )
         self._supervisor = supervisor
         self._stop = False
+        self._clock = AwakeClock()
         self._poller = zmq.Poller()
         self._poller.register(self._workers.socket, zmq.POLLIN)
         self._stop_on_stdin_close = stop_on_stdin_close
@@ -109,7 +114,10 @@ class CoordinatorProcess:
 
     def announce(self) -> None:
         """Tell the parent the addresses, as one line of JSON on stdout."""
-        print(json.dumps(self.addresses()), flush=True)
+        try:
+            print(json.dumps(self.addresses()), flush=True)
+        except BrokenPipeError:
+            discard_output()  # the parent has ended, as its end of stdin tells
 
     def stop(self, *_: object) -> None:
         """Drain and end; also the signal handler."""
@@ -200,6 +208,7 @@ class CoordinatorProcess:
             self._workers.groups,
             profile=self._profile,
             event_logs=self._event_logs,
+            clock=self._clock,
             poll=self._poll_until,
         )
         self._poller.register(self._front_door.socket, zmq.POLLIN)
@@ -213,8 +222,8 @@ class CoordinatorProcess:
                 coordinator.turn()
             coordinator.end_all(FinishReason.ERROR, "the server was shut down")
         except WorkersLostError as error:
-            # Killed with its ranks, the supervisor keeps no promise.
-            if self._supervisor is not None and is_running(self._supervisor):
+            # Killed with its ranks, or once it stops, the supervisor keeps no promise.
+            if self._supervisor is not None and not self._stop and is_running(self._supervisor):
                 coordinator.announce_restart(self._welcome.restart_within_s, str(error))
             else:
                 coordinator.end_all(FinishReason.ERROR, str(error))
@@ -223,11 +232,12 @@ class CoordinatorProcess:
     def _poll_until(self, deadline: float | None) -> None:
         wait_ms = float(_LOOK_AROUND_MS)
         if deadline is not None:
-            wait_ms = min(max((deadline - time.monotonic()) * 1000 + 1, 0), wait_ms)
+            wait_ms = min(max((deadline - self._clock()) * 1000 + 1, 0), wait_ms)
         self._poll(int(wait_ms))
 
     def _poll(self, wait_ms: int) -> None:
         ready = dict(self._poller.poll(wait_ms))
+        self._clock.look(wait_ms / 1000)
         self._workers.keep_alive()
         if self._stdin is not None and self._stdin in ready:
             asked = os.read(self._stdin, len(STOP_WORD)) == STOP_WORD
@@ -236,22 +246,6 @@ class CoordinatorProcess:
             if not asked:
                 raise WorkersLostError("rank 0 has ended")
             self._stop = True
-
-
-def _describe(config: Config, epoch: str | None, *, is_supervised: bool) -> Welcome:
-    architecture = load_architecture(config.model.directory)
-    limit = config.model.max_context
-    if limit is not None and limit > architecture.max_context:
-        raise ValueError(f"model.max_context is {limit}, the model has {architecture.max_context}")
-    return Welcome(
-        epoch=epoch or uuid.uuid4().hex,
-        model_name=config.model.name,
-        model_path=str(config.model.directory.resolve()),
-        max_context=limit or architecture.max_context,
-        vocab_size=architecture.vocab_size,
-        eos_token_ids=architecture.eos_token_ids,
-        restart_within_s=config.coordinator.startup_timeout_s if is_supervised else 0.0,
-    )
 
 
 def run_coordinator(

@@ -15,11 +15,10 @@ from typing import Literal
 
 from fastserve_mega.launcher.probes import CoordinatorProbe, Watch, http_status
 from fastserve_mega.launcher.processes import (
-    CONFIGURATION_STATUS,
     KILL_AFTER_S,
-    ConfigurationError,
     LaunchError,
     end_tree,
+    kept_configuration,
     mpirun_files,
     own_command,
     ranks_prefix,
@@ -67,11 +66,13 @@ class Deployment:
         self._restarts = restarts
         self._config = config
         self._client_address = config.coordinator.client_endpoint
-        self._arguments = list(arguments)
+        self._given_arguments = arguments
+        self._arguments: list[str] = []
         self._http = http
         self._runner = runner
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._watches: dict[str, Watch] = {}
+        self._own_files = contextlib.ExitStack()
         self._files = contextlib.ExitStack()
         self._listener: socket.socket | None = None
         self._probe: CoordinatorProbe | None = None
@@ -91,6 +92,8 @@ class Deployment:
         """
         try:
             self._client_address = client_address(self._config.coordinator)
+            kept = kept_configuration(self._given_arguments)
+            self._arguments = self._own_files.enter_context(kept)
         except (OSError, ValueError) as error:
             raise LaunchError(str(error)) from None
         if self._http:
@@ -112,7 +115,6 @@ class Deployment:
         """Kill what is left of some processes, and start them again at the same addresses.
 
         Raises:
-            ConfigurationError: they cannot start.
             LaunchError: they did not start; it may be tried again.
         """
         for name in names:
@@ -151,6 +153,7 @@ class Deployment:
             if self._restarts:
                 end_descendants()
             self._files.close()
+            self._own_files.close()
 
     def _close_own(self) -> None:
         if self._probe:
@@ -232,11 +235,8 @@ class Deployment:
         self._processes[name] = launch()
         try:
             self._await(name, answers, limit_s)
-        except LaunchError as error:
-            status = self._processes[name].poll()
+        except LaunchError:
             self._end(name)
-            if status == CONFIGURATION_STATUS:
-                raise ConfigurationError(str(error)) from None
             raise
         process_id = self._processes[name].pid
         self._watches[name] = Watch(
@@ -282,4 +282,5 @@ def _stop_signal(name: str, *, restarts: bool) -> signal.Signals:
 
 def http_url(config: Config) -> str:
     """Base URL of the HTTP server."""
-    return f"http://{config.server.host}:{config.server.port}"
+    host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
+    return f"http://{host}:{config.server.port}"

@@ -18,16 +18,10 @@ from fastserve_mega.system.config import Config
 
 KILL_AFTER_S = 10.0
 """How long a process may take to end by itself when it holds no requests."""
-CONFIGURATION_STATUS = 2
-"""Exit status of a process that cannot use what it was told."""
 
 
 class LaunchError(Exception):
     """A process did not start, or ended by itself; str() says which."""
-
-
-class ConfigurationError(LaunchError):
-    """It cannot start, however often that is tried."""
 
 
 def spawn(
@@ -85,6 +79,24 @@ def ranks_prefix(config: Config) -> list[str]:
 
 
 @contextlib.contextmanager
+def kept_configuration(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Replace the file of --config by a copy: who is started later is to be told the same.
+
+    Else a file that is edited while the deployment serves would give its ranks, when they are
+    started again, another configuration or model than the other processes have.
+    """
+    kept = list(arguments)
+    with contextlib.ExitStack() as files:
+        if "--config" in kept:
+            place = kept.index("--config") + 1
+            prefix, name = "fastserve-mega-", Path(kept[place]).name
+            copy = Path(files.enter_context(tempfile.TemporaryDirectory(prefix=prefix))) / name
+            copy.write_bytes(Path(kept[place]).read_bytes())
+            kept[place] = str(copy)
+        yield kept
+
+
+@contextlib.contextmanager
 def mpirun_files() -> Iterator[dict[str, str]]:
     """Make a directory for the files of one mpirun; what is yielded are the variables that say so.
 
@@ -101,12 +113,12 @@ def mpirun_command(ranks: int) -> list[str]:
     """The start of a command line that runs the rest of it on so many ranks.
 
     Raises:
-        ConfigurationError: there is no mpirun beside this Python or on the PATH.
+        LaunchError: there is no mpirun beside this Python or on the PATH.
     """
     beside_python = Path(sys.executable).parent / "mpirun"
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
-        raise ConfigurationError(
+        raise LaunchError(
             f"{ranks} ranks need mpirun: pip install 'fastserve_mega[mpi]', or a system MPI"
         )
     version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)

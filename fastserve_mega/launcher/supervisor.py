@@ -12,9 +12,10 @@ from types import FrameType
 from typing import Literal, NoReturn
 
 from fastserve_mega.launcher.deployment import PROBE_S, Deployment, http_url
-from fastserve_mega.launcher.processes import ConfigurationError, LaunchError
+from fastserve_mega.launcher.processes import LaunchError
+from fastserve_mega.logs import discard_output
 from fastserve_mega.messaging.messages import Snapshot
-from fastserve_mega.process_tree import adopt_orphans
+from fastserve_mega.process_tree import adopt_orphans, end_descendants
 from fastserve_mega.snapshot import PoolView
 from fastserve_mega.system.config import Config, SupervisorConfig
 
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 def serve(
     config: Config, arguments: Sequence[str], *, runner: Literal["megatron", "fake"] = "megatron"
 ) -> int:
-    """`fastserve-mega serve`: run until Ctrl-C or SIGTERM; returns the exit status.
+    """`fastserve-mega serve`: run until Ctrl-C, SIGTERM or a closed terminal; the exit status.
 
     The first signal ends everything in order, the second one at once.
     """
@@ -39,24 +40,28 @@ def serve(
     def stop(signum: int, frame: FrameType | None) -> None:
         nonlocal num_signals
         num_signals += 1
-        if num_signals <= 2:
+        if num_signals == 1:
             raise KeyboardInterrupt
+        # No exception, which could come where nobody expects it: whoever is waited for has ended.
+        end_descendants()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, stop)
     adopt_orphans()
     with Deployment(config, arguments, http=True, restarts=True, runner=runner) as deployment:
         try:
-            print(_what_starts(config), flush=True)
+            _say(_what_starts(config))
             deployment.start()
-            print(_how_to_use(config, arguments, deployment.snapshot()), flush=True)
+            _say(_how_to_use(config, arguments, deployment.snapshot()))
             stats = StatsLine(deployment.snapshot, time.monotonic())
             await_end = deployment.await_end
             supervise(deployment, config.supervisor, stats=stats, await_end=await_end)
         except KeyboardInterrupt:
             _log.warning("stopping; once more kills")
             return 0
-        except LaunchError as error:
+        except (LaunchError, OSError) as error:
             _log.error("%s", error)
             return 1
 
@@ -84,7 +89,7 @@ def supervise(
     while True:
         (await_end or sleep)(PROBE_S)
         if stats and (line := stats.due(time.monotonic())):
-            print(line, flush=True)
+            _say(line)
         if not (lost := deployment.lost()):
             continue
         reason = ", ".join(lost.values())
@@ -98,13 +103,19 @@ def supervise(
         sleep(wait_s)
         try:
             deployment.restart(lost)
-        except ConfigurationError:
-            raise
-        except LaunchError as error:
+        except (LaunchError, OSError) as error:  # OSError: no memory, processes, files, or disk
             _log.warning("not started: %s", error)
         else:
             policy.succeeded(time.monotonic())
             _log.warning("serving again")
+
+
+def _say(text: str) -> None:
+    """Print for whoever has started this, and may have gone since: that ends nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        discard_output()
 
 
 def _what_starts(config: Config) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -58,9 +60,34 @@ def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
         if key:
             socket.curve_serverkey = key.encode()
             socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+        _allow_ipv6(socket, address)
         socket.connect(address)
     except zmq.ZMQError as error:
         raise ValueError(f"not a ZeroMQ address: {address!r} ({error})") from None
+
+
+def _allow_ipv6(socket: zmq.Socket[Any], address: str) -> None:
+    """Let a socket use an IPv6 address, as in tcp://[::1]:5570.
+
+    Only then: for a name, ZeroMQ would prefer it to the IPv4 address that the other end may use.
+    """
+    if "[" in address:
+        socket.setsockopt(zmq.IPV6, 1)
+
+
+def _path_is_in_use(endpoint: str) -> bool:
+    """Whether somebody listens at the path of an IPC endpoint.
+
+    libzmq would take it away from them without a word to anybody.
+    """
+    if not endpoint.startswith("ipc://"):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(endpoint.removeprefix("ipc://"))
+        except OSError:
+            return False  # nobody, or what a killed process has left
+        return True
 
 
 class BadFrameError(ValueError):
@@ -194,6 +221,9 @@ class Router:
             self.socket.setsockopt(zmq.HEARTBEAT_IVL, int(silence_limit_s * 1000 / 4))
             self.socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence_limit_s * 1000 * 3 / 4))
         try:
+            if _path_is_in_use(endpoint):
+                raise zmq.ZMQError(errno.EADDRINUSE)
+            _allow_ipv6(self.socket, endpoint)
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.socket.close(linger=0)

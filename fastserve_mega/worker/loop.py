@@ -218,7 +218,7 @@ class WorkerLoop:
         if came := self._came:
             self._came = None
             return came
-        give_up_at = time.monotonic() + self._patience_s
+        silent_s = 0.0  # counted in looks: no pause of this process is the coordinator's silence
         while True:
             ready = dict(self._poller.poll(_LOOK_AROUND_MS))
             if self._copies.fileno() in ready:
@@ -231,7 +231,8 @@ class WorkerLoop:
                 raise CoordinatorLostError("the coordinator has ended without a word")
             if is_cut:
                 raise CoordinatorLostError("the connection to the coordinator was cut")
-            if time.monotonic() > give_up_at:
+            silent_s += _LOOK_AROUND_MS / 1000 if not ready else 0.0
+            if silent_s > self._patience_s:
                 raise CoordinatorLostError(
                     f"nothing heard from the coordinator for {self._patience_s:g} s "
                     "(parallel.timeout_s)"

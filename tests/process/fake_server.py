@@ -95,6 +95,8 @@ class FakeServer:
         self.runner = runners[-1]  # samples
         self.process = process
         self.ended_with: BaseException | None = None
+        self.lost_ranks = threading.Event()
+        """The coordinator has told its clients."""
 
 
 def _configuration(model_directory: Path, ranks: int, replicas: int, **options) -> Config:
@@ -198,6 +200,8 @@ def _run(server: FakeServer, target) -> None:
         if not isinstance(error, WorkersLostError | RuntimeError):
             raise
         server.ended_with = server.ended_with or error
+        if isinstance(error, WorkersLostError):
+            server.lost_ranks.set()
 
 
 class RawClient:

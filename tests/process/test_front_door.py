@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import zmq
 from fake_server import RawClient, fake_server
@@ -84,3 +86,37 @@ def test_a_frame_that_no_request_can_need_costs_its_sender_the_connection(model_
         flooder.send_frames(b"x" * (limit + 1))
         assert len(client.submit([1, 2], ONE).wait().token_ids) == 1
         flooder.close()
+
+
+def test_the_path_of_one_server_is_not_taken_away_by_another_and_is_free_once_it_has_gone(tmp_path):
+    context = zmq.Context()
+    endpoint = f"ipc://{tmp_path}/clients"
+    options = {"buffer": 10, "timeout_s": 30.0}
+    first = FrontDoor(context, endpoint, **options)
+    client = RawClient(endpoint)
+    try:
+        with pytest.raises(OSError, match=rf"cannot listen on {endpoint}: Address already in use"):
+            FrontDoor(context, endpoint, **options)
+        client.send(Ping())
+        assert first.socket.poll(WAIT_MS)
+    finally:
+        client.close()
+        first.close()
+    with socket.socket(socket.AF_UNIX) as killed:  # closed, it leaves its path as one does
+        killed.bind(f"{tmp_path}/left")
+    FrontDoor(context, f"ipc://{tmp_path}/left", **options).close()
+    context.term()
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
+def test_an_ipv6_address_is_one_like_any_other():
+    context = zmq.Context()
+    door = FrontDoor(context, "tcp://[::1]:0", buffer=10, timeout_s=30.0)
+    client = RawClient(door.endpoint)
+    try:
+        client.send(Ping())
+        assert door.socket.poll(WAIT_MS)
+    finally:
+        client.close()
+        door.close()
+        context.term()

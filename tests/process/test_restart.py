@@ -2,12 +2,19 @@
 
 import contextlib
 import threading
+import time
 
 import pytest
 from fake_server import WAIT_MS, GatedRunner, expected_tokens
 
 from fastserve_mega.client import Client, InvalidRequestError, ServerError
-from fastserve_mega.messaging.messages import Restarting, Submit, Tokens
+from fastserve_mega.messaging.messages import (
+    Finished,
+    Restarting,
+    Submit,
+    Tokens,
+    Welcome,
+)
 from fastserve_mega.types import FinishReason, SamplingParams
 
 PROMPTS = [[1 + i, 2, 3, 4, 5] for i in range(3)]
@@ -30,7 +37,7 @@ def test_answers_go_on_after_the_ranks_were_lost(start_server, tmp_path):
         for _ in range(5):
             next(chunks)
         first.runner.fail_with = RuntimeError("the device fell off")
-    assert first.ended_with is not None
+        assert first.lost_ranks.wait(WAIT_MS / 1000)
     with client, start_server(**options):
         for prompt, generation in zip(PROMPTS, generations, strict=True):
             result = generation.wait()
@@ -55,6 +62,37 @@ def test_without_a_supervisor_they_are_told_the_end(start_server):
         server.runner.fail_with = RuntimeError("the device fell off")
         with pytest.raises(ServerError, match="the device fell off"):
             generation.wait()
+
+
+def test_while_it_drains_nobody_is_told_to_wait_for_a_restart(start_server, raw_client):
+    options = {"drain_timeout_s": WAIT_MS / 1000, "startup_timeout_s": 77.0}
+    with start_server(supervised=True, coordinator=options) as server:
+        client = raw_client(server)
+        client.send(Submit("cut off", (1, 2), params()))
+        assert isinstance(client.receive(), Tokens)
+        server.runner.open_gate.clear()
+        server.process.stop()
+        *_, welcome = client.receive_until(Welcome)
+        assert welcome.restart_within_s == 0  # should it be killed as well
+        server.runner.fail_with = RuntimeError("the device fell off")
+        server.runner.open_gate.set()
+        *_, last = client.receive_until(Finished)
+    assert last.reason is FinishReason.ERROR
+    assert "the device fell off" in last.message
+
+
+def test_a_pause_of_the_whole_machine_is_nobodys_fault(start_server):
+    with start_server() as server, Client(server.endpoint) as client:
+        server.runner.open_gate.clear()
+        server.runner.entered.clear()
+        generation = client.submit(PROMPTS[0], params())
+        assert server.runner.entered.wait(WAIT_MS / 1000)
+        clock = server.process._clock
+        clock._clock = lambda: time.monotonic() + 3600.0
+        client.snapshot()  # it has looked at its clock, and at the silence of its ranks and clients
+        client.snapshot()
+        server.runner.open_gate.set()
+        assert generation.wait().token_ids == expected_tokens(PROMPTS[0], COUNT)
 
 
 # --- a request that kills ranks ------------------------------------------------------------------
@@ -97,9 +135,11 @@ def test_a_request_that_kills_ranks_is_found_out_and_the_others_go_on(start_serv
             client.snapshot()
             first.runner.open_gate.set()
             assert first.runner.died.wait(WAIT_MS / 1000)
+            assert first.lost_ranks.wait(WAIT_MS / 1000)
         assert len(first.runner.last_batch) >= len(PROMPTS) + 1
         with start_server(**options) as second:
             assert second.runner.died.wait(WAIT_MS / 1000)
+            assert second.lost_ranks.wait(WAIT_MS / 1000)
         # No other request that has not yielded a token since the first loss was in this step.
         assert POISON in second.runner.last_batch
         assert not {tuple(prompt) for prompt in PROMPTS} & set(second.runner.last_batch)

@@ -1,21 +1,28 @@
 """When the launcher tries again, and who is taken for hanging."""
 
+import errno
+import os
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import zmq
 
+from fastserve_mega.launcher import supervisor
 from fastserve_mega.launcher.deployment import PROBE_S
 from fastserve_mega.launcher.probes import CoordinatorProbe, Watch, http_status
-from fastserve_mega.launcher.processes import ConfigurationError, LaunchError
+from fastserve_mega.launcher.processes import LaunchError, kept_configuration
 from fastserve_mega.launcher.supervisor import RestartPolicy, supervise
 from fastserve_mega.messaging.frames import encode
 from fastserve_mega.messaging.messages import Pong
 from fastserve_mega.process_tree import await_any_end
-from fastserve_mega.system.config import SupervisorConfig
+from fastserve_mega.system.config import Config, ModelConfig, ServerConfig, SupervisorConfig
+from fastserve_mega.system.config_file import load_config
 
 WAIT_S = 60.0
 
@@ -61,11 +68,84 @@ def test_a_process_that_ends_is_not_noticed_a_look_later_only():
         lives.kill()
 
 
-def test_what_cannot_start_is_not_tried_again(options):
-    deployment = Losing(ConfigurationError("no mpirun"), None)
-    with pytest.raises(ConfigurationError, match="no mpirun"):
+def test_what_has_served_once_is_tried_again_whatever_it_lacks_now(options):
+    deployment = Losing(
+        OSError(errno.EAGAIN, "no processes left"), LaunchError("broken keys"), None
+    )
+    with pytest.raises(KeyboardInterrupt):
         supervise(deployment, options, lambda _: None)
-    assert len(deployment.restarted) == 1
+    assert len(deployment.restarted) == 3
+
+
+def test_who_is_started_again_is_told_what_was_said_at_the_start(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("{model: {path: m}, server: {port: 1}}")
+    given = ["--config", str(file), "--set", "server.host=::1"]
+    with kept_configuration(given) as kept:
+        file.write_text("server: {port: 2}")
+        assert load_config(kept[1], kept[3:]).server == ServerConfig(host="::1", port=1)
+        file.unlink()
+        assert Path(kept[1]).exists()
+        assert given[1] == str(file)
+    assert not Path(kept[1]).exists()
+    with kept_configuration(["--set", "server.port=1"]) as kept:
+        assert kept == ["--set", "server.port=1"]
+
+
+class Interrupted:
+    """A deployment during whose start, and end, signals come."""
+
+    def __init__(self, *signals: list[signal.Signals]) -> None:
+        self.signals = list(signals)
+
+    def __enter__(self) -> "Interrupted":
+        return self
+
+    def start(self) -> None:
+        for number in self.signals[0]:
+            signal.raise_signal(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number in self.signals[1]:
+            signal.raise_signal(number)
+
+
+@pytest.fixture
+def serve_with(monkeypatch):
+    """Run `serve` with a stand-in; how often everything was killed, and the exit status."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def run(deployment):
+        kills = []
+        monkeypatch.setattr(supervisor, "Deployment", lambda *_, **__: deployment)
+        monkeypatch.setattr(supervisor, "adopt_orphans", lambda: None)
+        monkeypatch.setattr(supervisor, "end_descendants", lambda: kills.append(1))
+        return supervisor.serve(Config(model=ModelConfig(path="m")), []), len(kills)
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_in_order_and_each_further_one_kills(serve_with, number):
+    assert serve_with(Interrupted([number], [])) == (0, 0)
+    assert serve_with(Interrupted([number], [number])) == (0, 1)
+    assert serve_with(Interrupted([number], [signal.SIGTERM] * 3)) == (0, 3)
+
+
+def test_a_terminal_that_closes_ends_nothing_under_nohup(serve_with):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert serve_with(Interrupted([signal.SIGHUP, signal.SIGTERM], [signal.SIGHUP])) == (0, 0)
+
+
+def test_nobody_who_reads_what_serve_says_ends_nothing(serve_with, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert serve_with(Interrupted([signal.SIGTERM], [])) == (0, 0)
 
 
 def test_the_limit_of_restarts_is_named_when_it_is_reached(options):
