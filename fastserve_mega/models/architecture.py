@@ -24,6 +24,9 @@ _FAMILIES = {
     "GemmaForCausalLM": "gemma.gemma",
     "Gemma2ForCausalLM": "gemma.gemma2",
     "Gemma3ForCausalLM": "gemma.gemma3",
+    "Phi3ForCausalLM": "phi3.phi3",
+    "Olmo2ForCausalLM": "olmo2.olmo2",
+    "GraniteForCausalLM": "granite.granite",
     "OPTForCausalLM": "opt.opt",
     "GPT2LMHeadModel": "gpt2.gpt2",
 }
@@ -36,7 +39,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class RopeScaling:
     """How the rotary frequencies of a model are stretched beyond its training context."""
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
     """Turns within the original context up to which a frequency is slowed down by the factor."""
@@ -47,14 +50,18 @@ class RopeScaling:
     whole_pairs: bool = True
     """The range in which yarn blends is rounded outwards to whole pairs of dimensions."""
     attention_factor: float = 1.0
-    """What yarn multiplies the rotated queries and keys by."""
+    """What yarn and longrope multiply the rotated queries and keys by."""
+    pair_factors: tuple[float, ...] = ()
+    """By what longrope slows down each pair, for the context that is served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary position embedding over the whole head."""
+    """Rotary position embedding: pairs (i, i + size / 2) of the first `size` dimensions turn."""
 
     theta: float
+    size: int | None = None
+    """Dimensions of a head that are rotated, an even number; None: all of them."""
     scaling: RopeScaling | None = None
 
 
@@ -104,7 +111,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A decoder-only transformer with norms before attention and feed-forward layers.
+    """A decoder-only transformer with norms before or after attention and feed-forward layers.
 
     Raises:
         ValueError: sizes contradict each other; the message names values and limits.
@@ -133,7 +140,8 @@ class Architecture:
     linear_bias: bool = False
     """The output projection and the feed-forward layers have biases; where the checkpoint has
     only some of them, the others are zero."""
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    """Queries and keys are normalized, those of each head or those of all heads together."""
     sliding_window: int | None = None
     """A token attends to this many tokens at most, itself included; None is no limit."""
     layer_attention: tuple[AttentionKind, ...] = ()
@@ -141,12 +149,18 @@ class Architecture:
     experts: Experts | None = None
     zero_centered_norm: bool = False
     """The weights of the norms are kept as their difference from 1."""
+    pre_norms: bool = True
+    """There are norms before attention and feed-forward layer."""
     post_norms: bool = False
     """What attention and feed-forward layer add to the residual is normalized as well."""
+    residual_scale: float = 1.0
+    """What attention and feed-forward layer add to the residual is multiplied by this."""
     attention_scale: float | None = None
     """Scores are multiplied by this; None is 1 / sqrt(head_dim)."""
     attention_softcap: float | None = None
     """Scores are squeezed into (-softcap, softcap) by a tanh; None leaves them."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this, before their soft cap."""
     logit_softcap: float | None = None
     """Soft cap of the logits."""
     embedding_scale: float = 1.0
@@ -164,11 +178,22 @@ class Architecture:
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value "
                 f"heads evenly"
             )
-        if isinstance(self.positions, Rope) and self.head_dim % 2 != 0:
-            raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+        if isinstance(self.positions, Rope):
+            self._check_rotation(self.positions)
         if self.layer_attention and len(self.layer_attention) != self.num_layers:
             raise ValueError(
                 f"{self.num_layers} layers, but {len(self.layer_attention)} kinds of attention"
+            )
+
+    def _check_rotation(self, rope: Rope) -> None:
+        size = self.head_dim if rope.size is None else rope.size
+        if size % 2 != 0 or not 0 < size <= self.head_dim:
+            what = "head_dim" if rope.size is None else f"size of at most {self.head_dim}"
+            raise ValueError(f"rotary embedding needs an even {what}, got {size}")
+        factors = rope.scaling.pair_factors if rope.scaling else ()
+        if factors and len(factors) != size // 2:
+            raise ValueError(
+                f"longrope needs a factor for each of {size // 2} pairs, got {len(factors)}"
             )
 
     def attention_kind(self, layer: int) -> AttentionKind:
@@ -183,8 +208,13 @@ class Architecture:
         return self.experts is not None and layer not in self.experts.dense_layers
 
 
-def load_architecture(directory: Path) -> Architecture:
+def load_architecture(directory: Path, context: int | None = None) -> Architecture:
     """Read config.json (and generation_config.json, if any) of a Hugging Face directory.
+
+    Args:
+        directory: of the model.
+        context: tokens of the longest request, model.max_context; None: all that the model has.
+            Models with several rotations have the one for that.
 
     Raises:
         ValueError: not a model directory, an unknown architecture, or a value that is missing,
@@ -205,7 +235,7 @@ def load_architecture(directory: Path) -> Architecture:
     module, _, reader = _FAMILIES[name].partition(".")
     read_family = getattr(importlib.import_module(f"fastserve_mega.models.{module}"), reader)
     try:
-        fields = Fields(config, name, _eos_token_ids(directory, config))
+        fields = Fields(config, name, _eos_token_ids(directory, config), context)
         architecture = read_family(fields)
         _check_layer_types(fields, architecture)
         block = read_weight_block(config)

@@ -13,11 +13,17 @@ class Fields:
     """
 
     def __init__(
-        self, config: dict[str, Any], architecture: str, eos_token_ids: tuple[int, ...]
+        self,
+        config: dict[str, Any],
+        architecture: str,
+        eos_token_ids: tuple[int, ...],
+        context: int | None = None,
     ) -> None:
         self._config = config
         self.architecture = architecture
         self.eos_token_ids = eos_token_ids
+        self.context = context
+        """Tokens of the longest request; None: as many as the model can attend to."""
 
     def raw(self, name: str) -> Any:
         """The value as it is in the file, None when absent."""
@@ -64,6 +70,15 @@ class Fields:
             raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
         return tuple(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self._value(name, None)
+        if not isinstance(value, list) or not all(
+            isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in value
+        ):
+            raise ValueError(f"{name} must be a list of positive numbers, got {value!r}")
+        return tuple(map(float, value))
+
     def texts(self, name: str) -> tuple[str, ...] | None:
         """A list of strings, None when absent."""
         value = self.raw(name)
@@ -80,7 +95,7 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object, got {value!r}")
-        return Fields(value, self.architecture, self.eos_token_ids)
+        return Fields(value, self.architecture, self.eos_token_ids, self.context)
 
     def require(self, name: str, supported: Any, default: Any) -> None:
         """Refuse a variant of the architecture that this code does not compute."""

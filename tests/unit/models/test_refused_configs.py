@@ -16,6 +16,12 @@ from fastserve_mega.models.architecture import load_architecture
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, got 0"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
         ({"head_dim": 15}, "rotary embedding needs an even head_dim, got 15"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0"),
+        ({"rope_scaling": {"type": "su", "short_factor": 2}}, "short_factor must be a list of"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "longrope needs a factor for each of 8 pairs, got 1",
+        ),
         ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
