@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from fastserve_mega.models.fields import Fields
+from fastserve_mega.models.fields import Fields, read_eos_token_ids, read_json
 from fastserve_mega.models.quantization import read_weight_block
 from fastserve_mega.models.weight_names import WeightNames
 
@@ -223,8 +222,7 @@ def load_architecture(directory: Path, context: int | None = None) -> Architectu
     path = directory / "config.json"
     config = read_json(path)
     if config is None:
-        why = "it has no config.json" if directory.is_dir() else "it does not exist"
-        raise ValueError(f"{directory} is not a model directory: {why}")
+        raise ValueError(f"{directory} is not a model directory: {_why_no_model(directory)}")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if not isinstance(name, str) or name not in _FAMILIES:
@@ -234,8 +232,9 @@ def load_architecture(directory: Path, context: int | None = None) -> Architectu
         )
     module, _, reader = _FAMILIES[name].partition(".")
     read_family = getattr(importlib.import_module(f"fastserve_mega.models.{module}"), reader)
+    eos_token_ids = read_eos_token_ids(directory, config)
     try:
-        fields = Fields(config, name, _eos_token_ids(directory, config), context)
+        fields = Fields(config, name, eos_token_ids, context)
         architecture = read_family(fields)
         _check_layer_types(fields, architecture)
         block = read_weight_block(config)
@@ -263,33 +262,13 @@ def _check_layer_types(fields: Fields, architecture: Architecture) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read the JSON object of a file; None when there is no file.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Union of both files, in order: either may name tokens that the other lacks."""
-    generation = read_json(directory / "generation_config.json") or {}
-    found: dict[int, None] = {}
-    for source in (generation, config):
-        value = source.get("eos_token_id")
-        for token in value if isinstance(value, list) else [value]:
-            if token is None:
-                continue
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise ValueError(f"eos_token_id must hold token ids, got {value!r}")
-            found[token] = None
-    return tuple(found)
+def _why_no_model(directory: Path) -> str:
+    """What is there in place of a directory with a config.json."""
+    if not directory.is_dir():
+        return "it is a file" if directory.exists() else "it does not exist"
+    if (directory / "adapter_config.json").is_file():
+        return "it has an adapter, to be merged into its base model first, and no config.json"
+    others = sorted(path.name for kind in ("*.gguf", "*.nemo") for path in directory.glob(kind))
+    return "it has no config.json" + (
+        f", but {others[0]}, which is not supported" if others else ""
+    )

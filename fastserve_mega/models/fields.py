@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 
@@ -110,3 +112,39 @@ class Fields:
         if value is None:
             raise ValueError(f"{name} is missing")
         return value
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read the JSON object of a file; None when there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Union of generation_config.json and config.json: either may name tokens that the other lacks.
+
+    Raises:
+        ValueError: what a file names are no token ids.
+    """
+    path = directory / "generation_config.json"
+    found: dict[int, None] = {}
+    for named, source in ((path, read_json(path) or {}), (directory / "config.json", config)):
+        value = source.get("eos_token_id")
+        for token in value if isinstance(value, list) else [value]:
+            if token is None:
+                continue
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"{named}: eos_token_id must hold token ids, got {value!r}")
+            found[token] = None
+    return tuple(found)

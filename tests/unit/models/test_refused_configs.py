@@ -66,6 +66,28 @@ def test_variants_that_are_not_computed_are_refused(load):
         load({**QWEN, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True})
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", "it has an adapter, to be merged into its base model first"),
+        ("model-Q4_K_M.gguf", "no config.json, but model-Q4_K_M.gguf, which is not supported"),
+    ],
+)
+def test_what_is_there_in_place_of_a_model_is_told(tmp_path, file, message):
+    (tmp_path / file).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=message):
+        load_architecture(tmp_path)
+    with pytest.raises(ValueError, match="is not a model directory: it is a file"):
+        load_architecture(tmp_path / file)
+
+
+def test_a_wrong_end_token_is_told_with_its_file(load):
+    with pytest.raises(ValueError, match=r"/generation_config\.json: eos_token_id .* got '2'"):
+        load(LLAMA, {"eos_token_id": "2"})
+    with pytest.raises(ValueError, match=r"/config\.json: eos_token_id .* got -1"):
+        load({**LLAMA, "eos_token_id": -1}, {"eos_token_id": 2})
+
+
 def test_directories_without_a_readable_config(tmp_path):
     with pytest.raises(ValueError, match=r"is not a model directory: it has no config\.json"):
         load_architecture(tmp_path)
