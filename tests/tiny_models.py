@@ -107,6 +107,36 @@ MODELS = {
             },
         },
     ),
+    "phi3": ("Phi3Config", {**_LLAMA, "pad_token_id": 0, "sliding_window": 9}),
+    "phi4-mini": (
+        "Phi3Config",
+        {
+            **_LLAMA,
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+            # All contexts are long: transformers takes other angles for those that are not.
+            "original_max_position_embeddings": 1,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.0, 1.0],
+                "long_factor": [1.1, 1.7, 3.0],
+                "attention_factor": 1.2,
+            },
+        },
+    ),
+    "olmo2": ("Olmo2Config", {**_LLAMA, "pad_token_id": 0}),
+    "granite": (
+        "GraniteConfig",
+        {
+            **_LLAMA,
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.5,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 4.0,
+        },
+    ),
     "opt": (
         "OPTConfig",
         {

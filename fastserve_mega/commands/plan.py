@@ -15,7 +15,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     try:
         return run_plan(config, Path(options.config or ""), as_json=options.json)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail(options, error)
 
 

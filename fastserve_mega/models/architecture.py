@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from fastserve_mega.models.fields import Fields
+from fastserve_mega.models.fields import Fields, read_eos_token_ids, read_json
 from fastserve_mega.models.quantization import read_weight_block
 from fastserve_mega.models.weight_names import WeightNames
 
@@ -24,6 +23,9 @@ _FAMILIES = {
     "GemmaForCausalLM": "gemma.gemma",
     "Gemma2ForCausalLM": "gemma.gemma2",
     "Gemma3ForCausalLM": "gemma.gemma3",
+    "Phi3ForCausalLM": "phi3.phi3",
+    "Olmo2ForCausalLM": "olmo2.olmo2",
+    "GraniteForCausalLM": "granite.granite",
     "OPTForCausalLM": "opt.opt",
     "GPT2LMHeadModel": "gpt2.gpt2",
 }
@@ -36,7 +38,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class RopeScaling:
     """How the rotary frequencies of a model are stretched beyond its training context."""
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     low_freq_factor: float = 1.0
     """Turns within the original context up to which a frequency is slowed down by the factor."""
@@ -47,14 +49,18 @@ class RopeScaling:
     whole_pairs: bool = True
     """The range in which yarn blends is rounded outwards to whole pairs of dimensions."""
     attention_factor: float = 1.0
-    """What yarn multiplies the rotated queries and keys by."""
+    """What yarn and longrope multiply the rotated queries and keys by."""
+    pair_factors: tuple[float, ...] = ()
+    """By what longrope slows down each pair, for the context that is served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary position embedding over the whole head."""
+    """Rotary position embedding: pairs (i, i + size / 2) of the first `size` dimensions turn."""
 
     theta: float
+    size: int | None = None
+    """Dimensions of a head that are rotated, an even number; None: all of them."""
     scaling: RopeScaling | None = None
 
 
@@ -104,7 +110,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """A decoder-only transformer with norms before attention and feed-forward layers.
+    """A decoder-only transformer with norms before or after attention and feed-forward layers.
 
     Raises:
         ValueError: sizes contradict each other; the message names values and limits.
@@ -133,7 +139,8 @@ class Architecture:
     linear_bias: bool = False
     """The output projection and the feed-forward layers have biases; where the checkpoint has
     only some of them, the others are zero."""
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    """Queries and keys are normalized, those of each head or those of all heads together."""
     sliding_window: int | None = None
     """A token attends to this many tokens at most, itself included; None is no limit."""
     layer_attention: tuple[AttentionKind, ...] = ()
@@ -141,12 +148,18 @@ class Architecture:
     experts: Experts | None = None
     zero_centered_norm: bool = False
     """The weights of the norms are kept as their difference from 1."""
+    pre_norms: bool = True
+    """There are norms before attention and feed-forward layer."""
     post_norms: bool = False
     """What attention and feed-forward layer add to the residual is normalized as well."""
+    residual_scale: float = 1.0
+    """What attention and feed-forward layer add to the residual is multiplied by this."""
     attention_scale: float | None = None
     """Scores are multiplied by this; None is 1 / sqrt(head_dim)."""
     attention_softcap: float | None = None
     """Scores are squeezed into (-softcap, softcap) by a tanh; None leaves them."""
+    logit_scale: float = 1.0
+    """Logits are multiplied by this, before their soft cap."""
     logit_softcap: float | None = None
     """Soft cap of the logits."""
     embedding_scale: float = 1.0
@@ -164,11 +177,22 @@ class Architecture:
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value "
                 f"heads evenly"
             )
-        if isinstance(self.positions, Rope) and self.head_dim % 2 != 0:
-            raise ValueError(f"rotary embedding needs an even head_dim, got {self.head_dim}")
+        if isinstance(self.positions, Rope):
+            self._check_rotation(self.positions)
         if self.layer_attention and len(self.layer_attention) != self.num_layers:
             raise ValueError(
                 f"{self.num_layers} layers, but {len(self.layer_attention)} kinds of attention"
+            )
+
+    def _check_rotation(self, rope: Rope) -> None:
+        size = self.head_dim if rope.size is None else rope.size
+        if size % 2 != 0 or not 0 < size <= self.head_dim:
+            what = "head_dim" if rope.size is None else f"size of at most {self.head_dim}"
+            raise ValueError(f"rotary embedding needs an even {what}, got {size}")
+        factors = rope.scaling.pair_factors if rope.scaling else ()
+        if factors and len(factors) != size // 2:
+            raise ValueError(
+                f"longrope needs a factor for each of {size // 2} pairs, got {len(factors)}"
             )
 
     def attention_kind(self, layer: int) -> AttentionKind:
@@ -183,8 +207,13 @@ class Architecture:
         return self.experts is not None and layer not in self.experts.dense_layers
 
 
-def load_architecture(directory: Path) -> Architecture:
+def load_architecture(directory: Path, context: int | None = None) -> Architecture:
     """Read config.json (and generation_config.json, if any) of a Hugging Face directory.
+
+    Args:
+        directory: of the model.
+        context: tokens of the longest request, model.max_context; None: all that the model has.
+            Models with several rotations have the one for that.
 
     Raises:
         ValueError: not a model directory, an unknown architecture, or a value that is missing,
@@ -193,8 +222,7 @@ def load_architecture(directory: Path) -> Architecture:
     path = directory / "config.json"
     config = read_json(path)
     if config is None:
-        why = "it has no config.json" if directory.is_dir() else "it does not exist"
-        raise ValueError(f"{directory} is not a model directory: {why}")
+        raise ValueError(f"{directory} is not a model directory: {_why_no_model(directory)}")
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else names
     if not isinstance(name, str) or name not in _FAMILIES:
@@ -204,8 +232,9 @@ def load_architecture(directory: Path) -> Architecture:
         )
     module, _, reader = _FAMILIES[name].partition(".")
     read_family = getattr(importlib.import_module(f"fastserve_mega.models.{module}"), reader)
+    eos_token_ids = read_eos_token_ids(directory, config)
     try:
-        fields = Fields(config, name, _eos_token_ids(directory, config))
+        fields = Fields(config, name, eos_token_ids, context)
         architecture = read_family(fields)
         _check_layer_types(fields, architecture)
         block = read_weight_block(config)
@@ -233,33 +262,13 @@ def _check_layer_types(fields: Fields, architecture: Architecture) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read the JSON object of a file; None when there is no file.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Union of both files, in order: either may name tokens that the other lacks."""
-    generation = read_json(directory / "generation_config.json") or {}
-    found: dict[int, None] = {}
-    for source in (generation, config):
-        value = source.get("eos_token_id")
-        for token in value if isinstance(value, list) else [value]:
-            if token is None:
-                continue
-            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-                raise ValueError(f"eos_token_id must hold token ids, got {value!r}")
-            found[token] = None
-    return tuple(found)
+def _why_no_model(directory: Path) -> str:
+    """What is there in place of a directory with a config.json."""
+    if not directory.is_dir():
+        return "it is a file" if directory.exists() else "it does not exist"
+    if (directory / "adapter_config.json").is_file():
+        return "it has an adapter, to be merged into its base model first, and no config.json"
+    others = sorted(path.name for kind in ("*.gguf", "*.nemo") for path in directory.glob(kind))
+    return "it has no config.json" + (
+        f", but {others[0]}, which is not supported" if others else ""
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 
@@ -13,11 +15,17 @@ class Fields:
     """
 
     def __init__(
-        self, config: dict[str, Any], architecture: str, eos_token_ids: tuple[int, ...]
+        self,
+        config: dict[str, Any],
+        architecture: str,
+        eos_token_ids: tuple[int, ...],
+        context: int | None = None,
     ) -> None:
         self._config = config
         self.architecture = architecture
         self.eos_token_ids = eos_token_ids
+        self.context = context
+        """Tokens of the longest request; None: as many as the model can attend to."""
 
     def raw(self, name: str) -> Any:
         """The value as it is in the file, None when absent."""
@@ -64,6 +72,15 @@ class Fields:
             raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
         return tuple(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self._value(name, None)
+        if not isinstance(value, list) or not all(
+            isinstance(n, int | float) and not isinstance(n, bool) and n > 0 for n in value
+        ):
+            raise ValueError(f"{name} must be a list of positive numbers, got {value!r}")
+        return tuple(map(float, value))
+
     def texts(self, name: str) -> tuple[str, ...] | None:
         """A list of strings, None when absent."""
         value = self.raw(name)
@@ -80,7 +97,7 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object, got {value!r}")
-        return Fields(value, self.architecture, self.eos_token_ids)
+        return Fields(value, self.architecture, self.eos_token_ids, self.context)
 
     def require(self, name: str, supported: Any, default: Any) -> None:
         """Refuse a variant of the architecture that this code does not compute."""
@@ -95,3 +112,39 @@ class Fields:
         if value is None:
             raise ValueError(f"{name} is missing")
         return value
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read the JSON object of a file; None when there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """Union of generation_config.json and config.json: either may name tokens that the other lacks.
+
+    Raises:
+        ValueError: what a file names are no token ids.
+    """
+    path = directory / "generation_config.json"
+    found: dict[int, None] = {}
+    for named, source in ((path, read_json(path) or {}), (directory / "config.json", config)):
+        value = source.get("eos_token_id")
+        for token in value if isinstance(value, list) else [value]:
+            if token is None:
+                continue
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"{named}: eos_token_id must hold token ids, got {value!r}")
+            found[token] = None
+    return tuple(found)

@@ -50,7 +50,7 @@ def gemma3(fields: Fields) -> Architecture:
         logit_softcap=None,
         positions=full,
         layer_attention=tuple(kinds[flag] for flag in _windowed_layers(fields, pattern)),
-        qk_norm=True,
+        qk_norm="head",
         weights=dataclasses.replace(
             _WEIGHTS_WITH_POST_NORMS,
             query_norm="layers.{layer}.self_attn.q_norm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastserve_mega.models.architecture import read_json
+from fastserve_mega.models.fields import read_json
 from fastserve_mega.records import Record
 from fastserve_mega.types import SamplingParams
 

@@ -42,7 +42,7 @@ def qwen3(fields: Fields) -> Architecture:
         head_dim=fields.integer("head_dim", 128),
         qkv_bias=attention_bias,
         linear_bias=attention_bias,
-        qk_norm=True,
+        qk_norm="head",
         weights=dataclasses.replace(
             WEIGHTS,
             query_norm="layers.{layer}.self_attn.q_norm",

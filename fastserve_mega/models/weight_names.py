@@ -35,11 +35,11 @@ class WeightNames:
     prefix: str
     embedding: str
     final_norm: str
-    input_norm: str
     attention_output: str
-    feed_forward_norm: str
-    up: str
     down: str
+    input_norm: str | None = None
+    feed_forward_norm: str | None = None
+    up: str | None = None
     head: str = "lm_head"
     """Output layer, without the prefix; absent from the file when embeddings are tied."""
     position_embedding: str | None = None
@@ -49,6 +49,8 @@ class WeightNames:
     fused_qkv: str | None = None
     """Query, key and value rows of all heads in one weight, instead of the three above."""
     gate: str | None = None
+    fused_gate_up: str | None = None
+    """Rows of the gate, then as many of `up`, in one weight, instead of the two."""
     query_norm: str | None = None
     key_norm: str | None = None
     post_attention_norm: str | None = None

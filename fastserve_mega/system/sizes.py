@@ -144,12 +144,15 @@ def _linears(
 def _small_parameters(architecture: Architecture, partition: Partition, layer: int) -> int:
     """Parameters of a layer besides its linears: norms, biases and routers."""
     hidden, head_dim = architecture.hidden_size, architecture.head_dim
-    count = (4 if architecture.post_norms else 2) * _norm_parameters(architecture)
+    norms = 2 * architecture.pre_norms + 2 * architecture.post_norms
+    count = norms * _norm_parameters(architecture)
     if architecture.qkv_bias or architecture.linear_bias:
         count += (len(partition.query_heads) + 2 * len(partition.kv_heads)) * head_dim
     if architecture.linear_bias:
         count += hidden
-    if architecture.qk_norm:
+    if architecture.qk_norm == "projection":
+        count += (architecture.num_heads + architecture.num_kv_heads) * head_dim
+    elif architecture.qk_norm:
         count += 2 * head_dim
     experts = architecture.experts
     if experts is not None and architecture.has_experts(layer):

@@ -10,7 +10,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _OTHER_WEIGHTS = {
     "adapter_model.*": "an adapter, to be merged into its base model first",
-    "*.safetensors": f"a part, of which {INDEX_FILE} has to name the others",
+    "consolidated*.safetensors": "weights under Mistral's own names; fetch those of transformers",
+    "*.safetensors": f"a part, of which {INDEX_FILE} has to name the others, or a variant, to be "
+    "renamed",
     "pytorch_model*.bin": "pickled weights, which can run code; convert them where you trust them: "
     "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY) of transformers",
     "*.gguf": "quantized weights of llama.cpp, which are not supported",
@@ -33,6 +35,9 @@ def find_files(directory: Path) -> Iterable[Path]:
     index_path = directory / INDEX_FILE
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
+    for path in (directory / SINGLE_FILE, index_path):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to a file that is not there; fetch the model again")
     if not index_path.is_file():
         raise ValueError(
             f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there"

@@ -54,11 +54,14 @@ class ChatTemplate:
         """Read the template of a directory; None if there is none.
 
         Args:
-            directory: with `chat_template.jinja` and `additional_chat_templates`, if any.
+            directory: with `chat_template.jinja` and `additional_chat_templates`, if any; or with
+                `chat_template.json`, as models have it that see images as well.
             settings: from its tokenizer_config.json, with `chat_template` otherwise: a text, or
                 several with names.
         """
         given = settings.get("chat_template")
+        if given is None and (path := directory / "chat_template.json").is_file():
+            given = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
         named = {_DEFAULT: given} if isinstance(given, str) else {}
         if isinstance(given, list):
             named = {str(each["name"]): str(each["template"]) for each in given}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from tokenizers import Tokenizer as Backend
 from fastserve_mega.text.chat_template import ChatTemplate, PromptEnd, special_tokens
 from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.token_bytes import TokenBytes
+
+_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
+"""How names of a tokenizer's files begin, where there is no tokenizer.json."""
+_LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that stands for another one."""
 
 
 class Tokenizer:
@@ -37,8 +43,9 @@ class Tokenizer:
             self._backend, settings = _load(self.directory)
             self.chat_template = ChatTemplate.load(self.directory, settings)
         except Exception as error:
-            # The tokenizers library raises bare Exceptions.
-            raise ValueError(f"no usable tokenizer in {self.directory}: {error}") from error
+            # The tokenizers library raises bare Exceptions, and transformers whole paragraphs.
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"no usable tokenizer in {self.directory}: {said}") from error
         self._token_bytes = TokenBytes(self._backend)
         added = self._backend.get_added_tokens_decoder()
         self._added = {token.content: token_id for token_id, token in added.items()}
@@ -149,12 +156,24 @@ def _load(directory: Path) -> tuple[Backend, Mapping[str, Any]]:
     """The tokenizer, and what tokenizer_config.json says beside it."""
     config = directory / "tokenizer_config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{config.name} must hold a JSON object")
     path = directory / "tokenizer.json"
-    backend = Backend.from_file(str(path)) if path.is_file() else _convert(directory)
+    backend = _read(path) if path.is_file() else _convert(directory)
     backend.no_truncation()  # as for training; the server checks lengths
     backend.no_padding()
     _add_special_tokens(backend, settings)
     return backend, settings
+
+
+def _read(path: Path) -> Backend:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path.name} is a pointer of Git LFS; fetch it by git lfs pull")
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def _add_special_tokens(backend: Backend, settings: Mapping[str, Any]) -> None:
@@ -171,6 +190,8 @@ def _add_special_tokens(backend: Backend, settings: Mapping[str, Any]) -> None:
 
 def _convert(directory: Path) -> Backend:
     """Convert the tokenizer of a directory that has it in another form, such as SentencePiece's."""
+    if not any(path.name.startswith(_FILES) for path in directory.iterdir()):
+        raise ValueError("there are no files of one")
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -178,7 +199,12 @@ def _convert(directory: Path) -> Backend:
             "there is no tokenizer.json; other forms need transformers: "
             "pip install 'fastserve_mega[tokenizers]'"
         ) from None
-    converted: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if (directory / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
+        raise ValueError("tokenizer.model needs another package: pip install sentencepiece")
+    # Else transformers asks on the terminal whether to run what the model brings along.
+    converted: Any = AutoTokenizer.from_pretrained(
+        directory, local_files_only=True, trust_remote_code=False
+    )
     backend: Backend | None = getattr(converted, "backend_tokenizer", None)
     if backend is None:
         raise ValueError("there is no tokenizer.json, and transformers cannot make one")

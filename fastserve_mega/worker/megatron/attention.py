@@ -142,7 +142,8 @@ class TorchAttention:
     def attend(self, layer: int, qkv: Tensor, scale: float) -> Tensor:
         group = self._group_size
         if self._rotation is not None:
-            _rotate(qkv[:, :, : group + 1], *self._rotation)
+            rotated = self._rotation[0].shape[-1]
+            _rotate(qkv[:, :, : group + 1, :rotated], *self._rotation)
         self._cache.write(layer, self._write_index, qkv[:, :, group:])
         query = qkv[:, :, :group]
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -214,9 +215,9 @@ class PagedAttention(nn.Module):
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> None:
-    """Rotate pairs (i, i + head_dim/2) of x [tokens, heads, n, head_dim], in place.
+    """Rotate pairs (i, i + size/2) of x [tokens, heads, n, size], in place.
 
-    cosine and sine are [tokens, 1, 1, head_dim]; the sine's first half is negated already.
+    cosine and sine are [tokens, 1, 1, size]; the sine's first half is negated already.
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     x.mul_(cosine).addcmul_(swapped, sine)

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from fastserve_mega.models.architecture import Architecture, load_architecture, read_json
+from fastserve_mega.models.architecture import Architecture, load_architecture
+from fastserve_mega.models.fields import read_json
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.system.weight_files import INDEX_FILE, has_safetensors

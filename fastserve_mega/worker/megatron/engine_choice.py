@@ -139,12 +139,26 @@ def _kernel_obstacle(stage: Stage, architecture: Architecture, cache: KvCache) -
     linear = stage.layers[0].self_attention.linear_qkv
     if not isinstance(linear, ColumnLinear):
         return "the layers are Transformer Engine's (model.layer_spec)"
+    if missing := _missing_kernel(architecture):
+        return f"the kernels have no {missing}"
     if architecture.head_dim % 2 or architecture.head_dim > _MAX_KERNEL_HEAD_DIM:
         return f"the kernels have no head_dim of {architecture.head_dim}"
     capability = _capability(cache.pool.device)
     if (linear.is_float8 or cache.is_quantized) and capability < FIRST_FLOAT8_CAPABILITY:
         return "the kernels have no 8 bits on a GPU of compute capability {}.{}".format(*capability)
     return None
+
+
+def _missing_kernel(architecture: Architecture) -> str | None:
+    """What an architecture has and only torch computes on a GPU."""
+    ropes = [architecture.attention_kind(n).rope for n in range(architecture.num_layers)]
+    missing = {
+        "rotation of a part of a head": any(rope and rope.size for rope in ropes),
+        "layers without norms before them": not architecture.pre_norms,
+        "norm over all heads": architecture.qk_norm == "projection",
+        "scale of the residual": architecture.residual_scale != 1.0,
+    }
+    return next((said for said, applies in missing.items() if applies), None)
 
 
 @functools.cache
@@ -187,6 +201,9 @@ def _obstacle(
         "no fp8 weights": model.quantization == "fp8",
         f"no {str(dtype).removeprefix('torch.')}": dtype not in (torch.float32, torch.bfloat16),
         "no mixture of experts": architecture.experts is not None,
+        "no norm over the heads of several ranks": (
+            architecture.qk_norm == "projection" and partition.tensor_size > 1
+        ),
         f"no head_dim above {_MAX_HEAD_DIM}": architecture.head_dim > _MAX_HEAD_DIM,
         f"no heads of less than {_READ_AHEAD_BYTES} bytes in a block": (
             head_bytes < _READ_AHEAD_BYTES

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -23,6 +25,7 @@ from fastserve_mega.worker.megatron.experts import PartialRowLinear
 from fastserve_mega.worker.megatron.layers import (
     ColumnLinear,
     InferenceLayer,
+    ProjectionNorm,
     RowLinear,
     ZeroCenteredRMSNorm,
 )
@@ -62,6 +65,8 @@ def choose_layers(
     obstacle = None
     if setting != "local" and float8:
         obstacle = "model.quantization=fp8 is for Megatron's own layers"
+    elif setting != "local" and not architecture.pre_norms:
+        obstacle = "the norms that Transformer Engine's linears have are not in this model"
     elif setting != "local":
         obstacle = _transformer_engine_obstacle(device)
     if setting == "transformer_engine" and obstacle is not None:
@@ -126,7 +131,7 @@ def block_spec(
     """Megatron's specification of a stage's layers, with our forward passes and our attention."""
     norm = _norm(architecture, choice)
     layers = [
-        _layer_spec(architecture, choice, norm, experts=architecture.has_experts(layer))
+        _layer_spec(architecture, partition, choice, norm, experts=architecture.has_experts(layer))
         for layer in partition.layers
     ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
@@ -141,29 +146,39 @@ def _norm(architecture: Architecture, choice: LayerChoice) -> Any:
 
 
 def _layer_spec(
-    architecture: Architecture, choice: LayerChoice, norm: Any, *, experts: bool
+    architecture: Architecture,
+    partition: Partition,
+    choice: LayerChoice,
+    norm: Any,
+    *,
+    experts: bool,
 ) -> Any:
     num_experts = architecture.experts.count if experts and architecture.experts else None
     if choice.linears == "transformer_engine":
         spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            num_experts=num_experts, qk_layernorm=architecture.qk_norm
+            num_experts=num_experts, qk_layernorm=architecture.qk_norm is not None
         )
     else:
         spec = gpt_layer_specs.get_gpt_layer_local_spec(
             num_experts=num_experts,
-            qk_layernorm=architecture.qk_norm,
+            qk_layernorm=architecture.qk_norm is not None,
             normalization="RMSNorm" if architecture.norm == "rms" else "LayerNorm",
         )
     spec.module = InferenceLayer
+    spec.params = {**spec.params, "residual_scale": architecture.residual_scale}
     if architecture.post_norms:
-        spec.params = {**spec.params, "post_norm": norm}
+        spec.params["post_norm"] = norm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = PagedAttention
     if choice.linears == "local":
         # Named here, since Megatron takes any package called apex for NVIDIA's.
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        pre_norm = norm if architecture.pre_norms else IdentityOp
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = pre_norm
         attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
-    if architecture.qk_norm:
+    if architecture.qk_norm == "projection":
+        attention.q_layernorm = _projection_norm(architecture.num_heads, partition.query_heads)
+        attention.k_layernorm = _projection_norm(architecture.num_kv_heads, partition.kv_heads)
+    elif architecture.qk_norm:
         # Their input is a strided view, which Transformer Engine's norm may not take.
         plain = ZeroCenteredRMSNorm if architecture.zero_centered_norm else WrappedTorchNorm
         attention.q_layernorm = attention.k_layernorm = plain
@@ -175,6 +190,10 @@ def _layer_spec(
     elif choice.linears == "local":
         mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, RowLinear
     return spec
+
+
+def _projection_norm(num_heads: int, own_heads: range) -> ModuleSpec:
+    return ModuleSpec(ProjectionNorm, {"num_heads": num_heads, "own_heads": own_heads})
 
 
 def _parts(spec: Any) -> Any:

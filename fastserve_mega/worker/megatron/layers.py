@@ -54,11 +54,19 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
     Args:
         *args: Megatron's.
         post_norm: class of the norms of what is added, for models that have them.
+        residual_scale: of what is added.
         **kwargs: Megatron's.
     """
 
-    def __init__(self, *args: Any, post_norm: Any = nn.Identity, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        post_norm: Any = nn.Identity,
+        residual_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self._residual_scale = residual_scale
         sizes = {"hidden_size": self.config.hidden_size, "eps": self.config.layernorm_epsilon}
         self.post_attention_layernorm = post_norm(config=self.config, **sizes)
         self.post_mlp_layernorm = post_norm(config=self.config, **sizes)
@@ -78,9 +86,15 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
     def forward(self, hidden: Tensor, step: StepAttention) -> Tensor:
         """[tokens, hidden] → [tokens, hidden]."""
         attended = self._attend(self.input_layernorm(hidden), step)
-        hidden = self.post_attention_layernorm(attended).add_(hidden)
+        hidden = self._add(hidden, self.post_attention_layernorm(attended))
         fed = self._feed_forward(self.pre_mlp_layernorm(hidden))
-        return cast(Tensor, self.post_mlp_layernorm(fed).add_(hidden))
+        return self._add(hidden, self.post_mlp_layernorm(fed))
+
+    def _add(self, hidden: Tensor, added: Tensor) -> Tensor:
+        """Add to the residual; `added` is changed."""
+        if self._residual_scale != 1.0:
+            added = added.mul_(self._residual_scale)
+        return added.add_(hidden)
 
     def _attend(self, x: Tensor, step: StepAttention) -> Tensor:
         attention = self.self_attention
@@ -88,8 +102,12 @@ class InferenceLayer(TransformerLayer):  # type: ignore[misc] # megatron is unty
         qkv = _output(attention.linear_qkv(x)).view(self.qkv_shape)
         if self._has_qk_norm:
             group_size = attention.core_attention.group_size
-            qkv[:, :, :group_size] = attention.q_layernorm(qkv[:, :, :group_size])
-            qkv[:, :, group_size] = attention.k_layernorm(qkv[:, :, group_size])
+            for norm, heads in (
+                (attention.q_layernorm, qkv[:, :, :group_size]),
+                (attention.k_layernorm, qkv[:, :, group_size : group_size + 1]),
+            ):
+                ranks = [attention.pg_collection.tp] if isinstance(norm, ProjectionNorm) else []
+                heads.copy_(norm(heads, *ranks))
         return _output(attention.linear_proj(attention.core_attention(qkv, step)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -110,6 +128,38 @@ def _output(y: Any) -> Tensor:
         y, bias = y
         y = y if bias is None else y + bias
     return cast(Tensor, y)
+
+
+class ProjectionNorm(nn.Module):
+    """RMSNorm over the queries, or keys, of all heads together, of which a rank has some.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        hidden_size: of a head.
+        eps: added to the mean square.
+        num_heads: of the whole model; all ranks have all of the weight.
+        own_heads: of this rank.
+    """
+
+    def __init__(
+        self, config: Any, hidden_size: int, eps: float, *, num_heads: int, own_heads: range
+    ) -> None:
+        super().__init__()
+        del config
+        self.weight = nn.Parameter(torch.empty(num_heads * hidden_size))
+        self.eps = eps
+        self._own = slice(own_heads.start * hidden_size, own_heads.stop * hidden_size)
+
+    def forward(self, heads: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """[tokens, kv_heads, n, head_dim] → the same; all ranks of `group` have as many heads."""
+        wide = heads.float()
+        squares = wide.square().mean(dim=(1, 2, 3), keepdim=True)
+        if (ranks := dist.get_world_size(group)) > 1:
+            # Where ranks hold copies of a key, all keys have as many.
+            dist.all_reduce(squares, group=group)
+            squares /= ranks
+        normed = wide * torch.rsqrt(squares + self.eps)
+        return (normed * self.weight[self._own].float().view(heads.shape[1:])).to(heads.dtype)
 
 
 class ZeroCenteredRMSNorm(nn.Module):

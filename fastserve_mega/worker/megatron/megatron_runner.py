@@ -73,7 +73,7 @@ class MegatronRunner:
         self, config: Config, topology: Topology, master_address: str, master_port: int
     ) -> None:
         directory = config.model.directory
-        architecture = load_architecture(directory)
+        architecture = load_architecture(directory, config.model.max_context)
         _check_context(config, architecture)
         self.architecture = architecture = architecture_as_stored(directory, architecture)
         self._partition = partition = partition_model(

@@ -36,12 +36,11 @@ class Stage:
         self.model = model
         self.groups = groups
         self._partition = partition
-        self._vocab_size = architecture.vocab_size
         # In the precision of the weights, as the models were trained.
         dtype = next(model.parameters()).dtype
         scale = torch.tensor(architecture.embedding_scale, dtype=dtype, device="cpu")
         self._embedding_scale = float(scale.item())
-        self._logit_softcap = architecture.logit_softcap
+        self._architecture = architecture
         self.layers: list[InferenceLayer] = list(model.decoder.layers)
         self._packed_output: Tensor | None = None
 
@@ -105,7 +104,7 @@ class Stage:
             parts = [torch.empty_like(local) for _ in range(self._partition.tensor_size)]
             dist.all_gather(parts, local, group=self.groups.tensor)
             logits = torch.cat(parts, dim=-1)
-        return cap_logits(logits[:, : self._vocab_size], self._logit_softcap)
+        return limit_logits(logits[:, : self._architecture.vocab_size], self._architecture)
 
     def _multiply_output(self, hidden: Tensor) -> Tensor:
         if self._packed_output is None:
@@ -118,8 +117,11 @@ class Stage:
         return cast(Tensor, weight)
 
 
-def cap_logits(logits: Tensor, limit: float | None) -> Tensor:
-    """Squeeze logits into (-limit, limit); None leaves them."""
+def limit_logits(logits: Tensor, architecture: Architecture) -> Tensor:
+    """Scale what the output layer gives, and squeeze it into (-softcap, softcap)."""
+    if architecture.logit_scale != 1.0:
+        logits = logits * architecture.logit_scale
+    limit = architecture.logit_softcap
     return logits if limit is None else logits.div(limit).tanh_().mul_(limit)
 
 
@@ -193,7 +195,7 @@ def _transformer_config(
         gated_linear_unit=architecture.gated,
         add_bias_linear=architecture.linear_bias,
         add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
+        qk_layernorm=architecture.qk_norm is not None,
         tensor_model_parallel_size=partition.tensor_size,
         **_expert_settings(architecture, partition),
         params_dtype=dtype,

@@ -13,7 +13,7 @@ from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.partition import Partition
 from fastserve_mega.worker.kv_cache import KvCache
 from fastserve_mega.worker.megatron.engine import Receive, TakeRows, ignore
-from fastserve_mega.worker.megatron.model import Stage, cap_logits
+from fastserve_mega.worker.megatron.model import Stage, limit_logits
 from fastserve_mega.worker.megatron.rotation import Rotation
 from fastserve_mega.worker.model_runner import Ask, SequenceInput
 from fastserve_mega.worker.native.library import (
@@ -119,7 +119,7 @@ class NativeEngine:
             return result
         if normed is not None:
             embed(normed[step.scored :])
-        logits = cap_logits(self._whole_logits(result), self._architecture.logit_softcap)
+        logits = limit_logits(self._whole_logits(result), self._architecture)
         if step.scored:
             score(logits[: step.scored])
         return logits[step.scored :]
@@ -127,7 +127,7 @@ class NativeEngine:
     def run_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> Tensor | None:
         """Run a step of decodes as the only rank; None when `ask` ended it."""
         logits = self._native.run_ahead(self._lay_out(batch), ask)
-        return None if logits is None else cap_logits(logits, self._architecture.logit_softcap)
+        return None if logits is None else limit_logits(logits, self._architecture)
 
     def _lay_out(self, batch: Sequence[SequenceInput]) -> StepArrays:
         """A step's numbers, for blocks that hold nothing of their last owners."""
@@ -212,11 +212,13 @@ def _config(architecture: Architecture, partition: Partition, cache: KvCache) ->
         norm=int(architecture.norm == "layer"),
         activation=_ACTIVATIONS[architecture.activation],
         gated=int(architecture.gated),
+        norms_whole_projection=int(architecture.qk_norm == "projection"),
         first=int(partition.is_first_stage),
         last=int(partition.is_last_stage),
         norm_epsilon=architecture.norm_epsilon,
         attention_scale=1.0 / math.sqrt(architecture.head_dim) if scale is None else scale,
         attention_softcap=architecture.attention_softcap or 0.0,
+        residual_scale=architecture.residual_scale,
         embedding_scale=torch.tensor(architecture.embedding_scale, dtype=dtype).item(),
         pool=cache.pool.data_ptr(),
     )

@@ -11,14 +11,17 @@ from fastserve_mega.models.architecture import Rope, RopeScaling
 
 
 def rotary_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position of each pair, [head_dim / 2], on the CPU in float32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    """Radians per position of each pair that is rotated, on the CPU in float32."""
+    size = head_dim if rope.size is None else rope.size
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
     frequencies = 1.0 / (rope.theta**exponents)
     scaling = rope.scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "longrope":
+        return frequencies / torch.tensor(scaling.pair_factors)
     kept = _kept_by_turns if scaling.kind == "llama3" else _kept_by_pairs
     keep = kept(frequencies, scaling, rope.theta)
     return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
@@ -56,7 +59,7 @@ class Rotation:
 
     Args:
         rope: angles and scaling.
-        head_dim: dimensions of a head, all of them rotated.
+        head_dim: dimensions of a head.
         device: where the positions are.
     """
 
@@ -65,7 +68,7 @@ class Rotation:
         self.factor = rope.scaling.attention_factor if rope.scaling else 1.0
 
     def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for attention's `_rotate`, each [tokens, 1, 1, head_dim]."""
+        """Cosines and sines for attention's `_rotate`, each [tokens, 1, 1, rotated]."""
         angles = positions[:, None].float() * self.frequencies
         cosine, sine = angles.cos() * self.factor, angles.sin() * self.factor
         cosine = torch.cat((cosine, cosine), dim=-1).to(dtype)

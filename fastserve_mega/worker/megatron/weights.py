@@ -72,20 +72,20 @@ class _Source:
 
         names, architecture = self._names, self._architecture
         hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-        yield from self._norm("input_layernorm", at(names.input_norm))
+        if architecture.pre_norms:
+            yield from self._norm("input_layernorm", at(names.input_norm))
+            yield from self._norm("pre_mlp_layernorm", at(names.feed_forward_norm))
         yield self._qkv(layer, "weight")
         if architecture.qkv_bias or architecture.linear_bias:
             yield self._qkv(layer, "bias")
         if architecture.qk_norm:
-            for target, name in (("q", names.query_norm), ("k", names.key_norm)):
-                piece = self._vector(f"{at(name)}.weight", architecture.head_dim)
-                yield stack(f"self_attention.{target}_layernorm.weight", [piece])
+            yield self._head_norm("q", at(names.query_norm), architecture.num_heads)
+            yield self._head_norm("k", at(names.key_norm), architecture.num_kv_heads)
         heads = self._elements(self._partition.query_heads)
         attention_size = architecture.num_heads * architecture.head_dim
         yield from self._row(
             "self_attention.linear_proj", at(names.attention_output), attention_size, heads
         )
-        yield from self._norm("pre_mlp_layernorm", at(names.feed_forward_norm))
         if architecture.post_norms:
             yield from self._norm("post_attention_layernorm", at(names.post_attention_norm))
             yield from self._norm("post_mlp_layernorm", at(names.post_feed_forward_norm))
@@ -94,14 +94,34 @@ class _Source:
                 architecture, self._partition, layer, self._linear, fused=self._fused_experts
             )
             return
-        columns = self._partition.ffn_columns
-        halves = [at(names.gate), at(names.up)] if names.gate else [at(names.up)]
-        parts = [self._linear(name, (ffn, hidden), rows=columns) for name in halves]
-        yield stack("mlp.linear_fc1.weight", parts)
+        parts = list(self._feed_forward_rows(layer))
+        linears = [self._linear(name, (size, hidden), rows=rows) for name, size, rows in parts]
+        yield stack("mlp.linear_fc1.weight", linears)
         if architecture.linear_bias:
-            biases = [self._bias(name, ffn, columns) for name in halves]
-            yield stack("mlp.linear_fc1.bias", biases)
+            yield stack("mlp.linear_fc1.bias", [self._bias(*part) for part in parts])
+        columns = self._partition.ffn_columns
         yield from self._row("mlp.linear_fc2", at(names.down), ffn, columns)
+
+    def _feed_forward_rows(self, layer: int) -> Iterator[tuple[str, int, range]]:
+        """Name, rows in all, and this rank's rows: of the gate, if there is one, and of `up`."""
+        names, size = self._names, self._architecture.ffn_hidden_size
+        own = self._partition.ffn_columns
+        if names.fused_gate_up:
+            name = names.fused_gate_up.format(layer=layer)
+            yield name, 2 * size, own
+            yield name, 2 * size, range(size + own.start, size + own.stop)
+            return
+        for half in (names.gate, names.up):
+            if half:
+                yield half.format(layer=layer), size, own
+
+    def _head_norm(self, target: str, name: str, heads: int) -> Weight:
+        """For each head the same, or for all of the whole model."""
+        norms_all = self._architecture.qk_norm == "projection"
+        piece = self._vector(
+            f"{name}.weight", self._architecture.head_dim * (heads if norms_all else 1)
+        )
+        return stack(f"self_attention.{target}_layernorm.weight", [piece])
 
     def _qkv(self, layer: int, kind: str) -> Weight:
         """Per key-value head of the rank: its query heads, the key, the value."""

@@ -77,7 +77,7 @@ static void enter(Stage& stage, int thread) {
     for (int n = 0; n < c.ropes; n++) {
       const Rope& rope = stage.ropes[n];
       const size_t at = (static_cast<size_t>(n) * stage.work.capacity + row) * half;
-      for (int i = 0; i < half; i++) {
+      for (int i = 0; i < rope.pairs; i++) {
         const float angle = static_cast<float>(stage.step.positions[row]) * rope.frequencies[i];
         stage.work.cosines[at + i] = cosf(angle) * rope.factor;
         stage.work.sines[at + i] = sinf(angle) * rope.factor;

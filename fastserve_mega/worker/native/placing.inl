@@ -1,12 +1,28 @@
 // Queries of new tokens, and their keys and values into the blocks; once per instruction set.
 
-// Rotate pairs (i, i + head_dim / 2) of one head.
-static void rotate(float* head, const float* cosines, const float* sines, int half) {
-  for (int i = 0; i < half; i++) {
-    const float a = head[i], b = head[i + half];
+// Rotate pairs (i, i + pairs) of one head.
+static void rotate(float* head, const float* cosines, const float* sines, int pairs) {
+  for (int i = 0; i < pairs; i++) {
+    const float a = head[i], b = head[i + pairs];
     head[i] = a * cosines[i] - b * sines[i];
-    head[i + half] = b * cosines[i] + a * sines[i];
+    head[i + pairs] = b * cosines[i] + a * sines[i];
   }
+}
+
+// RMSNorm over columns [from, to) of all key-value heads together: all queries, or all keys.
+static void norm_projection(const StageConfig& c, float* heads, const float* weight, int from,
+                            int to) {
+  const int dims = c.head_dim, stride = (c.group + 2) * dims;
+  float square = 0.0f;
+  for (int kv_head = 0; kv_head < c.kv_heads; kv_head++)
+    for (int k = from * dims; k < to * dims; k++) {
+      const float value = heads[kv_head * stride + k];
+      square += value * value;
+    }
+  const int size = c.kv_heads * (to - from) * dims;
+  const float scale = 1.0f / sqrtf(square / size + c.norm_epsilon);
+  for (int kv_head = 0; kv_head < c.kv_heads; kv_head++)
+    for (int k = from * dims; k < to * dims; k++) heads[kv_head * stride + k] *= scale * *weight++;
 }
 
 template <class T>
@@ -30,16 +46,21 @@ static void place_token(const Stage& stage, const Layer& layer, const LayerBlock
   const int slot = stage.step.slots[row] % c.block_size;
   const size_t rope = layer.rope < 0 ? 0 : layer.rope;
   const size_t angles = (rope * stage.work.capacity + row) * (dims / 2);
+  const int pairs = layer.rope < 0 ? 0 : stage.ropes[layer.rope].pairs;
   float* heads = rows_of<float>(stage.work.qkv, row, stage.work.qkv_width);
+  if (c.norms_whole_projection) {
+    norm_projection(c, heads, layer.vectors[QUERY_NORM], 0, c.group);
+    norm_projection(c, heads, layer.vectors[KEY_NORM], c.group, c.group + 1);
+  }
   T* queries = rows_of<T>(stage.work.query, row, stage.work.heads_width);
   T narrow[MAX_HEAD_DIM];
   for (int kv_head = 0; kv_head < c.kv_heads; kv_head++) {
     for (int n = 0; n < c.group + 2; n++) {
       float* head = heads + (kv_head * (c.group + 2) + n) * dims;
       const float* const* norm = layer.vectors + (n < c.group ? QUERY_NORM : KEY_NORM);
-      if (n <= c.group && norm[0]) normalize<float>(c, head, norm, dims, head);
-      if (n <= c.group && layer.rope >= 0)
-        rotate(head, stage.work.cosines + angles, stage.work.sines + angles, dims / 2);
+      if (n <= c.group && norm[0] && !c.norms_whole_projection) normalize<float>(c, head, norm, dims, head);
+      if (n <= c.group)
+        rotate(head, stage.work.cosines + angles, stage.work.sines + angles, pairs);
       copy_row(n < c.group ? queries + (kv_head * c.group + n) * dims : narrow, head, dims);
       if (n == c.group) write_key(blocks.keys(block, kv_head), narrow, slot, c.block_size, dims);
       if (n == c.group + 1) write_value(blocks.values(block, kv_head), narrow, slot, dims);

@@ -3,7 +3,7 @@
 // Rows that a thread takes through a layer by itself in a long step.
 constexpr int ROWS_APART = 3 * MAX_ROWS;
 
-// Norm rows of the residual, or those in `chosen`. Returns where they are: in a small step each
+// Norm rows of the residual, or those in `chosen`; without a norm they are copied. Returns where they are: in a small step each
 // thread has its own, so that none has to wait.
 template <class T>
 static const T* norm_rows(Stage& stage, int thread, const float* const* norm, const Rows& rows,
@@ -15,16 +15,22 @@ static const T* norm_rows(Stage& stage, int thread, const float* const* norm, co
   if (rows.shared && !own) share(stage, thread, rows.count, from, to);
   for (int i = rows.first + from; i < rows.first + to; i++) {
     const float* hidden = stage.work.hidden + static_cast<size_t>(chosen ? chosen[i] : i) * width;
-    normalize<T>(stage.config, hidden, norm, stage.config.hidden, rows_of<T>(target, i, width));
+    T* out = rows_of<T>(target, i, width);
+    if (norm[0])
+      normalize<T>(stage.config, hidden, norm, stage.config.hidden, out);
+    else
+      copy_row(out, hidden, stage.config.hidden);
   }
   if (!own) wait_for_others(stage, rows);
   return rows_of<T>(target, rows.first, width);
 }
 
-static void add_rows(float* rows, int width, int panel, int first, int count, const float* added) {
+static void add_rows(float* rows, int width, int panel, int first, int count, const float* added,
+                     float scale) {
   for (int r = 0; r < count; r++) {
     float* row = rows + static_cast<size_t>(first + r) * width + panel * PANEL;
-    for (int c = 0; c < PANEL; c += LANES) store(row + c, load(row + c) + load(added + r * PANEL + c));
+    for (int c = 0; c < PANEL; c += LANES)
+      store(row + c, fma(all(scale), load(added + r * PANEL + c), load(row + c)));
   }
 }
 
@@ -43,12 +49,14 @@ static void add_product(Stage& stage, int thread, const Layer& layer, MatrixName
   const float* const* norm = layer.vectors + post_norm;
   const float* bias = layer.vectors[BIASES + name];
   const bool divided = stage.config.ranks > 1, at_once = !divided && !norm[0];
-  float* target = at_once ? work.hidden : work.added;
+  const float scale = stage.config.residual_scale;
   multiply_matrix<T>(stage, thread, layer.matrices[name], divided ? nullptr : bias,
                      rows_of<T>(x, rows.first, x_width), x_width, rows,
                      [&](int panel, int first, int count, const float* out) {
-                       (at_once ? add_rows : put_rows)(target, work.hidden_width, panel, first,
-                                                       count, out);
+                       if (at_once)
+                         add_rows(work.hidden, work.hidden_width, panel, first, count, out, scale);
+                       else
+                         put_rows(work.added, work.hidden_width, panel, first, count, out);
                      });
   if (divided)
     sum_over_ranks(stage, thread, rows.count);
@@ -62,7 +70,7 @@ static void add_product(Stage& stage, int thread, const Layer& layer, MatrixName
     float* hidden = rows_of<float>(work.hidden, row, work.hidden_width);
     for (int k = 0; divided && bias && k < stage.config.hidden; k++) added[k] += bias[k];
     if (norm[0]) normalize<float>(stage.config, added, norm, stage.config.hidden, added);
-    for (int k = 0; k < stage.config.hidden; k++) hidden[k] += added[k];
+    for (int k = 0; k < stage.config.hidden; k++) hidden[k] += scale * added[k];
   }
   wait_for_others(stage, rows);
 }

@@ -243,9 +243,10 @@ EXPORT void fastserve_set_attention(OwnedStage* owned, int layer, int rope, int 
   owned->layers[layer].window = window;
 }
 
-// `frequencies` [head_dim / 2] must stay where they are, like the tables below.
-EXPORT void fastserve_set_rope(OwnedStage* owned, int number, const float* frequencies, float factor) {
-  owned->ropes[number] = Rope{frequencies, factor};
+// `frequencies` [pairs] must stay where they are, like the tables below.
+EXPORT void fastserve_set_rope(OwnedStage* owned, int number, const float* frequencies, int pairs,
+                               float factor) {
+  owned->ropes[number] = Rope{frequencies, pairs, factor};
 }
 
 // Rows of token and position embeddings; null for the output matrix and for none.

@@ -57,7 +57,8 @@ struct StageConfig {
   int32_t block_size, vocabulary, norm, activation, gated, ropes, first, last;
   int32_t ranks, first_token;  // that share the layers; of the embedding's rows on this one
   int32_t has_byte_weights;
-  float norm_epsilon, attention_scale, attention_softcap, embedding_scale;
+  int32_t norms_whole_projection;  // queries, and keys, of all heads together
+  float norm_epsilon, attention_scale, attention_softcap, embedding_scale, residual_scale;
   int64_t weight_bytes;
   void* pool;
   // Gathers `count` floats of each rank, in the order of the ranks; not 0 when that failed.
@@ -92,7 +93,8 @@ struct Matrix {
 };
 
 struct Rope {
-  const float* frequencies = nullptr;  // [head_dim / 2]
+  const float* frequencies = nullptr;  // [pairs]
+  int pairs = 0;                       // (i, i + pairs) of a head are rotated
   float factor = 1.0f;
 };
 

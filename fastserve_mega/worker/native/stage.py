@@ -92,7 +92,8 @@ class NativeStage:
 
     def set_rope(self, number: int, frequencies: Tensor, factor: float) -> None:
         """Set a rotation: radians per position of each pair, and what all is multiplied by."""
-        self._library.set_rope(self._handle, number, self._keep(frequencies), factor)
+        pairs = len(frequencies)
+        self._library.set_rope(self._handle, number, self._keep(frequencies), pairs, factor)
 
     def set_tables(self, tokens: Tensor | None, positions: Tensor | None) -> None:
         """Set the embeddings' rows; without `tokens`, they are those of the output matrix."""

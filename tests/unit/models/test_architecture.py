@@ -167,7 +167,7 @@ def test_gemma3_rotates_by_kind_of_layer_in_both_notations(load):
     scaled = Rope(theta=5e5, scaling=RopeScaling(kind="linear", factor=8.0))
     assert old.attention_kind(1) == AttentionKind(rope=scaled, window=None)
     assert old.attention_kind(2) == AttentionKind(rope=Rope(theta=2e4), window=32)
-    assert (old.attention_softcap, old.logit_softcap, old.qk_norm) == (None, None, True)
+    assert (old.attention_softcap, old.logit_softcap, old.qk_norm) == (None, None, "head")
 
 
 def test_opt_skips_the_unused_positions(load):

@@ -16,6 +16,12 @@ from fastserve_mega.models.architecture import load_architecture
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive whole number, got 0"),
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
         ({"head_dim": 15}, "rotary embedding needs an even head_dim, got 15"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported, only 1.0"),
+        ({"rope_scaling": {"type": "su", "short_factor": 2}}, "short_factor must be a list of"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            "longrope needs a factor for each of 8 pairs, got 1",
+        ),
         ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type='dynamic' is not"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
@@ -58,6 +64,28 @@ def test_variants_that_are_not_computed_are_refused(load):
         load({**OPT, "do_layer_norm_before": False})
     with pytest.raises(ValueError, match="use_sliding_window=True is not supported"):
         load({**QWEN, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True})
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", "it has an adapter, to be merged into its base model first"),
+        ("model-Q4_K_M.gguf", "no config.json, but model-Q4_K_M.gguf, which is not supported"),
+    ],
+)
+def test_what_is_there_in_place_of_a_model_is_told(tmp_path, file, message):
+    (tmp_path / file).write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=message):
+        load_architecture(tmp_path)
+    with pytest.raises(ValueError, match="is not a model directory: it is a file"):
+        load_architecture(tmp_path / file)
+
+
+def test_a_wrong_end_token_is_told_with_its_file(load):
+    with pytest.raises(ValueError, match=r"/generation_config\.json: eos_token_id .* got '2'"):
+        load(LLAMA, {"eos_token_id": "2"})
+    with pytest.raises(ValueError, match=r"/config\.json: eos_token_id .* got -1"):
+        load({**LLAMA, "eos_token_id": -1}, {"eos_token_id": 2})
 
 
 def test_directories_without_a_readable_config(tmp_path):

@@ -52,6 +52,14 @@ def test_templates_are_rendered_as_transformers_does(directory, tools):
     assert ours.apply_chat_template(HELLO, tools) == ours.encode(text, add_special_tokens=False)
 
 
+def test_a_template_may_stand_in_a_file_of_a_processor(directory):
+    """As Gemma 3's and Mistral's models have it that see images as well."""
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    write_settings(directory, chat_template=None)
+    (directory / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content }}!"}')
+    assert Tokenizer(directory).render_chat([{"role": "user", "content": "hi"}]) == "hi!"
+
+
 def test_a_conversation_with_tools_takes_the_template_named_for_them(directory):
     named = [
         {"name": "default", "template": "plain"},

@@ -69,6 +69,36 @@ def test_missing_and_empty_directories_are_told_apart(tmp_path):
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": "{}"}, "there are no files of one"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json: Model missing"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1\n"}, "git lfs pull"),
+        ({"tokenizer_config.json": "[]"}, "tokenizer_config.json must hold a JSON object"),
+        ({"tokenizer.model": "pieces"}, "pip install sentencepiece"),
+    ],
+)
+def test_what_is_wrong_with_a_tokenizer_is_one_sentence(tmp_path, monkeypatch, files, message):
+    monkeypatch.setattr("fastserve_mega.text.tokenizer.find_spec", lambda name: None)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_a_model_brings_along_is_neither_run_nor_asked_about(tmp_path, capfd):
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="contains custom code"):
+        Tokenizer(tmp_path)
+    assert not (tmp_path / "was_run").exists()
+    assert "[y/N]" not in capfd.readouterr().out
+
+
 def test_loading_is_silent_and_does_without_torch(tiny_tokenizer_dir):
     program = (
         "import sys; sys.modules['torch'] = None\n"

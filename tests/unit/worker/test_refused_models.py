@@ -107,6 +107,14 @@ def test_missing_weights_are_refused(broken):
     assert_refused(broken, "not a valid index")
 
 
+def test_a_link_to_nothing_is_told(broken):
+    """As an interrupted download leaves it in the hub's cache."""
+    weights = broken / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to(broken / "blobs" / "0123")
+    assert_refused(broken, r"model\.safetensors is a link to a file that is not there; fetch")
+
+
 def test_sharded_weights_are_found_through_the_index(made, tmp_path):
     _, model = made("llama")
     model.save_pretrained(tmp_path, max_shard_size="40KB")

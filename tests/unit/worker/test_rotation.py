@@ -89,3 +89,32 @@ def test_a_scaling_beside_rope_parameters_comes_first_as_in_transformers(tmp_pat
         assert rope == Rope(theta=5e5, scaling=RopeScaling(kind="linear", factor=2.0))
     for nothing in (None, {}):
         assert read(rope_parameters=written, rope_scaling=nothing) == Rope(theta=5e5)
+
+
+@pytest.mark.parametrize(("context", "factors"), [(4096, "short"), (4097, "long"), (None, "long")])
+def test_longrope_takes_the_factors_of_the_context_that_is_served(tmp_path, context, factors):
+    """As Phi-4-mini has it, whose heads are rotated in part."""
+    phi = {
+        **QWEN,
+        "architectures": ["Phi3ForCausalLM"],
+        "head_dim": None,
+        "pad_token_id": 0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 4096,
+    }
+    scaling = {
+        "type": "longrope",
+        "short_factor": [1.0 + 0.01 * pair for pair in range(48)],
+        "long_factor": [1.0 + 0.5 * pair for pair in range(48)],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**phi, "rope_scaling": scaling}))
+    rope = load_architecture(tmp_path, context).positions
+    assert isinstance(rope, Rope)
+    assert rope.size == 96
+    del phi["head_dim"]
+    config = transformers.Phi3Config(**phi, rope_scaling=dict(scaling))
+    length = {"short": 4096, "long": 4097}[factors]
+    expected, factor = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=length)
+    torch.testing.assert_close(rotary_frequencies(rope, 128), expected)
+    assert rope.scaling is not None
+    assert rope.scaling.attention_factor == pytest.approx(factor)
