@@ -165,14 +165,6 @@ class ChatRequest(GenerationRequest):
             return NamedCall(self.tool_choice.function.name)
         return RequiredCalls()
 
-    def structured_output(self) -> StructuredOutput | None:
-        """The form of a call that `tool_choice` forces, else the one that is asked for.
-
-        Agents ask for both; the second is of the message that ends their conversation.
-        """
-        asked = super().structured_output()
-        return self._forced_call() or asked
-
     def _forced_call(self) -> StructuredOutput | None:
         if isinstance(self.tool_choice, NamedTool):
             return from_schema(named_schema(self.functions, self.tool_choice.function.name))

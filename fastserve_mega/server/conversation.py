@@ -13,7 +13,7 @@ from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.dialect import Dialect, describe_tools
 from fastserve_mega.server.errors import ApiError, from_validation
 from fastserve_mega.server.reasoning import ThinkParser
-from fastserve_mega.server.service import Service
+from fastserve_mega.server.service import Service, structure_of
 from fastserve_mega.server.tools.formats import new_call_id
 from fastserve_mega.server.tools.pieces import PLAIN_TEXT, ToolParser
 
@@ -85,7 +85,7 @@ class Conversations:
         await self.service.check_model(body.model)
         text, prompt = await self.render(body)
         max_tokens = await self.service.max_tokens_of(prompt, body.max_tokens_asked)
-        is_structured = _is_structured(body)
+        is_structured = structure_of(body) is not None
         think = self._dialect.think
         after = self.service.tokenizer.token_id(think.end) if think else None
         opened = think is not None and think.opened_by(text, _begun(body))
@@ -124,10 +124,3 @@ class Conversations:
 def _begun(body: ChatRequest) -> str:
     """What there is of the answer already."""
     return body.messages[-1].text if body.continue_final_message else ""
-
-
-def _is_structured(body: ChatRequest) -> bool:
-    try:
-        return body.structured_output() is not None
-    except ValueError as error:
-        raise ApiError(400, str(error)) from None

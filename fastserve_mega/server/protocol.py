@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
@@ -154,18 +155,27 @@ class GenerationRequest(Common):
     def only_prompts(self) -> bool:
         return False
 
+    @cached_property
     def structured_output(self) -> StructuredOutput | None:
-        """The form that the output is held to.
+        """The form that the output is held to: of a call that is forced, else the one asked for.
+
+        Agents ask for both; the second is of the message that ends their conversation.
 
         Raises:
             ValueError: several are asked for, or one that is too long.
+            RecursionError: its schema is nested too deeply.
         """
         asked = (self.response_format, self.structured_outputs)
         guided = (self.guided_json, self.guided_regex, self.guided_choice)
-        if all(each is None for each in (*asked, *guided)):
-            return None
-        found = [form for each in asked if each and (form := each.structured()) is not None]
-        return only_one([*found, *all_forms(*guided)])
+        wanted = None
+        if any(each is not None for each in (*asked, *guided)):
+            found = [form for each in asked if each and (form := each.structured()) is not None]
+            wanted = only_one([*found, *all_forms(*guided)])
+        return self._forced_call() or wanted
+
+    def _forced_call(self) -> StructuredOutput | None:
+        """The form of the tool call that the answer has to be."""
+        return None
 
     @property
     def usage_in_stream(self) -> Literal["never", "at the end", "always"]:
@@ -219,7 +229,7 @@ class GenerationRequest(Common):
             logit_bias=_by_token_id(self.logit_bias or {}),
             logprobs=self.top_logprobs_asked,
             prompt_logprobs=self.scores_prompt,
-            structured=self.structured_output(),
+            structured=self.structured_output,
             # And -1 for a seed to be drawn.
             seed=None if self.seed in (None, -1) else _derived_seed(self.seed, number),
             stop_token_ids=tuple(self.stop_token_ids or ()),

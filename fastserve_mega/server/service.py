@@ -21,7 +21,7 @@ from fastserve_mega.server.structure_check import StructureChecker
 from fastserve_mega.text.chat_template import PromptEnd
 from fastserve_mega.text.detokenizer import TokenDecoder
 from fastserve_mega.text.tokenizer import Tokenizer
-from fastserve_mega.types import SamplingParams
+from fastserve_mega.types import SamplingParams, StructuredOutput
 
 T = TypeVar("T")
 _MESSAGE_LENGTH = 200
@@ -36,6 +36,16 @@ async def one_by_one(items: Iterable[T]) -> AsyncIterator[tuple[int, T]]:
         if index:
             await asyncio.sleep(0)
         yield index, item
+
+
+def structure_of(body: GenerationRequest) -> StructuredOutput | None:
+    """The form that a request wants its output held to, or say what is wrong with it."""
+    try:
+        return body.structured_output
+    except RecursionError:
+        raise ApiError(400, "the JSON schema is nested too deeply") from None
+    except ValueError as error:
+        raise invalid_value(str(error)) from None
 
 
 class Service:
@@ -245,16 +255,15 @@ class Service:
         structure_after: int | None,
     ) -> list[tuple[Sequence[int], SamplingParams]]:
         """Each prompt as often as it is answered, with how that is sampled."""
+        structured = structure_of(body)
         try:
             submissions = [
                 (prompt, body.sampling_params(max_tokens, number, self._defaults))
                 async for _, (prompt, max_tokens) in one_by_one(prompts)
                 async for number, _ in one_by_one(range(body.answers_per_prompt))
             ]
-            if (structured := submissions[0][1].structured) is not None:
+            if structured is not None:
                 await self._structures.check(structured)
-        except RecursionError:
-            raise ApiError(400, "the JSON schema is nested too deeply") from None
         except ValueError as error:
             raise invalid_value(str(error)) from None
         if structured is None or structure_after is None:

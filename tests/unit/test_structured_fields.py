@@ -56,7 +56,7 @@ def shared(tiny_tokenizer_dir):
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
 def test_every_way_to_ask(kind, fields, expected):
     body = {"prompt": "x"} if kind is CompletionRequest else {"messages": HI}
-    structured = kind.model_validate({**body, **fields}).structured_output()
+    structured = kind.model_validate({**body, **fields}).structured_output
     if expected is None:
         assert structured is None
         return

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from http_server import hi
 from pydantic import ValidationError
 
 from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.responses.protocol import ResponsesRequest
+from fastserve_mega.server.service import structure_of
 
 NAMES = ("look", "ask", "tell")
 TOOLS = [{"type": "function", "function": {"name": name}} for name in NAMES]
@@ -32,7 +36,14 @@ def test_the_model_is_told_of_allowed_tools_only(mode):
     assert [tool["function"]["name"] for tool in asked.offered_tools] == ["look", "tell"]
     assert list(asked.functions) == ["look", "tell"]
     assert asked.forces_call == (mode == "required")
-    assert (asked.structured_output() is not None) == (mode == "required")
+    assert (asked.structured_output is not None) == (mode == "required")
+
+
+def test_a_forced_call_with_parameters_nested_too_deeply_is_refused():
+    parameters = json.loads('{"not": ' * 400 + "{}" + "}" * 400)
+    tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+    with pytest.raises(ApiError, match="the JSON schema is nested too deeply"):
+        structure_of(chat(tools=[tool], tool_choice="required"))
 
 
 def test_responses_allow_tools_in_a_form_of_their_own():
