@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fastserve_mega.metrics import ServingMetrics
 from fastserve_mega.server.api_keys import KeyMetrics
+from fastserve_mega.snapshot import PoolView, ReplicaView
 
 TARGET = Path(__file__).parents[1] / "docs" / "metrics.md"
 BEGIN, END = "<!-- begin: tools/metrics_reference.py -->\n", "<!-- end -->\n"
@@ -39,23 +40,13 @@ NOT_LABELS = {"le"}
 def exposition() -> str:
     """The metrics of a server that has not served anything."""
     metrics = ServingMetrics(block_bytes=1, info={"model_name": "", "policy": "", "version": ""})
-    pool = SimpleNamespace(free_count=1, kept_count=0, capacity=1)
-    memory = SimpleNamespace(
-        device=pool,
-        host=pool,
-        swapper=SimpleNamespace(
-            preemptions=0,
-            recomputed_tokens=0,
-            copies=SimpleNamespace(swapped_out_blocks=0, swapped_in_blocks=0),
-        ),
-        prefix_cache=SimpleNamespace(queried_tokens=0, hit_tokens=0),
-    )
-    scheduler = SimpleNamespace(
-        memory=memory,
-        steps_in_flight=0,
-        level_lengths=lambda: (0,),
-        place_lengths=lambda: (0, 0, 0),
-    )
+    pool = PoolView(owned=0, cached=0, capacity=1)
+    view = ReplicaView(
+        levels=(0,), quanta_s=(), requests=(), device=pool, host=pool, steps_in_flight=0,
+        preemptions=0, swapped_out_blocks=0, swapped_in_blocks=0, recomputed_tokens=0,
+        prefix_queried_tokens=0, prefix_hit_tokens=0,
+    )  # fmt: skip
+    scheduler = SimpleNamespace(view=lambda *_: view, place_lengths=lambda: (0, 0, 0))
     metrics.watch_schedulers([scheduler])
     keys = KeyMetrics()
     keys.begin("")

@@ -3,58 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from fastserve_mega.plan import CopyDirection
+from fastserve_mega.snapshot import PoolView, ReplicaView
 
 COPY_DIRECTIONS = {CopyDirection.SWAP_OUT: "out", CopyDirection.SWAP_IN: "in"}
 _COPY_SECONDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
-
-
-class _Pool(Protocol):
-    @property
-    def free_count(self) -> int: ...
-    @property
-    def kept_count(self) -> int: ...
-    @property
-    def capacity(self) -> int: ...
-
-
-class _Copies(Protocol):
-    @property
-    def swapped_out_blocks(self) -> int: ...
-    @property
-    def swapped_in_blocks(self) -> int: ...
-
-
-class _Swapper(Protocol):
-    @property
-    def preemptions(self) -> int: ...
-    @property
-    def recomputed_tokens(self) -> int: ...
-    @property
-    def copies(self) -> _Copies: ...
-
-
-class _PrefixCache(Protocol):
-    @property
-    def queried_tokens(self) -> int: ...
-    @property
-    def hit_tokens(self) -> int: ...
-
-
-class ObservedMemory(Protocol):
-    @property
-    def device(self) -> _Pool: ...
-    @property
-    def host(self) -> _Pool: ...
-    @property
-    def swapper(self) -> _Swapper: ...
-    @property
-    def prefix_cache(self) -> _PrefixCache: ...
 
 
 class MemoryMetrics:
@@ -63,7 +20,7 @@ class MemoryMetrics:
     def __init__(self, registry: CollectorRegistry, block_bytes: int) -> None:
         """Start at zero; `block_bytes` is the memory of a KV block, on all ranks together."""
         self._block_bytes = block_bytes
-        self.memories: Sequence[ObservedMemory] = ()
+        self.views: Sequence[ReplicaView] = ()
         """One for each replica."""
         self.copy = Histogram(
             "fastserve_copy_seconds",
@@ -87,38 +44,35 @@ class MemoryMetrics:
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
-        device, host = (
-            [each.device for each in self.memories],
-            [each.host for each in self.memories],
-        )
+        device = [each.device for each in self.views]
         capacity = sum(pool.capacity for pool in device)
-        free = sum(pool.free_count for pool in device)
         yield GaugeMetricFamily(
             "fastserve_kv_cache_usage_perc",
             "Share of the device's KV blocks that unfinished requests hold, 0 to 1",
-            1 - free / capacity if capacity else 0.0,
+            sum(pool.owned for pool in device) / capacity if capacity else 0.0,
         )
         yield _blocks("fastserve_device_blocks", "KV blocks on the device", device)
+        host = [each.host for each in self.views]
         yield _blocks("fastserve_host_blocks", "KV blocks in host memory", host)
         yield CounterMetricFamily(
             "fastserve_preemptions",
             "Times a request lost its device blocks",
-            sum(each.swapper.preemptions for each in self.memories),
+            sum(each.preemptions for each in self.views),
         )
         yield CounterMetricFamily(
             "fastserve_recomputed_tokens",
             "Tokens whose KV was lost after it was computed",
-            sum(each.swapper.recomputed_tokens for each in self.memories),
+            sum(each.recomputed_tokens for each in self.views),
         )
         yield CounterMetricFamily(
             "fastserve_prefix_cache_queried_tokens",
             "Tokens of requests that were given memory",
-            sum(each.prefix_cache.queried_tokens for each in self.memories),
+            sum(each.prefix_queried_tokens for each in self.views),
         )
         yield CounterMetricFamily(
             "fastserve_prefix_cache_hit_tokens",
             "Those of them whose KV existed",
-            sum(each.prefix_cache.hit_tokens for each in self.memories),
+            sum(each.prefix_hit_tokens for each in self.views),
         )
         yield self._swapped(
             "fastserve_swap_blocks",
@@ -134,15 +88,15 @@ class MemoryMetrics:
     def _swapped(self, name: str, text: str, size: int) -> CounterMetricFamily:
         """The blocks that were copied, times `size`."""
         family = CounterMetricFamily(name, text, labels=["direction"])
-        copies = [each.swapper.copies for each in self.memories]
-        family.add_metric(["out"], size * sum(each.swapped_out_blocks for each in copies))
-        family.add_metric(["in"], size * sum(each.swapped_in_blocks for each in copies))
+        family.add_metric(["out"], size * sum(each.swapped_out_blocks for each in self.views))
+        family.add_metric(["in"], size * sum(each.swapped_in_blocks for each in self.views))
         return family
 
 
-def _blocks(name: str, text: str, pools: Sequence[_Pool]) -> GaugeMetricFamily:
+def _blocks(name: str, text: str, pools: Sequence[PoolView]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, text, labels=["state"])
-    family.add_metric(["free"], sum(pool.free_count - pool.kept_count for pool in pools))
-    family.add_metric(["cached"], sum(pool.kept_count for pool in pools))
-    family.add_metric(["owned"], sum(pool.capacity - pool.free_count for pool in pools))
+    cached, owned = sum(pool.cached for pool in pools), sum(pool.owned for pool in pools)
+    family.add_metric(["free"], sum(pool.capacity for pool in pools) - owned - cached)
+    family.add_metric(["cached"], cached)
+    family.add_metric(["owned"], owned)
     return family

@@ -8,9 +8,10 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from fastserve_mega.metrics.memory import COPY_DIRECTIONS, MemoryMetrics, ObservedMemory
+from fastserve_mega.metrics.memory import COPY_DIRECTIONS, MemoryMetrics
 from fastserve_mega.metrics.requests import SECONDS, TOKENS, RequestMetrics
 from fastserve_mega.plan import CopyDirection, Plan
+from fastserve_mega.snapshot import ReplicaView
 
 _BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _PLACES = (
@@ -21,13 +22,9 @@ _PLACES = (
 
 
 class ObservedScheduler(Protocol):
-    """What is read from the scheduler after each loop."""
+    """What is read from a scheduler when the metrics are asked for."""
 
-    @property
-    def memory(self) -> ObservedMemory: ...
-    @property
-    def steps_in_flight(self) -> int: ...
-    def level_lengths(self) -> Sequence[int]: ...
+    def view(self, now: float, max_requests: int) -> ReplicaView: ...
     def place_lengths(self) -> tuple[int, int, int]: ...
 
 
@@ -83,15 +80,15 @@ class ServingMetrics:
     def watch_schedulers(self, schedulers: Sequence[ObservedScheduler]) -> None:
         """Read the queues and pools of all replicas whenever the metrics are asked for."""
         self._schedulers = schedulers
-        self._memory.memories = [scheduler.memory for scheduler in schedulers]
 
     def render(self) -> str:
         """Prometheus exposition text."""
+        self._memory.views = [scheduler.view(0.0, 0) for scheduler in self._schedulers]
         return generate_latest(self._registry).decode()
 
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
-        levels = [scheduler.level_lengths() for scheduler in self._schedulers]
+        levels = [view.levels for view in self._memory.views]
         by_level = GaugeMetricFamily(
             "fastserve_level_requests", "Unfinished requests by level", labels=["level"]
         )
@@ -108,5 +105,5 @@ class ServingMetrics:
         for place, (name, text) in enumerate(_PLACES):
             count = sum(lengths[place] for lengths in places)
             yield GaugeMetricFamily(f"fastserve_num_requests_{name}", text, count)
-        in_flight = sum(each.steps_in_flight for each in self._schedulers)
+        in_flight = sum(view.steps_in_flight for view in self._memory.views)
         yield GaugeMetricFamily("fastserve_steps_in_flight", "Steps in flight", in_flight)

@@ -121,10 +121,6 @@ class Scheduler:
     def unfinished(self) -> int:
         return len(self._requests)
 
-    @property
-    def steps_in_flight(self) -> int:
-        return len(self._in_flight)
-
     def level_lengths(self) -> tuple[int, ...]:
         """Unfinished requests of each level, the highest first."""
         return self._queues.level_lengths()

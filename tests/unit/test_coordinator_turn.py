@@ -134,7 +134,7 @@ def test_a_turn_comes_when_a_request_starves_though_nothing_arrives():
     world = World(SchedulerConfig(policy="skip_join_mlfq", mlfq=mlfq), window=2, blocks=16)
     world.turn(*[Submit(name, (5,) * 40, SamplingParams(max_tokens=5)) for name in "ab"])
     scheduler = world.coordinator._replicas[0].scheduler
-    assert scheduler.steps_in_flight == 1
+    assert scheduler.view(0.0, 0).steps_in_flight == 1
     assert world.turn()[0] == ("poll", 0.3)
     assert scheduler.level_lengths()[0] == 0
     world.now = 0.3

@@ -93,7 +93,7 @@ def test_losing_the_workers_loses_no_request():
     scheduler = make_scheduler(window=2, max_batch_size=1)
     scheduler.step(0.0, [arrived("a", 4, 2), arrived("b", 4, 2)])
     scheduler.step(0.0)
-    assert scheduler.steps_in_flight == 2
+    assert scheduler.view(0.0, 0).steps_in_flight == 2
     plan = scheduler.step(1.0, [WorkersLost()])
     scheduler.check_integrity()
     assert plan.batch[0].start == 0

@@ -251,7 +251,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.check_integrity()
             assert self.scheduler.unfinished == len(self.left)
             assert sum(self.scheduler.place_lengths()) == len(self.left)
-            assert self.scheduler.steps_in_flight == len(self.in_flight)
+            assert self.scheduler.view(0.0, 0).steps_in_flight == len(self.in_flight)
             assert not self.left or self.in_flight or self.copying, "work is left, nothing runs"
 
     def teardown(self):
