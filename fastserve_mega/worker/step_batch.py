@@ -208,15 +208,6 @@ class PackedStep:
         )
 
 
-def build_step(batch: Sequence[SequenceInput], block_size: int, device: torch.device) -> StepBatch:
-    """Lay out a batch on a device.
-
-    Raises:
-        ValueError: a sequence has no token, or a block table is too short for its tokens.
-    """
-    return PackedStep(batch, block_size).to(device)
-
-
 def _scored_rows(batch: Sequence[SequenceInput], last_row: Numbers) -> list[int]:
     rows: list[int] = []
     for sequence, last in zip(batch, last_row.tolist(), strict=True):

@@ -66,15 +66,6 @@ class RequiredCalls:
         return []
 
 
-def named_schema(functions: Functions, name: str) -> dict[str, Any]:
-    """What `NamedCall` reads: the arguments of one function.
-
-    Raises:
-        ValueError: they are no object.
-    """
-    return _arguments_schema(functions, name)
-
-
 def required_schema(functions: Functions, *, several: bool) -> dict[str, Any]:
     """What `RequiredCalls` reads.
 
@@ -94,14 +85,16 @@ def required_schema(functions: Functions, *, several: bool) -> dict[str, Any]:
     array = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     limit = {} if several else {"maxItems": 1}
     # Each has its own definitions, often under the same names.
-    definitions = {
-        name: as_definition(_arguments_schema(functions, name), name) for name in functions
-    }
+    definitions = {name: as_definition(named_schema(functions, name), name) for name in functions}
     return {**array, **limit, "$defs": definitions}
 
 
-def _arguments_schema(functions: Functions, name: str) -> dict[str, Any]:
-    """The schema of a function's arguments, which are an object whatever it leaves open."""
+def named_schema(functions: Functions, name: str) -> dict[str, Any]:
+    """What `NamedCall` reads: a function's arguments, an object whatever their schema leaves open.
+
+    Raises:
+        ValueError: they are no object.
+    """
     schema = functions[name] or _NO_ARGUMENTS
     kind = schema.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):

@@ -6,7 +6,7 @@ import torch
 from fastserve_mega.types import RequestId, SamplingParams
 from fastserve_mega.worker import step_batch
 from fastserve_mega.worker.model_runner import SequenceInput
-from fastserve_mega.worker.step_batch import NO_SLOT, PackedStep, StepShape, build_step
+from fastserve_mega.worker.step_batch import NO_SLOT, PackedStep, StepShape
 
 CPU = torch.device("cpu")
 
@@ -22,6 +22,10 @@ def sequence(name, tokens, start, table, samples=True):
         seed=0,
         prompt_tokens=1,
     )
+
+
+def build_step(batch, block_size, device):
+    return PackedStep(batch, block_size).to(device)
 
 
 def test_a_mixed_batch_puts_decoding_rows_first():
