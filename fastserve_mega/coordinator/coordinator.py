@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 from msgspec import structs
 
@@ -32,6 +33,7 @@ from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.types import BlockHash, FinishReason, RequestId
 
+_STARTS_LATE = "it has waited for scheduler.max_wait_s: others came that went before it"
 _LISTEN_S = 0.02
 """So long a turn reads what clients send, and twice that until what they left behind has ended; the
 rest waits for the next turn."""
@@ -156,11 +158,13 @@ class Coordinator:
             self._front_door.send(client, Restarting(within_s, reason, suspects))
 
     def _unwanted(self, now: float) -> Iterator[tuple[LiveRequest, FinishReason, str]]:
-        """Requests that must end, and why: of lost clients, and those out of time."""
+        """Requests that must end, and why: of lost clients, and who waits or takes too long."""
         for client, reason in list(self._lost.items()):
             for live in self._requests.of_client(client):
                 yield live, FinishReason.ABORT, reason
             del self._lost[client]
+        for live in chain.from_iterable(each.waiting.late(now) for each in self._replicas):
+            yield live, FinishReason.REJECTED, _STARTS_LATE
         for live in self._requests.take_overdue(now):
             reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
             yield live, FinishReason.TIMEOUT, reason

@@ -169,6 +169,7 @@ class Scheduler:
         if event.request_id in self._requests:
             raise ValueError(f"request {event.request_id} is unfinished and arrived again")
         self._arrivals += 1
+        share = self.fair_share.join(event.client, event.weight, event.priority)
         request = Request(
             request_id=event.request_id,
             num_prompt_tokens=event.num_prompt_tokens,
@@ -179,7 +180,8 @@ class Scheduler:
             oracle_output_tokens=event.oracle_output_tokens,
             expected_output_tokens=event.expected_output_tokens,
             session=event.session,
-            share=self.fair_share.join(event.client, event.weight, event.priority),
+            share=share,
+            num_of_share=share.unfinished,
             offered_at=now,
             waiting_since=now,
         )
