@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 
 from msgspec import structs
 
-from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.admission import PASSED_TOO_LONG, Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.intake import Intake
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
@@ -33,10 +32,8 @@ from fastserve_mega.scheduling.events import StepDone
 from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.types import BlockHash, FinishReason, RequestId
 
-_STARTS_LATE = "it has waited for scheduler.max_wait_s: others came that went before it"
 _LISTEN_S = 0.02
-"""So long a turn reads what clients send, and twice that until what they left behind has ended; the
-rest waits for the next turn."""
+"""So long a turn reads what clients send, and twice that until what they left behind has ended."""
 
 
 class Coordinator:
@@ -163,8 +160,8 @@ class Coordinator:
             for live in self._requests.of_client(client):
                 yield live, FinishReason.ABORT, reason
             del self._lost[client]
-        for live in chain.from_iterable(each.waiting.late(now) for each in self._replicas):
-            yield live, FinishReason.REJECTED, _STARTS_LATE
+        for live in [late for each in self._replicas for late in each.waiting.late(now)]:
+            yield live, FinishReason.REJECTED, PASSED_TOO_LONG
         for live in self._requests.take_overdue(now):
             reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
             yield live, FinishReason.TIMEOUT, reason

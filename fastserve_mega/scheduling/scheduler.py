@@ -169,7 +169,6 @@ class Scheduler:
         if event.request_id in self._requests:
             raise ValueError(f"request {event.request_id} is unfinished and arrived again")
         self._arrivals += 1
-        share = self.fair_share.join(event.client, event.weight, event.priority)
         request = Request(
             request_id=event.request_id,
             num_prompt_tokens=event.num_prompt_tokens,
@@ -180,8 +179,7 @@ class Scheduler:
             oracle_output_tokens=event.oracle_output_tokens,
             expected_output_tokens=event.expected_output_tokens,
             session=event.session,
-            share=share,
-            num_of_share=share.unfinished,
+            share=self.fair_share.join(event.client, event.weight, event.priority),
             offered_at=now,
             waiting_since=now,
         )

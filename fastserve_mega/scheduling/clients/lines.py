@@ -84,6 +84,7 @@ class ClientLines:
     def add(self, request: Request, now: float) -> None:
         """Offer a request that has arrived to the policy, or hold it in its client's line."""
         share, counters = request.share, self._counters
+        request.num_of_share = share.unfinished
         is_over = counters.is_shared and (counters.is_ahead(share) or self._is_full(share))
         if not (share.num_held or is_over):
             self._offer(request, now)
