@@ -14,6 +14,7 @@ from fastserve_mega.types import BACKGROUND_PRIORITY, SamplingParams
 
 MAX_FAILED_ATTEMPTS = 2
 """A request is given up after so many losses in a row."""
+PASSED_TOO_LONG = "it has waited for scheduler.max_wait_s: others came that went before it"
 _PROBATION_S = 60.0
 """Clients submit again what ranks were lost with within this time of the start. Later, nobody can
 make others wait by saying so."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from msgspec import structs
 
-from fastserve_mega.coordinator.admission import Admission
+from fastserve_mega.coordinator.admission import PASSED_TOO_LONG, Admission
 from fastserve_mega.coordinator.front_door import ClientMessage, FrontDoor
 from fastserve_mega.coordinator.intake import Intake
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
@@ -33,8 +33,7 @@ from fastserve_mega.scheduling.placement import Placement
 from fastserve_mega.types import BlockHash, FinishReason, RequestId
 
 _LISTEN_S = 0.02
-"""So long a turn reads what clients send, and twice that until what they left behind has ended; the
-rest waits for the next turn."""
+"""So long a turn reads what clients send, and twice that until what they left behind has ended."""
 
 
 class Coordinator:
@@ -156,11 +155,13 @@ class Coordinator:
             self._front_door.send(client, Restarting(within_s, reason, suspects))
 
     def _unwanted(self, now: float) -> Iterator[tuple[LiveRequest, FinishReason, str]]:
-        """Requests that must end, and why: of lost clients, and those out of time."""
+        """Requests that must end, and why: of lost clients, and who waits or takes too long."""
         for client, reason in list(self._lost.items()):
             for live in self._requests.of_client(client):
                 yield live, FinishReason.ABORT, reason
             del self._lost[client]
+        for live in [late for each in self._replicas for late in each.waiting.late(now)]:
+            yield live, FinishReason.REJECTED, PASSED_TOO_LONG
         for live in self._requests.take_overdue(now):
             reason = f"unfinished after its timeout of {live.submit.timeout_s:g} s"
             yield live, FinishReason.TIMEOUT, reason

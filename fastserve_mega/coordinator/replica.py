@@ -98,7 +98,7 @@ class Replica:
         self.workers = workers
         self._step_timeout_s = step_timeout_s
         self._metrics = metrics
-        self._waiting = WaitingRequests()
+        self.waiting = WaitingRequests()
         self._events: list[Event] = []
         self._steps: deque[DispatchedStep] = deque()
         self._copies: dict[int, _CopyInFlight] = {}
@@ -118,25 +118,33 @@ class Replica:
         """Take a request that was placed here."""
         self.tell(arrived)
         if not _is_background(live):
-            self._waiting.join(now)
+            self.waiting.join()
 
     def abort(self, live: LiveRequest, now: float) -> None:
         """End a request that would go on here."""
         self.tell(Aborted(live.request_id))
         if live.started_at is None and not _is_background(live):
-            self._waiting.leave(now)
+            self.waiting.leave(live, now)
 
     def excess_wait_s(self, live: LiveRequest, max_wait_s: float, now: float) -> float | None:
         """By how many seconds a request that has just come would wait too long; None: it would not.
 
         Work in the background, and what a coordinator before has begun, waits as long as it takes.
+        So does what takes the place of a request that has ended: a client that keeps many under way
+        on purpose goes on, until it asks for more.
         """
         has_begun = live.output or live.submit.failed_attempts or live.started_at is not None
-        request = self.scheduler.find(live.request_id)
-        if has_begun or _is_background(live) or request is None:
+        request, fair_share = self.scheduler.find(live.request_id), self.scheduler.fair_share
+        if has_begun or _is_background(live) or request is None or fair_share.replaces(request):
             return None
-        ahead = self.scheduler.fair_share.lines.num_ahead(request)
-        return self._waiting.excess_s(ahead, max_wait_s, now)
+        if pace_s := self.waiting.pace_s(max_wait_s, now):
+            wait_s = fair_share.lines.expected_wait_s(request, pace_s)
+            if wait_s > max_wait_s:
+                fair_share.turn_away(request)
+                return wait_s - max_wait_s
+            self.waiting.expect(live, now + max_wait_s)
+        fair_share.let_in(request)
+        return None
 
     def take_events(self) -> Sequence[Event]:
         """What the scheduler has not been told yet."""
@@ -169,13 +177,14 @@ class Replica:
                 started.append(live.sequence_start)
                 live.begin(piece.start, now)
                 if not _is_background(live):
-                    self._waiting.start(now)
+                    self.waiting.start(live)
                 self._metrics.requests.observe_start(now - live.arrived_at)
             elif live.away is not None:
                 live.come_back(now)
         if batch:
             embedding = [live for live in sampling if live.params.embeds]
             self._steps.append(DispatchedStep(plan, now, batch, sampling, embedding))
+            self.waiting.end_step(now)
         for copy in plan.copies:
             self._copies[copy.copy_id] = _CopyInFlight(copy, now, set(self.workers.ranks))
         self.workers.dispatch(StepCommand(plan, tuple(token_ids), tuple(started)))

@@ -183,6 +183,10 @@ class ClientShare:
     """Tokens it was served, over its weight."""
     unfinished: int = 0
     """Its requests."""
+    most_at_once: int = 0
+    """So many of them have been let in at the same time."""
+    was_turned_away: bool = False
+    """It asked for more than that, which would have waited too long."""
     offered: dict[Request, None] = field(default_factory=dict)
     """Those that the policy has and that have not run, the oldest first."""
     num_held: int = 0
@@ -224,6 +228,8 @@ class Request:
     """Requests of its client with the same one share the service they attained; empty is none."""
     share: ClientShare = field(default_factory=ClientShare)
     """Its client's."""
+    num_of_share: int = 1
+    """So many unfinished requests its client had when it came, itself included."""
     turn: Turn = Turn.OFFERED
     """Written by `FairShare` only."""
     offered_at: float = 0.0

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import httpx
 import zmq
-import zmq.asyncio
 
 from fastserve_mega.client import AsyncClient, ServerBusyError
 from fastserve_mega.drill.drill import serving
@@ -47,8 +46,14 @@ _STEADY_SHARE = 0.8
 BYTES_OF_A_TOKEN, BYTES_OF_A_REQUEST = 6, 4_000
 """What a queued request may take (docs/reliability.md)."""
 _LIMITS = ("max_queued_tokens", "max_queued_requests", "max_wait_s")
-_ROOM = ("scheduler.max_batch_size=128",)
-"""For `crowds`: all run at once, so that what differs is the connections."""
+_QUIET_S = 5.0
+_LONG_NAME = "m" * 2000
+_SETTINGS = {
+    # All run at once, so that what differs is the connections; and what they do not read is more
+    # than the system takes from the server for them.
+    "crowds": ("scheduler.max_batch_size=128", f"model.served_name={_LONG_NAME}"),
+    "queue": ("scheduler.max_wait_s=null",),
+}
 
 
 def resident_mb(served: Served) -> dict[str, float]:
@@ -121,52 +126,64 @@ async def crowds(served: Served, _: argparse.Namespace) -> list[Figure]:
     ]
 
 
+def flood(served: Served, count: int) -> tuple[Counter[str], float]:
+    """Send so many requests with long prompts as fast as they are read.
+
+    Returns how they ended until nothing was refused for a while, those that were taken go on, and
+    the largest memory of the coordinator, MB.
+    """
+    context = zmq.Context()
+    door = context.socket(zmq.DEALER)
+    frames.connect(door, served.endpoint)
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    ends, most = Counter[str](), 0.0
+
+    def take(wait_ms: int) -> bool:
+        """Read what is there; whether something was refused."""
+        refused = False
+        while door.poll(0 if refused else wait_ms):
+            message = frames.decode(door.recv())
+            if isinstance(message, messages.Finished):
+                limits = [each for each in _LIMITS if each in message.message]
+                ends[f"refused by {limits[0]}" if limits else message.reason.value] += 1
+                refused |= bool(limits)
+        return refused
+
+    for number in range(count):
+        prompt = (number % 40_000, *range(1, LONG_PROMPT))
+        door.send(frames.encode(messages.Submit(RequestId(f"q{number}"), prompt, params)))
+        take(0)
+        if number % 1000 == 0:
+            most = max(most, resident_mb(served)["coordinator"])
+    last = time.monotonic()
+    while time.monotonic() < last + _QUIET_S:
+        if take(100):
+            last = time.monotonic()
+    most = max(most, resident_mb(served)["coordinator"])
+    context.destroy(linger=0)
+    return ends, most
+
+
 async def queue(served: Served, options: argparse.Namespace) -> list[Figure]:
     """So many requests with long prompts; most have to be refused, by their tokens."""
-    context = zmq.asyncio.Context()
-    door = context.socket(zmq.DEALER)
-    door.setsockopt(zmq.LINGER, 0)
-    frames.connect(door, served.endpoint)
-    before, most, ends = resident_mb(served), 0.0, Counter[str]()
-    last = time.monotonic()
-
-    async def send() -> None:
-        params = SamplingParams(max_tokens=16, ignore_eos=True)
-        for number in range(options.queued):
-            prompt = (number % 40_000, *range(1, LONG_PROMPT))
-            await door.send(frames.encode(messages.Submit(RequestId(f"q{number}"), prompt, params)))
-
-    sending = asyncio.create_task(send())
-    while not sending.done() or time.monotonic() < last + 10:
-        try:
-            message = frames.decode(await asyncio.wait_for(door.recv(), 1))
-        except TimeoutError:
-            continue
-        if isinstance(message, messages.Finished):
-            last = time.monotonic()
-            # Those that were taken go on, and are not waited for.
-            limits = [each for each in _LIMITS if each in message.message]
-            ends[f"refused by {limits[0]}" if limits else message.reason.value] += 1
-        if sum(ends.values()) % 1000 == 0:
-            most = max(most, resident_mb(served)["coordinator"])
-    sending.cancel()
-    during = resident_mb(served)["coordinator"]
-    context.destroy(linger=0)
+    before, begin = resident_mb(served)["coordinator"], time.monotonic()
+    ends, most = await asyncio.to_thread(flood, served, options.queued)
+    seconds = time.monotonic() - begin
     async with AsyncClient(served.endpoint) as client:
         generation = await client.submit([1, 2], SamplingParams(max_tokens=4, ignore_eos=True))
         await asyncio.wait_for(generation.wait(), 120)
     print(
-        f"{options.queued} requests of {LONG_PROMPT} tokens: {dict(ends)}; coordinator "
-        f"{before['coordinator']:.0f} MB before, {max(most, during):.0f} at most, "
+        f"{options.queued} requests of {LONG_PROMPT} tokens in {seconds:.0f} s: {dict(ends)}; "
+        f"coordinator {before:.0f} MB before, {most:.0f} at most, "
         f"{resident_mb(served)['coordinator']:.0f} after they went away"
     )
-    bounds = load_config(options.config, options.set).scheduler
+    limits = load_config(options.config, options.set).scheduler
     taken = options.queued - sum(ends[f"refused by {each}"] for each in _LIMITS)
-    bound = (BYTES_OF_A_TOKEN * bounds.max_queued_tokens + BYTES_OF_A_REQUEST * taken) / 1e6
-    grown = max(most, during) - before["coordinator"]
+    bound = BYTES_OF_A_TOKEN * limits.max_queued_tokens
+    bound += BYTES_OF_A_REQUEST * limits.max_queued_requests
     return [
-        Figure("requests not refused", taken, 2 * bounds.max_queued_tokens / LONG_PROMPT),
-        Figure("MB that the coordinator grew by", grown, bound),
+        Figure("requests not refused", taken, 2 * limits.max_queued_tokens / LONG_PROMPT),
+        Figure("MB that the coordinator grew by", most - before, bound / 1e6),
     ]
 
 
@@ -252,7 +269,7 @@ def main() -> int:
     options = parser.parse_args()
     figures: list[Figure] = []
     for part in options.parts:
-        sets = [*(_ROOM if part == "crowds" else ()), *options.set]
+        sets = [*_SETTINGS.get(part, ()), *options.set]
         words = [word for value in sets for word in ("--set", value)]
         config = load_config(options.config, sets)
         with serving(config, ["--config", options.config, *words], "fake") as served:

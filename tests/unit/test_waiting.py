@@ -4,76 +4,104 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from test_coordinator_turn import World, submit
 
 from fastserve_mega.coordinator.waiting import WaitingRequests
-from fastserve_mega.messaging.messages import Finished, Submit, Tokens
+from fastserve_mega.messaging.messages import Cancel, Finished, Message, Submit, Tokens
 from fastserve_mega.messaging.rank_messages import StepResult
 from fastserve_mega.system.config import SchedulerConfig
 from fastserve_mega.types import BACKGROUND_PRIORITY, FinishReason, SamplingParams
 
 
-def standing(waiting: WaitingRequests, starts: int, interval_s: float) -> float:
-    """Let so many start, one after the other, while others wait; return the time after that."""
-    for _ in range(starts + 1):
-        waiting.join(0.0)
-    for number in range(starts):
-        waiting.start((number + 1) * interval_s)
-    return starts * interval_s
+class Queue:
+    """Requests of which one starts in each step, while others wait."""
+
+    def __init__(self, starts: int, interval_s: float):
+        self.waiting, self.now = WaitingRequests(), 0.0
+        for _ in range(starts + 2):
+            self.waiting.join()
+        for _ in range(starts + 1):
+            self.start_one(interval_s)
+
+    def start_one(self, interval_s: float):
+        self.now += interval_s
+        self.waiting.start(None)
+        self.waiting.end_step(self.now)
 
 
-def test_the_wait_is_what_those_ahead_take_at_the_rate_at_which_requests_start():
-    waiting = WaitingRequests()
-    now = standing(waiting, starts=100, interval_s=0.5)
-    # 100 places and its own, half a second each; the rate is known to one start in a hundred.
-    assert waiting.excess_s(100, 30.0, now) == pytest.approx(50.5 - 30.0, abs=2.0)
-    assert waiting.excess_s(50, 30.0, now) is None
+def test_the_pace_is_that_of_the_starts_while_others_wait():
+    queue = Queue(starts=100, interval_s=0.5)
+    assert queue.waiting.pace_s(10.0, queue.now) == pytest.approx(0.5, rel=0.02)
 
 
-def test_a_rate_is_measured_only_while_somebody_waits():
-    waiting = WaitingRequests()
-    now = standing(waiting, starts=100, interval_s=0.1)
-    waiting.leave(now)
-    later = now + 10_000.0
-    waiting.join(later)
-    # 12 s of waiting with 100 starts.
-    assert waiting.excess_s(1000, 10.0, later + 2.0) == pytest.approx(120.0 - 10.0, rel=0.05)
+def test_who_starts_at_once_says_nothing_of_the_pace():
+    queue = Queue(starts=100, interval_s=0.5)
+    queue.start_one(0.5)  # the last one that waited
+    for _ in range(10_000):
+        queue.waiting.join()
+        queue.start_one(0.001)
+    for _ in range(100):
+        queue.waiting.join()
+    queue.start_one(0.001)
+    assert queue.waiting.pace_s(1.0, queue.now + 0.1) == pytest.approx(0.5, rel=0.05)
 
 
-def test_a_burst_is_taken_whatever_it_is():
-    waiting = WaitingRequests()
-    now = standing(waiting, starts=100, interval_s=0.1)
-    waiting.leave(now)
-    waiting.join(now + 60.0)
-    assert waiting.excess_s(1_000_000, 10.0, now + 60.9) is None
-    assert waiting.excess_s(1_000_000, 10.0, now + 61.1) is not None
+def test_time_in_which_nobody_waits_does_not_count():
+    queue = Queue(starts=100, interval_s=0.1)
+    queue.waiting.leave(None, queue.now)
+    queue.now += 10_000.0
+    for _ in range(30):
+        queue.waiting.join()
+    for _ in range(20):
+        queue.start_one(0.1)
+    assert queue.waiting.pace_s(10.0, queue.now) == pytest.approx(0.1, rel=0.05)
 
 
-def test_nobody_is_refused_before_the_rate_is_known_nor_when_nobody_is_ahead():
-    waiting = WaitingRequests()
-    now = standing(waiting, starts=15, interval_s=10.0)
-    assert waiting.excess_s(1000, 1.0, now) is None
-    waiting.start(now)
-    assert waiting.excess_s(0, 1.0, now) is None
+def test_a_burst_after_a_calm_is_taken_whatever_it_is():
+    queue = Queue(starts=100, interval_s=0.1)
+    assert queue.waiting.pace_s(10.0, queue.now) is not None
+    queue.waiting.leave(None, queue.now)
+    for calm_s, is_burst in ((0.5, False), (1.1, True)):
+        for _ in range(30):
+            queue.waiting.join()
+        queue.start_one(calm_s)
+        assert (queue.waiting.pace_s(10.0, queue.now + 0.9) is None) is is_burst
+        assert queue.waiting.pace_s(10.0, queue.now + 1.1) is not None
+        for _ in range(29):
+            queue.waiting.leave(None, queue.now)
 
 
-def test_a_step_that_takes_long_makes_no_wait_endless():
-    waiting = WaitingRequests()
-    now = standing(waiting, starts=16, interval_s=0.1)
-    excess_s = waiting.excess_s(1, 10.0, now + 3600.0)
-    assert excess_s is not None
-    assert excess_s < 2 * 3700.0
+def test_nobody_is_refused_before_the_pace_is_known():
+    queue = Queue(starts=3, interval_s=10.0)
+    assert queue.waiting.pace_s(40.0, queue.now) is None
+    assert queue.waiting.pace_s(40.0, queue.now + 20.0) == pytest.approx(50.0 / 4, rel=0.1)
+    queue.waiting.join()
+    queue.start_one(10.0)
+    assert queue.waiting.pace_s(40.0, queue.now) is not None
+
+
+def test_a_step_that_takes_long_makes_no_pace_endless():
+    queue = Queue(starts=4, interval_s=0.1)
+    pace_s = queue.waiting.pace_s(10.0, queue.now + 3600.0)
+    assert pace_s is not None
+    assert pace_s < 3700.0
 
 
 class Overloaded(World):
-    """Requests of one token, one a step of a second, of which many wait already."""
+    """Requests of one token, one a step of a second: 40 wait, and their client asked for more."""
 
     def __init__(self, policy="fcfs", max_wait_s=10.0):
         super().__init__(SchedulerConfig(policy=policy, max_batch_size=1), max_wait_s=max_wait_s)
         self.turn(*[submit(f"first-{number}", max_tokens=1) for number in range(60)])
         self.step_id = 0
+        for _ in range(20):
+            self.pass_second()
+        rejected = self.rejected(*[submit(f"more-{n}", max_tokens=1) for n in range(22)])
+        assert [each.request_id for each in rejected] == ["more-21"]
         for _ in range(20):
             self.pass_second()
 
@@ -115,8 +143,8 @@ def test_what_was_rejected_leaves_nothing_behind():
     scheduler = world.coordinator._replicas[0].scheduler
     assert (world.coordinator.num_unfinished, scheduler.unfinished) == (0, 0)
     assert scheduler.memory.device.free_count == scheduler.memory.device.capacity
-    assert 'finished_total{finish_reason="rejected"} 9.0' in world.metrics.render()
-    assert "prompt_tokens_total 120.0" in world.metrics.render()
+    assert 'finished_total{finish_reason="rejected"} 10.0' in world.metrics.render()
+    assert "prompt_tokens_total 162.0" in world.metrics.render()
 
 
 @pytest.mark.parametrize(
@@ -138,47 +166,105 @@ def test_a_short_request_that_passes_the_others_is_let_in():
     long = [Submit(f"long-{n}", (5,) * 40, SamplingParams(max_tokens=20)) for n in range(10)]
     world = World(SchedulerConfig(policy="paced", max_batch_size=1), max_wait_s=1.0)
     world.turn(*long[:9])
-    waiting = world.coordinator._replicas[0]._waiting
-    for _ in range(50):  # so that the rate is known
-        waiting.join(9.0)
-        waiting.start(9.0)
-    world.now = 9.0
+    waiting = world.coordinator._replicas[0].waiting
+    for _ in range(50):  # so that the pace is known
+        waiting.join()
+        waiting.start(None)
+        world.now += 0.2
+        waiting.end_step(world.now)
     short = submit("short", max_tokens=1)
     ends = [each for each in world.turn(short, long[9]) if isinstance(each, Finished)]
     assert [each.request_id for each in ends] == ["long-9"]
 
 
-def first_waits(policy: str, max_wait_s: float, load: float) -> tuple[list[float], int]:
-    """Poisson arrivals for 10 s at ranks whose steps take 20 ms and have 16 places.
+@pytest.mark.parametrize("policy", ["fcfs", "skip_join_mlfq", "paced"])
+def test_a_client_that_keeps_many_under_way_is_not_rejected_until_it_asks_for_more(policy):
+    config = SchedulerConfig(policy=policy, max_batch_size=2)
+    world, number, result = World(config, blocks=4096, max_wait_s=5.0), 0, None
+    wanted, outcomes = 100, Counter[FinishReason]()
+    while number < 400:
+        messages = [submit(f"r{number + each}", max_tokens=4) for each in range(wanted)]
+        number, wanted, log = number + wanted, 0, world.turn(*messages, result=result)
+        for each in log:
+            match each:
+                case Finished():
+                    outcomes[each.reason] += 1
+                    wanted += 1
+                case ("dispatch", step_id, token_ids):
+                    result = StepResult(step_id, (7,) * len(token_ids))
+        world.now += 0.1
+    assert outcomes.keys() == {FinishReason.LENGTH}
+    world.turn(*[submit(f"r{number + each}") for each in range(wanted)], result=result)
+    log = world.turn(*[submit(f"more-{each}") for each in range(100)])
+    assert FinishReason.REJECTED in [each.reason for each in log if isinstance(each, Finished)]
 
-    Returns how long those that were let in waited for their first token, and all tokens.
+
+def test_who_was_expected_to_start_and_is_passed_all_the_time_is_told_so():
+    world = Overloaded()
+    for _ in range(35):
+        world.pass_second()
+    assert not world.rejected(submit("late", max_tokens=1))
+    urgent = [
+        Submit(f"u{n}", (5, 6), SamplingParams(max_tokens=1), priority=-10) for n in range(30)
+    ]
+    ends = {second: world.rejected(urgent[second]) for second in range(1, 12)}
+    (late,) = ends.pop(10)
+    assert not any(ends.values())
+    assert (late.request_id, late.message) == (
+        "late",
+        "it has waited for scheduler.max_wait_s: others came that went before it",
+    )
+
+
+def first_waits(
+    policy: str, max_wait_s: float, loads: Sequence[float]
+) -> tuple[list[list[float]], int]:
+    """Poisson arrivals for 10 s of each load at ranks whose steps take 20 ms and have 16 places.
+
+    A tenth is cancelled when it has half of its answer. Returns for each load how long those that
+    got their first token waited for it; and how many tokens there were in all.
     """
     config = SchedulerConfig(policy=policy, max_batch_size=16)
     world, draw = World(config, blocks=4096, max_wait_s=max_wait_s), random.Random(1)
     came: dict[str, float] = {}
-    waits, tokens, at_s, result = [], 0, 0.0, None
-    while world.now < 10.0:
-        messages = []
+    waits: list[list[float]] = [[] for _ in loads]
+    tokens, at_s, result, leaving = 0, 0.0, None, set[str]()
+    while (part := int(world.now / 10.0)) < len(loads):
+        messages: list[Message] = [Cancel(name) for name in leaving]
+        leaving.clear()
         while at_s <= world.now:
             came[name := f"r{len(came)}"] = at_s
-            messages.append(submit(name, max_tokens=32))
-            at_s += draw.expovariate(load * 16 / 0.02 / 32)
+            messages.append(submit(name, max_tokens=32, ignore_eos=True))
+            at_s += draw.expovariate(loads[part] * 16 / 0.02 / 32)
         result, log = None, world.turn(*messages, result=result)
         for each in log:
             match each:
                 case Tokens():
                     tokens += 1
                     if each.offset == 0:
-                        waits.append(world.now - came[each.request_id])
+                        waits[part].append(world.now - came[each.request_id])
+                    if each.offset == 16 and each.request_id.endswith("7"):
+                        leaving.add(each.request_id)
                 case ("dispatch", step_id, token_ids):
                     result = StepResult(step_id, (7,) * len(token_ids))
         world.now += 0.02
     return waits, tokens
 
 
+def p95(waits: list[float]) -> float:
+    return statistics.quantiles(waits, n=20)[-1]
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "skip_join_mlfq", "paced"])
 def test_the_limit_holds_under_overload_and_costs_no_throughput(policy):
-    _, tokens = first_waits(policy, float("inf"), load=3.0)
-    waits, limited = first_waits(policy, 0.1, load=3.0)
-    assert statistics.quantiles(waits, n=20)[-1] < 0.5
-    assert limited > 0.97 * tokens
+    _, tokens = first_waits(policy, float("inf"), (0.8, 3.0))
+    (easy, hard), limited = first_waits(policy, 0.1, (0.8, 3.0))
+    assert p95(hard) < 0.15
+    assert p95(hard) < 2 * max(p95(easy), 0.07)  # four steps: no shorter wait was asked for
+    assert limited > 0.95 * tokens
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "skip_join_mlfq", "paced"])
+def test_a_limit_of_seconds_holds_from_the_first_request_on(policy):
+    (waits,), _ = first_waits(policy, 2.0, (3.0,))
+    assert max(waits) < 3.0

@@ -89,6 +89,23 @@ class FairShare:
             client, weight = _BACKGROUND, _BACKGROUND_WEIGHT
         return self.counters.join(client, weight)
 
+    def replaces(self, request: Request) -> bool:
+        """Whether a request that has just come takes the place of one that has ended.
+
+        Of a client that was turned away none does.
+        """
+        share = request.share
+        return request.num_of_share <= share.most_at_once and not share.was_turned_away
+
+    def let_in(self, request: Request) -> None:
+        """Take in that a request may wait."""
+        share = request.share
+        share.most_at_once = max(share.most_at_once, request.num_of_share)
+
+    def turn_away(self, request: Request) -> None:
+        """Take in that a request may not."""
+        request.share.was_turned_away = True
+
     def end(self, request: Request) -> None:
         """Take in the end of a request, which is in no queue any more."""
         self.lines.end(request)

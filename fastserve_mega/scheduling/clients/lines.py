@@ -61,17 +61,21 @@ class ClientLines:
                 break
         return found[:count]
 
-    def num_ahead(self, request: Request) -> int:
-        """Return how many are to be started before a request that has just come.
+    def expected_wait_s(self, request: Request, pace_s: float) -> float:
+        """Return how long a request that has just come will wait for its start, in seconds.
 
         Where it waits in a line, the clients take turns, and all of them are about as far as its
         own when it is its turn.
+
+        Args:
+            request: waits for its first step.
+            pace_s: from one start to the next while requests wait.
         """
         if request.turn is not Turn.HELD:
-            return self._policy.num_ahead(request)
+            return self._policy.expected_wait_s(request, pace_s)
         share, waiting = request.share, self._queues.count(Place.WAITING) + self.num_held - 1
         own = share.num_held - 1 + len(share.offered)
-        return min(round(own * self._counters.weights / share.weight), waiting)
+        return pace_s * (1 + min(round(own * self._counters.weights / share.weight), waiting))
 
     def first(self) -> ClientShare | None:
         """Return the client with the lowest counter of those that have a line."""
@@ -80,6 +84,7 @@ class ClientLines:
     def add(self, request: Request, now: float) -> None:
         """Offer a request that has arrived to the policy, or hold it in its client's line."""
         share, counters = request.share, self._counters
+        request.num_of_share = share.unfinished
         is_over = counters.is_shared and (counters.is_ahead(share) or self._is_full(share))
         if not (share.num_held or is_over):
             self._offer(request, now)

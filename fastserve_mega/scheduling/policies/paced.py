@@ -19,6 +19,8 @@ _LEAD = 1.5
 """A deadline is near when it is fewer steps away than this."""
 _MUCH = 2.0
 """Who makes more work by this factor is passed by a newcomer."""
+_LEAST_LATE = 0.1
+"""Who cannot be in time gets this share of the starts at least: that of the starved."""
 _NOT_STARTED_S = 1e6
 """Estimated time until a request runs that there is no place for."""
 
@@ -115,11 +117,14 @@ class Paced(Policy):
         deadlines = (self._pausing.next_deadline(now), self._triage.next_deadline(now))
         return min((each for each in deadlines if each is not None), default=None)
 
-    def num_ahead(self, request: Request) -> int:
+    def expected_wait_s(self, request: Request, pace_s: float) -> float:
         # Estimates drift, so what is about as much work is taken in turn and not pushed aside.
         longer_s = _MUCH * self._readers[request].cost_s
+        ahead = self._triage.num_in_time_before(request, longer_s)
+        if ahead is not None and pace_s * (ahead + 1) <= self.config.paced.ttft_s:
+            return pace_s * (ahead + 1) if ahead else 0.0
         below = self.queues.num_waiting_below((Standing.LATE, request.priority, longer_s))
-        return below - 1  # itself
+        return pace_s * (below - 1) / max(self._triage.late_share, _LEAST_LATE)
 
     def enst(self, now: float) -> Callable[[Request], float]:
         """Return what estimates the time until a request runs: until it has to."""

@@ -87,9 +87,15 @@ class Policy(ABC):
         """
         return _at_once
 
-    def num_ahead(self, request: Request) -> int:
-        """Return how many of those who wait will have started when a newcomer does."""
-        return self.queues.num_waiting_before(request)
+    def expected_wait_s(self, request: Request, pace_s: float) -> float:
+        """Return how long a newcomer will wait for its start, in seconds; 0 for who comes first.
+
+        Args:
+            request: waits for its first step.
+            pace_s: from one start to the next while requests wait.
+        """
+        ahead = self.queues.num_waiting_before(request)
+        return pace_s * (ahead + 1) if ahead else 0.0
 
     # --- for the KV planner; no policy has to define these ---------------------------------------
 

@@ -21,6 +21,7 @@ _USED_WITH_HOST = 0.7
 """So much less while KV moves between device and host: who is copied does not run."""
 _STARVED_SHARE = 0.1
 """Share of the time that is for the starved."""
+_SMOOTHING = 0.05
 _LARGER = 2.0
 """An answer is given up for a request that makes less work by this factor."""
 _CRUMB = 0.1
@@ -75,6 +76,8 @@ class Triage:
         self._num_given_up = 0
         self._next_starved_s = 0.0
         """From when on the starved have had less than their share."""
+        self.late_share = 1.0
+        """Lately, of those who began while others could not be in time: how many could not."""
 
     def add(self, request: Request) -> None:
         """Take in a request that arrived."""
@@ -83,6 +86,9 @@ class Triage:
 
     def began(self, request: Request, now: float) -> None:
         """Take in that a request has its first token."""
+        if self._queues.count(Place.WAITING) > len(self._in_time):
+            is_late = request not in self._in_time
+            self.late_share += _SMOOTHING * (is_late - self.late_share)
         self._in_time.pop(request, None)
         if request is self._lifted:
             self._lifted = None
@@ -113,6 +119,19 @@ class Triage:
         if request in self._stream_of:
             self._take_place(request)
         self._num_given_up -= reader.is_given_up
+
+    def num_in_time_before(self, newcomer: Request, longer_s: float) -> int | None:
+        """Return how many get their places before a newcomer; None: it cannot be in time.
+
+        Those who make more work than `longer_s` come after it; of very many it is not known who.
+        """
+        if newcomer not in self._in_time:
+            return None
+        readers, last = self._readers, (newcomer.priority, longer_s)
+        if len(self._in_time) > _LOOKED_AT:
+            return len(self._in_time)
+        ranks = ((each.priority, readers[each].cost_s) for each in self._in_time)
+        return sum(rank < last for rank in ranks) - 1  # itself
 
     def next_deadline(self, now: float) -> float | None:
         """Return when the next request starves; None for never."""
