@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -67,6 +68,7 @@ GROUPS: tuple[Group, ...] = (
     Group("be a part of it, for launchers", (worker.COMMAND, coordinator.COMMAND)),
     Group("the shell", (completion.COMMAND,)),
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _INTERRUPTED = 130
 """What a shell says of a program that Ctrl-C has ended."""
 _FIRST_STEPS = """\
@@ -89,6 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         discard_output()  # its reader wants no more, as `head`
+        return 1
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        discard_output()
+        print(f"fastserve-mega: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 1
     return status
 

@@ -28,6 +28,8 @@ _OTHER_FILES = 100
 _RESERVED_FILES = _OTHER_FILES + 4 * ACCEPTED_AT_ONCE
 """A connection too many is open for up to four turns: accepted, made, refused, closed."""
 _MOST_CONNECTIONS = 10_000
+_READS_ON_S = 1.0
+"""How long an answer may take for a client that has closed its end for writing."""
 _ACCEPT_ERROR = "socket.accept() out of system resource"
 """What asyncio says, once for each connection, when no more files can be opened."""
 _FULL = (
@@ -71,7 +73,10 @@ def allow_connections(wanted: int | None) -> int:
 
 
 class _BoundedPieces(h11.Connection):
-    """Refuses a body in ever so small chunks: each of them costs as much as a large one."""
+    """Refuses a body in ever so small chunks: each of them costs as much as a large one.
+
+    A target with scheme and host, as for a proxy, becomes the path in it (RFC 9112, 3.2.2).
+    """
 
     complaint = ""
     _pieces = 0
@@ -81,6 +86,9 @@ class _BoundedPieces(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._pieces = self._bytes = 0
+            if event.target.lower().startswith((b"http://", b"https://")):
+                _, _, host_and_path = event.target.partition(b"://")
+                event = _with_target(event, b"/" + host_and_path.partition(b"/")[2])
         elif isinstance(event, h11.Data):
             self._pieces += 1
             self._bytes += len(event.data)
@@ -90,6 +98,15 @@ class _BoundedPieces(h11.Connection):
                 )
                 raise h11.RemoteProtocolError(self.complaint)
         return event
+
+
+def _with_target(request: h11.Request, target: bytes) -> h11.Request:
+    return h11.Request(
+        method=request.method,
+        headers=list(request.headers),
+        target=target,
+        http_version=request.http_version,
+    )
 
 
 class BoundedConnection(H11Protocol):
@@ -121,6 +138,19 @@ class BoundedConnection(H11Protocol):
             self._unwanted += len(data)
             if self._unwanted > _MOST_UNWANTED:
                 self.transport.abort()  # close would read on
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # as asyncio has it
+        """Let a client that has no more to say read its answer, if that comes at once.
+
+        One that has gone looks the same: nobody computes for it for longer.
+
+        Returns:
+            Whether the connection stays open for now.
+        """
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if is_answering:
+            self.loop.call_later(_READS_ON_S, self.transport.close)
+        return is_answering
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

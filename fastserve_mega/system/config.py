@@ -11,6 +11,9 @@ from msgspec import Meta, field
 from fastserve_mega.records import Count, Fraction, PositiveFloat, PositiveInt, Record
 from fastserve_mega.system.hardware import HardwareConfig
 
+TimeLimit = Annotated[float, Meta(gt=0, le=1e6)]
+"""Seconds; eleven days are as good as no limit, and libzmq and torch count up to it."""
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -81,7 +84,7 @@ class ParallelConfig(Record, frozen=True, kw_only=True):
     coordinator plans the next one. With the native step, which stops when the plan says anything
     else; where coordinator and clients share its cores it brings nothing (docs/performance.md). And
     with the kernels of GPUs, which have the next step before the host knows the tokens."""
-    timeout_s: PositiveFloat = 120.0
+    timeout_s: TimeLimit = 120.0
     """Longest wait of a rank for another one before it gives up."""
 
     def __post_init__(self) -> None:
@@ -255,15 +258,15 @@ class CoordinatorConfig(Record, frozen=True, kw_only=True):
     connect to client_endpoint, and what is sent there is encrypted. None lets everybody in."""
     worker_endpoint: str = "tcp://127.0.0.1:0"
     """ZeroMQ address for the ranks; port 0 picks a free one, told to the ranks over MPI."""
-    startup_timeout_s: PositiveFloat = 600.0
+    startup_timeout_s: TimeLimit = 600.0
     """Longest wait for all ranks to have loaded the model."""
-    step_timeout_s: PositiveFloat = 120.0
+    step_timeout_s: TimeLimit = 120.0
     """Longest wait for a dispatched step; then the workers are taken for lost."""
     client_buffer_messages: PositiveInt = 10_000
     """Unsent messages held per client; a slower reader's requests are aborted."""
-    client_timeout_s: PositiveFloat = 30.0
+    client_timeout_s: TimeLimit = 30.0
     """A client silent for this long is taken for gone and its requests are aborted."""
-    drain_timeout_s: PositiveFloat = 5.0
+    drain_timeout_s: TimeLimit = 5.0
     """On SIGTERM, how long running requests may go on before they end with `error`."""
     event_log: str | None = None
     """File for everything the scheduler is told and answers, for `fastserve-mega replay`; ~ is
@@ -314,9 +317,9 @@ class SupervisorConfig(Record, frozen=True, kw_only=True):
     max_restarts: Count = 50
     """So often within restart_window_s; a loss after that ends everything. Waits between attempts
     in vain grow to 30 s."""
-    restart_window_s: PositiveFloat = 600.0
+    restart_window_s: TimeLimit = 600.0
     """Time in which restarts are counted."""
-    hang_limit_s: PositiveFloat = 8.0
+    hang_limit_s: TimeLimit = 8.0
     """A coordinator or HTTP server that has answered nothing for so long, and any process that a
     signal has stopped for so long, is killed and started again. A rank whose connection is silent
     for so long is lost, whoever has started it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +69,10 @@ def load_yaml(
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML's own would take the last."""
+    """Refuses a key that is there twice, of which YAML's own would take the last.
+
+    It takes 1e-3 for a number as well, which YAML 1.1 has as a text.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -79,6 +83,11 @@ class _Loader(yaml.SafeLoader):
                     raise ValueError(f"{key.value!r} is there a second time in line {line}")
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile("[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _parse(text: str) -> Any:

@@ -148,6 +148,32 @@ def test_a_whole_request_may_be_answered_for_as_long_as_it_takes(connect):
     assert not transport.closed
 
 
+def test_a_client_that_has_no_more_to_say_may_read_for_a_moment(connect):
+    made, transport = connect()
+    assert not made.eof_received()  # nothing is asked
+    made.data_received(HEAD + b"12345")
+    assert made.eof_received()
+    connect.loop.advance(0.9)
+    assert not transport.closed
+    connect.loop.advance(0.1)
+    assert transport.closed
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "query"),
+    [
+        (b"http://127.0.0.1:8000/v1/models?a=/", "/v1/models", b"a=/"),
+        (b"HTTPS://x/http://y", "/http://y", b""),
+        (b"http://x", "/", b""),
+        (b"/http://x", "/http://x", b""),
+    ],
+)
+def test_a_target_with_a_host_is_the_path_in_it(connect, target, path, query):
+    made, _ = connect()
+    made.data_received(b"GET " + target + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (made.scope["path"], made.scope["query_string"]) == (path, query)
+
+
 def test_one_more_takes_the_place_of_the_one_that_was_idle_longest(connect):
     busy, _ = connect()
     busy.data_received(HEAD + b"12345")

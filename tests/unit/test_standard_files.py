@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CLOSED = """
 import os, sys
 os.closerange(0, 3)
@@ -53,3 +55,12 @@ def test_a_locale_without_a_letter_gets_an_escape():
         env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
     )
     assert child.stdout == b"mod\\xe8le\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_is_said_in_a_sentence():
+    command = [sys.executable, "-m", "fastserve_mega", "completion", "bash"]
+    with open("/dev/full", "wb") as full:
+        child = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    said = b"fastserve-mega: output: No space left on device\n"
+    assert (child.returncode, child.stderr) == (1, said)

@@ -33,6 +33,9 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
     path = write(tmp_path, "model: {path: /m}")
     config = load_config(path, ["scheduler.mlfq.levels=3", "kv_cache.device_blocks=null"])
     assert config.scheduler.mlfq.levels == 3
+    assert (
+        load_config(path, ["coordinator.drain_timeout_s=1e-3"]).coordinator.drain_timeout_s == 1e-3
+    )
     assert config.kv_cache.device_blocks is None
     assert config.model == ModelConfig(path="/m")
 
@@ -94,6 +97,11 @@ def test_overrides_are_yaml_and_reach_any_depth(tmp_path):
             "model: {path: /m}\nkv_cache: {host_memory_gb: .inf}",
             None,
             "kv_cache.host_memory_gb must be a finite number, got inf",
+        ),
+        (
+            "model: {path: /m}",
+            "supervisor.hang_limit_s=1e12",
+            "supervisor.hang_limit_s must be above 0 and at most 1000000.0, got 1000000000000.0",
         ),
         ("model: {path: /m}", "supervisor.hang_limit_s=-.inf", "must be a finite number, got -inf"),
     ],
