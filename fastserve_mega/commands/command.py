@@ -266,17 +266,20 @@ def load_deployment(options: argparse.Namespace, *, weights: bool = False) -> Co
     Args:
         options: of the command line.
         weights: whether this machine's ranks are to compute it: then it must be possible to split
-            it among them.
+            it among them, and its weights must be there.
     """
     from fastserve_mega.models.architecture import load_architecture
     from fastserve_mega.system.locate import resolve_model
     from fastserve_mega.system.partition import check_partition
+    from fastserve_mega.system.stored_tensors import check_tensors
 
     def read(path: str | None, overrides: Sequence[str]) -> Config:
         config = load_config(path, overrides)
         config = structs.replace(config, model=resolve_model(config.model, weights=weights))
         if weights:
-            check_partition(load_architecture(config.model.directory), config.parallel)
+            architecture = load_architecture(config.model.directory)
+            check_partition(architecture, config.parallel)
+            check_tensors(config.model.directory, architecture)
         return config
 
     return load(options, read)

@@ -14,13 +14,13 @@ from msgspec import structs
 
 from fastserve_mega.doctor.finding import Finding, ProbeError, ok, problem, python_probe, warning
 from fastserve_mega.doctor.machine import GIB
-from fastserve_mega.models.architecture import load_architecture
+from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config
 from fastserve_mega.system.deployment import DeploymentPlan, plan_deployment
 from fastserve_mega.system.host_memory import host_memory
 from fastserve_mega.system.locate import find_architecture, has_tokenizer, resolve_model
 from fastserve_mega.system.sizes import CPU_POOL_GB
-from fastserve_mega.system.weight_files import find_files, has_safetensors
+from fastserve_mega.system.stored_tensors import check_tensors
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", "iter_*/*.distcp")
 _DEVICE_BYTES = """
@@ -79,13 +79,10 @@ def check_model(config: Config, config_file: Path) -> Iterator[Finding]:
         said = f"there is no directory {directory}"
         yield problem("model", said, f"fetch the model, {_download_size(config, config_file)}")
         return
-    load_architecture(directory)
+    architecture = load_architecture(directory)
     weights = [path for pattern in _WEIGHT_FILES for path in directory.glob(pattern)]
-    unreadable = [path.name for path in weights if not os.access(path, os.R_OK)]
-    is_distributed = any(path.suffix == ".distcp" for path in weights)
-    wrong = ""
-    if has_safetensors(directory) or not is_distributed:
-        wrong = _wrong_files(directory)
+    unreadable = [path.name for path in weights if path.exists() and not os.access(path, os.R_OK)]
+    wrong = "" if unreadable else _wrong_tensors(directory, architecture)
     if unreadable:
         yield problem("model", f"{unreadable[0]} cannot be read", "change its permissions")
     elif wrong:
@@ -128,10 +125,10 @@ def _download_size(config: Config, config_file: Path) -> str:
     return f"about {size / GIB:.1f} GiB; {free / GIB:.0f} GiB are free in {place}{enough}"
 
 
-def _wrong_files(directory: Path) -> str:
-    """Why the weights cannot be loaded from safetensors files; empty when they can."""
+def _wrong_tensors(directory: Path, architecture: Architecture) -> str:
+    """Why the weights cannot be loaded; empty when they can."""
     try:
-        find_files(directory)
+        check_tensors(directory, architecture)
     except ValueError as error:
         return str(error)
     return ""

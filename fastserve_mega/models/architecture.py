@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from fastserve_mega.models.fields import Fields, read_eos_token_ids, read_json
+from fastserve_mega.models.fields import Fields, read_eos_token_ids, read_json, text_config
 from fastserve_mega.models.quantization import read_weight_block
 from fastserve_mega.models.weight_names import WeightNames
 
 _FAMILIES = {
     "LlamaForCausalLM": "llama.llama",
     "MistralForCausalLM": "mistral.mistral",
+    "Mistral3ForConditionalGeneration": "mistral.mistral",
     "MixtralForCausalLM": "mistral.mixtral",
     "Qwen2ForCausalLM": "qwen.qwen2",
     "Qwen2MoeForCausalLM": "qwen.qwen2_moe",
@@ -23,6 +24,7 @@ _FAMILIES = {
     "GemmaForCausalLM": "gemma.gemma",
     "Gemma2ForCausalLM": "gemma.gemma2",
     "Gemma3ForCausalLM": "gemma.gemma3",
+    "Gemma3ForConditionalGeneration": "gemma.gemma3",
     "Phi3ForCausalLM": "phi3.phi3",
     "Olmo2ForCausalLM": "olmo2.olmo2",
     "GraniteForCausalLM": "granite.granite",
@@ -234,6 +236,7 @@ def load_architecture(directory: Path, context: int | None = None) -> Architectu
     read_family = getattr(importlib.import_module(f"fastserve_mega.models.{module}"), reader)
     eos_token_ids = read_eos_token_ids(directory, config)
     try:
+        config = text_config(config)
         fields = Fields(config, name, eos_token_ids, context)
         architecture = read_family(fields)
         _check_layer_types(fields, architecture)

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+_OF_ALL_PARTS = ("quantization_config", "tie_word_embeddings")
+"""Fields that may stand beside text_config in place of in it."""
+
 
 class Fields:
     """The values of one config.json.
@@ -90,6 +93,12 @@ class Fields:
             raise ValueError(f"{name} must be a list of strings, got {value!r}")
         return tuple(value)
 
+    def with_defaults(self, defaults: dict[str, Any]) -> Fields:
+        """The same with values for what is absent or null."""
+        named = {name: value for name, value in self._config.items() if value is not None}
+        config = {**self._config, **defaults, **named}
+        return Fields(config, self.architecture, self.eos_token_ids, self.context)
+
     def section(self, name: str) -> Fields | None:
         """A nested object, None when absent."""
         value = self.raw(name)
@@ -137,9 +146,12 @@ def read_eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ..
     Raises:
         ValueError: what a file names are no token ids.
     """
-    path = directory / "generation_config.json"
+    path, described = directory / "generation_config.json", directory / "config.json"
+    sources = [(path, read_json(path) or {}), (described, config)]
+    if isinstance(text := config.get("text_config"), dict):
+        sources.append((described, text))
     found: dict[int, None] = {}
-    for named, source in ((path, read_json(path) or {}), (directory / "config.json", config)):
+    for named, source in sources:
         value = source.get("eos_token_id")
         for token in value if isinstance(value, list) else [value]:
             if token is None:
@@ -148,3 +160,17 @@ def read_eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ..
                 raise ValueError(f"{named}: eos_token_id must hold token ids, got {value!r}")
             found[token] = None
     return tuple(found)
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What describes the text model, in a model that sees images as well, else all of it.
+
+    Raises:
+        ValueError: text_config is no object.
+    """
+    text = config.get("text_config")
+    if text is None:
+        return config
+    if not isinstance(text, dict):
+        raise ValueError(f"text_config must be an object, got {text!r}")
+    return {**{name: config[name] for name in _OF_ALL_PARTS if name in config}, **text}

@@ -1,4 +1,4 @@
-"""Gemma 1 (with CodeGemma), 2, and the text models of 3 (270M, 1B)."""
+"""Gemma 1 (with CodeGemma), 2, and the text models of 3."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ _WEIGHTS_WITH_POST_NORMS = dataclasses.replace(
     feed_forward_norm="layers.{layer}.pre_feedforward_layernorm",
     post_feed_forward_norm="layers.{layer}.post_feedforward_layernorm",
 )
+
+
+_GEMMA3_4B = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 262_208,
+    "max_position_embeddings": 131_072,
+}
+"""What config.json of Gemma 3 4B does not name."""
 
 
 def gemma(fields: Fields) -> Architecture:
@@ -37,6 +46,7 @@ def gemma2(fields: Fields) -> Architecture:
 
 def gemma3(fields: Fields) -> Architecture:
     """Map config.json of a Gemma 3; layers with and without a window rotate differently."""
+    fields = fields.with_defaults(_GEMMA3_4B)
     full, local = _ropes(fields)
     pattern = fields.integer("sliding_window_pattern", 6)
     window = fields.integer("sliding_window", 4096)

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import shtab
+from zero_weights import write_weights
 
 from fastserve_mega import cli
 from fastserve_mega.logs import JsonFormatter, launched_rank
@@ -108,6 +109,7 @@ def test_a_model_by_its_name_stands_for_a_configuration(monkeypatch, tmp_path):
     directory = tmp_path / "odd name: 'x'"
     shutil.copytree("fastserve_mega/experiments/configs/architectures/opt-13b", directory)
     (directory / "tokenizer.json").touch()
+    write_weights(directory)
     name = str(directory)
     assert (
         cli.main(["serve", name, "--tensor", "2", "--port", "8080", "--set", "server.port=9"]) == 0
@@ -248,9 +250,12 @@ def test_what_is_not_there_is_named_before_anything_is_started(capsys, tmp_path)
     mistakes = {
         (missing,): f"{missing} is not a model directory: it does not exist",
         ("--config", missing): f"{missing}: No such file or directory",
-        (str(tmp_path),): f"{tmp_path} has no tokenizer",
+        (str(tmp_path),): f"{tmp_path} holds no weights",
+        (str(tmp_path), "--port", "9"): f"{tmp_path} has no tokenizer",
     }
     for words, sentence in mistakes.items():
+        if "tokenizer" in sentence:
+            write_weights(tmp_path)
         with pytest.raises(SystemExit) as end:
             sys.exit(cli.main(["serve", *words]))
         assert end.value.code == 2

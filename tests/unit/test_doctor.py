@@ -6,6 +6,7 @@ import json
 import socket
 
 import pytest
+from zero_weights import write_weights
 
 from fastserve_mega import cli
 from fastserve_mega.doctor import (
@@ -103,14 +104,14 @@ def test_ports_in_use_and_of_others():
 
 @pytest.fixture
 def model(tmp_path):
-    """A small model's directory; its weights are not read."""
+    """A small model's directory."""
     sizes = {
         "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
         "intermediate_size": 128, "max_position_embeddings": 64,
     }  # fmt: skip
     config = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 0, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(b"x")
+    write_weights(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     return tmp_path
 
@@ -129,6 +130,20 @@ def check_model(directory):
 
 def test_a_model_that_is_there(model):
     assert statuses(check_model(model)) == ["ok"]
+
+
+def test_weights_are_what_config_json_says(model):
+    """Found out without torch, before any rank is started."""
+    write_weights(model, **{"norm.weight": (63,)})
+    (weights,) = check_model(model)
+    assert weights.status == "problem"
+    assert "model.norm.weight has shape (63,), config.json implies (64,)" in weights.found
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "is cut short: 100 of its" in check_model(model)[0].found
+    path.unlink()
+    path.symlink_to(model / "blobs" / "0123")
+    assert "is a link to a file that is not there" in check_model(model)[0].found
 
 
 def test_a_model_that_is_not_there(model):

@@ -15,21 +15,22 @@ from torch import Tensor
 from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import Partition, partition_model
+from fastserve_mega.system.pieces import Piece, Weight
+from fastserve_mega.system.stored_tensors import find_tensor, has_fused_experts
 from fastserve_mega.system.weight_files import has_safetensors
+from fastserve_mega.system.weights import unused_positions, weights_of
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
     DistributedCheckpoint,
     find_distributed_checkpoint,
 )
 from fastserve_mega.worker.megatron.model import Stage
-from fastserve_mega.worker.megatron.pieces import Piece, Weight
 from fastserve_mega.worker.megatron.safetensors_files import SafetensorsFiles
 from fastserve_mega.worker.megatron.scaled_weights import ScaledWeights
-from fastserve_mega.worker.megatron.weights import unused_positions, weights_of
-
-_FUSED_EXPERTS = ".experts.gate_up_proj"
 
 _CONSTANTS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Ends of names of tensors that follow from config.json: angles and masks."""
+_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.")
+"""How names of what sees images begin; it is not loaded."""
 _SCALES = (".weight_scale", ".weight_scale_inv", ".input_scale", ".k_scale", ".v_scale")
 """Ends of names of scales: a weight is read with its own, and what is multiplied or cached is
 scaled as it is."""
@@ -99,7 +100,7 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: Path, architecture: Architecture, partition: Partition) -> None:
         self._files = SafetensorsFiles(directory)
         self._scaled = ScaledWeights(self._files, architecture.weight_block)
-        fused = any(name.endswith(_FUSED_EXPERTS) for name in self._files)
+        fused = has_fused_experts(self._files.tensors)
         self._weights = list(weights_of(architecture, partition, fused_experts=fused))
         for weight in self._weights:
             for piece in weight.pieces:
@@ -186,25 +187,17 @@ class HuggingFaceCheckpoint:
     def dtype(self, weight: Weight) -> torch.dtype:
         """The dtype of a parameter in the files; of what is in 8 bits, the one to widen it to."""
         names = (self._find(piece) for piece in weight.pieces)
-        found = next((self._files[name].dtype for name in names if name), torch.float32)
+        found = next((self._files.dtype(name) for name in names if name), torch.float32)
         return torch.bfloat16 if found == torch.float8_e4m3fn else found
 
     def _find(self, piece: Piece) -> str | None:
         """The tensor's name in the files, None for an optional one that is not there."""
-        files = self._files
-        bare = piece.tensor not in files and piece.bare_name in files
-        name = piece.bare_name if bare else piece.tensor
-        if piece.optional and name not in files:
-            return None
-        stored = files[name]
-        if stored.shape != piece.shape:
-            raise ValueError(
-                f"the checkpoint's {name} has shape {stored.shape}, config.json implies "
-                f"{piece.shape}"
-            )
-        self._scaled.check(name)
+        name = find_tensor(self._files.tensors, piece, self._files.directory)
+        if name is not None:
+            self._scaled.check(name)
         return name
 
 
 def _is_constant(name: str) -> bool:
-    return name.endswith((*_CONSTANTS, *_SCALES))
+    is_other_part = name.removeprefix("model.").startswith(_OTHER_PARTS)
+    return is_other_part or name.endswith((*_CONSTANTS, *_SCALES))

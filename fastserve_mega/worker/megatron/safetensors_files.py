@@ -6,22 +6,18 @@ as memory of the process, for each rank anew.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastserve_mega import faults
-from fastserve_mega.system.weight_files import find_files
+from fastserve_mega.system.stored_tensors import StoredTensor, read_tensors
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,60 +28,17 @@ _DTYPES = {
 }
 """Weights; by their name in a file's header."""
 KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
-_LFS_POINTER = b"version "
-"""How it begins."""
-_MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
 _STAGING_BYTES = 4 * 2**20
 """Bytes of a buffer for values that are converted on their way."""
 _SHORT_READ_BYTES = 2048
 """Columns narrower than this are cut out of the whole tensor: it would take too many reads."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where a tensor lies."""
-
-    path: Path
-    offset: int
-    """Byte of the file at which its values start, row by row."""
-    shape: tuple[int, ...]
-    kind: str
-    """Type of its values, as the file has it: F32, BF16, …"""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of its values, as torch has it.
-
-        Raises:
-            ValueError: weights of this kind cannot be computed with here.
-        """
-        if self.kind not in _DTYPES:
-            raise ValueError(
-                f"{self.path} holds weights as {self.kind}; supported are {', '.join(_DTYPES)}"
-            )
-        return _DTYPES[self.kind]
-
-    def as_table(self) -> StoredTensor:
-        """Return the same values with two axes at most."""
-        if len(self.shape) <= 2:
-            return self
-        shape = (math.prod(self.shape[:-1]), self.shape[-1])
-        return dataclasses.replace(self, shape=shape)
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
-
-
 class SafetensorsFiles:
     """The tensors of a directory by name. Use as a context manager.
 
-    All headers are read and all sizes checked at once, so that nothing is found missing after
-    minutes of loading.
-
     Raises:
-        ValueError: a file is missing, cut short or malformed; one sentence names it.
+        ValueError: see `read_tensors`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -93,10 +46,8 @@ class SafetensorsFiles:
         self._stack = ExitStack()
         self._descriptors: dict[Path, int] = {}
         self._whole: tuple[str, Tensor] | None = None
-        self._tensors: dict[str, StoredTensor] = {}
+        self.tensors: Mapping[str, StoredTensor] = read_tensors(directory)
         self._read_part = faults.at("rank.read_checkpoint", os.preadv)
-        for path in find_files(directory):
-            self._tensors.update(_read_header(path))
 
     def __enter__(self) -> SafetensorsFiles:
         return self
@@ -112,10 +63,10 @@ class SafetensorsFiles:
         self._whole = None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self.tensors
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __getitem__(self, name: str) -> StoredTensor:
         """Where a tensor lies.
@@ -123,9 +74,17 @@ class SafetensorsFiles:
         Raises:
             ValueError: there is no such tensor.
         """
-        if name not in self._tensors:
+        if name not in self.tensors:
             raise ValueError(f"the checkpoint {self.directory} has no tensor {name}")
-        return self._tensors[name]
+        return self.tensors[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor's values.
+
+        Raises:
+            ValueError: there is no such tensor, or weights of its kind cannot be computed with.
+        """
+        return _dtype_of(self[name])
 
     def is_same(self, name: str, other: str) -> bool:
         """Whether two tensors have the same values; reads them up to the first difference.
@@ -162,10 +121,10 @@ class SafetensorsFiles:
         stored = self[name].as_table()
         if columns is not None and len(columns) == stored.shape[1]:
             columns = None
-        if columns is not None and len(columns) * stored.dtype.itemsize < _SHORT_READ_BYTES:
+        if columns is not None and len(columns) * stored.item_bytes < _SHORT_READ_BYTES:
             whole = self._read_whole(name, stored)
             target.copy_(whole[rows.start : rows.stop, columns.start : columns.stop])
-        elif target.is_cpu and target.dtype == stored.dtype and target.is_contiguous():
+        elif target.is_cpu and target.dtype == _dtype_of(stored) and target.is_contiguous():
             self._fill(stored, target, rows, columns)
         else:
             self._convert(stored, target, rows, columns)
@@ -175,9 +134,9 @@ class SafetensorsFiles:
     ) -> None:
         """Through a buffer in the file's own dtype."""
         row_shape = (*stored.shape[1:],) if columns is None else (len(columns),)
-        row_bytes = math.prod(row_shape) * stored.dtype.itemsize
+        row_bytes = math.prod(row_shape) * stored.item_bytes
         count = min(len(rows), max(1, _STAGING_BYTES // max(1, row_bytes)))
-        staging = torch.empty((count, *row_shape), dtype=stored.dtype)
+        staging = torch.empty((count, *row_shape), dtype=_dtype_of(stored))
         for done in range(0, len(rows), count):
             part = rows[done : done + count]
             self._fill(stored, staging[: len(part)], part, columns)
@@ -192,7 +151,7 @@ class SafetensorsFiles:
         if columns is None:
             self._read_bytes(stored.path, memory, start)
             return
-        itemsize = stored.dtype.itemsize
+        itemsize = stored.item_bytes
         start += columns.start * itemsize
         length = len(columns) * itemsize
         for row in range(len(rows)):
@@ -203,7 +162,7 @@ class SafetensorsFiles:
         """The tensor and its name are kept: its other columns are likely to be asked for next."""
         if self._whole is None or self._whole[0] != name:
             self._whole = None  # free the one before
-            tensor = torch.empty(stored.shape, dtype=stored.dtype)
+            tensor = torch.empty(stored.shape, dtype=_dtype_of(stored))
             self._fill(stored, tensor, range(stored.shape[0]), None)
             self._whole = (name, tensor)
         return self._whole[1]
@@ -223,46 +182,6 @@ class SafetensorsFiles:
         return self._descriptors[path]
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of a file, once it is known to be whole."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        begin_bytes = file.read(8)
-        if begin_bytes == _LFS_POINTER:
-            raise ValueError(
-                f"{path} is a pointer of Git LFS and not the file itself; fetch it by git lfs pull"
-            )
-        length = int.from_bytes(begin_bytes, "little")
-        if size < 8 or length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: not a safetensors file")
-        begin = 8 + length
-        _check_size(path, size, begin)
-        try:
-            header: dict[str, Any] = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((begin + entry["data_offsets"][1] for entry in header.values()), default=0)
-            _check_size(path, size, end)
-            return {name: _stored(path, begin, entry) for name, entry in header.items()}
-        except (KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError):
-            raise ValueError(f"{path}: not a safetensors file: its header is malformed") from None
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}: not a safetensors file: its header is no JSON") from None
-
-
-def _check_size(path: Path, size: int, wanted: int) -> None:
-    if size < wanted:
-        raise ValueError(
-            f"{path} is cut short: {wanted - size} of its {wanted} bytes are missing; "
-            f"was the download interrupted?"
-        )
-
-
-def _stored(path: Path, begin: int, entry: dict[str, Any]) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    stored = StoredTensor(path, begin + start, tuple(entry["shape"]), entry["dtype"])
-    # A kind that is not known is an error only where somebody asks for it.
-    if stored.kind in _DTYPES and math.prod(stored.shape) * stored.dtype.itemsize != end - start:
-        raise ValueError(
-            f"{path}: {end - start} bytes for a tensor {stored.kind} of shape {list(stored.shape)}"
-        )
-    return stored
+def _dtype_of(stored: StoredTensor) -> torch.dtype:
+    _ = stored.item_bytes  # refuses the kinds that are no weights
+    return _DTYPES[stored.kind]

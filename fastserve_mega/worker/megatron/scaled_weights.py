@@ -38,7 +38,7 @@ class ScaledWeights:
             ValueError: it has none, or not as many as it should.
         """
         stored = self._files[name]
-        if stored.dtype != torch.float8_e4m3fn:
+        if self._files.dtype(name) != torch.float8_e4m3fn:
             return
         scale, shape = self._scale_name(name), stored.shape
         if scale is None:
@@ -56,7 +56,7 @@ class ScaledWeights:
 
     def read(self, name: str, target: Tensor, rows: range, columns: range | None = None) -> None:
         """As SafetensorsFiles.read, times the scales."""
-        if self._files[name].dtype != torch.float8_e4m3fn:
+        if self._files.dtype(name) != torch.float8_e4m3fn:
             self._files.read(name, target, rows, columns)
             return
         assert columns is not None  # a matrix, by `check`

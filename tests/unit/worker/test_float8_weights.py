@@ -15,13 +15,13 @@ from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.system.config import Config, KvCacheConfig, ModelConfig, ParallelConfig
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.system.sizes import weight_bytes
+from fastserve_mega.system.weights import weights_of
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker import float8
 from fastserve_mega.worker.float8 import multiply, quantize_rows, widen
 from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint
 from fastserve_mega.worker.megatron.convert import convert
 from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
-from fastserve_mega.worker.megatron.weights import weights_of
 from fastserve_mega.worker.topology import Topology
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)

@@ -7,8 +7,10 @@ import logging
 
 import pytest
 import torch
+from generation import generate
+from runners import BLOCK_SIZE, GREEDY, MAX_TOKENS, open_runner
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
+from tiny_models import greedy, make_model, prompts
 
 from fastserve_mega.models.architecture import load_architecture
 from fastserve_mega.system.config import ParallelConfig
@@ -94,3 +96,22 @@ def test_every_family_uses_all_of_its_tensors(tmp_path, caplog):
     for name in ("gpt2", "opt"):
         make_model(name, tmp_path / name)
         assert warnings_of(tmp_path / name, caplog) == []
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_that_sees_images_is_served(made, tmp_path, caplog, prefix):
+    """As Gemma 3 4B is stored: by transformers 4 and on the hub, and by transformers 5."""
+    directory, model = made("gemma3")
+    text = json.loads((directory / "config.json").read_text())
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": text}))
+    tensors = load_file(directory / "model.safetensors")
+    wrapped = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
+    wrapped["vision_tower.vision_model.head.weight"] = torch.ones(2)
+    save_file(wrapped, tmp_path / "model.safetensors")
+    with open_runner(tmp_path) as runner:
+        assert generate(runner, prompts()[:1], GREEDY, block_size=BLOCK_SIZE) == [
+            greedy(model, prompts()[0], MAX_TOKENS)
+        ]
+        assert runner.architecture.eos_token_ids == (1, 106, 2)
+    assert "not used" not in caplog.text

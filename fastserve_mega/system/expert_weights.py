@@ -8,7 +8,7 @@ from typing import Protocol
 from fastserve_mega.models.architecture import Architecture, Experts
 from fastserve_mega.models.weight_names import ExpertNames
 from fastserve_mega.system.partition import Partition
-from fastserve_mega.worker.megatron.pieces import Piece, Weight, stack
+from fastserve_mega.system.pieces import Piece, Weight, stack
 
 
 class LinearPiece(Protocol):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastserve_mega.models.architecture import Architecture, LearnedPositions
+from fastserve_mega.system.expert_weights import expert_weights
 from fastserve_mega.system.partition import Partition
-from fastserve_mega.worker.megatron.expert_weights import expert_weights
-from fastserve_mega.worker.megatron.pieces import Piece, Weight, stack
+from fastserve_mega.system.pieces import Piece, Weight, stack
 
 
 def weights_of(
