@@ -63,10 +63,12 @@ class StepShape:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many numbers each array of a step has, in the order in which they are packed."""
+        """How many numbers each array of a step has, in the order in which they are packed.
+
+        But for the rules, and behind them the block tables.
+        """
         rows, sequences = self.rows, self.sequences
-        table = sequences * self.blocks
-        return (rows, rows, rows, table, sequences, sequences + 1, self.fresh_blocks, self.samples)
+        return (rows, rows, rows, sequences, sequences + 1, self.fresh_blocks, self.samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class StepBatch:
     slots: Tensor
     """[tokens] block * block_size + offset: where each token's KV goes, or NO_SLOT."""
     block_tables: Tensor
-    """[sequences, blocks], padded with the null block."""
+    """[sequences, blocks], padded with the null block; the first blocks of all lie together."""
     contexts: Tensor
     """[sequences] tokens to attend to, the new ones included."""
     first_rows: Tensor
@@ -108,7 +110,7 @@ class PackedStep:
         block_size: tokens in a block.
         room: has at least as many of everything. Rows and sequences that fill it up have no
             context and write nothing, so that they change nothing.
-        rules: numbers that go along behind the step's own, in `rules`.
+        rules: numbers that go along with the step's own, in `rules`.
 
     Raises:
         ValueError: a sequence has no token, or a block table is too short for its tokens.
@@ -140,10 +142,14 @@ class PackedStep:
                 samples=self._scored + len(sampled),
             )
         self.shape = room
-        # Zeros are the null block's.
-        self.numbers: Numbers = np.zeros(sum(room.sizes) + rules, dtype=np.int64)
-        *parts, self.rules = np.split(self.numbers, np.cumsum(room.sizes))
-        tokens, positions, slots, table, contexts, first_rows, fresh_part, sample_rows = parts
+        tables = self._tables()
+        self._sizes = [*room.sizes, rules, room.sequences * room.blocks]
+        self.filled = sum(self._sizes) - room.sequences * (room.blocks - tables.shape[1])
+        """What lies behind so many numbers is looked at by nobody: tables end with the longest."""
+        self.numbers: Numbers = np.empty(sum(self._sizes), dtype=np.int64)
+        self.numbers[: self.filled] = 0  # the null block, for one
+        *parts, self.rules, table = np.split(self.numbers, np.cumsum(self._sizes[:-1]))
+        tokens, positions, slots, contexts, first_rows, fresh_part, sample_rows = parts
         lengths = np.array([len(each.token_ids) for each in self._ordered], dtype=np.int64)
         starts = np.array([each.start for each in self._ordered], dtype=np.int64)
         count, rows = len(order), int(lengths.sum())
@@ -154,8 +160,7 @@ class PackedStep:
         tokens[:rows] = [token for each in self._ordered for token in each.token_ids]
         positions[:rows] = np.arange(rows) + np.repeat(starts - first_rows[:count], lengths)
         contexts[:count] = starts + lengths
-        tables = table.reshape(room.sequences, room.blocks)
-        self._fill_tables(tables)
+        table.reshape(room.blocks, room.sequences)[: tables.shape[1], :count] = tables.T
         owners = np.repeat(np.arange(count), lengths)
         at = positions[:rows]
         slots[:rows] = tables[owners, at // block_size] * block_size + at % block_size
@@ -166,10 +171,13 @@ class PackedStep:
         wanted = [*_scored_rows(batch, last_row), *last_row[sampled]]
         sample_rows[: len(wanted)] = wanted
 
-    def _fill_tables(self, tables: Numbers) -> None:
-        for row, sequence in enumerate(self._ordered):
-            blocks = _blocks_of(sequence, self._block_size)
-            tables[row, :blocks] = sequence.block_table[:blocks]
+    def _tables(self) -> Numbers:
+        """Return the block tables [sequences, blocks of the longest]."""
+        counts = [_blocks_of(sequence, self._block_size) for sequence in self._ordered]
+        tables = np.zeros((len(counts), max(counts, default=0)), dtype=np.int64)
+        for row, (sequence, count) in enumerate(zip(self._ordered, counts, strict=True)):
+            tables[row, :count] = sequence.block_table[:count]
+        return tables
 
     def to(self, device: torch.device) -> StepBatch:
         """Copy it; the copy may still be under way, in the order of the device's work."""
@@ -177,10 +185,10 @@ class PackedStep:
 
     def on(self, numbers: Tensor) -> StepBatch:
         """A step whose tensors are parts of `numbers`, the array on the device."""
-        tokens, positions, slots, table, contexts, first_rows, fresh, sample_rows = torch.split(
-            numbers[: sum(self.shape.sizes)], list(self.shape.sizes)
+        tokens, positions, slots, contexts, first_rows, fresh, sample_rows, _, table = torch.split(
+            numbers, self._sizes
         )
-        tables = table.view(self.shape.sequences, self.shape.blocks)
+        tables = table.view(self.shape.blocks, self.shape.sequences).t()
         decode, prefill, row = [], [], 0
         for group in self._groups:
             rows = slice(row, row + len(group))

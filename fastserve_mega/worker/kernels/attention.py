@@ -35,12 +35,12 @@ _MOST_SPLITS = 32
 # they are 1, or a multiple of 16, and parts of a step's array if they begin at a multiple of 16
 # bytes. What is gained by such knowledge comes from PAGE.
 @triton.jit(
-    do_not_specialize=["first_sequence", "table_width", "layer_page", "block_pages"],
+    do_not_specialize=["first_sequence", "table_step", "layer_page", "block_pages"],
     do_not_specialize_on_alignment=["tables", "contexts", "first_rows"],
 )
 def _attend(
     qkv, pool, scales, tables, contexts, first_rows, out, partial, maxima, sums,
-    first_sequence, table_width, layer_page, block_pages, scale, softcap,
+    first_sequence, table_step, layer_page, block_pages, scale, softcap,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, QUANTIZED: tl.constexpr,
@@ -81,7 +81,7 @@ def _attend(
     for key in range(begin, end, KEYS):
         at = key + tl.arange(0, KEYS)
         there = at < end
-        block = tl.load(tables + sequence * table_width + at // BLOCK_SIZE, mask=there, other=0)
+        block = tl.load(tables + sequence + at // BLOCK_SIZE * table_step, mask=there, other=0)
         page = block * block_pages + layer_page + head
         inside = at % BLOCK_SIZE
         data = page * PAGE + inside * HEAD_DIM
@@ -132,7 +132,8 @@ def _attend(
         )  # fmt: skip
     else:
         part = in_out * SPLITS + split
-        tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=own)
+        if begin < end:
+            tl.store(partial + part[:, None] * HEAD_DIM + dims[None, :], mixed, mask=own)
         tl.store(maxima + part, largest, mask=real_row)
         tl.store(sums + part, total, mask=real_row)
 
@@ -158,10 +159,13 @@ def _merge(
     mixed = tl.zeros([HEADS, DIM], tl.float32)
     for split in tl.static_range(SPLITS):
         part = row * SPLITS + split
-        share = tl.exp(tl.load(maxima + part, mask=real, other=float("-inf")) - base)
+        largest = tl.load(maxima + part, mask=real, other=float("-inf"))
+        share = tl.exp(largest - base)
         total += share * tl.load(sums + part, mask=real, other=0.0)
         at = partial + part[:, None] * HEAD_DIM + dims[None, :]
-        mixed += share[:, None] * tl.load(at, mask=own, other=0.0)
+        # Most splits of a short context that is computed in a recorded step are empty.
+        held = own & (largest > float("-inf"))[:, None]
+        mixed += share[:, None] * tl.load(at, mask=held, other=0.0)
     mixed = mixed / tl.where(total > 0, total, 1.0)[:, None]
     to = out + row[:, None] * HEAD_DIM + dims[None, :]
     if SCALED:
@@ -212,7 +216,7 @@ def attend(
         launching.launch(
             _attend, (tiles * splits, kv_heads, count),
             qkv, pages.data, pages.scales, step.block_tables, step.contexts, step.first_rows,
-            out, partial, maxima, sums, first, step.block_tables.shape[1],
+            out, partial, maxima, sums, first, step.block_tables.stride(1),
             layer * 2 * kv_heads, pages.pages_per_block, scale, softcap or 1.0,
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, DIM=padded(head_dim),
             BLOCK_SIZE=pages.block_size, PAGE=pages.page_size, ROWS=rows, KEYS=keys,

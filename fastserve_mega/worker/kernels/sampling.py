@@ -28,6 +28,17 @@ def _weight(logits, token, real, largest, temperature, floor):
     return tl.where(real & (weight >= floor), weight, 0.0)
 
 
+@triton.jit
+def _held(logits, vocabulary, largest, temperature, floor, COLUMNS: tl.constexpr):
+    """Sum up what the tokens weigh that passed the filters so far."""
+    total = vocabulary * tl.full([], 0.0, tl.float64)
+    for first in range(0, vocabulary, COLUMNS):
+        token = first + tl.arange(0, COLUMNS)
+        weight = _weight(logits, token, token < vocabulary, largest, temperature, floor)
+        total += tl.sum(weight.to(tl.float64), 0)
+    return total
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["numbers"])
 def _draw(
     logits, numbers, drawn, rows, vocabulary, stride,
@@ -72,14 +83,8 @@ def _draw(
             bound = middle.to(tl.float32, bitcast=True)
             count = row * 0.0
             for first in range(0, vocabulary, COLUMNS):
-                weight = _weight(
-                    logits,
-                    first + columns,
-                    first + columns < vocabulary,
-                    largest,
-                    temperature,
-                    bound,
-                )
+                token = first + columns
+                weight = _weight(logits, token, token < vocabulary, largest, temperature, bound)
                 count += tl.sum((weight > 0.0).to(tl.float32), 0)
             if count >= top_k:
                 low = middle
@@ -87,40 +92,20 @@ def _draw(
                 high = middle - 1
         floor = tl.maximum(floor, low.to(tl.float32, bitcast=True))
 
-    total = row * tl.full([], 0.0, tl.float64)
-    for first in range(0, vocabulary, COLUMNS):
-        weight = _weight(
-            logits, first + columns, first + columns < vocabulary, largest, temperature, floor
-        )
-        total += tl.sum(weight.to(tl.float64), 0)
+    total = _held(logits, vocabulary, largest, temperature, floor, COLUMNS)
     if top_p < 1.0:
         low = vocabulary * 0
         high = low + 0x3F800000
         while low < high:
             middle = low + (high - low + 1) // 2
             bound = tl.maximum(middle.to(tl.float32, bitcast=True), floor)
-            held = row * tl.full([], 0.0, tl.float64)
-            for first in range(0, vocabulary, COLUMNS):
-                weight = _weight(
-                    logits,
-                    first + columns,
-                    first + columns < vocabulary,
-                    largest,
-                    temperature,
-                    bound,
-                )
-                held += tl.sum(weight.to(tl.float64), 0)
+            held = _held(logits, vocabulary, largest, temperature, bound, COLUMNS)
             if held >= top_p * total:
                 low = middle
             else:
                 high = middle - 1
         floor = tl.maximum(floor, low.to(tl.float32, bitcast=True))
-        total = row * tl.full([], 0.0, tl.float64)
-        for first in range(0, vocabulary, COLUMNS):
-            weight = _weight(
-                logits, first + columns, first + columns < vocabulary, largest, temperature, floor
-            )
-            total += tl.sum(weight.to(tl.float64), 0)
+        total = _held(logits, vocabulary, largest, temperature, floor, COLUMNS)
 
     # As many tokens lie before the chosen one as have no more in and before them than the target.
     target = random * total

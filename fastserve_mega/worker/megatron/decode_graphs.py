@@ -17,8 +17,8 @@ from fastserve_mega.worker.step_batch import PackedStep, StepBatch, StepShape
 from fastserve_mega.worker.transfer import copy_to_device
 
 LONGEST_CONTEXT = 16_384
-"""Tokens up to which a step is recorded: the block tables of a recorded step have their full width,
-and cross to the device with each step."""
+"""Tokens up to which a step is recorded: its block tables have room for them, and into how many
+parts contexts are split is chosen for them."""
 _FINE, _COARSE = 8, 16
 """Between numbers of sequences that are recorded, up to 64 and beyond."""
 
@@ -74,7 +74,7 @@ class CudaRecorder:
 class _Recorded:
     shape: StepShape
     numbers: Tensor
-    """On the device: the step's array (`PackedStep`), and behind it the bits of `rules_of`."""
+    """On the device: the step's array (`PackedStep`), with the bits of `rules_of` in it."""
     hidden: Tensor | None
     replay: Callable[[], Results]
 
@@ -148,7 +148,8 @@ class DecodeGraphs:
         if self._draw is not None:
             rules = packed.rules.view(np.float64).reshape(RULES, -1)
             rules[:, : len(batch)] = rules_of(batch)
-        copy_to_device(torch.from_numpy(packed.numbers), recorded.numbers)
+        filled = packed.filled
+        copy_to_device(torch.from_numpy(packed.numbers[:filled]), recorded.numbers[:filled])
         complete(recorded.numbers[: len(batch)])
         if recorded.hidden is not None:
             received = receive()
@@ -164,7 +165,8 @@ class DecodeGraphs:
         packed = PackedStep([], self._block_size, shape, self._num_rules(shape))
         numbers = torch.from_numpy(packed.numbers).to(self._device)
         step = packed.on(numbers)
-        rules = numbers[numbers.shape[0] - len(packed.rules) :].view(torch.float64)
+        first = sum(shape.sizes)
+        rules = numbers[first : first + len(packed.rules)].view(torch.float64)
         hidden = None
         if self._hidden is not None:
             width, dtype = self._hidden

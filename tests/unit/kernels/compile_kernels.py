@@ -1,5 +1,6 @@
-"""Compiles for sm_90 the kernels that steps of Llama-3-8B start, without a GPU.
+"""Compiles the kernels that steps of Llama-3-8B start, without a GPU.
 
+Usage: python compile_kernels.py CAPABILITY, such as 90 for an H100; below 89 without 8 bits.
 Prints JSON: for each kernel its registers, bytes of its stack and of its shared memory, and the
 instructions that load 16 bytes and fewer. Run in a process of its own: where kernels are
 interpreted, none can be compiled.
@@ -116,7 +117,9 @@ def _attend(  # noqa: PLR0917
     attend(qkv, pages, 3, step, scale=0.1, **options)
 
 
-def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str, int]:
+def compiled(
+    capability: int, kernel: Any, arguments: Any, constants: dict[str, Any]
+) -> dict[str, int]:
     """Compile as Triton does when it is started with these arguments."""
     options = {name: constants.pop(name) for name in ("num_warps",) if name in constants}
     names = kernel.arg_names
@@ -143,7 +146,7 @@ def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str
         constexprs=known,
         attrs=attributes,
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -163,5 +166,15 @@ def compiled(kernel: Any, arguments: Any, constants: dict[str, Any]) -> dict[str
     }
 
 
+def main() -> None:
+    capability = int(sys.argv[1])
+    made = {
+        title: compiled(capability, *call)
+        for title, call in started().items()
+        if capability >= 89 or not title.startswith(("8 bits", "scaled"))
+    }
+    json.dump(made, sys.stdout)
+
+
 if __name__ == "__main__":
-    json.dump({title: compiled(*call) for title, call in started().items()}, sys.stdout)
+    main()

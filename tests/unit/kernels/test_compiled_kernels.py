@@ -21,23 +21,38 @@ MOST_SHARED = 99 * 1024
 """Bytes that the smallest devices with compute capability 8 have for one program."""
 
 
-@pytest.fixture(scope="module")
-def kernels():
+def compiled(capability):
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     made = subprocess.run(
-        [sys.executable, "-W", "ignore", script],
+        [sys.executable, "-W", "ignore", script, str(capability)],
         env=environment, capture_output=True, text=True, timeout=500, check=True,
     )  # fmt: skip
     return json.loads(made.stdout)
 
 
-def test_no_kernel_runs_out_of_registers(kernels):
-    assert len(kernels) >= 25
+@pytest.fixture(scope="module")
+def kernels():
+    return compiled(90)
+
+
+def assert_they_fit(kernels):
     for title, told in kernels.items():
         assert told["registers"] < MOST_REGISTERS, title
         assert told["stack"] <= MOST_STACK, title
         assert told["shared"] <= MOST_SHARED, title
+
+
+def test_no_kernel_runs_out_of_registers(kernels):
+    assert len(kernels) >= 25
+    assert_they_fit(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 100, 120])
+def test_nor_on_other_devices(capability):
+    """A100, L40S, B200, and what is sold for desks."""
+    assert_they_fit(compiled(capability))
 
 
 def test_kernels_load_sixteen_bytes_at_a_time(kernels):

@@ -94,7 +94,8 @@ def test_a_step_of_a_fixed_size_is_filled_up_with_rows_that_change_nothing():
     assert step.token_ids.tolist() == [7, 8, 0, 0]
     assert step.slots.tolist() == [4 * 4 + 1, 2 * 4 + 1, NO_SLOT, NO_SLOT]
     assert step.contexts.tolist() == [6, 2, 0, 0]
-    assert step.block_tables.tolist() == [[3, 4, 0], [2, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert step.block_tables[:, :2].tolist() == [[3, 4], [2, 0], [0, 0], [0, 0]]
+    assert packed.filled == len(packed.numbers) - 4  # the third blocks, which none has
     assert step.first_rows.tolist() == [0, 1, 2, 3, 4]
     assert step.fresh_blocks.tolist() == [0, 0, 0, 0]
     assert step.sample_rows.tolist() == [0, 1, 0, 0]
