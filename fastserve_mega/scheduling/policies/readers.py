@@ -23,8 +23,6 @@ _GAP_S = 0.3
 _GAP_AWAY_S = 1.25
 """Longest planned pause of one on the host: it costs two copies, so a turn should yield many
 tokens."""
-_GAP_GIVEN_UP_S = 5.0
-"""Longest planned pause of an answer that was given up."""
 _WITHIN_TPOT = 0.85
 """The slowest reader takes this share of `tpot_s` for a token: a mean that is just kept is missed
 by whoever is a little late."""
@@ -182,30 +180,21 @@ class Readers:
         next_s = reader.due_s + self._pace_s * (request.num_tokens - reader.num_tokens)
         if not reader.has_begun:
             return next_s
-        gap_s = _GAP_S
-        if reader.is_given_up:
-            gap_s = _GAP_GIVEN_UP_S
-        elif request.place is Place.SWAPPED:
-            gap_s = _GAP_AWAY_S
+        gap_s = _GAP_AWAY_S if request.place is Place.SWAPPED else _GAP_S
         return min(next_s, request.waiting_since + gap_s)
 
     def pause_ends_s(self, request: Request, now: float) -> float | None:
-        """Return when an answer is due, one that is in a step after that; None before it began.
-
-        Who is in a step, or was until now, makes no pause that were to be bounded.
-        """
+        """Return when an answer is due, one that is in a step after that; None before it began."""
         if not self._readers[request].has_begun:
             return None
         if request.num_scheduled_tokens:
-            yields = request.num_scheduled_tokens == request.num_pending_tokens
-            return self.next_s(request) + (self._pace_s if yields else 0.0)
+            return self.next_s(request) + self._pace_s
+        # One that was in a step until now makes no pause yet: it need not be looked at again soon.
         return self.next_s(request) if request.waiting_since == now else self.due_s(request)
 
     def wanted_s(self, request: Request) -> float:
         """Return when a request would have to yield a token if its KV were on the host."""
-        reader = self._readers[request]
-        gap_s = _GAP_GIVEN_UP_S if reader.is_given_up else _GAP_AWAY_S
-        return min(self.next_s(request), request.waiting_since + gap_s)
+        return min(self.next_s(request), request.waiting_since + _GAP_AWAY_S)
 
     def prefill_s(self, request: Request) -> float:
         """Return the time of what is left of a prefill, among other work."""

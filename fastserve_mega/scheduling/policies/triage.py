@@ -17,14 +17,17 @@ _LOOKED_AT = 128
 """Waiting requests that a step chooses from: those with the first deadlines."""
 _USED = 0.9
 """Share of the tokens of full batches that is promised to readers."""
-_USED_WITH_HOST = 0.7
-"""So much less while KV moves between device and host: who is copied does not run."""
+_USED_WHILE_SWAPPING = 0.85
+"""So much less while KV moves between device and host: places stay empty for who is copied."""
+_RESIDENTS_THAT_RUN = 0.7
+"""And at most for this share of the residents, the others are being copied: it is less than a batch
+where the device holds few."""
 _STARVED_SHARE = 0.1
 """Share of the time that is for the starved."""
 _SMOOTHING = 0.05
 _LARGER = 2.0
 """An answer is given up for a request that makes less work by this factor."""
-_CRUMB = 0.1
+_CRUMB = 0.4
 """What an answer that was given up still takes, in places."""
 
 
@@ -158,7 +161,8 @@ class Triage:
             return 0.0
         served = float(self._batch_size)
         if self._queues.count(Place.SWAPPED):
-            served = min(served, self._queues.count(Place.RESIDENT)) * _USED_WITH_HOST
+            running = _RESIDENTS_THAT_RUN * self._queues.count(Place.RESIDENT)
+            served = min(_USED_WHILE_SWAPPING * served, running)
         # Where a step takes longer than that, nobody can be served faster than once a step.
         token_s = max(self._tpot_s, self._readers.interval_s)
         places = max(_USED * served * token_s / self._readers.interval_s, 1.0)
@@ -168,20 +172,16 @@ class Triage:
     def _is_behind(self, now: float) -> bool:
         """Whether the reader of an answer waits, though it was not given up.
 
-        Not where a step could take all urgent residents, and leaves it out for the share of another
-        client: a request less in the batch would not help it.
+        So the places correct themselves: what they leave out, such as how much the answers that
+        were given up take, is found by the promises that it breaks.
         """
-        readers = self._readers
         for place in Place:  # one that lost its KV waits again
-            urgent = self._queues.of_highest(place)
-            has_place = place is Place.RESIDENT and len(urgent) <= self._batch_size
-            for request in urgent[: self._batch_size]:
-                if not readers.is_behind(request, now):
+            for request in self._queues.of_highest(place)[: self._batch_size]:
+                if not self._readers.is_behind(request, now):
                     break
-                reader = readers[request]
-                if not reader.has_begun or reader.is_given_up or request.num_scheduled_tokens:
-                    continue
-                if not has_place or request.num_passed_over:
+                reader = self._readers[request]
+                is_promised = reader.has_begun and not reader.is_given_up
+                if is_promised and not request.num_scheduled_tokens:
                     return True
         return False
 

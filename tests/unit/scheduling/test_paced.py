@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastserve_mega.plan import Plan
-from fastserve_mega.scheduling.events import CopyDone, Event, StepDone
+from fastserve_mega.scheduling.events import CopyDone, Event, StepDone, WorkersLost
 from fastserve_mega.scheduling.kv.pool import PoolSizes
 from fastserve_mega.scheduling.policies.readers import Standing
 from fastserve_mega.scheduling.scheduler import Scheduler
@@ -88,6 +88,10 @@ class Readers:
         for _ in range(steps):
             self.step()
 
+    def lose_workers(self) -> None:
+        """Let all KV be gone, and the step that is under way."""
+        self._done = [WorkersLost()]
+
     def run_until_idle(self) -> None:
         for _ in range(20_000):
             if not self.step() and not self.scheduler.unfinished:
@@ -134,6 +138,28 @@ def test_no_more_are_started_than_can_be_served_in_time():
     in_time = [times for times in readers.token_times.values() if times[0] <= 1.0]
     assert len(in_time) == 4
     assert all((times[-1] - times[0]) / 99 <= 0.1 for times in in_time)
+
+
+def test_no_more_are_started_than_can_be_served_in_turns_by_what_the_device_holds():
+    readers = Readers(batch=16, device_blocks=120)  # two or three answers of 55 blocks in the end
+    readers.step(*[(f"r{index:02}", 40, 180) for index in range(30)])
+    readers.run(150)
+    assert 4 <= len(readers.begun) <= 16
+    readers.run_until_idle()
+    assert len(readers.begun) == 30
+
+
+def test_nobody_is_started_while_a_reader_waits_for_longer_than_was_promised():
+    readers = Readers(batch=8)
+    readers.step(*[(f"r{index}", 600, 200) for index in range(3)])
+    readers.run(12)
+    assert len(readers.begun) == 3
+    readers.lose_workers()  # the prompts are read again, in nine steps of 0.22 s
+    readers.run(7)
+    readers.step(("new", 10, 5))
+    assert readers.level("new") == Standing.LATE
+    readers.run(4)
+    assert readers.begun[3:] == ["new"]
 
 
 def test_a_long_answer_is_given_up_for_short_ones_and_goes_on_after_them():
