@@ -86,13 +86,6 @@ def test_nobody_is_refused_before_the_pace_is_known():
     assert queue.waiting.pace_s(40.0, queue.now) is not None
 
 
-def test_a_step_that_takes_long_makes_no_pace_endless():
-    queue = Queue(starts=4, interval_s=0.1)
-    pace_s = queue.waiting.pace_s(10.0, queue.now + 3600.0)
-    assert pace_s is not None
-    assert pace_s < 3700.0
-
-
 class Overloaded(World):
     """Requests of one token, one a step of a second: 40 wait, and their client asked for more."""
 
@@ -253,16 +246,12 @@ def first_waits(
     return waits, tokens
 
 
-def p95(waits: list[float]) -> float:
-    return statistics.quantiles(waits, n=20)[-1]
-
-
 @pytest.mark.parametrize("policy", ["fcfs", "skip_join_mlfq", "paced"])
 def test_the_limit_holds_under_overload_and_costs_no_throughput(policy):
     _, tokens = first_waits(policy, float("inf"), (0.8, 3.0))
-    (easy, hard), limited = first_waits(policy, 0.1, (0.8, 3.0))
-    assert p95(hard) < 0.15
-    assert p95(hard) < 2 * max(p95(easy), 0.07)  # four steps: no shorter wait was asked for
+    waits, limited = first_waits(policy, 0.1, (0.8, 3.0))
+    easy, hard = (statistics.quantiles(each, n=20)[-1] for each in waits)
+    assert hard < min(0.15, 2 * max(easy, 0.07))  # four steps: no shorter wait was asked for
     assert limited > 0.95 * tokens
 
 
