@@ -25,6 +25,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_BIASED_TOKENS = 1024
 MAX_STOP_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 1024
+MAX_BAD_SEQUENCES = 1024
+MAX_BAD_SEQUENCE_LENGTH = 64
 MAX_CHOICES = 4096
 MAX_STRUCTURE_LENGTH = 65_536
 _MAX_PENALTY = 2.0
@@ -123,6 +126,11 @@ class SamplingParams(Record, frozen=True, kw_only=True):
     """Divides the positive logits of tokens that prompt or output have, multiplies the others."""
     logit_bias: dict[int, float] = msgspec.field(default_factory=dict)
     """Token id to what is added to its logit, -100 to 100."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """No other tokens are sampled, the end of sequence neither; empty: all are. At most 1024."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the output never completes: their last token is not sampled behind
+    the others. At most 1024, of 1 to 64 tokens each."""
     logprobs: int | None = None
     """Report the log probability of each output token, and of so many of the most probable
     tokens. They are the model's own: before bias, penalties and temperature."""
@@ -144,6 +152,7 @@ class SamplingParams(Record, frozen=True, kw_only=True):
         self._check_filters()
         self._check_penalties()
         self._check_logit_bias()
+        self._check_choice_of_tokens()
         self._check_ends()
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS:
             raise ValueError(
@@ -162,7 +171,12 @@ class SamplingParams(Record, frozen=True, kw_only=True):
     @property
     def needs_history(self) -> bool:
         """Whether the rank that samples must know the tokens so far."""
-        return self.counts_tokens or self.structured is not None or self.prompt_logprobs
+        return (
+            self.counts_tokens
+            or self.structured is not None
+            or self.prompt_logprobs
+            or any(len(sequence) > 1 for sequence in self.bad_words)
+        )
 
     def _check_filters(self) -> None:
         _check_range("temperature", self.temperature, 0, 100)
@@ -194,6 +208,29 @@ class SamplingParams(Record, frozen=True, kw_only=True):
                 raise ValueError(f"logit_bias token ids must not be negative, got {token}")
             _check_range(f"logit_bias of token {token}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
 
+    def _check_choice_of_tokens(self) -> None:
+        for name, tokens, most in (
+            ("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKENS),
+            ("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS),
+        ):
+            if len(tokens) > most:
+                raise ValueError(f"{name} must name at most {most} tokens, got {len(tokens)}")
+            if (least := min(tokens, default=0)) < 0:
+                raise ValueError(f"{name} must not be negative, got {least}")
+        if len(self.bad_words) > MAX_BAD_SEQUENCES:
+            raise ValueError(
+                f"bad_words must be at most {MAX_BAD_SEQUENCES} sequences of tokens, "
+                f"got {len(self.bad_words)}"
+            )
+        for sequence in self.bad_words:
+            if not 1 <= len(sequence) <= MAX_BAD_SEQUENCE_LENGTH:
+                raise ValueError(
+                    f"a sequence of bad_words has 1 to {MAX_BAD_SEQUENCE_LENGTH} tokens, "
+                    f"got {len(sequence)}"
+                )
+            if min(sequence) < 0:
+                raise ValueError(f"bad_words must not be negative, got {min(sequence)}")
+
     def _check_ends(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(
@@ -205,13 +242,6 @@ class SamplingParams(Record, frozen=True, kw_only=True):
                 "structured output ends where its form does; ignore_eos and min_tokens cannot be "
                 "combined with it"
             )
-        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
-            raise ValueError(
-                f"stop_token_ids must name at most {MAX_STOP_TOKENS} tokens, "
-                f"got {len(self.stop_token_ids)}"
-            )
-        if (least := min(self.stop_token_ids, default=0)) < 0:
-            raise ValueError(f"stop_token_ids must not be negative, got {least}")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -55,6 +55,11 @@ class AnswerSoFar:
         return tuple(self._state.logprobs)
 
     @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        """The prompt that is answered."""
+        return self._state.submit.prompt
+
+    @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...]:
         """One for each prompt token when asked for; they are here before the first output token.
 

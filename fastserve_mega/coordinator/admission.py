@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import chain
 
 from fastserve_mega.coordinator.live_request import LiveRequest
 from fastserve_mega.messaging.frames import MAX_FRAME_BYTES
@@ -121,6 +122,8 @@ class Admission:
             "prompt": submit.prompt,
             "received": submit.received,
             "logit_bias": submit.params.logit_bias,
+            "allowed_token_ids": submit.params.allowed_token_ids,
+            "bad_words": [*chain(*submit.params.bad_words)],
         }
         for name, tokens in named.items():
             for token in (min(tokens, default=0), max(tokens, default=0)):
@@ -146,14 +149,20 @@ class Admission:
         return None
 
     def _nothing_to_sample(self, params: SamplingParams) -> str | None:
-        if not params.min_tokens:
-            return None
-        held_back = {*self.eos_token_ids, *params.stop_token_ids}
-        if sum(token < self.vocab_size for token in held_back) < self.vocab_size:
+        held_back = {each[0] for each in params.bad_words if len(each) == 1}
+        if params.min_tokens:
+            held_back |= {*self.eos_token_ids, *params.stop_token_ids}
+        allowed = set(params.allowed_token_ids)
+        if allowed:
+            if allowed - held_back:
+                return None
+        elif sum(token < self.vocab_size for token in held_back) < self.vocab_size:
             return None
         return (
-            f"min_tokens {params.min_tokens} holds back end-of-sequence and stop tokens, which "
-            f"are all {self.vocab_size} tokens of the vocabulary"
+            f"nothing is left to sample: bad_words, and end-of-sequence and stop tokens, which "
+            f"min_tokens {params.min_tokens} holds back, are all "
+            f"{len(allowed) or self.vocab_size} tokens "
+            f"{'of allowed_token_ids' if allowed else 'of the vocabulary'}"
         )
 
     @staticmethod
@@ -225,5 +234,7 @@ def bytes_to_tell(submit: Submit) -> int:
         _OTHER_BYTES
         + _TOKEN_BYTES * (len(submit.prompt) + len(submit.received) + len(texts))
         + _NUMBER_BYTES * (len(params.stop_token_ids) + 2 * len(params.logit_bias))
+        + _NUMBER_BYTES * (len(params.allowed_token_ids) + len(params.bad_words))
+        + _NUMBER_BYTES * sum(map(len, params.bad_words))
         + _CHARACTER_BYTES * (sum(map(len, texts)) + len(submit.request_id))
     )

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal, TypeVar, Unpack
+from typing import Literal, TypeVar, Unpack, cast
 
 from msgspec import structs
 from rich.console import Console
@@ -110,39 +110,53 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
-        params: SamplingParams | None = None,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Unpack[RequestOptions],
     ) -> list[Completion]:
         """Continue texts, or token ids.
 
         Args:
-            prompts: one text, or many prompts.
-            params: for all of them.
+            prompts: one, or many.
+            params: for all of them, or for each.
             options: for all of them; see `RequestOptions`.
 
         Raises:
+            ValueError: there are more or fewer params than prompts.
             ClientError: a request was refused, or the ranks were lost.
         """
-        each_prompt = [prompts] if isinstance(prompts, str) else prompts
-        return self._all(each_prompt, lambda each: self._client.generate(each, params, **options))
+        is_one = isinstance(prompts, str) or _begins_with(prompts, int)
+        every = cast("Sequence[Prompt]", [prompts] if is_one else prompts)
+        return self._all(every, params, lambda each, p: self._client.generate(each, p, **options))
 
     def chat(
         self,
-        conversations: Sequence[Conversation],
-        params: SamplingParams | None = None,
+        conversations: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Unpack[RequestOptions],
     ) -> list[Completion]:
-        """Answer conversations, each a list of messages with `role` and `content`.
+        """Answer one conversation or many, each a list of messages with `role` and `content`.
 
-        Raises:
-            ClientError: a request was refused, or the ranks were lost.
+        `params` and `options` are those of `generate`, and so is what is raised.
         """
-        return self._all(conversations, lambda each: self._client.chat(each, params, **options))
+        is_one = _begins_with(conversations, Mapping)
+        every = cast("Sequence[Conversation]", [conversations] if is_one else conversations)
+        return self._all(every, params, lambda each, p: self._client.chat(each, p, **options))
 
-    def _all(self, inputs: Sequence[T], start: Callable[[T], Generation]) -> list[Completion]:
+    def _all(
+        self,
+        inputs: Sequence[T],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        start: Callable[[T, SamplingParams | None], Generation],
+    ) -> list[Completion]:
+        if params is None or isinstance(params, SamplingParams):
+            each_params: Sequence[SamplingParams | None] = [params] * len(inputs)
+        elif len(params) == len(inputs):
+            each_params = params
+        else:
+            raise ValueError(f"there are {len(params)} params for {len(inputs)} prompts")
         answers = track(
-            _in_order(inputs, start),
+            _in_order(zip(inputs, each_params, strict=True), lambda both: start(*both)),
             description="answers",
             total=len(inputs),
             console=Console(stderr=True),
@@ -150,6 +164,10 @@ class LLM:
             disable=len(inputs) == 1,
         )
         return list(answers)
+
+
+def _begins_with(inputs: Sequence[object], kind: type) -> bool:
+    return bool(inputs) and isinstance(inputs[0], kind)
 
 
 def _start(

@@ -25,7 +25,13 @@ from fastserve_mega.server.embeddings import embeddings_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router
 from fastserve_mega.server.messages.router import messages_router
-from fastserve_mega.server.middleware import LimitBody, NameRequests, RequireKey, body_limit
+from fastserve_mega.server.middleware import (
+    REQUEST_ID,
+    LimitBody,
+    NameRequests,
+    RequireKey,
+    body_limit,
+)
 from fastserve_mega.server.openapi import ERRORS, add_docs_page
 from fastserve_mega.server.responses.router import ResponseStore, responses_router
 from fastserve_mega.server.service import Service
@@ -95,7 +101,11 @@ def create_app(
         app.add_middleware(RequireKey, keys=api_keys)
     if cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID, "Retry-After"],  # which the official clients read
         )
     app.add_middleware(NameRequests)
     if tracing is not None:

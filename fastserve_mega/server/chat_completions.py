@@ -12,7 +12,7 @@ from fastserve_mega.server.answers import Answer, Json
 from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.conversation import Conversations
-from fastserve_mega.server.logprobs import chat_logprobs
+from fastserve_mega.server.logprobs import chat_logprobs, prompt_logprobs
 from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.schemas import ChatCompletion
 from fastserve_mega.server.tools.pieces import CallPiece, Piece, Reasoning, ToolParser
@@ -136,15 +136,19 @@ def chat_router(conversations: Conversations) -> APIRouter:
         ends = await service.end_token_ids(body)
 
         def logprobs(chunk: Chunk) -> Json | None:
-            if not chunk.logprobs:
-                return None
-            return chat_logprobs(chunk, service.tokenizer.token_bytes, ends)
+            return chat_logprobs(
+                chunk, service.tokenizer.token_bytes, ends, body.top_logprobs_asked
+            )
 
         def shape(answer: Answer, new_parser: Callable[[], ToolParser]) -> ChoicesShape:
             def choice(index: int) -> ChatChoice:
                 return ChatChoice(index, logprobs, new_parser(), conversations.new_call_id)
 
-            return ChoicesShape(answer, ENDPOINT, choice)
+            def of_prompt() -> Json:
+                first, token_bytes = answer.generations[0], service.tokenizer.token_bytes
+                return prompt_logprobs(first, token_bytes, body.prompt_logprobs)
+
+            return ChoicesShape(answer, ENDPOINT, choice, of_prompt)
 
         return await conversations.answer(http, body, shape, ENDPOINT.new_id())
 

@@ -59,7 +59,8 @@ class CalledFunction(Strict):
         if isinstance(self.arguments, dict):
             return {"name": self.name, "arguments": self.arguments}
         try:
-            arguments = json.loads(self.arguments or "{}")
+            # Some clients write null for no arguments, as some models do.
+            arguments = json.loads(self.arguments or "{}") or {}
         except (ValueError, RecursionError):
             raise ValueError(
                 f"the arguments of a call of {self.name} are not valid JSON: "

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from fastserve_mega.server.chat_messages import Messages
-from fastserve_mega.server.protocol import UNSUPPORTED, GenerationRequest
+from fastserve_mega.server.protocol import PROMPT_CACHE, UNSUPPORTED, GenerationRequest
 from fastserve_mega.server.strict import Neutral
 from fastserve_mega.server.structured import from_schema
 from fastserve_mega.server.tools.forced import (
@@ -26,7 +26,9 @@ _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
+    "moderation": (),
     "prediction": (),
+    **PROMPT_CACHE,
     "verbosity": ("medium",),
     "web_search_options": (),
     "store": (False,),

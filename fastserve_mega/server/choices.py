@@ -48,12 +48,20 @@ class ChoicesShape:
         answer: what is written.
         endpoint: names it.
         choice: writes the generation of an index.
+        more: further fields of a whole answer.
     """
 
     last_words = b"data: [DONE]\n\n"
 
-    def __init__(self, answer: Answer, endpoint: Endpoint, choice: Callable[[int], Choice]) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        endpoint: Endpoint,
+        choice: Callable[[int], Choice],
+        more: Callable[[], Json] = dict,
+    ) -> None:
         self._answer = answer
+        self._more = more
         self._choices: Sequence[Choice] = [choice(i) for i in range(len(answer.generations))]
         self._usage = answer.body.usage_in_stream
         is_stream = answer.body.stream
@@ -69,7 +77,7 @@ class ChoicesShape:
             choice.whole(self._answer.text_and_tokens(index), self._answer.reason(index))
             for index, choice in enumerate(self._choices)
         ]
-        return {**self._head, "choices": choices, "usage": self._counts()}
+        return {**self._head, "choices": choices, "usage": self._counts(), **self._more()}
 
     def opening(self, index: int) -> Iterable[bytes]:
         return self._pieces(self._choices[index].opening())

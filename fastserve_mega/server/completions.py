@@ -13,7 +13,7 @@ from fastserve_mega.client import Chunk
 from fastserve_mega.server.answers import Json, respond
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.errors import ApiError
-from fastserve_mega.server.logprobs import CompletionLogprobs
+from fastserve_mega.server.logprobs import CompletionLogprobs, prompt_logprobs
 from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.protocol import MAX_ANSWERS, UNSUPPORTED, GenerationRequest
 from fastserve_mega.server.schemas import Completion
@@ -68,7 +68,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     @property
-    def scores_prompt(self) -> bool:
+    def echoes_logprobs(self) -> bool:
         return bool(self.echo) and self.logprobs is not None
 
     @property
@@ -93,16 +93,19 @@ class CompletionChoice:
     echo: str
     """The prompt's text, where the answer is to begin with it."""
     logprobs: Callable[[Chunk], Json | None]
-    prompt_logprobs: Callable[[], Json | None]
-    """Tells those of the prompt, where they are asked for; to be called first."""
+    echoed_logprobs: Callable[[], Json | None]
+    """Tells those of the prompt, where they are echoed; to be called first."""
+    more: Callable[[], Json]
+    """Further fields of a whole answer."""
 
     def whole(self, chunk: Chunk, reason: str) -> Json:
-        of_prompt = self.prompt_logprobs()
+        of_prompt = self.echoed_logprobs()
         told = _joined(of_prompt, self.logprobs(chunk))
-        return self._piece(self.echo + chunk.text, told, reason)
+        return {**self._piece(self.echo + chunk.text, told, reason), **self.more()}
 
     def opening(self) -> list[Json]:
-        return [self._piece(self.echo, self.prompt_logprobs())] if self.echo else []
+        told = self.echoed_logprobs()
+        return [self._piece(self.echo, told)] if self.echo or told else []
 
     def delta(self, chunk: Chunk) -> list[Json]:
         return [self._piece(chunk.text, self.logprobs(chunk))]
@@ -120,8 +123,14 @@ def _joined(first: Json | None, second: Json | None) -> Json | None:
     return {name: first[name] + second[name] for name in first}
 
 
-def _echo(prompt: str | Sequence[int], decoder: TokenDecoder) -> str:
-    return prompt if isinstance(prompt, str) else decoder.decode(prompt)
+def _echo(body: CompletionRequest, number: int, ids: Sequence[int], decoder: TokenDecoder) -> str:
+    """What an answer to the prompt of a number begins with."""
+    if not body.echo:
+        return ""
+    prompt = body.prompts[number]
+    if isinstance(prompt, str) and body.truncate_prompt_tokens is None:
+        return prompt
+    return decoder.decode(ids)
 
 
 async def encode_prompts(
@@ -134,11 +143,20 @@ async def encode_prompts(
     """
     if not body.prompts:
         raise ApiError(400, "the prompt is empty", param="prompt")
-    service.check_answers(len(body.prompts), body.answers_per_prompt)
+    if len(body.prompts) * body.answers_per_prompt > MAX_ANSWERS:
+        raise ApiError(
+            400,
+            f"a request gets at most {MAX_ANSWERS} answers, "
+            f"got {len(body.prompts)} prompts with n={body.answers_per_prompt}",
+            param="n",
+        )
     prompts: list[tuple[Sequence[int], int]] = []
     async for _, prompt in one_by_one(body.prompts):
         tokens = await _encode(service, body, prompt)
-        prompts.append((tokens, await _max_tokens(service, body, tokens)))
+        # One more token than asked for, when that is none.
+        asked = 1 if body.only_prompts else body.max_tokens
+        tokens, most = await service.fit(body, tokens, asked)
+        prompts.append((tokens, min(most, DEFAULT_MAX_TOKENS) if asked is None else most))
     return prompts
 
 
@@ -150,13 +168,6 @@ async def _encode(
     return await service.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
 
-async def _max_tokens(service: Service, body: CompletionRequest, prompt: Sequence[int]) -> int:
-    """How many tokens are generated; one more than asked for when that is none."""
-    asked = 1 if body.only_prompts else body.max_tokens
-    most = await service.max_tokens_of(prompt, asked)
-    return min(most, DEFAULT_MAX_TOKENS) if body.max_tokens is None else most
-
-
 def completions_router(service: Service) -> APIRouter:
     """The endpoint, with its service."""
     router = APIRouter()
@@ -166,21 +177,29 @@ def completions_router(service: Service) -> APIRouter:
         prompts = await encode_prompts(service, body)
         decoder = service.decoder_of(body)
         echoes = [
-            _echo(prompt, decoder) if body.echo else ""
-            async for _, prompt in one_by_one(body.prompts)
+            _echo(body, number, ids, decoder) async for number, (ids, _) in one_by_one(prompts)
         ]
         ends = await service.end_token_ids(body)
         await service.check_model(body.model)
 
         def choice(index: int) -> CompletionChoice:
-            logprobs = CompletionLogprobs(service.tokenizer.token_bytes, decoder, ends)
+            token_bytes, top = service.tokenizer.token_bytes, body.logprobs
+            logprobs = CompletionLogprobs(token_bytes, decoder, ends, top)
             number = index // body.answers_per_prompt
 
-            def of_prompt() -> Json | None:
-                generation = answer.generations[index]
-                return logprobs.of_prompt(prompts[number][0], generation.prompt_logprobs)
+            def echoed() -> Json | None:
+                told = answer.generations[index]
+                if not body.echoes_logprobs:
+                    return None
+                return logprobs.of_prompt(
+                    told.prompt_token_ids, told.prompt_logprobs, echoes[number]
+                )
 
-            return CompletionChoice(index, echoes[number], logprobs, of_prompt)
+            def more() -> Json:
+                first = answer.generations[number * body.answers_per_prompt]
+                return prompt_logprobs(first, token_bytes, body.prompt_logprobs)
+
+            return CompletionChoice(index, echoes[number], logprobs, echoed, more)
 
         answer = await service.begin(
             http, body, prompts, answer_id=ENDPOINT.new_id(), decoder=decoder

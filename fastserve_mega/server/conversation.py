@@ -84,7 +84,7 @@ class Conversations:
         """
         await self.service.check_model(body.model)
         text, prompt = await self.render(body)
-        max_tokens = await self.service.max_tokens_of(prompt, body.max_tokens_asked)
+        fitting = await self.service.fit(body, prompt, body.max_tokens_asked)
         is_structured = structure_of(body) is not None
         think = self._dialect.think
         after = self.service.tokenizer.token_id(think.end) if think else None
@@ -104,7 +104,7 @@ class Conversations:
         answer = await self.service.begin(
             http,
             body,
-            [(prompt, max_tokens)],
+            [fitting],
             answer_id=answer_id,
             decoder=self.service.decoder_of(body, self._dialect.marks),
             structure_after=structure_after,

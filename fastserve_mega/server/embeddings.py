@@ -17,7 +17,7 @@ from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.openapi import ERRORS
 from fastserve_mega.server.schemas import EmbeddingList
 from fastserve_mega.server.service import Service
-from fastserve_mega.server.strict import Neutral, Strict, Texts, TokenIds
+from fastserve_mega.server.strict import KeptTokens, Neutral, Strict, Texts, TokenIds
 from fastserve_mega.types import SamplingParams
 
 _UNSUPPORTED: Neutral = {"dimensions": ()}
@@ -36,6 +36,7 @@ class EmbeddingRequest(Strict):
     # Extensions, as for completions.
     priority: int | None = None
     cache_salt: str | None = None
+    truncate_prompt_tokens: KeptTokens | None = None
 
     def completion(self) -> _Prompts:
         """The completion of the same prompts."""

@@ -30,7 +30,6 @@ _RETRY_AFTER_S = 1.0
 _INVALID = "invalid_request_error"
 ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_KINDS = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -74,7 +73,8 @@ class ApiError(Exception):
     @property
     def anthropic_body(self) -> dict[str, Any]:
         """The error in Anthropic's shape: `{"type": "error", "error": {"type", "message"}}`."""
-        kind = _ANTHROPIC_KINDS.get(self.status, "api_error")
+        other = _INVALID if self.status < 500 else "api_error"
+        kind = _ANTHROPIC_KINDS.get(self.status, other)
         return {"type": "error", "error": {"type": kind, "message": str(self)}}
 
     def response(self, path: str) -> JSONResponse:

@@ -20,7 +20,7 @@ _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 """What computes or tells about texts. Health, metrics and the live view stay open."""
 KEY_HEADERS = _BEARER, _PLAIN = ("Authorization", "X-Api-Key")
 """Where the key of a user is; the second is that of Anthropic's clients."""
-_REQUEST_ID = "X-Request-Id"
+REQUEST_ID = "X-Request-Id"
 _MAX_ID_LENGTH = 128
 
 
@@ -69,13 +69,13 @@ class NameRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(_REQUEST_ID, "")
+        given = Headers(scope=scope).get(REQUEST_ID, "")
         usable = 0 < len(given) <= _MAX_ID_LENGTH and given.isascii() and given.isprintable()
         request_id = given if usable else uuid.uuid4().hex
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[_REQUEST_ID] = request_id
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         await self._app(scope, receive, named)

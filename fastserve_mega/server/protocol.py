@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefaults
 from fastserve_mega.server.strict import (
+    KeptTokens,
     Neutral,
     Strict,
     Texts,
@@ -28,8 +29,10 @@ from fastserve_mega.server.structured import (
 from fastserve_mega.system.api_keys import hash_secret
 from fastserve_mega.text.detokenizer import stop_strings
 from fastserve_mega.types import (
+    MAX_ALLOWED_TOKENS,
     MAX_BIASED_TOKENS,
     MAX_STOP_TOKENS,
+    MAX_TOP_LOGPROBS,
     SamplingParams,
     StructuredOutput,
     seed_of,
@@ -37,11 +40,19 @@ from fastserve_mega.types import (
 
 _LONGEST_USER = 200
 """Characters of `user` by which a client is known; a longer one is known by its hash."""
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 256
 MAX_ANSWERS = 1024
 """Answers of one HTTP request: prompts times n."""
 Number = TypeVar("Number", int, float)
 UNSUPPORTED: Neutral = {"use_beam_search": (False,), "spaces_between_special_tokens": (True,)}
 _UNSUPPORTED_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+PROMPT_CACHE: Neutral = {"prompt_cache_options": (), "prompt_cache_retention": ("in_memory",)}
+_MOST_TOKENS = {
+    "stop_token_ids": MAX_STOP_TOKENS,
+    "allowed_token_ids": MAX_ALLOWED_TOKENS,
+    "logit_bias": MAX_BIASED_TOKENS,
+}
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,18}")
 
 
@@ -114,6 +125,12 @@ class GenerationRequest(Common):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: TokenIds | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    bad_words: Annotated[Texts, Field(max_length=MAX_BAD_WORDS)] | None = None
+    """Texts that the answer does not have, as far as tokens tell."""
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    truncate_prompt_tokens: KeptTokens | None = None
+    """So many tokens at the end of the prompt are kept; -1 for as many as leave room."""
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
@@ -126,6 +143,8 @@ class GenerationRequest(Common):
     def _stream_for_its_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for stream=true only")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs are told in whole answers only, not with stream=true")
         return self
 
     @property
@@ -147,8 +166,8 @@ class GenerationRequest(Common):
         """How many of the most probable tokens are told; None tells no log probabilities."""
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether log probabilities of the prompt's tokens are told."""
+    def echoes_logprobs(self) -> bool:
+        """Whether each answer begins with the log probabilities of its prompt."""
         return False
 
     @property
@@ -191,20 +210,25 @@ class GenerationRequest(Common):
         stop_strings(stop)
         return stop
 
-    @field_validator("stop_token_ids", mode="before")
+    @field_validator(*_MOST_TOKENS, mode="before")
     @classmethod
-    def _few_stop_tokens(cls, ids: object) -> object:
+    def _few_tokens(cls, tokens: object, field: ValidationInfo) -> object:
         # Before each of them is looked at.
-        if isinstance(ids, list) and len(ids) > MAX_STOP_TOKENS:
-            raise ValueError(f"at most {MAX_STOP_TOKENS} tokens, got {len(ids)}")
-        return ids
+        most = _MOST_TOKENS[field.field_name or ""]
+        if isinstance(tokens, list | dict) and len(tokens) > most:
+            raise ValueError(f"at most {most} tokens, got {len(tokens)}")
+        return tokens
 
-    @field_validator("logit_bias", mode="before")
+    @field_validator("bad_words")
     @classmethod
-    def _few_biased_tokens(cls, bias: object) -> object:
-        if isinstance(bias, dict) and len(bias) > MAX_BIASED_TOKENS:
-            raise ValueError(f"at most {MAX_BIASED_TOKENS} tokens, got {len(bias)}")
-        return bias
+    def _short_bad_words(cls, words: list[str] | None) -> list[str] | None:
+        for word in words or ():
+            if not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
+                raise ValueError(
+                    f"a word has 1 to {MAX_BAD_WORD_LENGTH} characters and is not only space, "
+                    f"got {short(word)}"
+                )
+        return words
 
     def sampling_params(
         self, max_tokens: int, number: int = 0, defaults: SamplingDefaults = NO_DEFAULTS
@@ -216,6 +240,7 @@ class GenerationRequest(Common):
         Raises:
             ValueError: a value is outside its range.
         """
+        tops = (self.top_logprobs_asked, self.prompt_logprobs)
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=_given(self.temperature, defaults.temperature),
@@ -227,8 +252,11 @@ class GenerationRequest(Common):
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=_given(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias=_by_token_id(self.logit_bias or {}),
-            logprobs=self.top_logprobs_asked,
-            prompt_logprobs=self.scores_prompt,
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            logprobs=max((top for top in tops if top is not None), default=None),
+            # All answers have the same prompt.
+            prompt_logprobs=self.echoes_logprobs
+            or (self.prompt_logprobs is not None and not number),
             structured=self.structured_output,
             # And -1 for a seed to be drawn.
             seed=None if self.seed in (None, -1) else _derived_seed(self.seed, number),

@@ -16,7 +16,7 @@ from fastserve_mega.server.answers import Answer
 from fastserve_mega.server.api_keys import KeyHolder
 from fastserve_mega.server.errors import ApiError, invalid_value
 from fastserve_mega.server.idempotency import IDEMPOTENCY_KEY, identity_of
-from fastserve_mega.server.protocol import MAX_ANSWERS, GenerationRequest
+from fastserve_mega.server.protocol import GenerationRequest
 from fastserve_mega.server.structure_check import StructureChecker
 from fastserve_mega.text.chat_template import PromptEnd
 from fastserve_mega.text.detokenizer import TokenDecoder
@@ -125,17 +125,6 @@ class Service:
                 code="context_length_exceeded",
             )
 
-    @staticmethod
-    def check_answers(num_prompts: int, answers_per_prompt: int) -> None:
-        """Refuse a request for too many answers, before anything is done for the first."""
-        if num_prompts * answers_per_prompt > MAX_ANSWERS:
-            raise ApiError(
-                400,
-                f"a request gets at most {MAX_ANSWERS} answers, "
-                f"got {num_prompts} prompts with n={answers_per_prompt}",
-                param="n",
-            )
-
     async def _tokenize(self, encode: Callable[[], T], length: int) -> T:
         try:
             return encode() if length < _LONG_TEXT else await asyncio.to_thread(encode)
@@ -154,9 +143,18 @@ class Service:
             )
         return served
 
-    async def max_tokens_of(self, prompt: Sequence[int], max_tokens: int | None) -> int:
-        """Check a prompt; returns `max_tokens`, or what fits into the context if that is None."""
+    async def fit(
+        self, body: GenerationRequest, prompt: Sequence[int], max_tokens: int | None
+    ) -> tuple[Sequence[int], int]:
+        """Check a prompt, cut to the end that `truncate_prompt_tokens` keeps of it.
+
+        Returns:
+            The prompt and `max_tokens`, or what fits into the context if that is None.
+        """
         welcome = await self.client.info()
+        if (kept := body.truncate_prompt_tokens) is not None:
+            room = welcome.max_context - (max_tokens or 1)
+            prompt = prompt[-max(room if kept == -1 else kept, 1) :]
         if not prompt:
             raise ApiError(400, "the prompt is empty", param="prompt")
         room = welcome.max_context - len(prompt)
@@ -176,7 +174,7 @@ class Service:
                     f"token id {token} is not in the vocabulary of {welcome.vocab_size}",
                     param="prompt",
                 )
-        return room if max_tokens is None else max_tokens
+        return prompt, room if max_tokens is None else max_tokens
 
     async def end_token_ids(self, body: GenerationRequest) -> frozenset[int]:
         """Token ids after which an answer ends, and which are no part of it."""
@@ -256,9 +254,11 @@ class Service:
     ) -> list[tuple[Sequence[int], SamplingParams]]:
         """Each prompt as often as it is answered, with how that is sampled."""
         structured = structure_of(body)
+        sampling, spell = body.sampling_params, self.tokenizer.spellings
         try:
+            bad = tuple(each for word in body.bad_words or () for each in spell(word))
             submissions = [
-                (prompt, body.sampling_params(max_tokens, number, self._defaults))
+                (prompt, replace(sampling(max_tokens, number, self._defaults), bad_words=bad))
                 async for _, (prompt, max_tokens) in one_by_one(prompts)
                 async for number, _ in one_by_one(range(body.answers_per_prompt))
             ]

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # All lists of a body end at their first wrong element: pydantic would tell of each of them.
 Texts = Annotated[list[str], Field(fail_fast=True)]
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
+
+
+def _something(kept: int) -> int:
+    if kept < 1 and kept != -1:
+        raise ValueError(f"at least 1 token is kept, or with -1 all that fit; got {kept}")
+    return kept
+
+
+KeptTokens = Annotated[int, AfterValidator(_something)]
 Neutral = dict[str, tuple[Any, ...]]
 """Fields of OpenAI and vLLM that are not supported, with the values that ask for nothing; null
 always does."""

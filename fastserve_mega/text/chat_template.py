@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -95,6 +96,10 @@ class ChatTemplate:
     ) -> str:
         """The conversation, by default up to where the assistant's answer begins.
 
+        Where the template refuses it, as many do that want one system message at the beginning and
+        then user and assistant in turn, it is tried with what one role says joined; where that is
+        refused as well, with the system's words before those of the user.
+
         Args:
             messages: of the conversation.
             tools: that may be called.
@@ -105,6 +110,21 @@ class ChatTemplate:
             ValueError: the template refuses the messages, or is no valid one; or a variable is one
                 of the conversation's own.
         """
+        try:
+            return self._render(messages, tools, variables, end)
+        except ValueError:
+            for other in _other_forms(messages):
+                with suppress(ValueError):
+                    return self._render(other, tools, variables, end)
+            raise
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None,
+        end: PromptEnd,
+    ) -> str:
         given = dict(variables or {})
         if reserved := sorted(given.keys() & (_OWN_VARIABLES | self._special_tokens.keys())):
             raise ValueError(f"the chat template's {reserved[0]!r} is not for a request to set")
@@ -135,6 +155,36 @@ class ChatTemplate:
     @cached_property
     def _with_tools(self) -> Template:
         return _ENVIRONMENT.from_string(self._tools_source)
+
+
+def _other_forms(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Ways to say the same with fewer messages, if there are any."""
+    system = [message for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    first = [{"role": "system", "content": _lines(system)}] if system else []
+    if (joined := _joined([*first, *others])) != list(messages):
+        yield joined
+    if system:
+        yield _joined([{**first[0], "role": "user"}, *others])
+
+
+def _joined(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation in which what user or assistant say in a row is one message."""
+    joined: list[dict[str, Any]] = []
+    for message in messages:
+        last = joined[-1] if joined else {"role": ""}
+        if message["role"] != last["role"] or last["role"] not in ("user", "assistant"):
+            joined.append(dict(message))
+            continue
+        joined[-1] = {**last, **message, "content": _lines([last, message])}
+        if calls := [*(last.get("tool_calls") or ()), *(message.get("tool_calls") or ())]:
+            joined[-1]["tool_calls"] = calls
+    return joined
+
+
+def _lines(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What messages say, one below the other."""
+    return "\n\n".join(message["content"] for message in messages if message["content"])
 
 
 def _before_cut(text: str) -> str:

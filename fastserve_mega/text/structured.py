@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,8 @@ _LONGEST_MESSAGE = 300
 _MOST_MULTIPLES = 10_000
 """What the numbers of all `multipleOf` may add up to: each takes a state for every remainder, and
 llguidance sets no limit to that."""
+_LARGEST_INTEGER = 2**53
+"""Beyond it llguidance writes another number that is close."""
 _ASCII_CLASSES = {"d": "[[:digit:]]", "w": "[[:word:]]", "s": "[[:space:]]"}
 _FORMATS = frozenset(
     {"date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"}
@@ -124,12 +126,31 @@ def _without_idle_keywords(schema: Schema) -> Schema:
     """A schema without what holds the output to nothing.
 
     That is a format that is an annotation, and, as zod says of each record, that names are strings.
+
+    Raises:
+        ValueError: it holds the output to a number that could not be written.
     """
+    for number in _integers((schema.get("const"), schema.get("enum"))):
+        if abs(number) > _LARGEST_INTEGER:
+            raise ValueError(
+                f"an integer of const or enum is at most {_LARGEST_INTEGER} in size, got {number}"
+            )
     given, names = schema.get("format"), schema.get("propertyNames")
     idle = {"format"} if isinstance(given, str) and given not in _FORMATS else set()
     if names in (True, {}, {"type": "string"}):
         idle.add("propertyNames")
     return {key: value for key, value in schema.items() if key not in idle} if idle else schema
+
+
+def _integers(data: object) -> Iterator[int]:
+    """All integers in some JSON."""
+    if isinstance(data, dict):
+        data = data.values()
+    if isinstance(data, int):
+        yield data
+    elif isinstance(data, Iterable) and not isinstance(data, str):
+        for value in data:
+            yield from _integers(value)
 
 
 def _multiples(schema: object) -> Iterator[int]:

@@ -69,6 +69,16 @@ class Tokenizer:
             raise ValueError(f"the text is not valid Unicode: {error.reason}") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
+    def spellings(self, word: str) -> list[tuple[int, ...]]:
+        """Tokens of a word at the beginning of a text, and behind a space.
+
+        Raises:
+            ValueError: the text is not valid Unicode (it contains a lone surrogate).
+        """
+        texts = (word.lstrip(), f" {word.lstrip()}")
+        spelled = [tuple(self.encode(text, add_special_tokens=False)) for text in texts]
+        return list(dict.fromkeys(spelled))
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -63,8 +63,10 @@ class SequenceInput:
     @property
     def changes_logits(self) -> bool:
         """Whether it is sampled from other logits than the model's."""
-        held = self.history is not None and self.params.needs_history
-        return held or bool(self.params.logit_bias) or self.awaits_min_tokens
+        params = self.params
+        held = self.history is not None and params.needs_history
+        chosen = params.logit_bias or params.allowed_token_ids or params.bad_words
+        return held or bool(chosen) or self.awaits_min_tokens
 
     @property
     def is_plain(self) -> bool:

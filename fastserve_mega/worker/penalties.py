@@ -1,4 +1,4 @@
-"""Changes to logits that depend on the request: bias, and penalties for tokens it has already.
+"""Changes to logits that a request asks for: what it allows, bias, penalties for what it has.
 
 Only the logits concerned are touched, for all sequences at once, and nothing is done for a batch
 that asks for none of it.
@@ -20,6 +20,27 @@ from fastserve_mega.worker.transfer import to_device
 
 _LEAST_FACTOR = 1e-30
 """Smaller repetition penalties do what this one does: float32 holds any logit divided by it."""
+
+
+def keep_allowed(logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
+    """Make all but the `allowed_token_ids` of a request impossible in its row, in place."""
+    for row, sequence in enumerate(sequences):
+        if allowed := sequence.params.allowed_token_ids:
+            ids = to_device(torch.tensor(allowed), logits.device)
+            kept = logits[row, ids]
+            logits[row] = -torch.inf
+            logits[row, ids] = kept
+
+
+def last_of_bad_words(sequence: SequenceInput) -> list[int]:
+    """Tokens that would complete one of the request's `bad_words`."""
+    output = sequence.history.output if sequence.history is not None else []
+    return [
+        last
+        for *begun, last in sequence.params.bad_words
+        # Most are found out by their last token but one.
+        if not begun or (output and output[-1] == begun[-1] and output[-len(begun) :] == begun)
+    ]
 
 
 def add_logit_bias(logits: Tensor, sequences: Sequence[SequenceInput]) -> None:

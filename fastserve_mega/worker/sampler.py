@@ -20,13 +20,19 @@ from fastserve_mega.worker.drawing import draw_at_random, find_largest, uniform
 from fastserve_mega.worker.grammar import GrammarError, Grammars
 from fastserve_mega.worker.logprobs import ModelDistribution
 from fastserve_mega.worker.model_runner import SequenceInput, StepOutput
-from fastserve_mega.worker.penalties import add_logit_bias, penalize
+from fastserve_mega.worker.penalties import (
+    add_logit_bias,
+    keep_allowed,
+    last_of_bad_words,
+    penalize,
+)
 from fastserve_mega.worker.transfer import Returning, to_device
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below are greedy, as in vLLM: they make all but the largest logit impossible."""
 RULES = 5
 """Numbers that the token of a row is drawn by."""
+_WHAT_FORBIDS = "the structure of the output, min_tokens, allowed_token_ids or bad_words"
 _LONGEST_MESSAGE = 300
 _BROKEN_DEVICE = ("CUDA error", "HIP error")
 
@@ -147,7 +153,8 @@ class Sampler:
             return logits, {}
         logits = logits.clone()
         failures = self._hold_to_grammars(logits, sequences)
-        self._hold_back_stop_tokens(logits, sequences)
+        keep_allowed(logits, sequences)
+        self._hold_back(logits, sequences)
         add_logit_bias(logits, sequences)
         penalize(logits, sequences)
         return logits, failures
@@ -168,18 +175,23 @@ class Sampler:
                 failures[row] = SamplingFailure(row, str(error), error.is_invalid)
         return failures
 
-    def _hold_back_stop_tokens(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
+    def _hold_back(self, logits: Tensor, sequences: Sequence[SequenceInput]) -> None:
+        """Make impossible, in place, what would end an answer too early or complete a bad word."""
         vocabulary = logits.shape[-1]
         held_back = [
             (row, token)
             for row, sequence in enumerate(sequences)
-            if sequence.awaits_min_tokens
-            for token in {*self._eos_token_ids, *sequence.params.stop_token_ids}
+            for token in {*self._ends_too_early(sequence), *last_of_bad_words(sequence)}
             if token < vocabulary
         ]
         if held_back:
             rows, tokens = to_device(torch.tensor(held_back), logits.device).unbind(dim=1)
             logits[rows, tokens] = -torch.inf
+
+    def _ends_too_early(self, sequence: SequenceInput) -> tuple[int, ...]:
+        if not sequence.awaits_min_tokens:
+            return ()
+        return (*self._eos_token_ids, *sequence.params.stop_token_ids)
 
 
 def rules_of(sequences: Sequence[SequenceInput]) -> Tensor:
@@ -226,7 +238,7 @@ def _unusable(largest: Sequence[tuple[float, float]]) -> dict[int, SamplingFailu
         if not math.isfinite(of_model):
             why = f"the model's logits are not finite: the largest is {of_model}"
         elif not math.isfinite(left):
-            why = "no token can be sampled: the structure of the output or min_tokens forbids all"
+            why = f"no token can be sampled: {_WHAT_FORBIDS} forbid all"
         else:
             continue
         failures[row] = SamplingFailure(row, why)

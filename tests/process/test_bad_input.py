@@ -88,7 +88,23 @@ BAD_REQUESTS = {
     "infinite timeout": ({"timeout_s": float("inf")}, "got inf"),
     "all tokens held back": (
         {"params": SamplingParams(min_tokens=2, stop_token_ids=tuple(range(1, VOCAB)))},
-        f"which are all {VOCAB} tokens of the vocabulary",
+        f"holds back, are all {VOCAB} tokens of the vocabulary",
+    ),
+    "allowed token beyond the vocabulary": (
+        {"params": SamplingParams(allowed_token_ids=(1, VOCAB))},
+        f"allowed_token_ids token ids must be between 0 and {VOCAB - 1}",
+    ),
+    "bad word beyond the vocabulary": (
+        {"params": SamplingParams(bad_words=((1, VOCAB),))},
+        f"bad_words token ids must be between 0 and {VOCAB - 1}",
+    ),
+    "no allowed word but bad ones": (
+        {"params": SamplingParams(allowed_token_ids=(1, 2), bad_words=((1,), (2,)))},
+        "are all 2 tokens of allowed_token_ids",
+    ),
+    "no allowed token but ends": (
+        {"params": SamplingParams(allowed_token_ids=(1,), min_tokens=1, stop_token_ids=(1,))},
+        "min_tokens 1 holds back, are all 1 tokens of allowed_token_ids",
     ),
     "priority": ({"priority": 2000}, "between -1000 and 1000, got 2000"),
 }

@@ -134,9 +134,14 @@ def test_other_origins_may_ask_only_when_configured(ask, api_keys):
     preflight = ("OPTIONS", "/v1/completions", {"headers": headers})
     (refused,) = ask(preflight)
     assert "access-control-allow-origin" not in refused.headers
-    (allowed,) = ask(preflight, cors_origins=("https://app.example",), api_keys=api_keys(key=""))
+    models = ("GET", "/v1/models", {"headers": headers})
+    allowed, answer = ask(
+        preflight, models, cors_origins=("https://app.example",), api_keys=api_keys(key="")
+    )
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+    # The page may read what clients wait by.
+    assert answer.headers["access-control-expose-headers"] == "X-Request-Id, Retry-After"
 
 
 def test_text_to_tokens_and_back(ask, tokenizer):

@@ -32,8 +32,20 @@ def test_answers_come_in_the_order_of_the_prompts(model_directory, monkeypatch):
         ]
         assert {each.finish_reason for each in answers} == {"length"}
         assert len(llm.generate("the fox", GREEDY)) == 1
-        [answer] = llm.chat([[{"role": "user", "content": "hi"}]], GREEDY)
+        conversation = [{"role": "user", "content": "hi"}]
+        [answer] = llm.chat([conversation], GREEDY)
         assert answer.usage.completion_tokens == 6
+        # One needs no list around it, and each may have params of its own.
+        [alone] = llm.chat(conversation, GREEDY)
+        assert alone.token_ids == answer.token_ids
+        [alone] = llm.generate(PROMPTS[0], GREEDY)
+        assert alone.token_ids == answers[0].token_ids
+        each = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (3, 1, 2)]
+        lengths = [answer.usage.completion_tokens for answer in llm.generate(PROMPTS, each)]
+        assert lengths == [3, 1, 2]
+        assert llm.generate([], each[:0]) == []
+        with pytest.raises(ValueError, match="there are 3 params for 2 prompts"):
+            llm.generate(PROMPTS[:2], each)
 
 
 def test_a_wrong_setting_is_said_before_anything_starts(model_directory):

@@ -73,6 +73,14 @@ EFFECTS = {
     "frequency_penalty": ({"frequency_penalty": -2.0}, says_other_things),
     "repetition_penalty": ({"repetition_penalty": 0.1}, says_other_things),
     "logit_bias": ({"logit_bias": {9: 100.0}}, lambda _, done: done.token_ids[:5] == (9,) * 5),
+    "allowed_token_ids": (
+        {"allowed_token_ids": (9, 11)},
+        lambda _, done: set(done.token_ids) == {9, 11},
+    ),
+    "bad_words": (
+        {"logit_bias": {9: 100.0, 11: 70.0}, "bad_words": ((9, 9, 9), (11, 9))},
+        lambda _, done: done.token_ids == (9, 9, *[11] * 8),
+    ),
     "structured": (
         {"structured": StructuredOutput(choice=("fox", "dog")), "ignore_eos": False},
         lambda _, done: done.text in ("fox", "dog") and done.token_ids[-1] == EOS,

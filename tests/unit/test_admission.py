@@ -31,6 +31,10 @@ params = st.builds(
     logprobs=st.just(20),
     stop_token_ids=st.lists(st.sampled_from((1, 2**62)), max_size=300).map(tuple),
     logit_bias=st.dictionaries(st.integers(0, 2**32), st.sampled_from((0.0, 1.5)), max_size=300),
+    allowed_token_ids=st.lists(st.integers(0, 2**32), max_size=300).map(tuple),
+    bad_words=st.lists(
+        st.lists(st.integers(0, 2**32), min_size=1, max_size=9).map(tuple), max_size=99
+    ).map(tuple),
     structured=structures,
 )
 

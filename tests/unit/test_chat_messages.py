@@ -25,6 +25,17 @@ def test_reasoning_comes_back_under_either_name(name):
     assert body.offered_tools == [{"type": "function", "function": {"name": "look"}}]
 
 
+def test_a_call_without_arguments_has_none_however_that_is_written():
+    for arguments in (None, "", "null", "{}", {}):
+        function = {"name": "look", "arguments": arguments}
+        call = {"id": "1", "type": "function", "function": function}
+        body = ChatRequest.model_validate(
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+        )
+        (message,) = body.plain_messages()
+        assert message["tool_calls"][0]["function"] == {"name": "look", "arguments": {}}
+
+
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [

@@ -183,6 +183,20 @@ def test_what_agents_send_along_has_no_effect(ask, says, prompt):
     plain = prompt()
     assert ask(tools=[eager], messages=turns).status_code == 200
     assert prompt() == plain
+    keeps = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    adaptive = {"type": "adaptive"}
+    done = ask(tools=[TOOL], messages=turns, context_management=keeps, thinking=adaptive)
+    assert done.status_code == 200
+    assert prompt() == plain
+
+
+def test_system_words_may_come_later_and_the_answer_may_have_no_beginning_yet(ask, says, prompt):
+    says("x")
+    later = {"role": "system", "content": [{"type": "text", "text": "Be kind."}]}
+    empty = {"role": "assistant", "content": ""}
+    for turns in ([*HI, later], [*HI, later, empty], [*HI, later, {**empty, "content": []}]):
+        assert ask(system="Be short.", messages=turns).status_code == 200
+        assert prompt() == "[system]Be short.[user]hi[system]Be kind.[assistant]"
 
 
 def test_tokens_are_counted_as_they_are_used(ask, says, shared):
@@ -204,12 +218,21 @@ def test_an_error_in_the_middle_is_an_event(ask, shared):
     assert last == {"type": "error", "error": {"type": "api_error", "message": "rank 3 is lost"}}
 
 
+def test_what_the_client_does_wrong_is_no_error_of_the_api(shared):
+    for refused in (
+        shared[1].get("/v1/messages"),
+        shared[1].post("/v1/messages", content=b"x", headers={"Content-Encoding": "gzip"}),
+    ):
+        assert refused.status_code in (405, 415)
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
 REFUSED = [
     ({"messages": []}, 400, "a conversation has 1 to 4096 messages, got 0"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "images are not supported"),
-    ({"messages": [*HI, {"role": "assistant", "content": ""}]}, 400, "messages must end with"),
-    ({"messages": [{"role": "system", "content": "x"}]}, 400, "input should be 'user'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "input should be 'user'"),
+    ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, 400, "context_man"),
     ({"tool_choice": {"type": "tool"}}, 400, "tool_choice has a name if its type is 'tool'"),
     ({"max_tokens": 0}, 400, "max_tokens must be at least 1, got 0"),
     ({"container": "x"}, 400, "container='x' is not supported"),

@@ -35,18 +35,20 @@ ANSWERED = {
     "continue_final_message",
     "add_special_tokens",
     "include_stop_str_in_output",
+    "bad_words",
+    "truncate_prompt_tokens",
     "skip_special_tokens",
 }
 """By the server itself; tests of the server over HTTP have their effects."""
 STRUCTURED = {
     "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
 }  # fmt: skip
-LOGPROBS = {"logprobs", "top_logprobs"}
+LOGPROBS = {"logprobs", "top_logprobs", "prompt_logprobs"}
 LIMITS = {"max_tokens": 3, "max_completion_tokens": 3}
 SAMPLING = {
     "temperature": 0.5, "top_p": 0.5, "seed": 3, "top_k": 3, "min_tokens": 2, "ignore_eos": True,
     "stop_token_ids": [4], "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,
-    "repetition_penalty": 1.2,
+    "repetition_penalty": 1.2, "allowed_token_ids": [4],
 }  # fmt: skip
 SCHEDULING = {
     "priority": -1, "timeout": 2.5, "cache_salt": "mine", "expected_output_tokens": 7,
@@ -159,6 +161,12 @@ def test_a_biased_token_has_one_way_to_be_written(token):
 def test_logit_bias_and_stop_tokens_are_bounded():
     with pytest.raises(ValueError, match="at most 1024 tokens, got 1025"):
         SamplingParams(stop_token_ids=(1,) * 1025)
+    with pytest.raises(ValueError, match="allowed_token_ids must not be negative, got -1"):
+        SamplingParams(allowed_token_ids=(-1,))
+    with pytest.raises(ValueError, match="has 1 to 64 tokens, got 65"):
+        SamplingParams(bad_words=((1,) * 65,))
+    with pytest.raises(ValueError, match="at most 1024 sequences of tokens, got 1025"):
+        SamplingParams(bad_words=((1,),) * 1025)
     with pytest.raises(ValueError, match="must not be negative, got -7"):
         SamplingParams(stop_token_ids=(1, -7))
     with pytest.raises(ValueError, match="at most 4096 texts, got 4097"):

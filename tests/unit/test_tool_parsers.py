@@ -59,6 +59,7 @@ HERMES = {
         [('q"é', {"a": '}{"\\'})],
     ),
     "no call < here <tool": ("no call < here <tool", []),
+    "write <tool_call> before it": ("write <tool_call> before it", []),
     "<tool_call>nonsense</tool_call>": ("<tool_call>nonsense</tool_call>", []),
     '<tool_call>{"name": "time", "arguments": null}</tool_call>': ("", CALLED[1:]),
     '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>': ("", [("f", {"a": 1})]),
@@ -131,7 +132,7 @@ QWEN3_CODER = {
     written("weather", at="null", other="12"): ("", [("weather", {"at": None, "other": "12"})]),
     "<function=time>\n</function>": ("", CALLED[1:]),
     "<tool_call>\n<function=time>": ("", CALLED[1:]),
-    "a < b <tool_call> nonsense": ("a < b<tool_call> nonsense", []),
+    "a < b <tool_call> nonsense": ("a < b <tool_call> nonsense", []),
     "plain <fun": ("plain <fun", []),
     "": ("", []),
 }  # fmt: skip
@@ -141,7 +142,7 @@ MISTRAL = {
     '[TOOL_CALLS]weather[ARGS]{"city": "Paris", "days": 2}[TOOL_CALLS]time[ARGS]{}': ("", CALLED),
     '[TOOL_CALLS]weather[CALL_ID]aB3[ARGS]{"city": "Paris", "days": 2}': ("", CALLED[:1]),
     "[TOOL_CALLS]time{}": ("", CALLED[1:]),
-    "[TOOL_CALLS] what": ("[TOOL_CALLS] what", []),
+    "Say [TOOL_CALLS] what": ("Say [TOOL_CALLS] what", []),
     "a [TOOL": ("a [TOOL", []),
     "": ("", []),
 }

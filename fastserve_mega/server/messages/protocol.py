@@ -22,7 +22,10 @@ _UNSUPPORTED: Neutral = {
     "service_tier": ("auto", "standard_only"),
     "speed": ("standard",),
     "mcp_servers": ([],),
-    "context_management": (),
+    "context_management": (
+        {"edits": []},
+        {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    ),
 }
 
 
@@ -93,16 +96,15 @@ Block = Annotated[
 class Turn(Strict):
     """One turn of a conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[Block], Field(fail_fast=True)]
 
     @model_validator(mode="after")
     def _blocks_of_its_role(self) -> Turn:
         for block in self.content if isinstance(self.content, list) else ():
-            of_assistant = isinstance(block, ThinkingBlock | ToolUseBlock)
-            if of_assistant and self.role == "user":
+            if isinstance(block, ThinkingBlock | ToolUseBlock) and self.role != "assistant":
                 raise ValueError(f"a {block.type} block is for the role 'assistant'")
-            if isinstance(block, ToolResultBlock) and self.role == "assistant":
+            if isinstance(block, ToolResultBlock) and self.role != "user":
                 raise ValueError("a tool_result block is for the role 'user'")
         return self
 
@@ -214,15 +216,18 @@ class CountRequest(Common):
     def chat(self) -> dict[str, Any]:
         """Body of the chat completion that answers the conversation."""
         choice = self.tool_choice
+        turns = self.messages
+        if turns[-1].role == "assistant" and not turns[-1].content:
+            turns = turns[:-1]  # an answer of which nothing is there yet
         return {
             **self.common(),
-            "messages": [*self._system(), *_flat(self.messages)],
+            "messages": [*self._system(), *_flat(turns)],
             "tools": [_function(tool) for tool in self.tools or ()] or None,
             "tool_choice": choice.chat() if choice else None,
             "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
             "reasoning_effort": self._effort(),
             "response_format": self._response_format(),
-            "continue_final_message": self.messages[-1].role == "assistant",
+            "continue_final_message": bool(turns) and turns[-1].role == "assistant",
         }
 
     def _system(self) -> list[Message]:
@@ -234,11 +239,11 @@ class CountRequest(Common):
 
     def _effort(self) -> str | None:
         effort = self.output_config.effort if self.output_config else None
-        if self.thinking is None:
-            return "xhigh" if effort == "max" else effort
-        if self.thinking.type == "disabled":
+        if self.thinking is not None and self.thinking.type == "disabled":
             return "none"
-        return "xhigh" if effort == "max" else effort or "medium"
+        if effort is None and self.thinking is not None and self.thinking.type == "enabled":
+            return "medium"
+        return "xhigh" if effort == "max" else effort
 
     def _response_format(self) -> dict[str, Any] | None:
         if self.output_config is None or self.output_config.format is None:

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from fastserve_mega.server.chat_messages import MAX_MESSAGES, refuse_media
 from fastserve_mega.server.chat_protocol import ReasoningEffort
-from fastserve_mega.server.protocol import Common
+from fastserve_mega.server.protocol import PROMPT_CACHE, Common
 from fastserve_mega.server.strict import Neutral, Strict
 from fastserve_mega.server.structured import JsonObjectFormat, NamedSchema, TextFormat
 from fastserve_mega.server.tools.protocol import MAX_TOOLS
@@ -23,6 +23,7 @@ _UNSUPPORTED: Neutral = {
     "max_tool_calls": (),
     "moderation": (),
     "prompt": (),
+    **PROMPT_CACHE,
     "service_tier": ("auto", "default"),
     "top_logprobs": (0,),
     "truncation": ("disabled",),

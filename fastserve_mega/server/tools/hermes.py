@@ -23,8 +23,10 @@ class HermesParser:
         self._text = ""
         """Not told yet: it may be the beginning of a mark, or space before a call."""
         self._call: CallReader | None = None
+        self._mark = _BEGIN
+        """What the call that is being read began with, space before it included."""
         self._body = ""
-        """Text of the call that is being read, in case it is none."""
+        """Its text, in case it is none."""
         self._calls = 0
 
     def push(self, text: str) -> Sequence[Piece]:
@@ -37,8 +39,9 @@ class HermesParser:
                 break
             before, _, self._text = self._text.partition(found)
             if self._call is None:
-                pieces += self._content(before.rstrip())
-                self._call, self._body = CallReader(self._calls), ""
+                content = before.rstrip()
+                pieces += self._content(content)
+                self._begin(before[len(content) :] + _BEGIN)
                 continue
             pieces += self._read(self._call, before)
             if _is_in_string(self._body):
@@ -48,7 +51,7 @@ class HermesParser:
             else:
                 # Some models begin the next call instead of ending one.
                 pieces += self._end_call(self._call, "")
-                self._call, self._body = CallReader(self._calls), ""
+                self._begin(_BEGIN)
         certain = len(self._text) - max(held_back(self._text, mark) for mark in marks)
         if self._call is None:
             certain = len(self._text[:certain].rstrip())
@@ -64,15 +67,18 @@ class HermesParser:
             return self._content(text)
         # Some models end their answer instead of the call.
         pieces = [*self._read(self._call, text), *self._end_call(self._call, "")]
-        if pieces == [f"{_BEGIN}{self._body}"] and _END in self._body:
+        if pieces == [f"{self._mark}{self._body}"] and _END in self._body:
             # No call, and so no JSON, whose strings the marks could be in.
             before, _, after = self._body.partition(_END)
-            pieces = [f"{_BEGIN}{before}{_END}", *self.push(after), *self.finish()]
+            pieces = [f"{self._mark}{before}{_END}", *self.push(after), *self.finish()]
         return pieces
 
     def _content(self, text: str) -> list[Piece]:
         """Text around calls; the space that sets them apart is no part of it."""
         return [text] if text and not (self._calls and text.isspace()) else []
+
+    def _begin(self, mark: str) -> None:
+        self._call, self._mark, self._body = CallReader(self._calls), mark, ""
 
     def _read(self, call: CallReader, body: str) -> Sequence[Piece]:
         self._body += body
@@ -85,7 +91,7 @@ class HermesParser:
             return []
         if (whole := call.finish()) is None:
             # What is not a call is content, as the model wrote it.
-            return [f"{_BEGIN}{self._body}{end}"]
+            return [f"{self._mark}{self._body}{end}"]
         self._calls += 1
         return [whole]
 

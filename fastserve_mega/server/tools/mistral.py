@@ -27,8 +27,10 @@ class MistralParser:
         self._list: RequiredCalls | None = None
         self._call: CallReader | None = None
         self._calls = 0
+        self._mark = _BEGIN
+        """The first mark, space before it included."""
         self._body = ""
-        """All text after the first mark, in case it is no call."""
+        """All text after it, in case it is no call."""
 
     def push(self, text: str) -> Sequence[Piece]:
         self._text += text
@@ -39,6 +41,7 @@ class MistralParser:
         if found:
             self._in_calls, self._text, self._body = True, after, after
             content = before.rstrip()
+            self._mark = before[len(content) :] + _BEGIN
             return [*([content] if content else []), *self._read()]
         certain = len(self._text) - held_back(self._text, _BEGIN)
         certain = len(self._text[:certain].rstrip())
@@ -49,7 +52,7 @@ class MistralParser:
         text, self._text = self._text, ""
         if self._in_calls:
             # What is not a call is content, as the model wrote it.
-            return [] if self._calls else [_BEGIN + self._body]
+            return [] if self._calls else [self._mark + self._body]
         return [text] if text else []
 
     def _read(self) -> list[Piece]:

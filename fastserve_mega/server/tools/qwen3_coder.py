@@ -69,7 +69,9 @@ class Qwen3CoderParser:
     def _before_call(self) -> list[Piece] | None:
         starts = [at for mark in (_BEGIN, _BARE_BEGIN) if (at := self._text.find(mark)) >= 0]
         if starts:
-            before, self._text = self._text[: min(starts)].rstrip(), self._text[min(starts) :]
+            before = self._text[: min(starts)].rstrip()
+            # The space goes with the mark: without a call it is content as well.
+            self._text = self._text[len(before) :]
             self._in_call = True
             return self._content(before)
         certain = len(self._text) - held_back(self._text, _BEGIN, _BARE_BEGIN, "</tool_call>")
@@ -83,14 +85,16 @@ class Qwen3CoderParser:
             self._name = match[1].strip()
             self._num_arguments = 0
             return [CallPiece(self._calls, self._name, "")]
-        inside = self._text.removeprefix(_BEGIN).lstrip()
+        begun = self._text.lstrip()
+        inside = begun.removeprefix(_BEGIN).lstrip()
         if _BARE_BEGIN.startswith(inside) or inside.startswith(_BARE_BEGIN):
             return None
         # What is not a call is content, as the model wrote it.
         self._in_call = False
-        mark = _BEGIN if self._text.startswith(_BEGIN) else _BARE_BEGIN
-        self._text = self._text.removeprefix(mark)
-        return [mark]
+        mark = _BEGIN if begun.startswith(_BEGIN) else _BARE_BEGIN
+        space = self._text[: len(self._text) - len(begun)]
+        self._text = begun.removeprefix(mark)
+        return [space + mark]
 
     def _argument(self, key: str, text: str) -> CallPiece:
         schema = (self._functions.get(self._name or "") or {}).get("properties") or {}

@@ -8,7 +8,7 @@ import pytest
 
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
-from fastserve_mega.server.service import MAX_ANSWERS
+from fastserve_mega.server.protocol import MAX_ANSWERS
 
 VECTOR = pytest.approx([0.6, 0.0, -0.8])
 """What the fake coordinator answers."""
@@ -44,6 +44,15 @@ def test_token_ids_become_vectors(api, fake_coordinator, ids):
     submits = fake_coordinator.received(Submit)
     assert [submit.prompt for submit in submits] == expected
     assert {(submit.client, submit.priority) for submit in submits} == {("user:me", 3)}
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(2, (8, 9)), (-1, (5, 6, 7, 8, 9))])
+def test_of_a_long_prompt_the_end_can_be_taken(api, fake_coordinator, kept, expected):
+    prompt = [4] * (256 - 1 - 5) + [5, 6, 7, 8, 9]
+    told = api.create(model="tiny", input=prompt, extra_body={"truncate_prompt_tokens": kept})
+    (submit,) = fake_coordinator.received(Submit)
+    assert submit.prompt[-5:] == expected[-5:]
+    assert told.usage.prompt_tokens == len(submit.prompt) == (2 if kept == 2 else 255)
 
 
 @pytest.mark.parametrize(

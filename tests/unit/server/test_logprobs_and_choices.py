@@ -211,3 +211,63 @@ def test_no_token_need_be_generated(api, fake_coordinator, tokenizer, stream):
     assert told == [[None, *[-1.5] * (len(tokenizer.encode("the fox")) - 1)]]
     if not stream:
         assert done.usage.completion_tokens == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_of_special_tokens_is_told_where_its_text_stands(
+    api, fake_coordinator, tokenizer, stream
+):
+    fake_coordinator.behaviour = saying([40])
+    written = "<|im_start|>fox<|im_end|>"
+    for prompt, text in ((written, written), ([1], ""), (tokenizer.encode(written), "fox")):
+        done = api.completions.create(
+            model="tiny", prompt=prompt, echo=True, logprobs=0, max_tokens=1, stream=stream
+        )
+        parts = [part.choices[0] for part in (done if stream else [done])]
+        told = [part.logprobs for part in parts if part.logprobs]
+        tokens = [token for each in told for token in each.tokens]
+        offsets = [offset for each in told for offset in each.text_offset]
+        assert tokens[0] == "<|im_start|>"
+        shown = "".join(part.text for part in parts)
+        assert shown.startswith(text)
+        assert offsets[-1] == len(text)  # where the answer begins
+        for token, offset in zip(tokens, offsets, strict=True):
+            assert shown.startswith(token, offset) or token not in shown
+
+
+# --- of the prompt, as vLLM tells them ------------------------------------------------------------
+
+
+def test_the_prompt_is_scored_once_for_several_answers(http, ids, tokenizer, fake_coordinator):
+    prompt = tokenizer.encode("the fox")
+    body = {"prompt": "the fox", "prompt_logprobs": 2, "logprobs": 0, "n": 2, "echo": False}
+    first, second = http.post("/v1/completions", json=body).json()["choices"]
+    assert first["prompt_logprobs"] == second["prompt_logprobs"]
+    none, *told = first["prompt_logprobs"]
+    assert none is None
+    for token, tokens in zip(prompt[1:], told, strict=True):
+        assert {int(each): tokens[each]["rank"] for each in tokens} == {token: 2, token + 1: 1}
+        assert tokens[str(token)]["logprob"] == -1.5
+        assert tokens[str(token)]["decoded_token"]
+    # What is told of the answer is what was asked for of it.
+    assert first["logprobs"]["text_offset"][0] == 0
+    assert {len(each) for each in first["logprobs"]["top_logprobs"]} == {1}
+    assert len(first["logprobs"]["tokens"]) == len(ids)
+    scored = [submit.params.prompt_logprobs for submit in fake_coordinator.received(Submit)]
+    assert sorted(scored) == [False, True]
+
+
+def test_a_conversation_is_scored_without_a_word_of_the_answers_tokens(http, ids):
+    body = {"messages": [{"role": "user", "content": "x"}], "prompt_logprobs": 0}
+    done = http.post("/v1/chat/completions", json=body).json()
+    assert done["choices"][0]["logprobs"] is None
+    none, *told = done["prompt_logprobs"]
+    assert none is None
+    assert [each["rank"] for tokens in told for each in tokens.values()] == [None] * len(told)
+    assert (
+        "prompt_logprobs"
+        not in http.post("/v1/chat/completions", json={**body, "prompt_logprobs": None}).json()
+    )
+    refused = http.post("/v1/chat/completions", json={**body, "stream": True})
+    assert refused.status_code == 400
+    assert "whole answers only" in refused.json()["error"]["message"]

@@ -47,6 +47,46 @@ def test_tokens_are_text_again_special_ones_included(http, tokenizer):
         assert http.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": text}
 
 
+def test_of_a_long_prompt_the_end_is_kept(http, fake_coordinator, says_text, tokenizer):
+    text = "the quick fox " * 200
+    everything = tokenizer.encode(text)
+    for kept, room in ((7, 7), (-1, 256 - 16), (9999, None)):
+        body = {"prompt": text, "truncate_prompt_tokens": kept, "max_tokens": 16, "echo": True}
+        done = http.post("/v1/completions", json=body)
+        if room is None:
+            assert done.json()["error"]["code"] == "context_length_exceeded"
+            continue
+        sent = fake_coordinator.received(Submit)[-1].prompt
+        assert list(sent) == everything[-room:]
+        assert done.json()["usage"]["prompt_tokens"] == room
+        assert done.json()["choices"][0]["text"].startswith(tokenizer.decode(sent))
+    body = {"messages": [{"role": "user", "content": text}], "truncate_prompt_tokens": 5}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    assert len(fake_coordinator.received(Submit)[-1].prompt) == 5
+    refused = http.post("/v1/completions", json={"prompt": "x", "truncate_prompt_tokens": 0})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (
+        400,
+        "truncate_prompt_tokens",
+    )
+
+
+def test_bad_words_are_spelled_as_they_begin_a_text_and_behind_a_space(
+    http, fake_coordinator, says_text, tokenizer
+):
+    body = {"prompt": "x", "bad_words": ["quick", " quick"]}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    expected = [
+        tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("quick", " quick")
+    ]
+    (submit,) = fake_coordinator.received(Submit)
+    assert [*dict.fromkeys(submit.params.bad_words)] == expected
+    for words in (["a"] * 129, [""], [" "], ["a" * 257], ["a😀" * 100], "a"):
+        refused = http.post("/v1/completions", json={"prompt": "x", "bad_words": words})
+        assert refused.status_code == 400
+        assert "bad_words" in refused.json()["error"]["message"]
+        assert len(refused.json()["error"]["message"]) < 200
+
+
 def test_a_completion_may_do_without_the_tokens_of_the_tokenizers_own(
     http, fake_coordinator, says_text, tokenizer
 ):

@@ -87,6 +87,50 @@ def test_a_template_that_fails_is_refused_in_one_sentence(source, message):
         ChatTemplate(source).render(HELLO)
 
 
+STRICT = """
+{%- for m in messages %}
+    {%- if m.role == 'system' and (not loop.first or no_system) %}{{ raise_exception('system') }}
+    {%- elif not loop.first and m.role == loop.previtem.role %}{{ raise_exception('in turn') }}
+    {%- endif %}[{{ m.role }}]{{ m.content }}
+    {%- for c in m.tool_calls or [] %}({{ c }}){% endfor %}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("uu", "[user]0\n\n1"),
+        ("suau", "[system]0[user]1[assistant]2[user]3"),
+        ("ssu", "[system]0\n\n1[user]2"),
+        ("usau", "[system]1[user]0[assistant]2[user]3"),
+        ("uaau", "[user]0[assistant]1\n\n2[user]3"),
+    ],
+)
+def test_what_one_role_says_is_joined_where_the_template_wants_that(words, expected):
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    messages = [{"role": roles[word], "content": str(i)} for i, word in enumerate(words)]
+    before = [dict(message) for message in messages]
+    assert ChatTemplate(STRICT).render(messages) == expected
+    assert messages == before
+    with pytest.raises(ValueError, match=r"refuses the messages: (system|in turn)$"):
+        ChatTemplate(STRICT).render([*messages, *[{"role": "t", "content": ""}] * 2])
+
+
+def test_where_nothing_is_the_systems_the_user_says_it():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    told = ChatTemplate(STRICT).render(messages, variables={"no_system": True})
+    assert told == "[user]s\n\nu"
+
+
+def test_calls_in_a_row_are_calls_of_one_message():
+    call = {"role": "assistant", "content": "", "tool_calls": [1]}
+    more = {"role": "assistant", "content": "and", "tool_calls": [2]}
+    end = {"role": "assistant", "content": "so"}
+    assert ChatTemplate(STRICT).render([call, more]) == "[assistant]and(1)(2)"
+    told = ChatTemplate(STRICT).render([*HELLO, end, end], end="open message")
+    assert told == f"[user]{HELLO[0]['content']}[assistant]so\n\nso"
+
+
 def test_tokens_that_only_the_settings_make_special_are_skipped(directory):
     described = {"content": "<|end of turn|>", "special": True, "lstrip": False, "rstrip": False,
                  "normalized": False, "single_word": False}  # fmt: skip

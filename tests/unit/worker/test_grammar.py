@@ -120,6 +120,10 @@ def test_others_in_the_batch_are_not_held(grammars):
         (StructuredOutput(json_schema='{"$ref": "http://x/y"}'), "http://x/y"),
         (StructuredOutput(json_schema="[" * 30_000), "recursion"),
         (StructuredOutput(json_schema='{"items": {"multipleOf": 99991}}'), "10000, got 99991"),
+        (
+            StructuredOutput(json_schema=f'{{"items": {{"enum": ["a", {{"a": {2**53 + 1}}}]}}}}'),
+            f"at most {2**53} in size, got {2**53 + 1}",
+        ),
     ],
 )
 def test_a_bad_grammar_ends_its_request_and_nothing_else(grammars, structured, sentence):

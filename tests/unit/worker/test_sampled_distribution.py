@@ -26,6 +26,8 @@ DISTRIBUTIONS = {
     "min_p at a temperature": {"min_p": 0.1, "temperature": 1.7},
     "all": {"temperature": 1.4, "top_k": 40, "min_p": 0.01, "top_p": 0.95},
     "bias": {"logit_bias": {3: 4.0, 7: -100.0}},
+    "allowed": {"allowed_token_ids": (3, 4, 5, 9, 40), "presence_penalty": 1.0},
+    "bad words": {"bad_words": ((5,), (9, 6), (7, 9, 8), (3, 9, 10), (9, 11, 12), (7, 9, 9, 13))},
     "penalties": {"presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
 }
 PROMPTED = (1, 2, 3)
@@ -34,6 +36,13 @@ PROMPTED = (1, 2, 3)
 def changed_logits(logits, params):
     """By the definitions, token by token, in double precision."""
     logits = logits.double().clone()
+    if params.allowed_token_ids:
+        logits[
+            [token for token in range(VOCABULARY) if token not in params.allowed_token_ids]
+        ] = -torch.inf
+    for *begun, last in params.bad_words:
+        if list(SAID[len(SAID) - len(begun) :]) == begun:
+            logits[last] = -torch.inf
     for token, bias in params.logit_bias.items():
         logits[token] += bias
     if params.counts_tokens:

@@ -67,6 +67,8 @@ def test_a_gap_is_an_error():
         ({"frequency_penalty": 0.1}, True, True),
         ({"repetition_penalty": 1.1}, True, True),
         ({"repetition_penalty": 1.1}, False, False),
+        ({"bad_words": ((3,),), "allowed_token_ids": (3, 4)}, True, False),
+        ({"bad_words": ((3, 4),)}, True, True),
     ],
 )
 def test_only_the_sampling_rank_keeps_a_history_and_only_if_asked(options, samples, kept):
