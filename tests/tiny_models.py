@@ -127,6 +127,19 @@ MODELS = {
         },
     ),
     "olmo2": ("Olmo2Config", {**_LLAMA, "pad_token_id": 0}),
+    "olmo3": (
+        "Olmo3Config",
+        {
+            **_LLAMA,
+            "pad_token_id": 0,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": _YARN_ROPE,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+            },
+        },
+    ),
     "granite": (
         "GraniteConfig",
         {

@@ -21,6 +21,7 @@ from fastserve_mega.system.host_memory import host_memory
 from fastserve_mega.system.locate import find_architecture, has_tokenizer, resolve_model
 from fastserve_mega.system.sizes import CPU_POOL_GB
 from fastserve_mega.system.stored_tensors import check_tensors
+from fastserve_mega.text.tokenizer import Tokenizer
 
 _WEIGHT_FILES = ("*.safetensors", "*.distcp", "iter_*/*.distcp")
 _DEVICE_BYTES = """
@@ -93,6 +94,11 @@ def check_model(config: Config, config_file: Path) -> Iterator[Finding]:
     if not has_tokenizer(directory):
         remedy = "put tokenizer.json there: clients and the HTTP server need it"
         yield warning("model", f"{directory} has no tokenizer", remedy)
+        return
+    try:
+        Tokenizer(directory)
+    except ValueError as error:
+        yield problem("model", str(error), "fetch the model's tokenizer again")
 
 
 def _find(config: Config) -> tuple[Path, bool]:

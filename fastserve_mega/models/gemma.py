@@ -8,7 +8,8 @@ from typing import Any
 
 from fastserve_mega.models.architecture import Architecture, AttentionKind, Rope
 from fastserve_mega.models.fields import Fields
-from fastserve_mega.models.llama import WEIGHTS, llama_like, read_activation, read_rope, rope_of
+from fastserve_mega.models.layer_kinds import ropes_by_kind, windowed_layers
+from fastserve_mega.models.llama import WEIGHTS, llama_like, read_activation, read_rope
 
 _WEIGHTS_WITH_POST_NORMS = dataclasses.replace(
     WEIGHTS,
@@ -40,7 +41,7 @@ def gemma2(fields: Fields) -> Architecture:
     )
     full = with_softcap.attention_kind(0)
     windowed = dataclasses.replace(full, window=fields.integer("sliding_window", 4096))
-    kinds = tuple(windowed if flag else full for flag in _windowed_layers(fields, pattern=2))
+    kinds = tuple(windowed if flag else full for flag in windowed_layers(fields, pattern=2))
     return dataclasses.replace(with_softcap, layer_attention=kinds)
 
 
@@ -59,7 +60,7 @@ def gemma3(fields: Fields) -> Architecture:
         attention_softcap=None,
         logit_softcap=None,
         positions=full,
-        layer_attention=tuple(kinds[flag] for flag in _windowed_layers(fields, pattern)),
+        layer_attention=tuple(kinds[flag] for flag in windowed_layers(fields, pattern)),
         qk_norm="head",
         weights=dataclasses.replace(
             _WEIGHTS_WITH_POST_NORMS,
@@ -107,32 +108,10 @@ def _post_norm_gemma(
     )
 
 
-def _windowed_layers(fields: Fields, pattern: int) -> tuple[bool, ...]:
-    """Which layers have a window: `layer_types`, or all but the last of each `pattern`."""
-    num_layers = fields.integer("num_hidden_layers")
-    types = fields.texts("layer_types")
-    if types is None:
-        return tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown or len(types) != num_layers:
-        raise ValueError(
-            f"layer_types must name sliding_attention or full_attention for {num_layers} layers, "
-            f"got {list(types)}"
-        )
-    return tuple(kind == "sliding_attention" for kind in types)
-
-
 def _ropes(fields: Fields) -> tuple[Rope, Rope]:
     """Rotations of the layers that see everything, and of those with a window."""
     by_layer = fields.section("rope_parameters")
     if by_layer is None:
         local = Rope(theta=fields.number("rope_local_base_freq", 10_000.0))
         return read_rope(fields, default_theta=1_000_000.0), local
-    if fields.raw("rope_scaling"):
-        raise ValueError("rope_scaling must stand in rope_parameters, where config.json has those")
-    sections = [by_layer.section(f"{kind}_attention") for kind in ("full", "sliding")]
-    ropes = [
-        Rope(theta=theta) if section is None else rope_of(section, fields, theta)
-        for section, theta in zip(sections, (1_000_000.0, 10_000.0), strict=True)
-    ]
-    return ropes[0], ropes[1]
+    return ropes_by_kind(by_layer, fields, (1_000_000.0, 10_000.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 
 import pytest
@@ -103,7 +104,7 @@ def test_ports_in_use_and_of_others():
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(tmp_path, tiny_tokenizer_dir):
     """A small model's directory."""
     sizes = {
         "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100,
@@ -112,7 +113,7 @@ def model(tmp_path):
     config = {"architectures": ["LlamaForCausalLM"], "eos_token_id": 0, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     write_weights(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    shutil.copy(tiny_tokenizer_dir / "tokenizer.json", tmp_path)
     return tmp_path
 
 
@@ -144,6 +145,13 @@ def test_weights_are_what_config_json_says(model):
     path.unlink()
     path.symlink_to(model / "blobs" / "0123")
     assert "is a link to a file that is not there" in check_model(model)[0].found
+
+
+def test_a_tokenizer_that_cannot_be_read(model):
+    (model / "tokenizer.json").write_text("{}")
+    weights, tokenizer = check_model(model)
+    assert (weights.status, tokenizer.status) == ("ok", "problem")
+    assert "no usable tokenizer in" in tokenizer.found
 
 
 def test_a_model_that_is_not_there(model):

@@ -170,6 +170,30 @@ def test_gemma3_rotates_by_kind_of_layer_in_both_notations(load):
     assert (old.attention_softcap, old.logit_softcap, old.qk_norm) == (None, None, "head")
 
 
+def test_only_olmo3_layers_without_a_window_stretch_their_rotation(load):
+    olmo = {**LLAMA, "architectures": ["Olmo3ForCausalLM"], "num_hidden_layers": 4}
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+    old = load({**olmo, "sliding_window": 16, "rope_theta": 5e5, "rope_scaling": yarn})
+    new = load(
+        {
+            **olmo,
+            "sliding_window": 16,
+            "rope_parameters": {
+                "full_attention": {**yarn, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        }
+    )
+    assert old.layer_attention == new.layer_attention
+    assert old.attention_kind(2) == AttentionKind(rope=Rope(theta=5e5), window=16)
+    full = old.attention_kind(3)
+    assert full.window is None
+    assert full.rope is not None
+    assert full.rope.scaling is not None
+    assert full.rope.scaling.kind == "yarn"
+
+
 def test_opt_skips_the_unused_positions(load):
     opt = load(OPT)
     assert opt.positions == LearnedPositions(first_row=2)
