@@ -136,11 +136,16 @@ class SafetensorsFiles:
         row_shape = (*stored.shape[1:],) if columns is None else (len(columns),)
         row_bytes = math.prod(row_shape) * stored.item_bytes
         count = min(len(rows), max(1, _STAGING_BYTES // max(1, row_bytes)))
-        staging = torch.empty((count, *row_shape), dtype=_dtype_of(stored))
+        is_cuda = target.is_cuda
+        shape, dtype = (count, *row_shape), _dtype_of(stored)
+        staging = torch.empty(shape, dtype=dtype, pin_memory=is_cuda)
         for done in range(0, len(rows), count):
+            if is_cuda and done:
+                # The last part is on its way; torch gives its memory back when it has arrived.
+                staging = torch.empty_like(staging, pin_memory=True)
             part = rows[done : done + count]
             self._fill(stored, staging[: len(part)], part, columns)
-            target[done : done + len(part)].copy_(staging[: len(part)])
+            target[done : done + len(part)].copy_(staging[: len(part)], non_blocking=is_cuda)
 
     def _fill(
         self, stored: StoredTensor, target: Tensor, rows: range, columns: range | None

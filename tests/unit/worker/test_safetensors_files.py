@@ -60,6 +60,45 @@ def test_a_conversion_takes_a_small_buffer(directory, tensors, monkeypatch):
     assert torch.equal(target, tensors["wide"].half())
 
 
+class OnDevice(torch.Tensor):
+    """A copy to it may arrive late."""
+
+    is_cuda, is_cpu = True, False
+    late = ()
+
+    def __getitem__(self, rows):
+        part = super().__getitem__(rows)
+
+        class Part:
+            @staticmethod
+            def copy_(staged, *, non_blocking):
+                assert non_blocking
+                self.late += ((part, staged),)
+
+        return Part
+
+
+def test_a_part_is_read_while_the_one_before_is_copied_to_a_device(directory, tensors, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "_STAGING_BYTES", 3 * COLUMNS * 4)
+    locked = []
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def made(*arguments, make=make, pin_memory, **options):
+            locked.append(pin_memory)
+            return make(*arguments, **options)
+
+        monkeypatch.setattr(torch, name, made)
+    plain = torch.zeros(ROWS, COLUMNS)
+    target = plain.as_subclass(OnDevice)
+    with SafetensorsFiles(directory) as files:
+        files.read("wide", target, range(ROWS))
+    assert locked == [True] * 14
+    for part, staged in target.late:
+        torch.Tensor.copy_(part.as_subclass(torch.Tensor), staged)
+    assert torch.equal(plain, tensors["wide"])
+
+
 def test_vectors_and_names(directory, tensors):
     with SafetensorsFiles(directory) as files:
         assert set(files) == set(tensors)
