@@ -143,6 +143,7 @@ class StepInput(ctypes.Structure):
 
 _SIGNATURES = {
     "best_instruction_set": (ctypes.c_int, ()),
+    "config_bytes": (_I, ()),
     "create": (_P, (ctypes.POINTER(StageConfig),)),
     "destroy": (None, (_P,)),
     "set_matrix": (ctypes.c_int, (_P, _I, _I, _P, _I, _I)),
@@ -167,11 +168,14 @@ class Library:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeError(f"{path.name} cannot be loaded: {error}") from None
+        another = NativeError(f"{path.name} is of another version: install again")
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, f"fastserve_{name}", None)
             if function is None:
-                raise NativeError(f"{path.name} is of another version: install again")
+                raise another
             function.restype, function.argtypes = result, list(arguments)
+        if library.fastserve_config_bytes() != ctypes.sizeof(StageConfig):
+            raise another
         self.create = library.fastserve_create
         self.destroy = library.fastserve_destroy
         self.set_matrix = library.fastserve_set_matrix

@@ -177,6 +177,9 @@ using namespace fastserve;
 
 EXPORT int fastserve_best_instruction_set() { return best_instruction_set(); }
 
+// Its size tells a library that was built from other sources than those of the Python side.
+EXPORT int32_t fastserve_config_bytes() { return sizeof(StageConfig); }
+
 // Null when there is not enough memory or no thread to be had.
 EXPORT OwnedStage* fastserve_create(const StageConfig* config) {
   try {

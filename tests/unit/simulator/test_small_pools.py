@@ -91,6 +91,6 @@ def test_steps_that_wait_for_copies_cost_little_throughput(policy):
     swapping = ("kv_cache.swap.strategy=reactive", "scheduler.mlfq.starvation_limit_s=0.3")
     in_turn = survive(*swapping, "scheduler.policy=fcfs", admission="projected")
     result = survive(*swapping, f"scheduler.policy={policy}", admission="projected")
-    assert result.preemptions > 100
+    assert result.preemptions > 50
     assert result.copies.exposed_s < 0.1 * result.elapsed_s
     assert result.elapsed_s < in_turn.elapsed_s / 0.9

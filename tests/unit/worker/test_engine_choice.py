@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 
 import pytest
@@ -9,7 +10,12 @@ from runners import open_runner
 
 from fastserve_mega.worker.megatron import engine_choice
 from fastserve_mega.worker.megatron.native_engine import NativeEngine
-from fastserve_mega.worker.native.library import NativeError, library_path
+from fastserve_mega.worker.native.library import (
+    Library,
+    NativeError,
+    StageConfig,
+    library_path,
+)
 
 needs_library = pytest.mark.skipif(
     not library_path().exists(), reason="the native step is not built (no compiler)"
@@ -52,3 +58,14 @@ def test_without_the_library_torch_computes(made, caplog, monkeypatch):
     with caplog.at_level(logging.INFO), open_runner(made("llama")[0]) as runner:
         assert not isinstance(runner._engine, NativeEngine)
     assert "steps on the CPU: torch (native step: it was not built)" in caplog.text
+
+
+@needs_library
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    class Longer(ctypes.Structure):
+        _fields_ = [*StageConfig._fields_, ("another", ctypes.c_int64)]
+
+    assert Library(library_path()).create
+    monkeypatch.setattr("fastserve_mega.worker.native.library.StageConfig", Longer)
+    with pytest.raises(NativeError, match="is of another version: install again"):
+        Library(library_path())
