@@ -224,8 +224,8 @@ def hopper(monkeypatch, engine, capability=(9, 0)):
         ((9, 0), {"head_dim": 512}, "the kernels have no head_dim of 512"),
         (
             (9, 0),
-            {"architectures": ["Olmo2ForCausalLM"]},
-            "the kernels have no layers without norms before them",
+            {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0.2},
+            "the kernels have no scale of the residual",
         ),
         ((7, 5), {}, "the kernels need compute capability 8.0, the GPU has 7.5"),
         ((8, 6), {"float8": True}, "the kernels have no 8 bits on a GPU of compute capability 8.6"),
