@@ -129,7 +129,7 @@ def _prepare_standard_files() -> None:
     os.close(descriptor)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            stays_open = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115
+            stays_open = open(number, "w" if number else "r", closefd=False)  # noqa: SIM115 - for good
             setattr(sys, name, stays_open)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
