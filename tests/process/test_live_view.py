@@ -176,7 +176,8 @@ def test_the_page_in_a_browser(start_server, tokenizer, browser):
         running = [client.submit([1 + i % (VOCAB - 1), 2, 3], ENDLESS) for i in range(6)]
         wait_for(browser, lambda _: len(find(".request[title]")) == 6)
         wait_for(browser, lambda _: find(".request.running[title]"))
-        wait_for(browser, lambda _: "arrived in Q1" in find("#moves")[0].text)
+        # In which level depends on how long a step of this machine was measured to take.
+        wait_for(browser, lambda _: find("#moves")[0].text.count("arrived in Q") == 6)
         assert "in use" in find(".pool.device")[0].text
         server.runner.open_gate.set()
         find("#max-tokens")[0].clear()
