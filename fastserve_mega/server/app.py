@@ -19,8 +19,7 @@ from fastserve_mega.server.answers import Json
 from fastserve_mega.server.api_keys import ApiKeys
 from fastserve_mega.server.chat_completions import chat_router
 from fastserve_mega.server.completions import completions_router
-from fastserve_mega.server.conversation import Conversations
-from fastserve_mega.server.dialect import Dialect, dialect_of
+from fastserve_mega.server.conversation import Conversations, Dialect, dialect_of
 from fastserve_mega.server.embeddings import embeddings_router
 from fastserve_mega.server.errors import ApiError, add_error_handlers
 from fastserve_mega.server.live import live_router

@@ -13,8 +13,7 @@ from fastserve_mega.server.chat_protocol import ChatRequest
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.logprobs import chat_logprobs, prompt_logprobs
-from fastserve_mega.server.openapi import answers_with
-from fastserve_mega.server.schemas import ChatCompletion
+from fastserve_mega.server.openapi import ChatCompletion, answers_with
 from fastserve_mega.server.tools.pieces import CallPiece, Piece, Reasoning, ToolParser
 
 ENDPOINT = Endpoint("chatcmpl", "chat.completion", "chat.completion.chunk")

@@ -29,14 +29,8 @@ class TextPart(Strict):
     cache_control: dict[str, Any] | None = None
     """Where a prompt may be kept for the next one: the prefix cache needs no such hint."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, data: Any) -> Any:
-        refuse_media(data)
-        return data
 
-
-def refuse_media(part: object) -> None:
+def _refuse_media(part: object) -> object:
     """Say what is missing, before pydantic says which fields are.
 
     Raises:
@@ -46,6 +40,10 @@ def refuse_media(part: object) -> None:
     for word, name in _OTHER_MEDIA.items():
         if isinstance(kind, str) and word in kind:
             raise ValueError(f"{name} are not supported: the served model reads text only")
+    return part
+
+
+TEXT_ONLY = BeforeValidator(_refuse_media)
 
 
 class CalledFunction(Strict):
@@ -84,7 +82,9 @@ class ChatMessage(Strict):
 
     unsupported = _UNSUPPORTED_MESSAGE
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Annotated[TextPart, TEXT_ONLY]], Field(fail_fast=True)] | None = (
+        None
+    )
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
@@ -143,11 +143,15 @@ class ChatMessage(Strict):
         return message
 
 
-def _few_messages(messages: object) -> object:
-    # Before each of them is looked at.
-    if isinstance(messages, list) and not 1 <= len(messages) <= MAX_MESSAGES:
-        raise ValueError(f"a conversation has 1 to {MAX_MESSAGES} messages, got {len(messages)}")
-    return messages
+def few(whole: str, parts: str) -> BeforeValidator:
+    """Limit a list before each of its elements is looked at; an error calls them so."""
+
+    def check(given: object) -> object:
+        if isinstance(given, list) and not 1 <= len(given) <= MAX_MESSAGES:
+            raise ValueError(f"{whole} has 1 to {MAX_MESSAGES} {parts}, got {len(given)}")
+        return given
+
+    return BeforeValidator(check)
 
 
-Messages = Annotated[list[ChatMessage], Field(fail_fast=True), BeforeValidator(_few_messages)]
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True), few("a conversation", "messages")]

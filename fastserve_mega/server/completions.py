@@ -14,9 +14,8 @@ from fastserve_mega.server.answers import Json, respond
 from fastserve_mega.server.choices import ChoicesShape, Endpoint
 from fastserve_mega.server.errors import ApiError
 from fastserve_mega.server.logprobs import CompletionLogprobs, prompt_logprobs
-from fastserve_mega.server.openapi import answers_with
+from fastserve_mega.server.openapi import Completion, answers_with
 from fastserve_mega.server.protocol import MAX_ANSWERS, UNSUPPORTED, GenerationRequest
-from fastserve_mega.server.schemas import Completion
 from fastserve_mega.server.service import Service, one_by_one
 from fastserve_mega.server.strict import Texts, TokenIds
 from fastserve_mega.text.detokenizer import TokenDecoder

@@ -14,8 +14,7 @@ from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefault
 from fastserve_mega.server.answers import Json, respond_whole
 from fastserve_mega.server.completions import CompletionRequest, encode_prompts
 from fastserve_mega.server.errors import ApiError
-from fastserve_mega.server.openapi import ERRORS
-from fastserve_mega.server.schemas import EmbeddingList
+from fastserve_mega.server.openapi import ERRORS, EmbeddingList
 from fastserve_mega.server.service import Service
 from fastserve_mega.server.strict import KeptTokens, Neutral, Strict, Texts, TokenIds
 from fastserve_mega.types import SamplingParams

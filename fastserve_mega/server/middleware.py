@@ -1,11 +1,13 @@
-"""Who may ask, under which id, and how much: plain ASGI layers around the application."""
+"""Who may ask, under which id, and how much: around the application, and what headers say."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import uuid
 from collections import deque
 
+from fastapi import Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,10 +20,13 @@ _BODY_BYTES_PER_TOKEN = 64
 """Enough for text of any script with each character escaped, and for token ids."""
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 """What computes or tells about texts. Health, metrics and the live view stay open."""
-KEY_HEADERS = _BEARER, _PLAIN = ("Authorization", "X-Api-Key")
+_KEY_HEADERS = _BEARER, _PLAIN = ("Authorization", "X-Api-Key")
 """Where the key of a user is; the second is that of Anthropic's clients."""
 REQUEST_ID = "X-Request-Id"
 _MAX_ID_LENGTH = 128
+IDEMPOTENCY_KEY = "Idempotency-Key"
+"""A request that is sent again with it gets the answer of the first one."""
+_MAX_KEY_LENGTH = 255
 
 
 class RequireKey:
@@ -150,3 +155,33 @@ class LimitBody:
 
 def _content_coding(scope: Scope) -> str:
     return Headers(scope=scope).get("Content-Encoding", "").strip().lower() or "identity"
+
+
+async def identity_of(http: Request) -> tuple[str, str]:
+    """What a request with the header is known by when it is sent again, to whichever HTTP server.
+
+    Returns:
+        Its id, a hash of the key and of who sent it: the keys of two users are never the same
+        request. And its fingerprint, a hash of the path and the body.
+
+    Raises:
+        ApiError: the header cannot be used.
+    """
+    key = http.headers[IDEMPOTENCY_KEY]
+    if not (1 <= len(key) <= _MAX_KEY_LENGTH and key.isascii() and key.isprintable()):
+        raise ApiError(
+            400,
+            f"{IDEMPOTENCY_KEY} must have 1 to {_MAX_KEY_LENGTH} printable ASCII characters, "
+            f"got {len(key)}",
+        )
+    sender = (http.headers.get(name, "") for name in _KEY_HEADERS)
+    fingerprint = _digest(http.url.path, (await http.body()).decode("latin-1"))
+    return _digest(*sender, key), fingerprint
+
+
+def _digest(*parts: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        encoded = part.encode("utf-8", "surrogateescape")
+        digest.update(len(encoded).to_bytes(8) + encoded)
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from fastserve_mega.models.generation_config import NO_DEFAULTS, SamplingDefault
 from fastserve_mega.server.answers import Answer
 from fastserve_mega.server.api_keys import KeyHolder
 from fastserve_mega.server.errors import ApiError, invalid_value
-from fastserve_mega.server.idempotency import IDEMPOTENCY_KEY, identity_of
+from fastserve_mega.server.middleware import IDEMPOTENCY_KEY, identity_of
 from fastserve_mega.server.protocol import GenerationRequest
 from fastserve_mega.server.structure_check import StructureChecker
 from fastserve_mega.text.chat_template import PromptEnd

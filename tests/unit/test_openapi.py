@@ -11,17 +11,17 @@ from fake_coordinator import start_fake_coordinator
 from http_server import serving
 
 from fastserve_mega.client.testing import WAIT_S
-from fastserve_mega.server import schemas
+from fastserve_mega.server import openapi
 from fastserve_mega.text.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "hi"}]
 ANSWERS = [
-    ("/v1/completions", {"prompt": "x"}, schemas.Completion),
-    ("/v1/completions", {"prompt": "x", "logprobs": 1, "echo": True}, schemas.Completion),
-    ("/v1/embeddings", {"input": "x"}, schemas.EmbeddingList),
-    ("/v1/chat/completions", {"messages": HI}, schemas.ChatCompletion),
-    ("/v1/responses", {"input": "x"}, schemas.Response),
-    ("/v1/messages", {"messages": HI, "max_tokens": 9}, schemas.Message),
+    ("/v1/completions", {"prompt": "x"}, openapi.Completion),
+    ("/v1/completions", {"prompt": "x", "logprobs": 1, "echo": True}, openapi.Completion),
+    ("/v1/embeddings", {"input": "x"}, openapi.EmbeddingList),
+    ("/v1/chat/completions", {"messages": HI}, openapi.ChatCompletion),
+    ("/v1/responses", {"input": "x"}, openapi.Response),
+    ("/v1/messages", {"messages": HI, "max_tokens": 9}, openapi.Message),
 ]
 
 
@@ -65,8 +65,8 @@ def test_wrong_requests_are_answered_as_documented(http, document):
         for operation in operations.values():
             assert "422" not in operation["responses"]
             assert "4XX" in operation["responses"], path
-    schemas.Error.model_validate(http.post("/v1/completions", json={}).json())
-    schemas.AnthropicError.model_validate(http.post("/v1/messages", json={}).json())
+    openapi.Error.model_validate(http.post("/v1/completions", json={}).json())
+    openapi.AnthropicError.model_validate(http.post("/v1/messages", json={}).json())
     assert schema_of(document, "/v1/completions", "400") == "Error"
     assert schema_of(document, "/v1/messages", "400") == "AnthropicError"
 

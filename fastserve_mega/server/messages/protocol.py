@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from fastserve_mega.server.chat_messages import MAX_MESSAGES, refuse_media
+from fastserve_mega.server.chat_messages import TEXT_ONLY, few
 from fastserve_mega.server.protocol import Common
 from fastserve_mega.server.strict import Neutral, Strict, Texts
 from fastserve_mega.server.tools.protocol import MAX_TOOLS
@@ -60,20 +60,7 @@ class ToolUseBlock(_Cacheable):
     input: dict[str, Any]
 
 
-class _ResultText(_Cacheable):
-    type: Literal["text"]
-    text: str
-
-
-def _text_only(block: object) -> object:
-    refuse_media(block)
-    return block
-
-
-Texted = (
-    str
-    | Annotated[list[Annotated[_ResultText, BeforeValidator(_text_only)]], Field(fail_fast=True)]
-)
+Texted = str | Annotated[list[Annotated[TextBlock, TEXT_ONLY]], Field(fail_fast=True)]
 
 
 class ToolResultBlock(_Cacheable):
@@ -89,7 +76,7 @@ Block = Annotated[
     Annotated[
         TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")
     ],
-    BeforeValidator(_text_only),
+    TEXT_ONLY,
 ]
 
 
@@ -132,12 +119,6 @@ def _result(block: ToolResultBlock) -> Message:
     text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
     told = f"Error: {text}" if block.is_error else text
     return {"role": "tool", "tool_call_id": block.tool_use_id, "content": told}
-
-
-def _few_turns(turns: object) -> object:
-    if isinstance(turns, list) and not 1 <= len(turns) <= MAX_MESSAGES:
-        raise ValueError(f"a conversation has 1 to {MAX_MESSAGES} messages, got {len(turns)}")
-    return turns
 
 
 class Tool(_Cacheable):
@@ -203,7 +184,7 @@ class CountRequest(Common):
     """Body of POST /v1/messages/count_tokens."""
 
     unsupported = _UNSUPPORTED
-    messages: Annotated[list[Turn], Field(fail_fast=True), BeforeValidator(_few_turns)]
+    messages: Annotated[list[Turn], Field(fail_fast=True), few("a conversation", "messages")]
     system: Texted | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = Field(
         default=None, max_length=MAX_TOOLS

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable
 
 from fastapi import APIRouter, Request, Response
 
-from fastserve_mega.server import schemas
+from fastserve_mega.server import openapi
 from fastserve_mega.server.answers import Answer, Json, encode_event
 from fastserve_mega.server.blocks import Block, BlockShape
 from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.errors import ANTHROPIC_PATH, ApiError
 from fastserve_mega.server.messages.protocol import CountRequest, MessagesRequest
-from fastserve_mega.server.openapi import ANTHROPIC_ERRORS, answers_with
 from fastserve_mega.server.tools.pieces import ToolParser
 
 _NOT_JSON = "INVALID_JSON"
@@ -117,7 +116,9 @@ def messages_router(conversations: Conversations) -> APIRouter:
     """The endpoints."""
     router = APIRouter()
 
-    @router.post(ANTHROPIC_PATH, responses=answers_with(schemas.Message, ANTHROPIC_ERRORS))
+    @router.post(
+        ANTHROPIC_PATH, responses=openapi.answers_with(openapi.Message, openapi.ANTHROPIC_ERRORS)
+    )
     async def create_message(http: Request, body: MessagesRequest) -> Response:
         def shape(answer: Answer, new_parser: Callable[[], ToolParser]) -> MessageShape:
             return MessageShape(answer, new_parser(), conversations.new_call_id)
@@ -125,7 +126,7 @@ def messages_router(conversations: Conversations) -> APIRouter:
         chat = conversations.chat_request(body.chat())
         return await conversations.answer(http, chat, shape, f"msg_{uuid.uuid4().hex}")
 
-    @router.post(f"{ANTHROPIC_PATH}/count_tokens", responses=ANTHROPIC_ERRORS)
+    @router.post(f"{ANTHROPIC_PATH}/count_tokens", responses=openapi.ANTHROPIC_ERRORS)
     async def count_tokens(body: CountRequest) -> Json:
         await conversations.service.check_model(body.model)
         _, prompt = await conversations.render(conversations.chat_request(body.chat()))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fastserve_mega.server.chat_messages import MAX_MESSAGES, refuse_media
+from fastserve_mega.server.chat_messages import TEXT_ONLY, few
 from fastserve_mega.server.chat_protocol import ReasoningEffort
 from fastserve_mega.server.protocol import PROMPT_CACHE, Common
 from fastserve_mega.server.strict import Neutral, Strict
@@ -31,11 +31,6 @@ _UNSUPPORTED: Neutral = {
 _Status = Literal["in_progress", "completed", "incomplete"] | None
 
 
-def _text_only(part: object) -> object:
-    refuse_media(part)
-    return part
-
-
 class _Part(Strict):
     """A part of a message; what the assistant said comes back with annotations."""
 
@@ -44,9 +39,7 @@ class _Part(Strict):
     text: str
 
 
-Content = (
-    str | Annotated[list[Annotated[_Part, BeforeValidator(_text_only)]], Field(fail_fast=True)]
-)
+Content = str | Annotated[list[Annotated[_Part, TEXT_ONLY]], Field(fail_fast=True)]
 
 
 class MessageItem(Strict):
@@ -99,16 +92,10 @@ def _with_type(item: object) -> object:
     return {"type": "message", **item} if isinstance(item, dict) else item
 
 
-def _few_items(items: object) -> object:
-    if isinstance(items, list) and not 1 <= len(items) <= MAX_MESSAGES:
-        raise ValueError(f"the input has 1 to {MAX_MESSAGES} items, got {len(items)}")
-    return items
-
-
 Items = Annotated[
     list[Annotated[Item, Field(discriminator="type"), BeforeValidator(_with_type)]],
     Field(fail_fast=True),
-    BeforeValidator(_few_items),
+    few("the input", "items"),
 ]
 
 

@@ -9,11 +9,10 @@ from collections.abc import Callable
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from fastserve_mega.server import schemas
+from fastserve_mega.server import openapi
 from fastserve_mega.server.answers import Answer, Json
 from fastserve_mega.server.conversation import Conversations
 from fastserve_mega.server.errors import ApiError
-from fastserve_mega.server.openapi import answers_with
 from fastserve_mega.server.responses.protocol import Message, ResponsesRequest
 from fastserve_mega.server.responses.shape import ResponseShape
 from fastserve_mega.server.tools.pieces import ToolParser
@@ -77,7 +76,7 @@ def responses_router(conversations: Conversations, store: ResponseStore) -> APIR
             )
         return found
 
-    @router.post("/v1/responses", responses=answers_with(schemas.Response))
+    @router.post("/v1/responses", responses=openapi.answers_with(openapi.Response))
     async def create_response(http: Request, body: ResponsesRequest) -> Response:
         messages = body.messages()
         if body.previous_response_id is not None:
