@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import signal
 
 from fastserve_mega.commands.command import Command, add_rank_options, load_deployment
+
+_log = logging.getLogger(__name__)
 
 
 def _coordinator(options: argparse.Namespace) -> int:
     config = load_deployment(options)
-    from fastserve_mega.coordinator.main import run_coordinator
+    from fastserve_mega.coordinator.main import CoordinatorProcess, RanksGaveUpError
+    from fastserve_mega.coordinator.worker_group import WorkersLostError
 
-    return run_coordinator(
-        config,
-        stop_on_stdin_close=options.stop_on_stdin_close,
-        supervisor=options.supervisor,
-        epoch=options.epoch,
-        profile_to=options.profile_to,
-    )
+    try:
+        process = CoordinatorProcess(
+            config,
+            stop_on_stdin_close=options.stop_on_stdin_close,
+            supervisor=options.supervisor,
+            epoch=options.epoch,
+        )
+    except (ValueError, OSError) as error:
+        _log.error("%s", error)
+        return 2
+    signal.signal(signal.SIGTERM, process.stop)
+    signal.signal(signal.SIGINT, process.stop)
+    process.announce()
+    try:
+        if options.profile_to is not None:
+            return 0 if process.write_profile(options.profile_to) else 1
+        process.run()
+    except RanksGaveUpError as error:
+        _log.info("not started: %s", error)
+        return 1
+    except WorkersLostError as error:
+        _log.error("workers lost: %s", error)
+        return 1
+    except OSError as error:
+        _log.error("%s", error)
+        return 2
+    return 0
 
 
 def _add_coordinator(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,9 @@ from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.event_log import (
     EventLogWriter,
-    RecordingScheduler,
     SchedulerSetup,
+    StepFunction,
+    recorded,
 )
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.profile_grid import ProfileLimits
@@ -172,10 +173,10 @@ def _make_replicas(
             profiler.warm_up()
         setup = _scheduler_setup(config, group, profile, first_step_id=profiler.steps)
         scheduler = setup.make_scheduler()
-        step = scheduler.step
+        step: StepFunction = scheduler.step
         if event_log:
-            event_log.begin(setup)
-            step = RecordingScheduler(scheduler, event_log).step
+            event_log.write(setup)
+            step = recorded(scheduler, event_log)
         timeout_s = config.coordinator.step_timeout_s
         replicas.append(Replica(scheduler, step, group, timeout_s, metrics))
     return replicas

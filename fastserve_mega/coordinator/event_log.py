@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,6 +61,8 @@ class StepCall(Record, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(type=StepCall)
+StepFunction = Callable[[float, Sequence[Event]], Plan | None]
+"""`Scheduler.step`, or what records it."""
 
 
 class EventLogWriter:
@@ -76,20 +78,13 @@ class EventLogWriter:
         self._file: BinaryIO | None = path.open("wb", buffering=0)
         self._encoder = msgspec.json.Encoder()
 
-    def begin(self, setup: SchedulerSetup) -> None:
-        """Write the first line."""
-        self._write(setup)
-
-    def record(self, call: StepCall) -> None:
-        """Write one more line."""
-        self._write(call)
-
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _write(self, record: object) -> None:
+    def write(self, record: SchedulerSetup | StepCall) -> None:
+        """Write one more line; the first one is the setup."""
         if self._file is None:
             return
         line = self._encoder.encode(record) + b"\n"
@@ -103,22 +98,19 @@ class EventLogWriter:
             self.close()
 
 
-class RecordingScheduler:
-    """Records the calls of a scheduler's `step`; for the rest there is the scheduler itself."""
+def recorded(scheduler: Scheduler, writer: EventLogWriter) -> StepFunction:
+    """Return `Scheduler.step` that is recorded, also when it fails."""
 
-    def __init__(self, scheduler: Scheduler, writer: EventLogWriter) -> None:
-        self._scheduler = scheduler
-        self._writer = writer
-
-    def step(self, now: float, events: Sequence[Event] = ()) -> Plan | None:
-        """`Scheduler.step`, recorded also when it fails."""
+    def step(now: float, events: Sequence[Event] = ()) -> Plan | None:
         try:
-            plan = self._scheduler.step(now, events)
+            plan = scheduler.step(now, events)
         except Exception as error:
-            self._writer.record(StepCall(now, tuple(events), None, error_text(error)))
+            writer.write(StepCall(now, tuple(events), None, error_text(error)))
             raise
-        self._writer.record(StepCall(now, tuple(events), plan))
+        writer.write(StepCall(now, tuple(events), plan))
         return plan
+
+    return step
 
 
 def error_text(error: Exception) -> str:

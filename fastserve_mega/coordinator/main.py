@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import select
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from fastserve_mega.coordinator.assembly import (
     make_welcome,
     open_event_logs,
 )
-from fastserve_mega.coordinator.clock import AwakeClock
 from fastserve_mega.coordinator.front_door import FrontDoor
 from fastserve_mega.coordinator.profile_file import load_profile, save_profile
 from fastserve_mega.coordinator.profiler import measure
@@ -39,8 +37,40 @@ _RANKS_END_S = 5.0
 """When one rank fails while loading, the others end within this time."""
 _LOOK_AROUND_MS = 500
 """Signals and a closed stdin are noticed within this time at the latest."""
+_NOTICEABLE_S = 1.0
+"""No turn takes so long, not even on a busy machine, unless somebody has stopped the process."""
 
 _log = logging.getLogger(__name__)
+
+
+class AwakeClock:
+    """Seconds for which this process was awake.
+
+    A laptop that sleeps, or a container that is frozen, stops ranks and clients as well: none of
+    them has been silent, and no step has been slow, for as long as the process itself did nothing.
+
+    Args:
+        clock: in seconds; does not go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._asleep_s = 0.0
+        self._looked_at = clock()
+
+    def __call__(self) -> float:
+        return self._clock() - self._asleep_s
+
+    def look(self, waited_s: float) -> None:
+        """Compare with the time of the last call, between which and this one the process worked.
+
+        Args:
+            waited_s: how long it may have waited as well.
+        """
+        now = self._clock()
+        if (missing_s := now - self._looked_at - waited_s) > _NOTICEABLE_S:
+            self._asleep_s += missing_s
+        self._looked_at = now
 
 
 class StoppedError(Exception):
@@ -246,46 +276,3 @@ class CoordinatorProcess:
             if not asked:
                 raise WorkersLostError("rank 0 has ended")
             self._stop = True
-
-
-def run_coordinator(
-    config: Config,
-    *,
-    stop_on_stdin_close: bool,
-    supervisor: int | None = None,
-    epoch: str | None = None,
-    profile_to: Path | None = None,
-) -> int:
-    """Entry point of the process; returns its exit status.
-
-    Args:
-        config: of the deployment.
-        stop_on_stdin_close: see `CoordinatorProcess`.
-        supervisor: see there too.
-        epoch: and this.
-        profile_to: measure, write this file and end, instead of serving.
-    """
-    try:
-        process = CoordinatorProcess(
-            config, stop_on_stdin_close=stop_on_stdin_close, supervisor=supervisor, epoch=epoch
-        )
-    except (ValueError, OSError) as error:
-        _log.error("%s", error)
-        return 2
-    signal.signal(signal.SIGTERM, process.stop)
-    signal.signal(signal.SIGINT, process.stop)
-    process.announce()
-    try:
-        if profile_to is not None:
-            return 0 if process.write_profile(profile_to) else 1
-        process.run()
-    except RanksGaveUpError as error:
-        _log.info("not started: %s", error)
-        return 1
-    except WorkersLostError as error:
-        _log.error("workers lost: %s", error)
-        return 1
-    except OSError as error:
-        _log.error("%s", error)
-        return 2
-    return 0

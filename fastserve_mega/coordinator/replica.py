@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastserve_mega.coordinator.event_log import StepFunction
 from fastserve_mega.coordinator.live_request import LiveRequest, LiveRequests
 from fastserve_mega.coordinator.waiting import WaitingRequests
 from fastserve_mega.coordinator.worker_group import WorkerGroup, WorkersLostError
@@ -16,9 +17,6 @@ from fastserve_mega.scheduling.events import Aborted, Arrived, CopyDone, Event
 from fastserve_mega.scheduling.request import Place
 from fastserve_mega.scheduling.scheduler import Scheduler
 from fastserve_mega.types import BACKGROUND_PRIORITY, RequestId
-
-StepFunction = Callable[[float, Sequence[Event]], Plan | None]
-"""`Scheduler.step`, or what records it."""
 
 
 @dataclass(frozen=True, slots=True)

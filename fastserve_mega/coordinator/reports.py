@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from fastserve_mega.coordinator.replica import Replica
 from fastserve_mega.messaging.frames import encode
@@ -18,22 +17,24 @@ _MAX_VIEWS = 1_000
 """Requests of each replica that a snapshot shows, whatever is asked for."""
 
 
-class RecentAnswers:
-    """Makes few answers in an interval and gives them to everybody, as frames."""
+class Reports:
+    """The metrics and snapshots of a server, as frames that are at most 0.25 s older than `now`."""
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: Sequence[Replica], metrics: ServingMetrics) -> None:
+        self._replicas = replicas
+        self._metrics = metrics
         self._frames: dict[str, bytes] = {}
         self._began = 0.0
         self._num_new = 0
 
-    def get(self, question: str, make: Callable[[], Message], now: float) -> bytes:
-        """The answer to a question, at most 0.25 s old.
+    def metrics(self, now: float) -> bytes:
+        return self._recent("metrics", lambda: Metrics(self._metrics.render()), now)
 
-        Args:
-            question: names it.
-            make: a new answer.
-            now: time, seconds.
-        """
+    def snapshot(self, max_requests: int, now: float) -> bytes:
+        views = min(max_requests, _MAX_VIEWS)
+        return self._recent(f"snapshot {views}", lambda: self._snapshot(views, now), now)
+
+    def _recent(self, question: str, make: Callable[[], Message], now: float) -> bytes:
         if now - self._began >= _INTERVAL_S:
             self._began, self._num_new = now, 0
             self._frames.clear()
@@ -41,22 +42,6 @@ class RecentAnswers:
             self._num_new += 1
             self._frames[question] = encode(make())
         return self._frames[question]
-
-
-class Reports:
-    """The metrics and snapshots of a server, as frames that may be somewhat older than `now`."""
-
-    def __init__(self, replicas: Sequence[Replica], metrics: ServingMetrics) -> None:
-        self._replicas = replicas
-        self._metrics = metrics
-        self._recent = RecentAnswers()
-
-    def metrics(self, now: float) -> bytes:
-        return self._recent.get("metrics", lambda: Metrics(self._metrics.render()), now)
-
-    def snapshot(self, max_requests: int, now: float) -> bytes:
-        views = min(max_requests, _MAX_VIEWS)
-        return self._recent.get(f"snapshot {views}", partial(self._snapshot, views, now), now)
 
     def _snapshot(self, max_requests: int, now: float) -> Snapshot:
         requests = self._metrics.requests

@@ -170,8 +170,8 @@ def test_an_empty_and_a_missing_log(tmp_path):
 
 def test_a_full_disk_ends_the_log_and_not_the_server(tmp_path, caplog):
     writer = EventLogWriter(Path("/dev/full"))
-    writer.record(StepCall(0.0, (), None))
-    writer.record(StepCall(1.0, (), None))
+    writer.write(StepCall(0.0, (), None))
+    writer.write(StepCall(1.0, (), None))
     assert len(caplog.records) == 1
     writer.close()
 
@@ -179,14 +179,14 @@ def test_a_full_disk_ends_the_log_and_not_the_server(tmp_path, caplog):
 def test_a_disk_with_room_for_part_of_a_line_leaves_whole_lines(tmp_path, caplog):
     path = tmp_path / "log.jsonl"
     writer = EventLogWriter(path)
-    writer.record(StepCall(0.0, (), None))
+    writer.write(StepCall(0.0, (), None))
     line, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(line) * 2 - 5, limits[1]))
     try:
-        writer.record(StepCall(1.0, (), None))
+        writer.write(StepCall(1.0, (), None))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    writer.record(StepCall(2.0, (), None))
+    writer.write(StepCall(2.0, (), None))
     assert path.read_bytes() == line
     assert [record.message for record in caplog.records] == [
         "the event log ends here: [Errno 28] No space left on device"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastserve_mega.coordinator.clock import AwakeClock
+from fastserve_mega.coordinator.main import AwakeClock
 
 
 def test_a_clock_stands_still_while_its_process_does():

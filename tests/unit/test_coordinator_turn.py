@@ -9,12 +9,11 @@ import pytest
 from fastserve_mega.coordinator.admission import Admission
 from fastserve_mega.coordinator.coordinator import Coordinator
 from fastserve_mega.coordinator.replica import Replica
-from fastserve_mega.coordinator.reports import RecentAnswers
+from fastserve_mega.coordinator.reports import Reports
 from fastserve_mega.coordinator.worker_group import WorkersLostError
 from fastserve_mega.messaging.frames import decode
 from fastserve_mega.messaging.messages import (
     Finished,
-    Metrics,
     Ping,
     Pong,
     Refused,
@@ -195,15 +194,17 @@ def test_more_prompt_tokens_than_may_wait_are_rejected(world):
 
 
 def test_the_same_answer_is_given_again_for_a_while():
-    recent = RecentAnswers()
     made = []
 
-    def make():
-        made.append(1)
-        return Metrics(f"number {len(made)}")
+    class Counted:
+        def render(self):
+            made.append(1)
+            return f"number {len(made)}"
+
+    reports = Reports((), Counted())
 
     def ask(now):
-        return decode(recent.get("metrics", make, now)).text
+        return decode(reports.metrics(now)).text
 
     assert [ask(10.0) for _ in range(1000)][-1] == "number 4"
     assert ask(10.2) == "number 4"
