@@ -9,7 +9,7 @@ from fastserve_mega.commands.command import FILE, Command, complete_with, fail, 
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from fastserve_mega.experiments.replay_report import run_other_policies, run_replay
+    from fastserve_mega.experiments.replay import run_other_policies, run_replay
 
     try:
         if not options.policies:

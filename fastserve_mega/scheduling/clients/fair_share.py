@@ -14,8 +14,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 
-from fastserve_mega.scheduling.clients.counters import ClientCounters
-from fastserve_mega.scheduling.clients.lines import ClientLines
+from fastserve_mega.scheduling.clients.lines import ClientCounters, ClientLines
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import UNDER_WAY, ClientShare, Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from fastserve_mega.scheduling.cost_model import CostModel
 from fastserve_mega.scheduling.kv.admission import KvProjection, MemoryOutcome, StartedRequests
-from fastserve_mega.scheduling.kv.pool import BlockPool, PoolSizes
-from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.kv.pool import BlockPool, PoolSizes, PrefixCache
 from fastserve_mega.scheduling.kv.reclaim import Reclaimer
 from fastserve_mega.scheduling.kv.swapper import Swapper
 from fastserve_mega.scheduling.policies.policy import Policy

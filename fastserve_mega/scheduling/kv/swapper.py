@@ -7,8 +7,7 @@ from itertools import islice
 
 from fastserve_mega.plan import CopyDirection
 from fastserve_mega.scheduling.kv.copies import Copy, CopyLedger
-from fastserve_mega.scheduling.kv.pool import BlockPool
-from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.kv.pool import BlockPool, PrefixCache
 from fastserve_mega.scheduling.policies.policy import Policy
 from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 from fastserve_mega.system.config import SwapStrategy

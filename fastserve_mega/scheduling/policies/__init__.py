@@ -6,12 +6,10 @@ import importlib
 import inspect
 
 from fastserve_mega.scheduling.cost_model import CostModel
-from fastserve_mega.scheduling.policies.fcfs import Fcfs
-from fastserve_mega.scheduling.policies.fixed_priority import FixedPriority
+from fastserve_mega.scheduling.policies.by_key import Fcfs, FixedPriority, Srpt
 from fastserve_mega.scheduling.policies.mlfq import Mlfq, SkipJoinMlfq
 from fastserve_mega.scheduling.policies.paced import Paced
 from fastserve_mega.scheduling.policies.policy import Policy
-from fastserve_mega.scheduling.policies.srpt import Srpt
 from fastserve_mega.system.config import SchedulerConfig
 
 POLICIES: dict[str, type[Policy]] = {

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastserve_mega.scheduling.events import Arrived, StepDone
-from fastserve_mega.scheduling.kv.pool import BlockPool
-from fastserve_mega.scheduling.kv.prefix_cache import PrefixCache
+from fastserve_mega.scheduling.kv.pool import BlockPool, PrefixCache
 from fastserve_mega.scheduling.placement import ExpectedWork, Placement
 from fastserve_mega.types import BlockHash
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fixed_costs import arrived, make_scheduler
 
+from fastserve_mega.experiments.story import Storyteller
 from fastserve_mega.scheduling.events import Aborted, CopyDone, StepDone, WorkersLost
-from fastserve_mega.scheduling.story import Storyteller
 from fastserve_mega.system.config import SwapConfig
 from fastserve_mega.types import RequestId
 
