@@ -31,18 +31,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from fastserve_mega.experiments.rate_tables import (
-    Line,
-    Row,
-    add_columns,
-    add_line,
-    print_tables,
-)
 from fastserve_mega.experiments.sweep import (
     SEARCH_SPAN,
     Bound,
+    Line,
     RateSearch,
+    Row,
+    add_columns,
+    add_line,
     backlog_rate,
+    print_tables,
 )
 from fastserve_mega.experiments.systems import load_system
 from fastserve_mega.simulator.config import SimulationConfig

@@ -1,4 +1,4 @@
-"""Starting and ending the processes of a deployment, and the command line of its ranks."""
+"""Starting and ending the processes of a deployment; ranks that are only to be measured."""
 
 from __future__ import annotations
 
@@ -129,3 +129,36 @@ def mpirun_command(ranks: int) -> list[str]:
         if os.geteuid() == 0:
             options.append("--allow-run-as-root")
     return [mpirun, *options, "-n", str(ranks)]
+
+
+def profile(config: Config, arguments: Sequence[str], output: Path) -> int:
+    """`fastserve-mega profile`: start the ranks, let them be measured; returns the exit status."""
+    output = output.resolve()
+    if not output.parent.is_dir():
+        print(f"fastserve-mega profile: no directory {output.parent}", file=sys.stderr)
+        return 2
+    try:
+        prefix = ranks_prefix(config)
+    except LaunchError as error:
+        print(f"fastserve-mega profile: {error}", file=sys.stderr)
+        return 1
+    command = [*prefix, *own_command("worker", arguments), "--profile-to", str(output)]
+    with mpirun_files() as variables:
+        status = _run(command, variables)
+    if status == 0:
+        print(f"{output} is written; use it with --set scheduler.profile={output}")
+    return status
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str]) -> int:
+    ranks = spawn(command, variables=variables)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return ranks.wait()
+    except KeyboardInterrupt:
+        ranks.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ranks.wait(KILL_AFTER_S)
+        return 1
+    finally:
+        end_tree(ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastserve_mega.text.token_bytes import byte_of_character
+from fastserve_mega.text.tokenizer import byte_of_character
 
 BEGIN, END = 256, 257
 """Ids of the special tokens around a message of a conversation."""

@@ -29,8 +29,14 @@ from fastserve_mega.messaging.rank_messages import (
     WorkerReady,
 )
 from fastserve_mega.worker.look_ahead import LaunchAhead, LookAhead
-from fastserve_mega.worker.model_runner import ModelRunner, SequenceInput, StepOutput, Verdict
-from fastserve_mega.worker.sequence_table import PlanError, SequenceTable
+from fastserve_mega.worker.model_runner import (
+    ModelRunner,
+    PlanError,
+    SequenceInput,
+    SequenceTable,
+    StepOutput,
+    Verdict,
+)
 
 _LOOK_AROUND_MS = 500
 _LAST_WORDS_MS = 1000

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from fastserve_mega.experiments import paper, steady_state
-from fastserve_mega.experiments.rate_tables import Line
-from fastserve_mega.experiments.sweep import Bound, RateSearch, backlog_rate
+from fastserve_mega.experiments.sweep import Bound, Line, RateSearch, backlog_rate
 from fastserve_mega.experiments.systems import SETTINGS, load_system
 from fastserve_mega.simulator.config import make_pools
 from fastserve_mega.simulator.workload import load_lengths

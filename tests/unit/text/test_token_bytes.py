@@ -2,8 +2,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from fastserve_mega.text.token_bytes import TokenBytes
-from fastserve_mega.text.tokenizer import Tokenizer
+from fastserve_mega.text.tokenizer import TokenBytes, Tokenizer
 
 
 @pytest.mark.parametrize("text", ["the fox", " naïve café ", "日本語 🙂🙃", "\n\t\x00é"])

@@ -3,7 +3,7 @@ import pytest
 from fastserve_mega.messaging.rank_messages import SequenceStart, StepCommand
 from fastserve_mega.plan import Plan, SequenceSlice
 from fastserve_mega.types import SamplingParams
-from fastserve_mega.worker.sequence_table import PlanError, SequenceTable
+from fastserve_mega.worker.model_runner import PlanError, SequenceTable
 from fastserve_mega.worker.topology import read_topology
 
 START = SequenceStart("a", SamplingParams(), 7, 3)

@@ -4,7 +4,7 @@ from fastserve_mega.messaging.rank_messages import SequenceStart, StepCommand
 from fastserve_mega.plan import Plan, SequenceSlice
 from fastserve_mega.types import SamplingParams
 from fastserve_mega.worker.history import TokenCounts, TokenHistory
-from fastserve_mega.worker.sequence_table import SequenceTable
+from fastserve_mega.worker.model_runner import SequenceTable
 
 PROMPT = (4, 5, 6, 4)
 OUTPUT = [7, 4, 7]
