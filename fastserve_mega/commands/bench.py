@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from fastserve_mega.commands.command import FILE, Command, complete_with, fail, load
-from fastserve_mega.commands.slo_option import add_slo
+from fastserve_mega.commands.options import add_slo, positive, positive_list
 from fastserve_mega.system.config import CoordinatorConfig
 from fastserve_mega.system.config_file import load_config
 from fastserve_mega.system.key_file import client_address
-
-Number = TypeVar("Number", int, float)
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -54,24 +50,6 @@ def _bench(options: argparse.Namespace) -> int:
     )
 
 
-def _positive(kind: type[Number]) -> Callable[[str], Number]:
-    def parse(text: str) -> Number:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(0)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
-        return value
-
-    return parse
-
-
-def _list_of(kind: type[Number]) -> Callable[[str], tuple[Number, ...]]:
-    one = _positive(kind)
-    return lambda text: tuple(one(word) for word in text.split(","))
-
-
 def _range(text: str) -> range:
     low, _, high = text.partition(":")
     if not (low.isdigit() and high.isdigit()) or int(low) >= int(high):
@@ -97,7 +75,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout",
-        type=_positive(float),
+        type=positive(float),
         default=600.0,
         metavar="SECONDS",
         help="longest time without any data; default: 600",
@@ -115,19 +93,19 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _add_load(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--requests", type=_positive(int), default=100, metavar="N", help="of a run; default: 100"
+        "--requests", type=positive(int), default=100, metavar="N", help="of a run; default: 100"
     )
     load = parser.add_mutually_exclusive_group(required=True)
     load.add_argument(
         "--rate",
-        type=_list_of(float),
+        type=positive_list(float),
         metavar="X,Y,…",
         help="requests per second, Poisson arrivals; one run for each",
     )
     load.add_argument("--burst", action="store_true", help="all at once")
     parser.add_argument(
         "--concurrency",
-        type=_list_of(int),
+        type=positive_list(int),
         metavar="N,M,…",
         help="most requests at the server at once; one run for each; default: no limit",
     )
@@ -145,7 +123,7 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     for name, default in (("input", 128), ("output", 64)):
         parser.add_argument(
             f"--{name}-len",
-            type=_positive(int),
+            type=positive(int),
             default=default,
             metavar="TOKENS",
             help=f"without --mix and --lengths; default: {default}",

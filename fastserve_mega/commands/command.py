@@ -8,13 +8,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from msgspec import structs
 
 from fastserve_mega.logs import LOG_FORMATS
-from fastserve_mega.system.config import Config, CoordinatorConfig, SchedulerConfig
+from fastserve_mega.system.config import Config, CoordinatorConfig
 from fastserve_mega.system.config_file import load_config
 from fastserve_mega.system.key_file import client_address
 
@@ -177,47 +176,6 @@ DIRECTORY = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
 def complete_with(argument: argparse.Action, files: Mapping[str, str]) -> None:
     """Let the shell complete an argument with files or directories."""
     vars(argument)["complete"] = files
-
-
-def add_rank_options(parser: argparse.ArgumentParser) -> None:
-    """Add what a rank passes on to the coordinator it starts."""
-    parser.add_argument(
-        "--supervisor",
-        type=int,
-        metavar="PID",
-        help="process that starts the ranks again when one is lost: leave requests unfinished "
-        "then, and end with it",
-    )
-    parser.add_argument(
-        "--epoch", metavar="NAME", help="what clients know this start by; drawn by default"
-    )
-    parser.add_argument(
-        "--profile-to",
-        type=Path,
-        metavar="FILE",
-        help="measure step times, write them here and end; what `profile` starts",
-    )
-
-
-def add_runner(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of what computes tokens."""
-    parser.add_argument(
-        "--runner",
-        choices=("megatron", "fake"),
-        default="megatron",
-        help="what computes tokens; 'fake' needs no weights and is for tests",
-    )
-
-
-def policy_names(text: str) -> tuple[str, ...]:
-    """Parse policies separated by commas."""
-    names = tuple(text.split(","))
-    for name in names:
-        try:
-            SchedulerConfig(policy=name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return names
 
 
 def add_server(parser: argparse.ArgumentParser) -> None:

@@ -13,9 +13,8 @@ from fastserve_mega.commands.command import (
     Command,
     complete_with,
     fail,
-    policy_names,
 )
-from fastserve_mega.commands.slo_option import add_slo
+from fastserve_mega.commands.options import add_slo, policy_names, positive, positive_list
 from fastserve_mega.system.config import PolicyName
 
 
@@ -31,7 +30,7 @@ def _compare(options: argparse.Namespace) -> int:
             CompareOptions(
                 policies=tuple(dict.fromkeys(options.policies)),
                 workloads=options.workloads or tuple(each.name for each in STANDING_SET),
-                loads=options.loads,
+                loads=tuple(dict.fromkeys(options.loads)),
                 seeds=options.seeds,
                 quick=options.quick,
                 jobs=options.jobs,
@@ -46,22 +45,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text.split(",")))
-
-
-def _loads(text: str) -> tuple[float, ...]:
-    try:
-        loads = tuple(dict.fromkeys(float(word) for word in text.split(",")))
-    except ValueError:
-        loads = ()
-    if not loads or not all(0 < load < float("inf") for load in loads):
-        raise argparse.ArgumentTypeError(f"not positive numbers separated by commas: {text!r}")
-    return loads
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return int(text)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,18 +64,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--loads",
-        type=_loads,
+        type=positive_list(float),
         default=(),
         metavar="X,Y,…",
         help="over the rate at which fcfs is saturated; default: 0.7,0.9,0.95,1.2,2",
     )
-    parser.add_argument("--seeds", type=_count, metavar="N", help="runs of each case; default: 5")
+    parser.add_argument(
+        "--seeds", type=positive(int), metavar="N", help="runs of each case; default: 5"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="few requests, one seed, loads of 0.7, 0.95 and 2"
     )
     parser.add_argument(
         "--jobs",
-        type=_count,
+        type=positive(int),
         default=os.cpu_count() or 1,
         metavar="N",
         help="simulations side by side; default: one for each core",

@@ -6,7 +6,8 @@ import argparse
 import logging
 import signal
 
-from fastserve_mega.commands.command import Command, add_rank_options, load_deployment
+from fastserve_mega.commands.command import Command, load_deployment
+from fastserve_mega.commands.options import add_rank_options
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from fastserve_mega.commands.command import Command, add_runner, fail, load_deployment, pass_on
+from fastserve_mega.commands.command import Command, fail, load_deployment, pass_on
+from fastserve_mega.commands.options import add_runner
 
 
 def _drill(options: argparse.Namespace) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastserve_mega.commands.command import FILE, Command, complete_with, fail, policy_names
+from fastserve_mega.commands.command import FILE, Command, complete_with, fail
+from fastserve_mega.commands.options import policy_names
 
 
 def _replay(options: argparse.Namespace) -> int:

@@ -6,11 +6,11 @@ import argparse
 
 from fastserve_mega.commands.command import (
     Command,
-    add_runner,
     fail,
     load_deployment,
     pass_on,
 )
+from fastserve_mega.commands.options import add_runner
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -13,9 +13,8 @@ from fastserve_mega.commands.command import (
     complete_with,
     fail,
     load,
-    policy_names,
 )
-from fastserve_mega.commands.slo_option import add_slo
+from fastserve_mega.commands.options import add_slo, policy_names, positive_list
 from fastserve_mega.system.config_file import load_config
 
 
@@ -50,16 +49,6 @@ def _simulate(options: argparse.Namespace) -> int:
         return fail(options, error)
 
 
-def _rates(text: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        rates = (0.0,)
-    if not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(f"not positive numbers separated by commas: {text!r}")
-    return rates
-
-
 def _add_simulate(parser: argparse.ArgumentParser) -> None:
     workload = parser.add_argument(
         "--workload",
@@ -90,7 +79,7 @@ def _add_simulate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rates",
-        type=_rates,
+        type=positive_list(float),
         default=(),
         metavar="X,Y,…",
         help="requests per second; default: the configured rate",

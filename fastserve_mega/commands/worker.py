@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from fastserve_mega.commands.command import Command, add_rank_options, add_runner, load, pass_on
+from fastserve_mega.commands.command import Command, load, pass_on
+from fastserve_mega.commands.options import add_rank_options, add_runner
 from fastserve_mega.system.config_file import load_config
 
 

@@ -153,8 +153,8 @@ def test_a_policy_that_fails_is_told_and_the_others_go_on(tiny_set, capsys, monk
         (["--policies", "fcsf"], "fcsf"),
         (["--policies", "nowhere:Policy"], "scheduler.policy 'nowhere:Policy' cannot be loaded"),
         (["--workloads", "sharegtp"], "there is no workload 'sharegtp'; there are sharegpt, "),
-        (["--loads", "0"], "not positive numbers separated by commas: '0'"),
-        (["--jobs", "0"], "must be a positive whole number, got '0'"),
+        (["--loads", "0"], "must be a positive number, got '0'"),
+        (["--jobs", "0"], "must be a positive number, got '0'"),
         (["--slo", "1"], "not of the form TTFT,TPOT in seconds: '1'"),
     ],
 )

@@ -70,12 +70,14 @@ def test_the_command_takes_a_profile(how: str, tmp_path: Path, capsys) -> None:
     assert "synthetic-sharegpt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rates", ["2,0", "-1", "nan", "two"])
-def test_rates_that_are_not_positive_are_refused(rates: str, capsys) -> None:
+@pytest.mark.parametrize(
+    ("rates", "wrong"), [("2,0", "0"), ("-1", "-1"), ("nan", "nan"), ("two", "two")]
+)
+def test_rates_that_are_not_positive_are_refused(rates: str, wrong: str, capsys) -> None:
     config = str(CONFIGS / "opt-13b-a100.yaml")
     with pytest.raises(SystemExit):
         cli.main(["simulate", "--config", config, f"--rates={rates}"])
-    assert f"not positive numbers separated by commas: '{rates}'" in capsys.readouterr().err
+    assert f"must be a positive number, got '{wrong}'" in capsys.readouterr().err
 
 
 def test_the_workload_s_overrides_are_told_from_the_deployment_s() -> None:
