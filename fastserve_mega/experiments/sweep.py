@@ -17,6 +17,11 @@ from fastserve_mega.simulator.report import Report, summarize
 from fastserve_mega.simulator.workload import draw_requests
 from fastserve_mega.system.config import PolicyName
 
+_ALL_AT_ONCE = 1e9
+"""Requests per second: the whole workload has arrived before the first step."""
+SEARCH_SPAN = 8.0
+"""A search for a crossing gives up at the start times or divided by this."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bound:
@@ -24,12 +29,6 @@ class Bound:
 
     measure: Callable[[Report], float]
     limit: float
-
-
-_ALL_AT_ONCE = 1e9
-"""Requests per second: the whole workload has arrived before the first step."""
-SEARCH_SPAN = 8.0
-"""A search for a crossing gives up at the start times or divided by this."""
 
 
 def backlog_rate(config: SimulationConfig, table: LengthTable, num_requests: int) -> float:

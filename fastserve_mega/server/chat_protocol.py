@@ -1,14 +1,13 @@
-"""Body of POST /v1/chat/completions."""
+"""Body of POST /v1/chat/completions: the messages of a conversation, and how to answer."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from fastserve_mega.server.chat_messages import Messages
 from fastserve_mega.server.protocol import PROMPT_CACHE, UNSUPPORTED, GenerationRequest
-from fastserve_mega.server.strict import Neutral
+from fastserve_mega.server.strict import Neutral, Strict
 from fastserve_mega.server.structured import from_schema
 from fastserve_mega.server.tools.forced import (
     NamedCall,
@@ -17,10 +16,20 @@ from fastserve_mega.server.tools.forced import (
     required_schema,
 )
 from fastserve_mega.server.tools.pieces import ToolParser
-from fastserve_mega.server.tools.protocol import MAX_TOOLS, AllowedTools, NamedTool, Tool
+from fastserve_mega.server.tools.protocol import MAX_TOOLS, AllowedTools, NamedTool, Tool, ToolCall
 from fastserve_mega.text.chat_template import PromptEnd
 from fastserve_mega.types import MAX_TOP_LOGPROBS, StructuredOutput
 
+MAX_MESSAGES = 4096
+"""A conversation has no more; the template takes some 30 microseconds for each."""
+_OTHER_MEDIA = {"image": "images", "audio": "recordings", "video": "videos", "file": "files"}
+"""What a part's type may name, and how that is called."""
+_UNSUPPORTED_MESSAGE: Neutral = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+}
 _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -36,6 +45,111 @@ _UNSUPPORTED_CHAT: Neutral = UNSUPPORTED | {
     "add_special_tokens": (False,),  # the template writes them
 }
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+
+class TextPart(Strict):
+    """A part of a message in OpenAI's list form; only text is supported."""
+
+    type: Literal["text"]
+    text: str
+    cache_control: dict[str, Any] | None = None
+    """Where a prompt may be kept for the next one: the prefix cache needs no such hint."""
+
+
+def _refuse_media(part: object) -> object:
+    """Say what is missing, before pydantic says which fields are.
+
+    Raises:
+        ValueError: the part is an image, or something else that is no text.
+    """
+    kind = part.get("type") if isinstance(part, dict) else None
+    for word, name in _OTHER_MEDIA.items():
+        if isinstance(kind, str) and word in kind:
+            raise ValueError(f"{name} are not supported: the served model reads text only")
+    return part
+
+
+TEXT_ONLY = BeforeValidator(_refuse_media)
+
+
+class ChatMessage(Strict):
+    """One turn of a conversation."""
+
+    unsupported = _UNSUPPORTED_MESSAGE
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Annotated[TextPart, TEXT_ONLY]], Field(fail_fast=True)] | None = (
+        None
+    )
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    """What the assistant thought before this answer; the template decides whether it is told."""
+    reasoning: str | None = None
+    """vLLM's newer name of it."""
+    cache_control: dict[str, Any] | None = None
+    """As of a part."""
+
+    @model_validator(mode="after")
+    def _fields_of_its_role(self) -> ChatMessage:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are for the role 'assistant', got {self.role!r}")
+        if self.thoughts is not None and self.role != "assistant":
+            raise ValueError(f"reasoning_content is for the role 'assistant', got {self.role!r}")
+        if None not in (self.reasoning, self.reasoning_content) and (
+            self.reasoning != self.reasoning_content
+        ):
+            raise ValueError("reasoning and reasoning_content are the same thing; send one of them")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"tool_call_id is for the role 'tool', got {self.role!r}")
+        return self
+
+    @property
+    def thoughts(self) -> str | None:
+        """The reasoning, under whichever name it came."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
+
+    @property
+    def text(self) -> str:
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content)
+
+    def plain(self) -> dict[str, Any]:
+        """The message as chat templates know it.
+
+        Raises:
+            ValueError: the arguments of a call are not JSON.
+        """
+        # OpenAI's newer name of the system role, which the templates of open models lack.
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": self.text}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.thoughts is not None:
+            message["reasoning_content"] = self.thoughts
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": call.type, "function": call.function.plain()}
+                for call in self.tool_calls
+            ]
+        return message
+
+
+def few(whole: str, parts: str) -> BeforeValidator:
+    """Limit a list before each of its elements is looked at; an error calls them so."""
+
+    def check(given: object) -> object:
+        if isinstance(given, list) and not 1 <= len(given) <= MAX_MESSAGES:
+            raise ValueError(f"{whole} has 1 to {MAX_MESSAGES} {parts}, got {len(given)}")
+        return given
+
+    return BeforeValidator(check)
+
+
+Messages = Annotated[list[ChatMessage], Field(fail_fast=True), few("a conversation", "messages")]
 
 
 class ChatRequest(GenerationRequest):

@@ -17,6 +17,12 @@ from pydantic import BaseModel, ConfigDict
 
 from fastserve_mega.server.errors import ApiError
 
+Documented = dict[int | str, dict[str, Any]]
+_PAGE = "/docs"
+_ASSETS = "fastapi_swagger"
+"""Package of Swagger UI; nothing but its files is used."""
+_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -184,11 +190,6 @@ class AnthropicError(_Schema):
     error: dict[Literal["type", "message"], str]
 
 
-Documented = dict[int | str, dict[str, Any]]
-_PAGE = "/docs"
-_ASSETS = "fastapi_swagger"
-"""Package of Swagger UI; nothing but its files is used."""
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 ERRORS: Documented = {
     "4XX": {"model": Error, "description": "What is wrong, in one sentence"},
     "5XX": {"model": Error, "description": "What failed, in one sentence"},

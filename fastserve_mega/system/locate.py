@@ -10,7 +10,7 @@ from msgspec import structs
 
 from fastserve_mega.models.architecture import Architecture, load_architecture
 from fastserve_mega.system.config import Config, ModelConfig
-from fastserve_mega.system.weight_files import find_files
+from fastserve_mega.system.stored_tensors import find_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """organization/name."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,21 @@ from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import partition_model
 from fastserve_mega.system.pieces import Piece
-from fastserve_mega.system.weight_files import find_files, has_safetensors
 from fastserve_mega.system.weights import weights_of
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_OTHER_WEIGHTS = {
+    "adapter_model.*": "an adapter, to be merged into its base model first",
+    "consolidated*.safetensors": "weights under Mistral's own names; fetch those of transformers",
+    "*.safetensors": f"a part, of which {INDEX_FILE} has to name the others, or a variant, to be "
+    "renamed",
+    "pytorch_model*.bin": "pickled weights, which can run code; convert them where you trust them: "
+    "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY) of transformers",
+    "*.gguf": "quantized weights of llama.cpp, which are not supported",
+    "*.pth": "weights under other names, to be converted by the script of their family first",
+}
+"""Files that a directory may have in place of ours, and what to do with them."""
 KIND_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1}
 """Kinds of values that are weights, by their names in a file's header, and the size of one."""
 _LFS_POINTER = b"version "
@@ -29,6 +41,50 @@ _MAX_HEADER_BYTES = 100_000_000
 _TEXT_PREFIXES = {"model.language_model.": "model.", "language_model.": ""}
 """How names begin in models that see images as well, and in the text model alone."""
 _FUSED_EXPERTS = ".experts.gate_up_proj"
+
+
+def has_safetensors(directory: Path) -> bool:
+    """Whether there are weights in this format, be they whole or not."""
+    return (directory / SINGLE_FILE).is_file() or (directory / INDEX_FILE).is_file()
+
+
+def find_files(directory: Path) -> Iterable[Path]:
+    """The single file where there is one: an index beside it is ignored, as transformers does.
+
+    Raises:
+        ValueError: there are none, or not all that the index names; one sentence.
+    """
+    index_path = directory / INDEX_FILE
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    for path in (directory / SINGLE_FILE, index_path):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f"{path} is a link to a file that is not there; fetch the model again")
+    if not index_path.is_file():
+        raise ValueError(
+            f"{directory} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} is there"
+            f"{_advice(directory)}"
+        )
+    try:
+        names = sorted({*json.loads(index_path.read_text())["weight_map"].values()})
+        files = [directory / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index_path}: not a valid index of safetensors files") from None
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{directory}: {len(missing)} of the files named in {INDEX_FILE} are "
+            f"missing, the first is {missing[0]}"
+        )
+    return files
+
+
+def _advice(directory: Path) -> str:
+    """What to do with weights of another kind, where there are any."""
+    for pattern, advice in _OTHER_WEIGHTS.items():
+        if found := sorted(path.name for path in directory.glob(pattern)):
+            return f", but {found[0]}: {advice}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,15 @@
-"""Grammars of structured output, by llguidance: an optional dependency."""
+"""Grammars of structured output, by llguidance, an optional dependency; changes to JSON schemas."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from types import ModuleType
 from typing import Any
 
-from fastserve_mega.text.json_schema import Schema, rewrite
 from fastserve_mega.types import MAX_CHOICES, StructuredOutput
 
 NOT_INSTALLED = (
@@ -48,6 +47,11 @@ _LIMITS = {
 }
 """llguidance's own but for two: a list of choices is one row, and a request has not the memory of
 250,000 states."""
+Schema = dict[str, Any]
+_DATA = frozenset({"const", "enum", "default", "examples", "example"})
+"""Keywords whose values are no schemas, whatever they look like."""
+_NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+"""Keywords whose values are maps from any name to a schema."""
 
 
 class GrammarUnavailableError(Exception):
@@ -186,3 +190,47 @@ def check_structured(structured: StructuredOutput) -> None:
     if complaint := load_llguidance().LLMatcher.validate_grammar(grammar, limits=grammar_limits()):
         told = " ".join(str(complaint).split())[:_LONGEST_MESSAGE]
         raise ValueError(f"the {kind} cannot be used: {told}")
+
+
+def rewrite(schema: Any, change: Callable[[Schema], Schema]) -> Any:
+    """A copy of a schema in which it and each schema in it has been changed, inner ones first.
+
+    Raises:
+        RecursionError: it is nested too deeply.
+    """
+    if isinstance(schema, list):
+        return [rewrite(each, change) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return change({key: _rewrite_value(key, value, change) for key, value in schema.items()})
+
+
+def _rewrite_value(key: str, value: Any, change: Callable[[Schema], Schema]) -> Any:
+    if key in _DATA:
+        return value
+    if key in _NAMED and isinstance(value, dict):
+        return {name: rewrite(each, change) for name, each in value.items()}
+    return rewrite(value, change)
+
+
+def as_definition(schema: Schema, name: str) -> Schema:
+    """A whole schema as it has to be to stand in another one as `$defs/NAME`.
+
+    References within it are by their path from the top, so they change with it; it is no document
+    of its own any more.
+
+    Args:
+        schema: with a type or without one.
+        name: without the characters ~, / and %.
+    """
+    top = f"#/$defs/{name}"
+
+    def move(each: Schema) -> Schema:
+        target = each.get("$ref")
+        if isinstance(target, str) and (target == "#" or target.startswith("#/")):
+            return {**each, "$ref": top + target[1:]}
+        return each
+
+    whole = {key: value for key, value in schema.items() if key not in ("$id", "$schema")}
+    moved: Schema = rewrite(whole, move)
+    return moved

@@ -14,8 +14,7 @@ from starlette.exceptions import HTTPException
 
 from fastserve_mega.client.testing import WAIT_S
 from fastserve_mega.messaging.messages import Submit
-from fastserve_mega.server.chat_messages import MAX_MESSAGES
-from fastserve_mega.server.chat_protocol import ChatRequest
+from fastserve_mega.server.chat_protocol import MAX_MESSAGES, ChatRequest
 from fastserve_mega.server.completions import CompletionRequest
 from fastserve_mega.server.messages.protocol import MessagesRequest
 from fastserve_mega.server.middleware import LimitBody, Turns

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fastserve_mega.server.chat_messages import TEXT_ONLY, few
+from fastserve_mega.server.chat_protocol import TEXT_ONLY, few
 from fastserve_mega.server.protocol import Common
 from fastserve_mega.server.strict import Neutral, Strict, Texts
 from fastserve_mega.server.tools.protocol import MAX_TOOLS

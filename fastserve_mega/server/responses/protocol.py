@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from fastserve_mega.server.chat_messages import TEXT_ONLY, few
-from fastserve_mega.server.chat_protocol import ReasoningEffort
+from fastserve_mega.server.chat_protocol import TEXT_ONLY, ReasoningEffort, few
 from fastserve_mega.server.protocol import PROMPT_CACHE, Common
 from fastserve_mega.server.strict import Neutral, Strict
 from fastserve_mega.server.structured import JsonObjectFormat, NamedSchema, TextFormat

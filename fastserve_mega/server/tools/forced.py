@@ -7,7 +7,7 @@ from typing import Any
 
 from fastserve_mega.server.tools.call_reader import CallReader
 from fastserve_mega.server.tools.pieces import CallPiece, Functions, Piece
-from fastserve_mega.text.json_schema import as_definition
+from fastserve_mega.text.structured import as_definition
 
 _NO_ARGUMENTS: dict[str, Any] = {
     "type": "object",

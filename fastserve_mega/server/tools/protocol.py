@@ -1,12 +1,13 @@
-"""Tools as the body of a chat completion describes them."""
+"""Tools, and calls of them, as the body of a chat completion describes them."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fastserve_mega.server.strict import Strict
+from fastserve_mega.server.strict import Strict, short
 
 MAX_TOOLS = 128
 
@@ -66,3 +67,34 @@ class AllowedTools(Strict):
     @property
     def names(self) -> set[str]:
         return {tool.function.name for tool in self.allowed_tools.tools}
+
+
+class CalledFunction(Strict):
+    """Name and arguments of a call, as the assistant gave them."""
+
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """As chat templates know it: they write the arguments themselves."""
+        if isinstance(self.arguments, dict):
+            return {"name": self.name, "arguments": self.arguments}
+        try:
+            # Some clients write null for no arguments, as some models do.
+            arguments = json.loads(self.arguments or "{}") or {}
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"the arguments of a call of {self.name} are not valid JSON: "
+                f"{short(self.arguments)}"
+            ) from None
+        return {"name": self.name, "arguments": arguments}
+
+
+class ToolCall(Strict):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    """Which call of its answer it was: clients that put a stream together send it back."""

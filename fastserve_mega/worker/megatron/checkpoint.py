@@ -16,8 +16,7 @@ from fastserve_mega.models.architecture import Architecture
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.system.pieces import Piece, Weight
-from fastserve_mega.system.stored_tensors import find_tensor, has_fused_experts
-from fastserve_mega.system.weight_files import has_safetensors
+from fastserve_mega.system.stored_tensors import find_tensor, has_fused_experts, has_safetensors
 from fastserve_mega.system.weights import unused_positions, weights_of
 from fastserve_mega.worker.megatron.distributed_checkpoint import (
     DistributedCheckpoint,

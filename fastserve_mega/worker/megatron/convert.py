@@ -25,7 +25,7 @@ from fastserve_mega.models.fields import read_json
 from fastserve_mega.system.config import ParallelConfig
 from fastserve_mega.system.partition import Partition, partition_model
 from fastserve_mega.system.pieces import Weight
-from fastserve_mega.system.weight_files import INDEX_FILE, has_safetensors
+from fastserve_mega.system.stored_tensors import INDEX_FILE, has_safetensors
 from fastserve_mega.system.weights import unused_positions, weights_of
 from fastserve_mega.worker.loading_progress import show_progress
 from fastserve_mega.worker.megatron.checkpoint import HuggingFaceCheckpoint, architecture_as_stored
@@ -40,7 +40,7 @@ from fastserve_mega.worker.megatron.distributed_saving import save_tensors
 from fastserve_mega.worker.megatron.initialize import join_process_groups
 from fastserve_mega.worker.megatron.layer_spec import choose_layers
 from fastserve_mega.worker.megatron.model import build_stage
-from fastserve_mega.worker.megatron.safetensors_writer import TensorInfo, write_safetensors
+from fastserve_mega.worker.megatron.safetensors_files import TensorInfo, write_safetensors
 from fastserve_mega.worker.topology import Topology
 
 Format = Literal["huggingface", "torch_dist"]

@@ -1,4 +1,4 @@
-"""Reads parts of tensors from the safetensors files of a directory.
+"""Reads parts of tensors from the safetensors files of a directory, and writes such files.
 
 Plain reads into the memory where the values shall be, and no memory maps: the pages of a map count
 as memory of the process, for each rank anew.
@@ -6,18 +6,21 @@ as memory of the process, for each rank anew.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastserve_mega import faults
-from fastserve_mega.system.stored_tensors import StoredTensor, read_tensors
+from fastserve_mega.system.stored_tensors import INDEX_FILE, SINGLE_FILE, StoredTensor, read_tensors
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,6 +35,7 @@ _STAGING_BYTES = 4 * 2**20
 """Bytes of a buffer for values that are converted on their way."""
 _SHORT_READ_BYTES = 2048
 """Columns narrower than this are cut out of the whole tensor: it would take too many reads."""
+_SHARD_BYTES = 5 * 10**9
 
 
 class SafetensorsFiles:
@@ -190,3 +194,74 @@ class SafetensorsFiles:
 def _dtype_of(stored: StoredTensor) -> torch.dtype:
     _ = stored.item_bytes  # refuses the kinds that are no weights
     return _DTYPES[stored.kind]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor before its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    directory: Path,
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write one file, or shards of up to 5 GB and their index.
+
+    Args:
+        directory: exists.
+        infos: by name, in the order of the tensors.
+        tensors: name and values of each.
+    """
+    shards = _split(infos)
+    names = [SINGLE_FILE]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    remaining = iter(tensors)
+    for file_name, shard in zip(names, shards, strict=True):
+        with (directory / file_name).open("wb") as file:
+            file.write(_header(shard))
+            for name, info in shard.items():
+                found, tensor = next(remaining)
+                if (found, tuple(tensor.shape), tensor.dtype) != (name, info.shape, info.dtype):
+                    raise RuntimeError(f"{found} came where {name} {info} was announced")
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(info.num_bytes for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _split(infos: Mapping[str, TensorInfo]) -> list[dict[str, TensorInfo]]:
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in infos.items():
+        if shards[-1] and size + info.num_bytes > _SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += info.num_bytes
+    return shards
+
+
+def _header(shard: Mapping[str, TensorInfo]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in shard.items():
+        entries[name] = {
+            "dtype": KINDS[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.num_bytes],
+        }
+        offset += info.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

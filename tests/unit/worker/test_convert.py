@@ -71,7 +71,7 @@ def test_transformers_reads_what_comes_back(converted):
 
 
 def test_precision_is_kept_and_shards_are_indexed(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastserve_mega.worker.megatron.safetensors_writer._SHARD_BYTES", 1)
+    monkeypatch.setattr("fastserve_mega.worker.megatron.safetensors_files._SHARD_BYTES", 1)
     model = make_model("llama", tmp_path / "float32").bfloat16()
     model.save_pretrained(tmp_path / "original", max_shard_size="20KB")
     convert(tmp_path / "original", tmp_path / "megatron", "torch_dist")
