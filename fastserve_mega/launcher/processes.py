@@ -101,12 +101,15 @@ def mpirun_files() -> Iterator[dict[str, str]]:
     """Make a directory for the files of one mpirun; what is yielded are the variables that say so.
 
     Open MPI names a directory after its process id, and does not start where a killed mpirun with
-    the same id has left one: in a container that is started again, the ids are the same.
+    the same id has left one: in a container that is started again, the ids are the same. What ranks
+    share is a file of 16 MiB each, of which they use little; in /dev/shm, where a container may
+    have no room for it, it would outlive those that are killed.
     """
     with tempfile.TemporaryDirectory(
         prefix="fastserve-mega-", ignore_cleanup_errors=True
     ) as directory:
-        yield {"PRTE_MCA_prte_tmpdir_base": directory}
+        names = "PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_btl_sm_backing_directory"
+        yield dict.fromkeys(names, directory)
 
 
 def mpirun_command(ranks: int) -> list[str]:

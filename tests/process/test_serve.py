@@ -244,8 +244,11 @@ def test_a_second_instance_takes_the_place_of_the_first(served, tmp_path):
 def test_nothing_but_mpirun_listens_beyond_loopback(served):
     with served() as server:
         beyond = {port for host, port in listening_ports(server.process.pid) if host != LOOPBACK}
+        maps = [Path(f"/proc/{each}/maps").read_text() for each in descendants(server.process.pid)]
     # PRRTE has no option for the address of its two ports, one of IPv4 and one of IPv6.
     assert len(beyond) <= 2
+    # What is shared there would outlive ranks that are killed, and a container has little of it.
+    assert not any("/dev/shm/" in each for each in maps)
 
 
 def test_the_second_ctrl_c_kills(served):
