@@ -109,7 +109,13 @@ def mpirun_files() -> Iterator[dict[str, str]]:
         prefix="fastserve-mega-", ignore_cleanup_errors=True
     ) as directory:
         names = "PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_btl_sm_backing_directory"
-        yield dict.fromkeys(names, directory)
+        yield {**dict.fromkeys(names, directory), **_home()}
+
+
+def _home() -> dict[str, str]:
+    """HOME: Open MPI does not even tell its version without, and services of systemd have none."""
+    home = os.path.expanduser("~")  # noqa: PTH111 - which raises where nobody has one
+    return {"HOME": tempfile.gettempdir() if home == "~" else home}
 
 
 def mpirun_command(ranks: int) -> list[str]:
@@ -124,7 +130,13 @@ def mpirun_command(ranks: int) -> list[str]:
         raise LaunchError(
             f"{ranks} ranks need mpirun: pip install 'fastserve_mega[mpi]', or a system MPI"
         )
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
+    version = subprocess.run(
+        [mpirun, "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **_home()},
+    )
     options: list[str] = []
     if "Open MPI" in version.stdout:
         # Ranks of one host need no TCP among them, and would listen on all addresses for it.
