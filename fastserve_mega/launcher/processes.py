@@ -114,7 +114,7 @@ def mpirun_files() -> Iterator[dict[str, str]]:
 
 def _home() -> dict[str, str]:
     """HOME: Open MPI does not even tell its version without, and services of systemd have none."""
-    home = os.path.expanduser("~")  # noqa: PTH111 - which raises where nobody has one
+    home = os.path.expanduser("~")
     return {"HOME": tempfile.gettempdir() if home == "~" else home}
 
 
