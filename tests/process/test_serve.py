@@ -189,8 +189,10 @@ def test_a_stream_that_is_not_finished_in_time_is_told_and_nothing_is_left(serve
             server.stream(http, ENDLESS) as response,
         ):
             lines = response.iter_lines()
+            for number in (signal.SIGUSR1, signal.SIGUSR2):  # "reopen your logs", elsewhere
+                send(server.process.pid, number)
             assert next(lines).startswith("data: ")
-            server.process.terminate()
+            send(server.process.pid, signal.SIGQUIT)
             *_, last, done = [line.removeprefix("data: ") for line in lines if line]
         assert "shut down" in json.loads(last)["error"]["message"]
         assert done == "[DONE]"
