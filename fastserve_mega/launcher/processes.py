@@ -101,12 +101,21 @@ def mpirun_files() -> Iterator[dict[str, str]]:
     """Make a directory for the files of one mpirun; what is yielded are the variables that say so.
 
     Open MPI names a directory after its process id, and does not start where a killed mpirun with
-    the same id has left one: in a container that is started again, the ids are the same.
+    the same id has left one: in a container that is started again, the ids are the same. What ranks
+    share is a file of 16 MiB each, of which they use little; in /dev/shm, where a container may
+    have no room for it, it would outlive those that are killed.
     """
     with tempfile.TemporaryDirectory(
         prefix="fastserve-mega-", ignore_cleanup_errors=True
     ) as directory:
-        yield {"PRTE_MCA_prte_tmpdir_base": directory}
+        names = "PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_btl_sm_backing_directory"
+        yield {**dict.fromkeys(names, directory), **_home()}
+
+
+def _home() -> dict[str, str]:
+    """HOME: Open MPI does not even tell its version without, and services of systemd have none."""
+    home = os.path.expanduser("~")
+    return {"HOME": tempfile.gettempdir() if home == "~" else home}
 
 
 def mpirun_command(ranks: int) -> list[str]:
@@ -121,7 +130,13 @@ def mpirun_command(ranks: int) -> list[str]:
         raise LaunchError(
             f"{ranks} ranks need mpirun: pip install 'fastserve_mega[mpi]', or a system MPI"
         )
-    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False)
+    version = subprocess.run(
+        [mpirun, "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **_home()},
+    )
     options: list[str] = []
     if "Open MPI" in version.stdout:
         # Ranks of one host need no TCP among them, and would listen on all addresses for it.

@@ -33,7 +33,8 @@ def serve(
 ) -> int:
     """`fastserve-mega serve`: run until Ctrl-C, SIGTERM or a closed terminal; the exit status.
 
-    The first signal ends everything in order, the second one at once.
+    The first signal ends everything in order, the second one at once. SIGUSR1 and SIGUSR2, which
+    others take for "reopen your logs", are for nothing here.
     """
     num_signals = 0
 
@@ -45,8 +46,13 @@ def serve(
         # No exception, which could come where nobody expects it: whoever is waited for has ended.
         end_descendants()
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    def ignore(signum: int, frame: FrameType | None) -> None:
+        """Not SIG_IGN, which children would inherit."""
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, stop)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, ignore)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, stop)
     adopt_orphans()

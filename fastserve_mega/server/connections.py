@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import resource
 import time
 from collections.abc import Callable
-from typing import cast
+from http import HTTPStatus
+from typing import NoReturn, cast
 
 import h11
+import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastserve_mega.logs import LogLimiter
+from fastserve_mega.server.errors import ApiError
 
 LIMITS_S = {"head": 10.0, "body": 60.0}
 """Within which a request has to arrive, by its part."""
@@ -32,10 +36,7 @@ _READS_ON_S = 1.0
 """How long an answer may take for a client that has closed its end for writing."""
 _ACCEPT_ERROR = "socket.accept() out of system resource"
 """What asyncio says, once for each connection, when no more files can be opened."""
-_FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
-    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
-)
+_EMPTY_LINES = re.compile(rb"(?:\r?\n)*")
 
 
 def most_connections() -> int:
@@ -72,20 +73,34 @@ def allow_connections(wanted: int | None) -> int:
     return wanted
 
 
-class _BoundedPieces(h11.Connection):
-    """Refuses a body in ever so small chunks: each of them costs as much as a large one.
+class _StrictConnection(h11.Connection):
+    """What h11 makes of the bytes of a client, where it is too strict or not strict enough.
 
-    A target with scheme and host, as for a proxy, becomes the path in it (RFC 9112, 3.2.2).
+    - Empty lines before a request are none of it (RFC 9112, 2.2).
+    - A target with scheme and host, as for a proxy, becomes the path in it (3.2.2).
+    - A body with two lengths is refused: a proxy may have gone by the other one (6.3).
+    - A body in ever so small chunks is refused: each of them costs as much as a large one.
     """
 
-    complaint = ""
+    complaint = "not valid HTTP"
+    status = 400
     _pieces = 0
     _bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        event = super().next_event()
+        if self.their_state is h11.IDLE and self._has_only_begun():
+            return h11.NEED_DATA
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.complaint = f"not valid HTTP: {error}"
+            self.status = error.error_status_hint
+            raise
         if isinstance(event, h11.Request):
             self._pieces = self._bytes = 0
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                self._refuse("Content-Length and Transfer-Encoding exclude each other")
             if event.target.lower().startswith((b"http://", b"https://")):
                 _, _, host_and_path = event.target.partition(b"://")
                 event = _with_target(event, b"/" + host_and_path.partition(b"/")[2])
@@ -93,11 +108,23 @@ class _BoundedPieces(h11.Connection):
             self._pieces += 1
             self._bytes += len(event.data)
             if self._pieces > (most := _FREE_PIECES + self._bytes // _PIECE_BYTES):
-                self.complaint = (
+                self._refuse(
                     f"a body of {self._bytes} bytes may come in {most} pieces, got one more"
                 )
-                raise h11.RemoteProtocolError(self.complaint)
         return event
+
+    def _has_only_begun(self) -> bool:
+        """Drop empty lines; whether all that is left may become one."""
+        received, _ = self.trailing_data
+        empty = _EMPTY_LINES.match(received)
+        if empty and empty.end():
+            self._receive_buffer.maybe_extract_at_most(empty.end())
+            received = received[empty.end() :]
+        return received == b"\r"
+
+    def _refuse(self, complaint: str) -> NoReturn:
+        self.complaint = complaint
+        raise h11.RemoteProtocolError(complaint)
 
 
 def _with_target(request: h11.Request, target: bytes) -> h11.Request:
@@ -115,7 +142,7 @@ class BoundedConnection(H11Protocol):
     When there are too many, the one that has been without a request for longest makes room.
     """
 
-    conn: _BoundedPieces
+    conn: _StrictConnection
     limit = _MOST_CONNECTIONS
     _awaited: str | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -124,7 +151,7 @@ class BoundedConnection(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast("asyncio.Transport", transport))
-        self.conn = _BoundedPieces(h11.SERVER)
+        self.conn = _StrictConnection(h11.SERVER)
         self._idle_since = self.loop.time()
         self._await("head")
         if len(self.connections) > self.limit:
@@ -157,11 +184,29 @@ class BoundedConnection(H11Protocol):
         self._idle_since = self.loop.time()
 
     def send_400_response(self, msg: str) -> None:
-        """Say what is wrong, if there was no answer yet; and close."""
+        """Say what is wrong with what came, which uvicorn does not, if there was no answer yet."""
+        self._answer(self.conn.status, self.conn.complaint)
+
+    def _answer(self, status: int, message: str, *headers: tuple[str, str]) -> None:
+        """Answer without the application, if nothing was yet, and close."""
+        body = msgspec.json.encode(ApiError(status, message).body)
+        head = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Connection", "close"),
+            *headers,
+        ]
+        reason = HTTPStatus(status).phrase.encode()
         try:
-            super().send_400_response(self.conn.complaint or msg)
+            for event in (
+                h11.Response(status_code=status, headers=head, reason=reason),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
         except h11.LocalProtocolError:
-            self.transport.close()
+            pass  # the application has begun to answer
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._await(None)
@@ -186,7 +231,10 @@ class BoundedConnection(H11Protocol):
     def _give_up(self, part: str) -> None:
         limit_s = LIMITS_S[part]
         self.logger.warning("a request's %s was not complete within %g s", part, limit_s)
-        self.transport.close()
+        if part == "head" and not self.conn.trailing_data[0]:
+            self.transport.close()  # nothing was asked
+        else:
+            self._answer(408, f"the request's {part} was not complete within {limit_s:g} s")
 
     def _make_room(self) -> None:
         others = [each for each in self.connections if isinstance(each, BoundedConnection)]
@@ -198,8 +246,8 @@ class BoundedConnection(H11Protocol):
             # Close would wait until the client has read its last answer, which may be never.
             min(idle, key=lambda each: each._idle_since).transport.abort()
         else:
-            self.transport.write(_FULL)
-            self.transport.close()
+            told = f"all {self.limit} connections are busy (server.max_connections)"
+            self._answer(503, told, ("Retry-After", "1"))
 
 
 def bounded_connections(limit: int) -> type[asyncio.Protocol]:

@@ -130,6 +130,12 @@ def add_error_handlers(app: FastAPI) -> None:
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         return from_validation(error.errors(), error.body).response(request.url.path)
 
+    @app.exception_handler(UnicodeEncodeError)
+    async def no_text(request: Request, error: UnicodeEncodeError) -> JSONResponse:
+        # JSON may escape half a character, which cannot be repeated.
+        told = f"a text of the request is not valid Unicode: {error.reason}"
+        return ApiError(400, told).response(request.url.path)
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         told = _of_unreadable_body(error) or _of_route(request, error)

@@ -189,8 +189,10 @@ def test_a_stream_that_is_not_finished_in_time_is_told_and_nothing_is_left(serve
             server.stream(http, ENDLESS) as response,
         ):
             lines = response.iter_lines()
+            for number in (signal.SIGUSR1, signal.SIGUSR2):  # "reopen your logs", elsewhere
+                send(server.process.pid, number)
             assert next(lines).startswith("data: ")
-            server.process.terminate()
+            send(server.process.pid, signal.SIGQUIT)
             *_, last, done = [line.removeprefix("data: ") for line in lines if line]
         assert "shut down" in json.loads(last)["error"]["message"]
         assert done == "[DONE]"
@@ -244,8 +246,11 @@ def test_a_second_instance_takes_the_place_of_the_first(served, tmp_path):
 def test_nothing_but_mpirun_listens_beyond_loopback(served):
     with served() as server:
         beyond = {port for host, port in listening_ports(server.process.pid) if host != LOOPBACK}
+        maps = [Path(f"/proc/{each}/maps").read_text() for each in descendants(server.process.pid)]
     # PRRTE has no option for the address of its two ports, one of IPv4 and one of IPv6.
     assert len(beyond) <= 2
+    # What is shared there would outlive ranks that are killed, and a container has little of it.
+    assert not any("/dev/shm/" in each for each in maps)
 
 
 def test_the_second_ctrl_c_kills(served):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import resource
 
@@ -16,6 +17,15 @@ from fastserve_mega.server.connections import (
     bounded_connections,
     most_connections,
 )
+
+
+def told(transport):
+    """Status and message of an answer that did not come from the application."""
+    head, _, body = transport.written.partition(b"\r\n\r\n")
+    assert b"Content-Length: %d\r\n" % len(body) in head
+    assert transport.closed
+    return int(head.split()[1]), json.loads(body)["error"]["message"]
+
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
 
@@ -113,7 +123,7 @@ def test_a_head_that_does_not_come_ends_the_connection(connect):
     made.data_received(HEAD[20:21])  # a byte now and then gives no more time
     assert not transport.closed
     connect.loop.advance(1.0)
-    assert transport.closed
+    assert told(transport) == (408, "the request's head was not complete within 10 s")
 
 
 def test_a_body_that_does_not_come_ends_the_connection(connect):
@@ -123,6 +133,59 @@ def test_a_body_that_does_not_come_ends_the_connection(connect):
     made.data_received(b"x")
     assert not transport.closed
     connect.loop.advance(1.0)
+    assert told(transport) == (408, "the request's body was not complete within 60 s")
+
+
+def test_who_asks_nothing_is_told_nothing(connect):
+    _, transport = connect()
+    connect.loop.advance(10.0)
+    assert (transport.closed, transport.written) == (True, b"")
+
+
+GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("empty", [b"\r\n", b"\n", b"\r\n\r\n", b"\r\n" * 100_000])
+def test_empty_lines_before_a_request_are_none_of_it(connect, empty):
+    made, transport = connect()
+    made.data_received(empty + GET)
+    assert made.scope["path"] == "/v1/models"
+    assert not transport.closed
+
+
+def test_an_empty_line_before_a_request_may_come_in_pieces(connect):
+    made, transport = connect()
+    for piece in (b"\r", b"\n\r", b"\n", GET):
+        made.data_received(piece)
+    assert made.scope["path"] == "/v1/models"
+    assert not transport.closed
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "sentence"),
+    [
+        (b"nonsense\r\n\r\n", 400, "not valid HTTP: illegal request line"),
+        (b"GET / HTTP/1.1\r\n\r\n", 400, "not valid HTTP: Missing mandatory Host: header"),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * 2**17, 431, "not valid HTTP: Receive buffer too long"),
+        (
+            HEAD.replace(b"Content-Length: 5", b"Transfer-Encoding: gzip"),
+            501,
+            "not valid HTTP: Only Transfer-Encoding: chunked is supported",
+        ),
+        (
+            HEAD.replace(b"Host", b"Transfer-Encoding: chunked\r\nHost"),
+            400,
+            "Content-Length and Transfer-Encoding exclude each other",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_bytes_is_told_in_the_shape_of_all_errors(
+    connect, sent, status, sentence
+):
+    made, transport = connect()
+    made.data_received(sent)
+    got, message = told(transport)
+    assert (got, message[: len(sentence)]) == (status, sentence)
     assert transport.closed
 
 
@@ -215,8 +278,8 @@ def test_where_all_are_busy_one_more_gets_503(connect):
     for _ in range(3):
         connect()[0].data_received(HEAD + b"12345")
     _, transport = connect()
-    assert transport.written.startswith(b"HTTP/1.1 503 ")
-    assert transport.closed
+    assert told(transport) == (503, "all 3 connections are busy (server.max_connections)")
+    assert b"Retry-After: 1\r\n" in transport.written
 
 
 def test_a_kind_of_warning_is_told_once_a_minute():
@@ -251,9 +314,9 @@ CHUNKED = HEAD.replace(b"Content-Length: 5", b"Transfer-Encoding: chunked")
 def test_a_body_of_very_many_tiny_chunks_is_refused_before_all_are_looked_at(connect):
     made, transport = connect()
     made.data_received(CHUNKED + b"1\r\n \r\n" * 50_000)
-    assert transport.written.startswith(b"HTTP/1.1 400 ")
-    assert b"bytes may come in 2056 pieces, got one more" in transport.written
-    assert transport.closed
+    status, message = told(transport)
+    assert status == 400
+    assert message.endswith("bytes may come in 2056 pieces, got one more")
     assert made.cycle.body.count(b" ") <= 2056
 
 

@@ -104,6 +104,19 @@ def test_mpirun_starts_though_a_killed_one_with_its_process_id_has_left_files(tm
             check=False,
         )
         assert (ended.stdout, ended.returncode) == ("hello\n", 0), ended.stderr
-        [directory] = variables.values()
+        directory = variables["OMPI_MCA_btl_sm_backing_directory"]
         assert os.path.isdir(directory)
     assert not os.path.exists(directory)
+
+
+def test_mpirun_starts_where_no_variable_says_whose_home_it_is(monkeypatch):
+    monkeypatch.delenv("HOME")
+    with mpirun_files() as variables:
+        ended = subprocess.run(
+            [*mpirun_command(1), "echo", "hello"],
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (ended.stdout, ended.returncode) == ("hello\n", 0), ended.stderr

@@ -83,6 +83,35 @@ def test_text_in_and_out(api, says, prompts):
     assert (params.max_tokens, params.temperature) == (99, 0.5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"input": "hi", "metadata": {"a": "\udc00"}},
+        {
+            "input": "hi",
+            "text": {"format": {"type": "json_schema", "name": "\udc00", "schema": {}}},
+        },
+        {"input": [{"type": "function_call_output", "call_id": "\udc00", "output": "x"}]},
+    ],
+)
+def test_half_a_character_that_is_only_repeated_or_kept_is_the_senders_mistake(
+    api, says, wrong, stream
+):
+    says("Hello")
+    # The official client would not send it.
+    answer = httpx.post(
+        f"{api.base_url}responses",
+        content=json.dumps({**wrong, "stream": stream}),
+        headers={"Content-Type": "application/json"},
+        timeout=WAIT_S,
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == (
+        "a text of the request is not valid Unicode: surrogates not allowed"
+    )
+
+
 def test_the_events_come_in_the_official_order(api, says):
     says("<think>Hm.</think>Look." + CALL)
     events = list(api.responses.create(input="hi", tools=[TOOL], stream=True))

@@ -82,6 +82,7 @@ def responses_router(conversations: Conversations, store: ResponseStore) -> APIR
         if body.previous_response_id is not None:
             _, before = find(body.previous_response_id, "previous_response_id")
             messages = [*before, *messages]
+        msgspec.json.encode(messages)  # text that could not be kept is refused before it costs
 
         def keep(response: Json, said: list[Message]) -> None:
             if body.store is not False:
