@@ -139,8 +139,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(
         prog="fastserve-mega",
-        description="Serve large language models over many ranks and hosts, scheduled by a "
-        "skip-join multi-level feedback queue.",
+        description="Serve large language models over many ranks and hosts, the order decided "
+        "anew for every step.",
     )
     parser.set_defaults(parser=parser)  # for `completion`
     parser.add_argument("--version", action="version", version=__version__)

@@ -135,4 +135,6 @@ def _bar(pool: PoolView) -> RenderableType:
 def _seconds(seconds: float) -> str:
     if seconds == 0:
         return "-"
+    if seconds < 0.01:  # a quantum of a small model is a fraction of a millisecond
+        return f"{seconds * 1000:.2g} ms"
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

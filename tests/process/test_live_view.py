@@ -189,6 +189,8 @@ def test_the_page_in_a_browser(start_server, tokenizer, browser):
         wait_for(browser, lambda _: not find(".request[title]"))
         assert "skip_join_mlfq: " in find("#policy")[0].text
         assert len(find(".chart polygon[points]")) == 7
+        told = browser.execute_script("return [0.00022, 0.22].map(seconds)")
+        assert told == ["0.22 ms", "220 ms"]
         find("#mixed")[0].click()
         wait_for(browser, lambda _: "20 of 20 finished" in find("#mixed-state")[0].text)
         # A path relative to the page, and nothing that the page's own rules forbid.

@@ -21,7 +21,7 @@ def make_snapshot(clock_s, generated, swapped):
         for name, level, place, running in views
     )
     replica = ReplicaView(
-        (1, 1234), (0.04, 1.5), requests, PoolView(30, 10, 63), PoolView(5, 0, 0), 1, 7,
+        (1, 1234), (0.00022, 1.5), requests, PoolView(30, 10, 63), PoolView(5, 0, 0), 1, 7,
         swapped, 0, 0, 0, 0,
     )  # fmt: skip
     latency = Percentiles(0.2, 0.1, 0.25, 3.0)
@@ -41,7 +41,7 @@ def test_levels_pools_and_rates():
     assert "2,470" in text  # unfinished, of both replicas
     assert "replica 1" in text
     q1, q2 = [line for line in text.splitlines() if line.lstrip("│ ").startswith(("Q1", "Q2"))][:2]
-    assert "40 ms" in q1
+    assert "0.22 ms" in q1
     assert q1.count("■") == 1
     assert "1.5 s" in q2
     assert "1,234" in q2

@@ -30,7 +30,7 @@ $("form").onsubmit = async event => {
   shown?.abort.abort();
   const mine = shown = { abort: new AbortController(), id: null, levels: [] };
   const tell = (element, text) => { if (shown === mine) $(element).textContent = text; };
-  $("answer").textContent = ""; $("path").textContent = "sending …";
+  $("answer").textContent = ""; $("path").textContent = "waiting for its first token …";
   let text = "";
   const body = {
     messages: [{ role: "user", content: $("prompt").value }],

@@ -4,7 +4,8 @@
 const $ = id => document.getElementById(id);
 const make = (tag, name, text) => { const e = document.createElement(tag); if (name) e.className = name; if (text !== undefined) e.textContent = text; return e; };
 const number = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
-const seconds = s => s === 0 ? "–" : s < 1 ? `${Math.round(s * 1000)} ms` : `${number.format(s)} s`;
+const twoDigits = new Intl.NumberFormat("en", { maximumSignificantDigits: 2 });
+const seconds = s => s === 0 ? "–" : s < 0.01 ? `${twoDigits.format(s * 1000)} ms` : s < 1 ? `${Math.round(s * 1000)} ms` : `${number.format(s)} s`;
 const POLICIES = {
   paced: "every reader is served as fast as it reads; what is left finishes the least work first",
   skip_join_mlfq: "levels by attained service; newcomers start where their prompt fits",
