@@ -11,9 +11,8 @@ from fastserve_mega.client.errors import (
     ServerUnavailableError,
     TokenizerUnavailableError,
 )
-from fastserve_mega.client.generation import AsyncGeneration
+from fastserve_mega.client.generation import AsyncGeneration, Chunk
 from fastserve_mega.client.options import RequestOptions
-from fastserve_mega.client.request_state import Chunk
 from fastserve_mega.client.sync_client import Client, Generation
 
 __all__ = [

@@ -19,9 +19,8 @@ from fastserve_mega.client.errors import (
     ServerUnavailableError,
     TokenizerUnavailableError,
 )
-from fastserve_mega.client.generation import AsyncGeneration
+from fastserve_mega.client.generation import AsyncGeneration, RequestState
 from fastserve_mega.client.options import RequestOptions
-from fastserve_mega.client.request_state import RequestState
 from fastserve_mega.client.session import Session
 from fastserve_mega.messaging.messages import (
     GetMetrics,

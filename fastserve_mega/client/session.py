@@ -15,7 +15,7 @@ from fastserve_mega.client.errors import (
     ServerError,
     ServerUnavailableError,
 )
-from fastserve_mega.client.request_state import RequestState
+from fastserve_mega.client.generation import RequestState
 from fastserve_mega.messaging import frames
 from fastserve_mega.messaging.messages import (
     Cancel,
@@ -173,7 +173,7 @@ class Session:
             self._patient_until = time.monotonic() + message.within_s
             for request_id in message.suspects:
                 if request_id in self._requests:
-                    self._requests[request_id].on_loss()
+                    self._requests[request_id].failed_attempts += 1
         else:
             if isinstance(message, Welcome):
                 self.welcome = message

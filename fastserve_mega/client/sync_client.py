@@ -13,9 +13,8 @@ from typing import Any, TypeVar, Unpack
 
 from fastserve_mega.client.async_client import DEFAULT_ENDPOINT, AsyncClient
 from fastserve_mega.client.errors import ServerUnavailableError
-from fastserve_mega.client.generation import AnswerSoFar, AsyncGeneration
+from fastserve_mega.client.generation import AnswerSoFar, AsyncGeneration, Chunk
 from fastserve_mega.client.options import RequestOptions
-from fastserve_mega.client.request_state import Chunk
 from fastserve_mega.messaging.messages import Snapshot, Welcome
 from fastserve_mega.text.tokenizer import Tokenizer
 from fastserve_mega.types import (
