@@ -78,23 +78,22 @@ class SortedQueues:
     def __init__(self, key: Callable[[Request], tuple[Any, ...]]) -> None:
         """Order by `key`, which must end in a number unique to the request."""
         self._key = key
-        self._keys: tuple[list[tuple[Any, ...]], ...] = tuple([] for _ in Place)
         self._requests: tuple[list[Request], ...] = tuple([] for _ in Place)
-        """As `_keys`, in the same order."""
         self._key_of: dict[Request, tuple[Any, ...]] = {}
+        """Keys as they were when requests were sorted in."""
 
     def __len__(self) -> int:
         return len(self._key_of)
 
     def count(self, place: Place) -> int:
-        return len(self._keys[place])
+        return len(self._requests[place])
 
     def num_waiting_before(self, request: Request) -> int:
         return self.num_waiting_below(self._key_of[request])
 
     def num_waiting_below(self, key: tuple[Any, ...]) -> int:
         """Return how many of the waiting come before a key."""
-        return bisect_left(self._keys[Place.WAITING], key)
+        return bisect_left(self._requests[Place.WAITING], key, key=self.rank)
 
     def advance(self, request: Request) -> None:
         """Do nothing: the order is that of the keys."""
@@ -111,15 +110,13 @@ class SortedQueues:
 
     def _insert(self, request: Request, key: tuple[Any, ...]) -> None:
         self._key_of[request] = key
-        keys = self._keys[request.place]
-        index = bisect_left(keys, key)
-        keys.insert(index, key)
-        self._requests[request.place].insert(index, request)
+        queue = self._requests[request.place]
+        queue.insert(bisect_left(queue, key, key=self._key_of.__getitem__), request)
 
     def remove(self, request: Request) -> None:
-        keys = self._keys[request.place]
-        index = bisect_left(keys, self._key_of.pop(request))
-        del keys[index], self._requests[request.place][index]
+        queue = self._requests[request.place]
+        del queue[bisect_left(queue, self._key_of[request], key=self._key_of.__getitem__)]
+        del self._key_of[request]
 
     def put(self, request: Request, status: RequestStatus) -> None:
         self.remove(request)
@@ -172,11 +169,11 @@ class LevelledQueues(SortedQueues):
 
     def of_highest(self, place: Place) -> list[Request]:
         """Return those of a place that are on the highest level, the first first."""
-        return self._requests[place][: bisect_left(self._keys[place], (1,))]
+        return self._requests[place][: bisect_left(self._requests[place], (1,), key=self.rank)]
 
     def level_lengths(self) -> tuple[int, ...]:
         def below(level: int) -> int:
-            return sum(bisect_left(keys, (level,)) for keys in self._keys)
+            return sum(bisect_left(each, (level,), key=self.rank) for each in self._requests)
 
         return tuple(below(level + 1) - below(level) for level in range(self._levels))
 
