@@ -14,6 +14,7 @@ from fastserve_mega.coordinator.profile_file import save_profile
 from fastserve_mega.scheduling.cost_model import DecodePoint, PrefillPoint, Profile
 
 FEW = "--set workload.num_requests=8 --set workload.warmup_requests=0"
+ONE_RUN = "--pipeline 1 --prefix-cache on --strategies proactive"
 QUICK = {
     "fastserve-mega api-key alice": "",
     "fastserve-mega keygen": "",
@@ -35,7 +36,7 @@ SLOW = {
     "python -m fastserve_mega.experiments.steady_state": "--quick",
     "python -m fastserve_mega.experiments.placement": "--workloads documents --requests 4",
     "python -m tests.system.beside_a_batch": "--requests 4",
-    "python -m tests.system.check_swapping": "--requests 4 --tokens 4",
+    "python -m tests.system.check_swapping": f"--requests 4 --tokens 4 {ONE_RUN}",
     "python -m tests.system.crowd": "--queued 100 --minutes 0.1 --overload-minutes 0.1",
     "python -m tests.system.fuzz": "--bodies 50 --frames 50",
     "python -m tests.system.overload": "--seconds 5",
