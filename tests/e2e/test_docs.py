@@ -37,8 +37,6 @@ SLOW = {
     "python -m fastserve_mega.experiments.placement": "--workloads documents --requests 4",
     "python -m tests.system.beside_a_batch": "--requests 4",
     "python -m tests.system.check_swapping": f"--requests 4 --tokens 4 {ONE_RUN}",
-    "python -m tests.system.crowd": "--queued 100 --minutes 0.1 --overload-minutes 0.1",
-    "python -m tests.system.fuzz": "--bodies 50 --frames 50",
     "python -m tests.system.overload": "--seconds 5",
     "python -m tests.system.soak": "--minutes 0.2",
     "python tools/bench_step.py": "--rounds 1 --steps 1",
@@ -53,6 +51,8 @@ ELSEWHERE = {
     "fastserve-mega serve": "test_readme.py",
     "fastserve-mega top": "test_readme.py",
     "python -m pytest": "is tests itself",
+    "python -m tests.system.crowd": "fails where other work takes the cores",
+    "python -m tests.system.fuzz": "the same; tests/process/test_fuzz.py",
     "python tools/compare_servers.py": "needs vLLM; tests/unit/test_compare_servers.py",
 }
 """Commands that are run by other tests, or cannot be here."""
