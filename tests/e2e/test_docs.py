@@ -37,7 +37,6 @@ SLOW = {
     "python -m fastserve_mega.experiments.placement": "--workloads documents --requests 4",
     "python -m tests.system.beside_a_batch": "--requests 4",
     "python -m tests.system.check_swapping": f"--requests 4 --tokens 4 {ONE_RUN}",
-    "python -m tests.system.overload": "--seconds 5",
     "python -m tests.system.soak": "--minutes 0.2",
     "python tools/bench_step.py": "--rounds 1 --steps 1",
     "python tools/measure_loading.py": "--gigabytes 0.1",
@@ -53,6 +52,7 @@ ELSEWHERE = {
     "python -m pytest": "is tests itself",
     "python -m tests.system.crowd": "fails where other work takes the cores",
     "python -m tests.system.fuzz": "the same; tests/process/test_fuzz.py",
+    "python -m tests.system.overload": "the same; tests/unit/test_overload.py",
     "python tools/compare_servers.py": "needs vLLM; tests/unit/test_compare_servers.py",
 }
 """Commands that are run by other tests, or cannot be here."""
