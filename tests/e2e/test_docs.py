@@ -26,7 +26,6 @@ QUICK = {
     "python -m fastserve_mega.experiments.fairness": "--requests 4",
     "python tools/bench_coordinator.py": "--replicas 1 --batch 2 --steps 2",
     "python tools/bench_scheduler.py": "--queued 8 --batch 4 --steps 4",
-    "python tools/trace_request.py": "",
 }
 """Beginnings of commands, each with what is added to make it short."""
 SLOW = {
@@ -53,6 +52,7 @@ ELSEWHERE = {
     "python -m tests.system.crowd": "fails where other work takes the cores",
     "python -m tests.system.fuzz": "the same; tests/process/test_fuzz.py",
     "python -m tests.system.overload": "the same; tests/unit/test_overload.py",
+    "python tools/trace_request.py": "tests/process/test_trace_request.py",
     "python tools/compare_servers.py": "needs vLLM; tests/unit/test_compare_servers.py",
 }
 """Commands that are run by other tests, or cannot be here."""
