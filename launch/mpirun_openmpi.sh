@@ -17,7 +17,7 @@ options=(
   -n "$ranks"
   --bind-to none  # a rank takes its own share of the cores
   # The environment does not travel by itself.
-  -x PATH -x PYTHONPATH
+  -x PATH ${PYTHONPATH:+-x PYTHONPATH}
   # Which network interface torch takes; needed only where the automatic choice is wrong.
   ${GLOO_SOCKET_IFNAME:+-x GLOO_SOCKET_IFNAME} ${NCCL_SOCKET_IFNAME:+-x NCCL_SOCKET_IFNAME}
 )

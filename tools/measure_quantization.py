@@ -138,7 +138,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     arguments = parser.parse_args()
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
-    tokens = AutoTokenizer.from_pretrained(arguments.model)(text)["input_ids"]
+    # Not verbose: it would warn of a text longer than the context, of which windows are read.
+    tokens = AutoTokenizer.from_pretrained(arguments.model)(text, verbose=False)["input_ids"]
     count, length = arguments.windows, arguments.length
     starts = [row * (len(tokens) // count) for row in range(count)]
     windows = torch.tensor([tokens[start : start + length] for start in starts])

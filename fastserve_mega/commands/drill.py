@@ -11,7 +11,7 @@ from fastserve_mega.commands.options import add_runner
 
 def _drill(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("httpx") is None:
-        return fail(options, "needs httpx: pip install 'fastserve_mega[bench]'")
+        return fail(options, "needs httpx: pip install 'fastserve_mega[terminal]'")
     config = load_deployment(options, weights=options.runner == "megatron")
     from fastserve_mega.drill.drill import DrillOptions, run_drill
 

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import dataclass, replace
 
 from rich.console import Console
-from rich.table import Table
 
 from fastserve_mega.experiments.standing_set import at_rate, find_workload
+from fastserve_mega.printing import FittedTable
 from fastserve_mega.simulator.main import simulate
 from fastserve_mega.simulator.report import Distribution, distribution
 from fastserve_mega.types import BACKGROUND_PRIORITY
@@ -81,9 +81,10 @@ def main() -> None:
     parser.add_argument("--loads", default="0.3,0.6")
     parser.add_argument("--policies", default="paced,skip_join_mlfq")
     options = parser.parse_args()
-    table = Table(title="without and beside a batch, s")
-    for name in ("workload", "policy", "load", "TTFT P95", "", "JCT mean", "", "batch tokens/s"):
-        table.add_column(name)
+    table = FittedTable(
+        "workload", "policy", "load", "TTFT P95", "ratio", "JCT mean", "ratio", "batch tokens/s",
+        title="without and beside a batch, s", text_columns=2,
+    )  # fmt: skip
     for workload, system in WORKLOADS:
         rate = replace(find_workload(workload), system=system).saturation_rate(options.requests)
         for policy in options.policies.split(","):

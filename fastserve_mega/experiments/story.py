@@ -97,13 +97,21 @@ class Storyteller:
 
     def _joined(self, request: Request) -> str:
         levels = len(self._scheduler.level_lengths())
-        return f"; joins Q{request.queue.level + 1} of {levels}" if levels > 1 else ""
+        if self._scheduler.level_names or levels == 1:
+            return ""
+        return f"; joins Q{request.queue.level + 1} of {levels}"
 
     def _tell_level(self, now: float, before: _Seen, after: _Seen) -> None:
-        if after.level < before.level:
+        if after.level == before.level:
+            return
+        if names := self._scheduler.level_names:
+            self._tell(now, f"was {names[before.level]}, is {names[after.level]}")
+        elif after.level < before.level:
             waited_s = now - before.waiting_since
-            self._tell(now, f"waited {waited_s:.3f} s: from Q{before.level + 1} to Q1")
-        elif after.level > before.level:
+            self._tell(
+                now, f"waited {waited_s:.3f} s: from Q{before.level + 1} to Q{after.level + 1}"
+            )
+        else:
             self._tell(now, f"used up Q{before.level + 1}: to Q{after.level + 1}")
 
     def _tell_status(self, now: float, before: _Seen, after: _Seen, request: Request) -> None:

@@ -60,6 +60,8 @@ class Scheduler:
         self.cost_model = cost_model
         self._policy = make_policy(config, cost_model)
         self._queues = self._policy.queues
+        self.level_names = self._policy.level_names
+        """The policy's own; empty where levels are Q1, Q2, …"""
         self.fair_share = FairShare(config, self._policy)
         swap = swap or SwapConfig()
         self.memory = KvManager(pools, swap.strategy, self._policy, cost_model, config)

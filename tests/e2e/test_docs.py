@@ -14,6 +14,7 @@ from fastserve_mega.coordinator.profile_file import save_profile
 from fastserve_mega.scheduling.cost_model import DecodePoint, PrefillPoint, Profile
 
 FEW = "--set workload.num_requests=8 --set workload.warmup_requests=0"
+ONE_RUN = "--pipeline 1 --prefix-cache on --strategies proactive"
 QUICK = {
     "fastserve-mega api-key alice": "",
     "fastserve-mega keygen": "",
@@ -25,7 +26,6 @@ QUICK = {
     "python -m fastserve_mega.experiments.fairness": "--requests 4",
     "python tools/bench_coordinator.py": "--replicas 1 --batch 2 --steps 2",
     "python tools/bench_scheduler.py": "--queued 8 --batch 4 --steps 4",
-    "python tools/trace_request.py": "",
 }
 """Beginnings of commands, each with what is added to make it short."""
 SLOW = {
@@ -35,10 +35,7 @@ SLOW = {
     "python -m fastserve_mega.experiments.steady_state": "--quick",
     "python -m fastserve_mega.experiments.placement": "--workloads documents --requests 4",
     "python -m tests.system.beside_a_batch": "--requests 4",
-    "python -m tests.system.check_swapping": "--requests 4 --tokens 4",
-    "python -m tests.system.crowd": "--queued 100 --minutes 0.1 --overload-minutes 0.1",
-    "python -m tests.system.fuzz": "--bodies 50 --frames 50",
-    "python -m tests.system.overload": "--seconds 5",
+    "python -m tests.system.check_swapping": f"--requests 4 --tokens 4 {ONE_RUN}",
     "python -m tests.system.soak": "--minutes 0.2",
     "python tools/bench_step.py": "--rounds 1 --steps 1",
     "python tools/measure_loading.py": "--gigabytes 0.1",
@@ -52,6 +49,10 @@ ELSEWHERE = {
     "fastserve-mega serve": "test_readme.py",
     "fastserve-mega top": "test_readme.py",
     "python -m pytest": "is tests itself",
+    "python -m tests.system.crowd": "fails where other work takes the cores",
+    "python -m tests.system.fuzz": "the same; tests/process/test_fuzz.py",
+    "python -m tests.system.overload": "the same; tests/unit/test_overload.py",
+    "python tools/trace_request.py": "tests/process/test_trace_request.py",
     "python tools/compare_servers.py": "needs vLLM; tests/unit/test_compare_servers.py",
 }
 """Commands that are run by other tests, or cannot be here."""

@@ -43,6 +43,15 @@ def test_a_request_that_nobody_disturbs():
     ]
 
 
+def test_under_pacing_levels_have_their_names():
+    told = Told("a", policy="paced")
+    told.step(0.0, arrived("a", 15, 3))  # cannot have its first token within a second
+    told.step(1.5, StepDone(0, 1.5))
+    story = told.of("a")
+    assert story[0] == "0 arrived with 15 prompt tokens, max_tokens 3"
+    assert "1.5 was late, is urgent" in story
+
+
 def test_preempted_swapped_and_promoted():
     swap = SwapConfig(strategy="proactive", write_through_blocks=0)
     told = Told(
