@@ -12,7 +12,7 @@ from fastserve_mega.scheduling.policies.queues import LevelledQueues
 from fastserve_mega.scheduling.policies.readers import Readers, Standing
 from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.policies.triage import Triage
-from fastserve_mega.scheduling.request import Request, RequestStatus
+from fastserve_mega.scheduling.request import Place, Request, RequestStatus
 from fastserve_mega.system.config import SchedulerConfig
 
 _LEAD = 1.5
@@ -42,7 +42,7 @@ class Paced(Policy):
 
     def __init__(self, config: SchedulerConfig, cost_model: CostModel) -> None:
         super().__init__(config, cost_model)
-        self.queues: LevelledQueues = LevelledQueues(self.key, len(Standing), self._watch_pause)
+        self.queues: LevelledQueues = LevelledQueues(self.key, len(Standing), self._placed)
         self._readers = Readers(config, cost_model)
         self._triage = Triage(config, self._readers, self.queues, self._set_standing)
         self._pausing = _Pauses(self._readers)
@@ -145,8 +145,14 @@ class Paced(Policy):
         self.queues.update(request)
         self._watch_pause(request)
 
+    def _placed(self, request: Request) -> None:
+        """Take in that the KV of a request has just come somewhere or gone."""
+        count = self.queues.count
+        self._readers.placed(request, count(Place.SWAPPED), count(Place.RESIDENT))
+        self._watch_pause(request)
+
     def _watch_pause(self, request: Request) -> None:
-        """Watch an answer that may pause now, or whose KV has just come somewhere or gone."""
+        """Watch an answer that may pause now."""
         request.queue.steady_until = 0
         if self._pausing.is_candidate(request):
             self._pausing.add(request, len(self.queues))

@@ -20,9 +20,11 @@ from fastserve_mega.system.config import SchedulerConfig
 
 _GAP_S = 0.3
 """Longest planned pause of an answer whose KV is on the device."""
-_GAP_AWAY_S = 1.25
-"""Longest planned pause of one on the host: it costs two copies, so a turn should yield many
-tokens."""
+_TURN_S = 1.25
+"""Turn on the device for which an answer is brought back from the host: it costs two copies, so it
+should yield many tokens. Nobody pauses on the host for longer."""
+RESIDENTS_THAT_RUN = 0.7
+"""Share of the residents that take part in steps while KV moves: the others are being copied."""
 _WITHIN_TPOT = 0.85
 """The slowest reader takes this share of `tpot_s` for a token: a mean that is just kept is missed
 by whoever is a little late."""
@@ -59,6 +61,8 @@ class Reader:
     """Expected rest of its service when that was last looked at, seconds of the whole batch."""
     attained_s: float = 0.0
     """What the other requests of its session were served, and itself, likewise."""
+    gap_s: float = _GAP_S
+    """Longest planned pause where its KV is."""
     has_begun: bool = False
     """The first token is there."""
     is_given_up: bool = False
@@ -86,6 +90,8 @@ class Readers:
         self._sessions = Sessions()
         self._readers: dict[Request, Reader] = {}
         self._last_step_s = 0.0
+        self._gap_away_s = _GAP_S
+        """Longest planned pause of who goes to the host now."""
         self._observe_costs()
 
     def __getitem__(self, request: Request) -> Reader:
@@ -165,6 +171,18 @@ class Readers:
             return sys.maxsize
         return request.num_prompt_tokens + math.ceil(EDGES[bucket])
 
+    def placed(self, request: Request, swapped: int, residents: int) -> None:
+        """Plan the pauses of a request whose KV has just come somewhere or gone.
+
+        Requests take turns: a pause on the host is to a turn on the device as the number of those
+        there is to the number of those that run here. So the turn that pays for the copies says how
+        long pauses are, and where few are on the host that is short.
+        """
+        crowd = min(swapped / max(RESIDENTS_THAT_RUN * residents, 1.0), 1.0)
+        self._gap_away_s = max(_TURN_S * crowd, _GAP_S)
+        is_away = request.place is Place.SWAPPED
+        self._readers[request].gap_s = self._gap_away_s if is_away else _GAP_S
+
     def next_s(self, request: Request) -> float:
         """Return when the reader wants the next token."""
         reader = self._readers[request]
@@ -180,8 +198,7 @@ class Readers:
         next_s = reader.due_s + self._pace_s * (request.num_tokens - reader.num_tokens)
         if not reader.has_begun:
             return next_s
-        gap_s = _GAP_AWAY_S if request.place is Place.SWAPPED else _GAP_S
-        return min(next_s, request.waiting_since + gap_s)
+        return min(next_s, request.waiting_since + reader.gap_s)
 
     def pause_ends_s(self, request: Request, now: float) -> float | None:
         """Return when an answer is due, one that is in a step after that; None before it began."""
@@ -194,7 +211,8 @@ class Readers:
 
     def wanted_s(self, request: Request) -> float:
         """Return when a request would have to yield a token if its KV were on the host."""
-        return min(self.next_s(request), request.waiting_since + _GAP_AWAY_S)
+        gap_s = self._readers[request].gap_s if request.place is Place.SWAPPED else self._gap_away_s
+        return min(self.next_s(request), request.waiting_since + gap_s)
 
     def prefill_s(self, request: Request) -> float:
         """Return the time of what is left of a prefill, among other work."""

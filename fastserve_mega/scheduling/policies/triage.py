@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import islice
 
 from fastserve_mega.scheduling.policies.queues import LevelledQueues
-from fastserve_mega.scheduling.policies.readers import Reader, Readers, Standing
+from fastserve_mega.scheduling.policies.readers import RESIDENTS_THAT_RUN, Reader, Readers, Standing
 from fastserve_mega.scheduling.policies.starvation import StarvationWatch
 from fastserve_mega.scheduling.request import Place, Request
 from fastserve_mega.system.config import SchedulerConfig
@@ -19,9 +19,6 @@ _USED = 0.9
 """Share of the tokens of full batches that is promised to readers."""
 _USED_WHILE_SWAPPING = 0.85
 """So much less while KV moves between device and host: places stay empty for who is copied."""
-_RESIDENTS_THAT_RUN = 0.7
-"""And at most for this share of the residents, the others are being copied: it is less than a batch
-where the device holds few."""
 _STARVED_SHARE = 0.1
 """Share of the time that is for the starved."""
 _SMOOTHING = 0.05
@@ -161,7 +158,8 @@ class Triage:
             return 0.0
         served = float(self._batch_size)
         if self._queues.count(Place.SWAPPED):
-            running = _RESIDENTS_THAT_RUN * self._queues.count(Place.RESIDENT)
+            # That is less than a batch where the device holds few.
+            running = RESIDENTS_THAT_RUN * self._queues.count(Place.RESIDENT)
             served = min(_USED_WHILE_SWAPPING * served, running)
         # Where a step takes longer than that, nobody can be served faster than once a step.
         token_s = max(self._tpot_s, self._readers.interval_s)

@@ -88,9 +88,13 @@ def test_what_is_started_fits_so_that_little_is_computed_twice(strategy, host_bl
 
 @pytest.mark.parametrize("policy", ["skip_join_mlfq", "paced"])
 def test_steps_that_wait_for_copies_cost_little_throughput(policy):
-    swapping = ("kv_cache.swap.strategy=reactive", "scheduler.mlfq.starvation_limit_s=0.3")
+    swapping = (
+        "kv_cache.swap.strategy=reactive",
+        "scheduler.mlfq.starvation_limit_s=0.3",
+        "kv_cache.device_blocks=800",
+    )
     in_turn = survive(*swapping, "scheduler.policy=fcfs", admission="projected")
     result = survive(*swapping, f"scheduler.policy={policy}", admission="projected")
-    assert result.preemptions > 50
+    assert result.preemptions > 100
     assert result.copies.exposed_s < 0.1 * result.elapsed_s
     assert result.elapsed_s < in_turn.elapsed_s / 0.9
