@@ -274,5 +274,6 @@ class CoordinatorProcess:
             self._poller.unregister(self._stdin)
             self._stdin = None
             if not asked:
+                self._workers.hear_last_words()
                 raise WorkersLostError("rank 0 has ended")
             self._stop = True

@@ -39,6 +39,7 @@ _BUFFERED_STEPS = 10_000
 _LONGEST_NAME = 40
 _LONGEST_REASON = 500
 _KEEP_ALIVE_S = 2.0
+_LAST_WORDS_MS = 200
 """A rank that dies is noticed within this time, also when there is nothing to do."""
 
 _log = logging.getLogger(__name__)
@@ -171,6 +172,15 @@ class ZmqWorkers:
                 self.groups[rank // self._ranks_per_replica].inbox.append(message)
             case _:
                 raise WorkersLostError(f"rank {rank} sent {type(message).__name__}, out of turn")
+
+    def hear_last_words(self) -> None:
+        """Let what a rank said as it ended arrive, which is slower than the news of its end.
+
+        Raises:
+            WorkersLostError: it said why.
+        """
+        if self.socket.poll(_LAST_WORDS_MS):
+            self.receive()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for any rank's message; False when none came in time."""

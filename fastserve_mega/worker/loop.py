@@ -37,6 +37,7 @@ from fastserve_mega.worker.model_runner import (
     StepOutput,
     Verdict,
 )
+from fastserve_mega.worker.rank_group import describe
 
 _LOOK_AROUND_MS = 500
 _LAST_WORDS_MS = 1000
@@ -141,7 +142,7 @@ class WorkerLoop:
         except CoordinatorLostError:
             raise
         except Exception as error:
-            self._send(WorkerFailed(self._rank, f"{type(error).__name__}: {error}"))
+            self._send(WorkerFailed(self._rank, describe(error)))
             raise
         finally:
             self._socket.disable_monitor()

@@ -25,7 +25,13 @@ from fastserve_mega.worker.fake_runner import FakeModelRunner
 from fastserve_mega.worker.loop import CoordinatorLostError, WorkerLoop, connect_to_coordinator
 from fastserve_mega.worker.model_runner import ModelRunner
 from fastserve_mega.worker.network import choose_master, endpoint_for_other_hosts, lead_gloo
-from fastserve_mega.worker.rank_group import OthersFailedError, RankGroup, SaidError, is_expected
+from fastserve_mega.worker.rank_group import (
+    OthersFailedError,
+    RankGroup,
+    SaidError,
+    describe,
+    is_expected,
+)
 from fastserve_mega.worker.rendezvous import make_exchange
 from fastserve_mega.worker.topology import Topology, find_launcher, read_topology
 
@@ -183,7 +189,7 @@ class _Rank:
             if not is_expected(error):
                 _log.exception("rank %d failed", self._topology.rank)
             self._context.destroy(linger=_LAST_WORDS_MS)
-            self._ranks.speak_and_abort(str(error) if is_expected(error) else "")
+            self._ranks.speak_and_abort(describe(error) if is_expected(error) else "")
             return 1
         # Not term(), which would wait for ever for a socket left open by an exception.
         self._context.destroy(linger=_LAST_WORDS_MS)

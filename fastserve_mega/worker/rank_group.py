@@ -92,7 +92,7 @@ class RankGroup:
 
     def fail(self, error: Exception) -> None:
         """End all ranks because of an error of this one: returns when all know, or aborts."""
-        sentence = "" if isinstance(error, SaidError) else _describe(error)
+        sentence = "" if isinstance(error, SaidError) else describe(error)
         try:
             answers = self._exchange.gather(_FAILED + sentence, _GRACE_S)
         except MissingRanksError:
@@ -135,8 +135,12 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, MemoryError, MissingRanksError))
 
 
-def _describe(error: Exception) -> str:
-    return str(error) if is_expected(error) else f"{type(error).__name__}: {error}"
+def describe(error: Exception) -> str:
+    """A sentence about an error; Python's own MemoryError has none."""
+    name, told = type(error).__name__, str(error)
+    if not told:
+        return name
+    return told if is_expected(error) else f"{name}: {told}"
 
 
 def _without_numbers(sentence: str) -> str:

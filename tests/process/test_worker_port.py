@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 from concurrent import futures
 
@@ -13,6 +14,7 @@ from fake_server import VOCAB, RawClient, fake_server
 from zmq.utils.monitor import recv_monitor_message
 
 from fastserve_mega.client import Client
+from fastserve_mega.coordinator.main import AwakeClock, CoordinatorProcess
 from fastserve_mega.coordinator.worker_group import WorkersLostError, ZmqWorkers
 from fastserve_mega.logs import LogLimiter
 from fastserve_mega.messaging.frames import MAX_FRAME_BYTES, encode, without_key, worker_identity
@@ -141,6 +143,23 @@ def test_a_rank_that_says_what_is_not_its_turn_is_lost(workers, connect, message
         dealer.send(encode(message))
     with pytest.raises(WorkersLostError, match=reason):
         await_ranks(workers, 0)
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_what_rank_0_said_last_is_told_rather_than_its_end(workers, connect, speaks):
+    coordinator = CoordinatorProcess.__new__(CoordinatorProcess)
+    parent, held = os.pipe()
+    coordinator._workers, coordinator._stdin, coordinator._clock = workers, parent, AwakeClock()
+    coordinator._poller = zmq.Poller()
+    coordinator._poller.register(parent, zmq.POLLIN)
+    dealer = connect(0)
+    if speaks:
+        dealer.send(encode(WorkerFailed(0, "all is lost")))
+    os.close(held)
+    reason = "rank 0 failed: all is lost" if speaks else "rank 0 has ended"
+    with pytest.raises(WorkersLostError, match=reason):
+        coordinator._poll(0)
+    os.close(parent)
 
 
 def test_a_second_process_in_the_name_of_a_rank_is_not_heard(workers, connect):

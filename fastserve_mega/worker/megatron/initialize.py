@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ _DTYPES = {
 _BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 """In /proc/cpuinfo: x86 with AVX-512, x86 with AMX, Arm."""
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
+_NO_MEMORY, _WANTED_BYTES = "can't allocate memory", re.compile("allocate [0-9]+ bytes")
+"""In what torch says of memory of the host: it has no exception of its own for that."""
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _REUSED_BYTES = 2**25
@@ -244,7 +247,7 @@ def plain_errors(device: torch.device) -> Iterator[None]:
 
     Raises:
         ConnectionError: another rank does not take part.
-        MemoryError: the device has too little memory.
+        MemoryError: the device or the host has too little memory.
     """
     try:
         yield
@@ -255,7 +258,15 @@ def plain_errors(device: torch.device) -> Iterator[None]:
             "lower kv_cache.device_memory_utilization (or device_blocks, device_memory_gb) or "
             "scheduler.max_batch_tokens, or use more ranks"
         ) from None
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+            asked = _WANTED_BYTES.search(str(error))
+            what = asked[0] if asked else str(error) or "Python's"
+            raise MemoryError(
+                f"the host gives this rank no more memory ({what}): lower "
+                "kv_cache.device_memory_gb (or device_blocks), host_memory_gb or "
+                "scheduler.max_batch_tokens, or raise its limit (ulimit -v, that of its container)"
+            ) from None
         if (reason := lost_connection(error)) is None:
             raise
         raise ConnectionError(f"another rank is out of reach: {reason}") from None

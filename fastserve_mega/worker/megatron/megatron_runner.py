@@ -207,9 +207,10 @@ class MegatronRunner:
     def execute_ahead(self, batch: Sequence[SequenceInput], ask: Ask) -> StepOutput | None:
         """Run a step of decodes whose command may not come; None when `ask` ended it."""
         assert isinstance(self._engine, NativeEngine), "it does not look ahead"
-        self._sampler.prepare(batch)
-        logits = self._engine.run_ahead(batch, ask)
-        return None if logits is None else self._sampler(logits, batch)
+        with plain_errors(self._device):
+            self._sampler.prepare(batch)
+            logits = self._engine.run_ahead(batch, ask)
+            return None if logits is None else self._sampler(logits, batch)
 
     def close(self) -> None:
         """End the copies, leave the process groups and free the pools. Call once."""

@@ -14,7 +14,6 @@ from fastserve_mega.worker.native.library import (
     GatherFunction,
     Library,
     MatrixName,
-    NativeError,
     StageConfig,
     VectorName,
 )
@@ -46,7 +45,7 @@ class NativeStage:
         group: of the ranks that share its layers.
 
     Raises:
-        NativeError: there is too little memory, or a thread cannot be started.
+        MemoryError: there is too little memory, or a thread cannot be started.
     """
 
     def __init__(self, library: Library, config: StageConfig, group: dist.ProcessGroup) -> None:
@@ -61,7 +60,7 @@ class NativeStage:
         self._kept: list[Tensor] = []
         self._handle = library.create(ctypes.byref(config))
         if not self._handle:
-            raise NativeError(f"cannot allocate {config.weight_bytes / 2**30:.2f} GiB of weights")
+            raise MemoryError(f"{config.weight_bytes / 2**30:.2f} GiB of weights, or a thread")
 
     def set_matrix(self, layer: int, name: MatrixName, weight: Tensor) -> None:
         """Lay out a copy of a weight [outputs, inputs]."""
@@ -117,7 +116,7 @@ class NativeStage:
             of the vocabulary that this rank has.
 
         Raises:
-            NativeError: there is too little memory.
+            MemoryError: there is too little memory.
             RuntimeError: a rank that shares the layers does not take part.
         """
         config = self._config
@@ -177,7 +176,7 @@ class NativeStage:
 
     def _check(self, status: int) -> None:
         if status:
-            raise NativeError("the native step is out of memory")
+            raise MemoryError("buffers of the native step")
 
 
 def _floats(address: int, count: int) -> Tensor:

@@ -37,10 +37,17 @@ int begin_of_share(int number, int size, int chunks) {
 }  // namespace
 
 Team::Team(int size) : size_(size), shares_(size) {
-  for (int thread = 1; thread < size; thread++) threads_.emplace_back(&Team::serve, this, thread);
+  try {
+    for (int thread = 1; thread < size; thread++) threads_.emplace_back(&Team::serve, this, thread);
+  } catch (...) {
+    end();  // those that did start; one that is destroyed while it runs ends the process
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { end(); }
+
+void Team::end() {
   stopping_ = true;
   advance(started_);
   for (auto& thread : threads_) thread.join();

@@ -37,6 +37,7 @@ class Team {
 
  private:
   void serve(int thread);
+  void end();
 
   const int size_;
   Job job_ = nullptr;

@@ -119,6 +119,23 @@ def test_a_device_without_memory_is_told_in_a_sentence(monkeypatch):
     expected = "cuda:1 is out of memory, 0.50 of 80.00 GiB are free: lower kv_cache.device_memory"
     with pytest.raises(MemoryError, match=expected), plain_errors(torch.device("cuda", 1)):
         raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("[x.cpp:1]: can't allocate memory: you tried to allocate 64 bytes."),
+         r"\(allocate 64 bytes\): lower kv_cache.device_memory_gb"),
+        (MemoryError("buffers of the native step"), r"\(buffers of the native step\): lower"),
+        (MemoryError(), r"\(Python's\): lower"),
+    ],
+)  # fmt: skip
+def test_a_host_without_memory_is_told_in_a_sentence(error, told):
+    with pytest.raises(MemoryError, match=told), plain_errors(torch.device("cpu")):
+        raise error
+
+
+def test_a_lost_connection_is_told_in_a_sentence():
     expected = "another rank is out of reach: NCCL communicator was aborted"
     with pytest.raises(ConnectionError, match=expected), plain_errors(torch.device("cpu")):
         raise RuntimeError("[Rank 1] NCCL communicator was aborted.")

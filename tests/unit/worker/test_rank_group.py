@@ -129,8 +129,11 @@ def test_an_error_while_others_are_busy_ends_them(caplog, monkeypatch):
     assert shared.aborted.is_set()
 
 
-@pytest.mark.parametrize(("error", "text"), [(KeyError("x"), "KeyError: 'x'"), (OSError("y"), "y")])
-def test_unexpected_errors_say_what_they_are(caplog, error, text):
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [(KeyError("x"), "KeyError: 'x'"), (OSError("y"), "y"), (MemoryError(), "MemoryError")],
+)
+def test_errors_say_what_they_are(caplog, error, text):
     with caplog.at_level(logging.ERROR):
         run([lambda ranks: ranks.fail(error)])
     assert [record.getMessage() for record in caplog.records] == [text]
