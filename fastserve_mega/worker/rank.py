@@ -251,8 +251,10 @@ class _Rank:
                 looks_ahead=config.parallel.looks_ahead,
             )
         # Imported late: torch takes seconds, and fake ranks need none.
+        from fastserve_mega.worker.megatron.initialize import name_of_device
         from fastserve_mega.worker.megatron.megatron_runner import MegatronRunner
 
+        self._ranks.share_no_device(name_of_device(config.parallel, topology))
         address, _, port = master.rpartition(":")
         return MegatronRunner(config, topology, address, int(port))
 

@@ -90,6 +90,25 @@ class RankGroup:
             _check_equal(what, [one[what] for one in everyone])
         self.topology = place_on_hosts(self.topology, [one["host"] for one in everyone])
 
+    def share_no_device(self, name: str) -> None:
+        """Make sure that each rank has a device of its own.
+
+        Args:
+            name: of this rank's device among those of its host; empty for a CPU.
+
+        Raises:
+            ValueError: ranks of a host share one.
+            OthersFailedError, MissingRanksError: see `gather`.
+        """
+        users: dict[tuple[str, str], list[int]] = {}
+        for rank, place in enumerate(zip(self.topology.hosts, self.gather(name), strict=True)):
+            users.setdefault(place, []).append(rank)
+        for (_, device), ranks in users.items():
+            if device and len(ranks) > 1:
+                raise ValueError(
+                    f"ranks {ranks} have one device together ({device}), each needs its own"
+                )
+
     def fail(self, error: Exception) -> None:
         """End all ranks because of an error of this one: returns when all know, or aborts."""
         sentence = "" if isinstance(error, SaidError) else describe(error)

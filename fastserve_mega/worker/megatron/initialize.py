@@ -29,7 +29,7 @@ _BFLOAT16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 """In /proc/cpuinfo: x86 with AVX-512, x86 with AMX, Arm."""
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _NO_MEMORY, _WANTED_BYTES = "can't allocate memory", re.compile("allocate [0-9]+ bytes")
-"""In what torch says of memory of the host: it has no exception of its own for that."""
+"""In what torch says of memory of the host, for which it has no exception."""
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _REUSED_BYTES = 2**25
@@ -66,6 +66,18 @@ def select_device(parallel: ParallelConfig, topology: Topology) -> torch.device:
     # cuDNN makes a plan for each shape it has not seen, 0.1 to 0.4 s, and here they all differ.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
+
+
+def name_of_device(parallel: ParallelConfig, topology: Topology) -> str:
+    """What `select_device` selects: ranks of a host with the same name share it; empty for a CPU.
+
+    What a rank is shown is a part of it, as slices of a device may have its identity.
+    """
+    device = select_device(parallel, topology)
+    if device.type != "cuda":
+        return ""
+    shown = f"{_VISIBLE_DEVICES}={os.environ.get(_VISIBLE_DEVICES, '')}"
+    return f"{device} of {shown}, GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def select_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +15,7 @@ from fastserve_mega.worker.megatron.initialize import (
     connect_stages,
     join_process_groups,
     lost_connection,
+    name_of_device,
     plain_errors,
     select_device,
 )
@@ -48,6 +52,24 @@ def test_a_launcher_may_show_each_rank_its_own_device(gpus, monkeypatch):
         select_device(ParallelConfig(), LAST_OF_TWO)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5b")
     assert select_device(ParallelConfig(), LAST_OF_TWO) == torch.device("cuda", 0)
+
+
+def test_the_name_of_a_device_tells_ranks_that_share_one(gpus, monkeypatch):
+    assert name_of_device(ParallelConfig(device="cpu"), LAST_OF_TWO) == ""
+    gpus(1)
+    first_of_two = dataclasses.replace(LAST_OF_TWO, rank=0, local_rank=0)
+
+    def name(topology, shown, uuid):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        device = SimpleNamespace(uuid=uuid)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+        return name_of_device(ParallelConfig(), topology)
+
+    shared = name(first_of_two, "0", "5b")
+    assert shared == "cuda:0 of CUDA_VISIBLE_DEVICES=0, GPU-5b"
+    assert name(LAST_OF_TWO, "0", "5b") == shared  # as under `serve`
+    assert name(LAST_OF_TWO, "0", "6c") != shared  # as with srun --gpus-per-task
+    assert name(LAST_OF_TWO, "MIG-7d", "5b") != shared  # slices of one device
 
 
 def test_every_group_has_the_timeout_and_none_is_split_from_the_world(monkeypatch):

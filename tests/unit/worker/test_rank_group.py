@@ -101,6 +101,22 @@ def test_the_same_configuration_is_fine_and_the_hosts_are_known():
     assert all(topology.local_size == 2 for topology in outcomes)
 
 
+def test_ranks_that_share_a_device_are_refused_whatever_replica_they_are_of():
+    def work(device):
+        def with_device(ranks):
+            ranks.agree(config())
+            ranks.share_no_device(device)
+
+        return with_device
+
+    assert run([work(""), work("")])[0] == [None, None]
+    assert run([work("cuda:0 a"), work("cuda:0 b")])[0] == [None, None]
+    outcomes, _ = run([work("cuda:0 a"), work("cuda:0 b"), work("cuda:0 a")])
+    assert {str(outcome) for outcome in outcomes} == {
+        "ranks [0, 2] have one device together (cuda:0 a), each needs its own"
+    }
+
+
 def test_places_on_hosts():
     hosts = ["a", "a", "b", "b", "b"]
     placed = place_on_hosts(Topology(rank=3, world_size=5), hosts)
