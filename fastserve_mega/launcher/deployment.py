@@ -201,7 +201,10 @@ class Deployment:
             command += ["--supervisor", str(os.getpid())]
         if self._probe:
             self._probe.close()
-        probe = self._probe = CoordinatorProbe(self._client_address, epoch)
+        try:
+            probe = self._probe = CoordinatorProbe(self._client_address, epoch)
+        except ValueError as error:
+            raise LaunchError(f"coordinator.client_endpoint is {error}") from None
         self._files.close()
         variables = self._files.enter_context(mpirun_files())
         self._start(

@@ -19,13 +19,21 @@ class CoordinatorProbe:
     """Pings the coordinator of one start, and takes an answer of no other."""
 
     def __init__(self, endpoint: str, epoch: str) -> None:
-        """Connect, now or as soon as somebody listens."""
+        """Connect, now or as soon as somebody listens.
+
+        Raises:
+            ValueError: it is no address.
+        """
         self._epoch = epoch
         self._context = zmq.Context[zmq.Socket[bytes]]()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 200)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing queues up while nobody listens
-        frames.connect(self._socket, endpoint)
+        try:
+            frames.connect(self._socket, endpoint)
+        except ValueError:
+            self.close()
+            raise
 
     def answers(self, limit_s: float) -> bool:
         """Ask; whether an answer has come, to this question or late to one before."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import zmq
 from msgspec import structs
 
 from fastserve_mega.launcher.deployment import Deployment
@@ -20,6 +22,7 @@ from fastserve_mega.system.config import Config
 
 _log = logging.getLogger(__name__)
 _LOCAL = "127.0.0.1"
+_SOCKET = "clients"
 
 
 class _OverError(Exception):
@@ -48,8 +51,8 @@ def temporary_deployment(
     Raises:
         LaunchError: it does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="fastserve-mega-") as directory:
-        endpoint, port = f"ipc://{Path(directory) / 'clients'}", free_port()
+    with _own_directory() as directory:
+        endpoint, port = f"ipc://{Path(directory) / _SOCKET}", free_port()
         changes = {
             "coordinator.client_endpoint": endpoint,
             "server.host": _LOCAL,
@@ -68,6 +71,14 @@ def temporary_deployment(
             deployment.start()
             with _looked_after(deployment, own) if restarts else contextlib.nullcontext():
                 yield own
+
+
+def _own_directory() -> tempfile.TemporaryDirectory[str]:
+    """For the socket of the clients, whose path has a limit that some directories exceed."""
+    usual, prefix = tempfile.gettempdir(), "fastserve-mega-"
+    length = len(os.fsencode(Path(usual) / f"{prefix}xxxxxxxx" / _SOCKET))
+    where = usual if length <= zmq.IPC_PATH_MAX_LEN else "/tmp"
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=where)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,19 @@
-"""Children of the launcher do not outlive it, and neither do their children."""
+"""What the launcher starts, where, and that its children do not outlive it, nor their children."""
 
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
+import zmq
 
-from fastserve_mega.launcher.processes import mpirun_command, mpirun_files
+from fastserve_mega.launcher import temporary
+from fastserve_mega.launcher.deployment import Deployment
+from fastserve_mega.launcher.processes import LaunchError, mpirun_command, mpirun_files
+from fastserve_mega.system.config import Config, CoordinatorConfig, ModelConfig
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc are Linux's")
 
@@ -120,3 +126,24 @@ def test_mpirun_starts_where_no_variable_says_whose_home_it_is(monkeypatch):
             check=False,
         )
     assert (ended.stdout, ended.returncode) == ("hello\n", 0), ended.stderr
+
+
+def test_a_socket_lies_where_its_path_is_short_enough(tmp_path, monkeypatch):
+    for name, is_used in (("a", True), ("日" * 40, False)):
+        directory = tmp_path / name
+        directory.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(directory))
+        with temporary._own_directory() as own:
+            assert (Path(own).parent == directory) == is_used
+            assert len(os.fsencode(f"{own}/{temporary._SOCKET}")) <= zmq.IPC_PATH_MAX_LEN
+
+
+def test_an_address_that_is_none_is_told_before_anything_is_started():
+    settings = CoordinatorConfig(client_endpoint="nowhere")
+    config = Config(model=ModelConfig(path="/nowhere/model"), coordinator=settings)
+    expected = "coordinator.client_endpoint is not a ZeroMQ address: 'nowhere'"
+    with (
+        Deployment(config, [], http=False) as deployment,
+        pytest.raises(LaunchError, match=expected),
+    ):
+        deployment.start()
