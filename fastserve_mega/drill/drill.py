@@ -21,7 +21,7 @@ from fastserve_mega.system.key_file import client_address
 
 _HEADINGS = (
     "process", "signal", "rounds", "streams", "lost", "wrong tokens",
-    "next token: median s", "max s", "orphans", "ports left",
+    "next token: median s", "max s", "orphans", "ports left", "memory left",
 )  # fmt: skip
 _READY = b"Ctrl-C ends it"
 _FAKE_STEP = "rank.before_step:delay=0.02"

@@ -1,4 +1,4 @@
-"""The processes below `serve` by what they are, and where they listen."""
+"""The processes below `serve` by what they are, where they listen, and what the dead have left."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastserve_mega.worker.topology import find_launcher
 
 MPIRUN, COORDINATOR, HTTP_SERVER = "mpirun", "coordinator", "api-server"
 _PROC = Path("/proc")
+_SHARED_MEMORY = Path("/dev/shm")
 _LISTENING = "0A"
 """The state of a listening socket in /proc/net/tcp."""
 
@@ -81,6 +82,24 @@ def listening_ports(server: int) -> set[tuple[str, int]]:
                 address, _, port = fields[1].partition(":")
                 found.add((_address(address), int(port, 16)))
     return found
+
+
+def abandoned_memory() -> set[str]:
+    """Names of files in /dev/shm that no running process has mapped: their owners left them."""
+    if not _SHARED_MEMORY.is_dir():
+        return set()
+    names = {path.name for path in _SHARED_MEMORY.iterdir()}
+    for process in _PROC.glob("[0-9]*"):
+        try:
+            mapped = (process / "maps").read_text(errors="replace").splitlines()
+        except OSError:
+            continue  # it has ended, or is another user's
+        names.difference_update(
+            line.partition(f"{_SHARED_MEMORY}/")[2]
+            for line in mapped
+            if f"{_SHARED_MEMORY}/" in line
+        )
+    return names
 
 
 def _address(digits: str) -> str:

@@ -17,6 +17,7 @@ from fastserve_mega.client import AsyncClient, ClientError
 from fastserve_mega.drill.processes import (
     HTTP_SERVER,
     Victim,
+    abandoned_memory,
     listening_ports,
     named_processes,
 )
@@ -50,11 +51,14 @@ class Tally:
     next_token_s: list[float] = field(default_factory=list)
     orphans: int = 0
     ports_left: int = 0
+    memory_left: int = 0
+    """Files of shared memory."""
 
     @property
     def is_clean(self) -> bool:
         """Whether nothing was lost, wrong or left."""
-        return not (self.lost or self.wrong or self.orphans or self.ports_left)
+        left = self.orphans or self.ports_left or self.memory_left
+        return not (self.lost or self.wrong or left)
 
     @property
     def row(self) -> list[str]:
@@ -67,8 +71,7 @@ class Tally:
             *map(str, figures),
             f"{statistics.median(times):.1f}",
             f"{max(times):.1f}",
-            str(self.orphans),
-            str(self.ports_left),
+            *map(str, (self.orphans, self.ports_left, self.memory_left)),
         ]
 
 
@@ -104,7 +107,7 @@ class Drill:
     async def round(self, victim: Victim, tally: Tally) -> None:
         """Send the signal while all streams run; add what it has cost to the tally."""
         before = named_processes(self._served.process_id)
-        ports = listening_ports(self._served.process_id)
+        ports, abandoned = listening_ports(self._served.process_id), abandoned_memory()
         moment = 0.0
 
         def strike() -> None:
@@ -125,6 +128,7 @@ class Drill:
         tally.orphans += sum(is_running(before[name]) for name in lost)
         # Ports that are chosen anew with each start are others, but not more.
         tally.ports_left += max(len(listening_ports(self._served.process_id)) - len(ports), 0)
+        tally.memory_left += len(abandoned_memory() - abandoned)
         # Sooner, the next loss would count as an attempt in vain, after which `serve` waits.
         await asyncio.sleep(SETTLED_S)
 

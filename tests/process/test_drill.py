@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from multiprocessing import shared_memory
+from pathlib import Path
 
 import pytest
 
 from fastserve_mega import cli
 from fastserve_mega.drill import rounds
-from fastserve_mega.drill.processes import Victim, victims
+from fastserve_mega.drill.processes import Victim, abandoned_memory, victims
 from fastserve_mega.drill.rounds import Tally
 
 pytestmark = [
@@ -48,6 +50,7 @@ def test_nothing_is_lost_with_a_rank_or_an_http_server(config, capfd, monkeypatc
     assert [row[:6] for row in found] == [
         [name, number, "1", "4", "0", "0"] for number in ("SIGKILL", "SIGSTOP") for name in names
     ]
+    assert [row[8:] for row in found] == [["0", "0", "0"]] * 4
 
 
 @pytest.mark.slow
@@ -71,9 +74,20 @@ def test_names_of_no_process_are_told(config, capfd):
     assert "api-server, coordinator, mpirun, rank 0, rank 1" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("field", ["lost", "wrong", "orphans", "ports_left"])
+@pytest.mark.parametrize("field", ["lost", "wrong", "orphans", "ports_left", "memory_left"])
 def test_each_kind_of_damage_counts(field):
     tally = Tally(Victim("rank 0", 9))
     assert tally.is_clean
     setattr(tally, field, 1)
     assert not tally.is_clean
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_shared_memory_is_abandoned_when_nobody_has_it_mapped():
+    shared = shared_memory.SharedMemory(create=True, size=1)
+    try:
+        assert shared.name not in abandoned_memory()
+        shared.close()
+        assert shared.name in abandoned_memory()
+    finally:
+        shared.unlink()
