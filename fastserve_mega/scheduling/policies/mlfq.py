@@ -98,8 +98,10 @@ class Mlfq(Policy):
         """Find the starving by their deadlines; each is O(log n).
 
         No more than a batch of them at a time: under overload everybody starves, and with all of
-        them in Q1 the levels would be worth nothing. Those without KV come in where those with KV
-        leave places: as long as there is no memory for them, they must not keep out the others.
+        them in Q1 the levels would be worth nothing. Those without KV are counted apart: they keep
+        their place in Q1 while there is no memory for them, and must not keep out those with KV;
+        nor these them, or who began low for its prompt would wait for its first token until no
+        other starves.
         """
         for watch in self._open_watches():
             while watch in self._open_watches() and (request := watch.pop(now)):
@@ -173,10 +175,12 @@ class Mlfq(Policy):
 
     def _open_watches(self) -> list[StarvationWatch]:
         """Return those of whose requests one more may be lifted to Q1."""
-        lifted = len(self.queues.lifted)
-        with_waiting = lifted + len(self.queues.lifted_waiting)
-        watches = ((self._started_watch, lifted), (self._waiting_watch, with_waiting))
-        return [watch for watch, count in watches if watch and count < self._max_batch_size]
+        queues = self.queues
+        watches = (
+            (self._started_watch, queues.lifted),
+            (self._waiting_watch, queues.lifted_waiting),
+        )
+        return [watch for watch, lifted in watches if watch and len(lifted) < self._max_batch_size]
 
     def _watch_placed(self, request: Request) -> None:
         """Watch a request whose KV has just come somewhere or gone."""

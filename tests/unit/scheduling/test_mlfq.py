@@ -148,9 +148,21 @@ def test_the_deadline_is_known_not_searched():
     plan = scheduler.step(3.0, [StepDone(0, 3.0, ("short",))])
     assert names(plan) == ["l0"]
     assert scheduler.level_lengths()[0] == 1  # a batch of the five
-    assert scheduler._policy.next_deadline(3.0) is None  # not before that one has run
+    assert scheduler._policy.next_deadline(3.0) == 3.0  # that one has KV now: the next may come
     plan = scheduler.step(35.0, [StepDone(1, 32.0)])
     assert names(plan) == ["l1"]
+
+
+def test_the_starving_with_kv_leave_room_in_the_highest_level_for_those_without():
+    scheduler = make_scheduler(max_batch_size=1, starvation_limit_s=3.0)
+    scheduler.step(0.0, [arrived("begun", 320)])
+    new = [arrived(f"new{i}", 160) for i in range(2)]
+    scheduler.step(40.0, [StepDone(0, 32.0), arrived("short", 10), *new])
+    assert all(level_of(scheduler, name) > 0 for name in ("begun", "new0", "new1"))
+    scheduler.step(44.0, [StepDone(1, 1.0, ("short",))])
+    assert level_of(scheduler, "begun") == 0
+    assert level_of(scheduler, "new0") == 0
+    assert level_of(scheduler, "new1") > 0
 
 
 def test_priority_shifts_the_level_and_stays_within_the_queue():
