@@ -187,6 +187,12 @@ async def queue(served: Served, options: argparse.Namespace) -> list[Figure]:
     ]
 
 
+def descriptors(served: Served) -> int:
+    """Open files of `serve` and of all processes below it that have a name."""
+    processes = (served.process_id, *named_processes(served.process_id).values())
+    return sum(len(list(Path(f"/proc/{process}/fd").iterdir())) for process in processes)
+
+
 def grown(
     early: dict[str, float], late: dict[str, float], share: float, minutes: float
 ) -> list[Figure]:
@@ -201,31 +207,35 @@ def grown(
     ]
 
 
+async def one_request(
+    client: AsyncClient, numbers: random.Random, firsts: list[float], outcomes: Counter[str]
+) -> None:
+    """Add when the first token came, and the end, unless it was refused."""
+    begin, number = time.monotonic(), numbers.randrange(1, 40_000)
+    params = SamplingParams(max_tokens=LOAD_TOKENS, ignore_eos=True, seed=number)
+    leaves_after = LOAD_TOKENS // 2 if numbers.random() < CANCELLED_SHARE else None
+    try:
+        generation = await client.submit([number, *range(1, 32)], params)
+        count = 0
+        async for chunk in generation:
+            if not count:
+                firsts.append(time.monotonic() - begin)
+            count += len(chunk.token_ids)
+            if leaves_after is not None and count >= leaves_after:
+                generation.cancel()
+                break
+        outcomes["cancelled" if leaves_after else FinishReason.LENGTH.value] += 1
+    except ServerBusyError:
+        outcomes["refused"] += 1
+
+
 async def load(served: Served, options: argparse.Namespace) -> list[Figure]:
     """Poisson arrivals below and above the capacity, a tenth cancelled: when first tokens come."""
     numbers = random.Random(0)
     async with AsyncClient(served.endpoint) as client:
-
-        async def one(firsts: list[float], outcomes: Counter[str]) -> None:
-            begin, number = time.monotonic(), numbers.randrange(1, 40_000)
-            params = SamplingParams(max_tokens=LOAD_TOKENS, ignore_eos=True, seed=number)
-            leaves_after = LOAD_TOKENS // 2 if numbers.random() < CANCELLED_SHARE else None
-            try:
-                generation = await client.submit([number, *range(1, 32)], params)
-                count = 0
-                async for chunk in generation:
-                    if not count:
-                        firsts.append(time.monotonic() - begin)
-                    count += len(chunk.token_ids)
-                    if leaves_after is not None and count >= leaves_after:
-                        generation.cancel()
-                        break
-                outcomes["cancelled" if leaves_after else FinishReason.LENGTH.value] += 1
-            except ServerBusyError:
-                outcomes["refused"] += 1
-
+        files = descriptors(served)
         begin, done = time.monotonic(), Counter[str]()
-        await asyncio.gather(*(one([], done) for _ in range(200)))
+        await asyncio.gather(*(one_request(client, numbers, [], done) for _ in range(200)))
         rate = sum(done.values()) / (time.monotonic() - begin)
         p95 = {}
         growth: list[Figure] = []
@@ -237,7 +247,7 @@ async def load(served: Served, options: argparse.Namespace) -> list[Figure]:
             tasks, end = [], time.monotonic() + 60 * minutes
             while time.monotonic() < end:
                 await asyncio.sleep(numbers.expovariate(rate * share))
-                tasks.append(asyncio.create_task(one(firsts, outcomes)))
+                tasks.append(asyncio.create_task(one_request(client, numbers, firsts, outcomes)))
                 if not early and end - time.monotonic() < 60 * minutes * _STEADY_SHARE:
                     early = resident_mb(served)
             growth += grown(early, resident_mb(served), share, minutes * _STEADY_SHARE)
@@ -249,8 +259,15 @@ async def load(served: Served, options: argparse.Namespace) -> list[Figure]:
                 f"memory {resident_mb(served)}",
                 flush=True,
             )
-    return [Figure("P95 of the first token at 3 times the capacity, of that at 0.8",
-                   p95[3.0] / p95[0.8], 2), *growth]  # fmt: skip
+        (replica,) = (await client.snapshot()).replicas
+    return [
+        Figure("P95 of the first token at 3 times the capacity, of that at 0.8",
+               p95[3.0] / p95[0.8], 2),
+        *growth,
+        Figure("descriptors more than before", descriptors(served) - files, 0),
+        Figure("requests left in the queue", len(replica.requests), 0),
+        Figure("KV blocks still owned", replica.device.owned + replica.host.owned, 0),
+    ]  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Served, argparse.Namespace], Coroutine[None, None, list[Figure]]]] = {
