@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -24,6 +23,7 @@ MAX_FRAME_BYTES = 16 * 2**20
 _CLIENT_FRAME_BYTES = 2**20
 _CLIENT_FRAME_BYTES_PER_TOKEN = 64
 
+_MAX_PORT = 2**16 - 1
 _VERSION_BYTE = bytes((PROTOCOL_VERSION,))
 _HEADERS = {1: b"\x01\x23"}
 """What a Refused begins with where that is not the version byte alone: version 1 had a number for
@@ -60,19 +60,26 @@ def connect(socket: zmq.Socket[Any], endpoint: str) -> None:
         if key:
             socket.curve_serverkey = key.encode()
             socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-        _allow_ipv6(socket, address)
+        _prepare(socket, address)
         socket.connect(address)
     except zmq.ZMQError as error:
         raise ValueError(f"not a ZeroMQ address: {address!r} ({error})") from None
 
 
-def _allow_ipv6(socket: zmq.Socket[Any], address: str) -> None:
-    """Let a socket use an IPv6 address, as in tcp://[::1]:5570.
+def _prepare(socket: zmq.Socket[Any], address: str) -> None:
+    """Let a socket use an IPv6 address, as in tcp://[::1]:5570, and refuse a port that is none.
 
-    Only then: for a name, ZeroMQ would prefer it to the IPv4 address that the other end may use.
+    The first only then: for a name, ZeroMQ would prefer IPv6 to the IPv4 address that the other end
+    may use. Of a port above 65,535 ZeroMQ takes the lower 16 bits, and another would be open.
+
+    Raises:
+        zmq.ZMQError: there is no such port.
     """
     if "[" in address:
         socket.setsockopt(zmq.IPV6, 1)
+    port = address.rpartition(":")[2]
+    if address.startswith("tcp://") and port.isdecimal() and int(port) > _MAX_PORT:
+        raise zmq.ZMQError(errno.EINVAL, f"the highest port is {_MAX_PORT}")
 
 
 def _path_is_in_use(endpoint: str) -> bool:
@@ -223,12 +230,11 @@ class Router:
         try:
             if _path_is_in_use(endpoint):
                 raise zmq.ZMQError(errno.EADDRINUSE)
-            _allow_ipv6(self.socket, endpoint)
+            _prepare(self.socket, endpoint)
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.socket.close(linger=0)
-            reason = os.strerror(error.errno or 0)
-            raise OSError(f"cannot listen on {endpoint}: {reason}") from None
+            raise OSError(f"cannot listen on {endpoint}: {error.strerror}") from None
 
     @property
     def endpoint(self) -> str:

@@ -96,6 +96,16 @@ def test_a_frame_that_no_request_can_need_costs_its_sender_the_connection(model_
         flooder.close()
 
 
+def test_a_port_that_is_none_opens_no_other():
+    context = zmq.Context()
+    expected = r"cannot listen on tcp://127\.0\.0\.1:65537: the highest port is 65535"
+    try:
+        with pytest.raises(OSError, match=expected):
+            FrontDoor(context, "tcp://127.0.0.1:65537", buffer=10, timeout_s=30.0)
+    finally:
+        context.term()
+
+
 def test_the_path_of_one_server_is_not_taken_away_by_another_and_is_free_once_it_has_gone(tmp_path):
     context = zmq.Context()
     endpoint = f"ipc://{tmp_path}/clients"

@@ -112,10 +112,11 @@ def test_nobody_there_is_told_within_the_timeout():
     run(main())
 
 
-def test_a_wrong_address_is_a_value_error():
+@pytest.mark.parametrize("address", ["localhost", "tcp://127.0.0.1:65536"])
+def test_a_wrong_address_is_a_value_error(address):
     async def main():
-        with pytest.raises(ValueError, match="not a ZeroMQ address: 'localhost'"):
-            await AsyncClient("localhost").info()
+        with pytest.raises(ValueError, match=f"not a ZeroMQ address: '{address}'"):
+            await AsyncClient(address).info()
 
     run(main())
 
