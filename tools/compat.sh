@@ -38,11 +38,12 @@ for group in "${groups[@]}"; do
             echo "$group skipped: ${packages[$group]} cannot be installed"
             continue
         fi
-        "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-            > "$("$environment/bin/python" -c \
-                'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_project.pth"
         touch "$environment/complete"
     fi
+    # Each time: another clone may have made it, which is gone.
+    "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+        > "$("$environment/bin/python" -c \
+            'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_project.pth"
     echo "$group: $("$environment/bin/pip" list --format=freeze 2> /dev/null |
         grep -iE '^(openai|anthropic|langchain-openai|openai-agents|pydantic-ai-slim|instructor|litellm|lm_eval)==' | tr '\n' ' ')"
     # What foreign packages leave to the garbage collector is theirs.
