@@ -182,7 +182,7 @@ def test_a_long_answer_is_given_up_for_short_ones_and_goes_on_after_them():
 
 def test_answers_take_turns_when_the_device_holds_fewer_than_a_step_takes():
     readers = Readers(batch=4, device_blocks=60)
-    readers.step(*[(f"r{index}", 40, 170) for index in range(4)])  # 53 blocks each in the end
+    readers.step(*[(f"r{index}", 40, 180) for index in range(4)])  # 55 blocks each in the end
     readers.run_until_idle()
     first_end = min(times[-1] for times in readers.token_times.values())
     assert all(times[0] < first_end for times in readers.token_times.values())
