@@ -186,7 +186,7 @@ def test_answers_take_turns_when_the_device_holds_fewer_than_a_step_takes():
     readers.run_until_idle()
     first_end = min(times[-1] for times in readers.token_times.values())
     assert all(times[0] < first_end for times in readers.token_times.values())
-    # 1.4 to 3.3 s, by which of them happens to be estimated at a little less work.
+    # 2.4 to 3.5 s, by which of them happens to be estimated at a little less work.
     assert max(readers.longest_gaps()) <= 3.5
 
 
